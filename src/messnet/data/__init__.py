@@ -1,0 +1,41 @@
+"""Labelled images: what a data set is, and the built-in ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["IGNORE_INDEX", "SegmentationDataset", "SegmentationSample"]
+
+IGNORE_INDEX = 255
+"""The label of pixels that count nowhere, in every mask that this package hands out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSample:
+    """One labelled image. ``image`` (H, W, 3) uint8 RGB; ``mask`` (H, W) uint8 class indices or IGNORE_INDEX;
+    ``difficulty`` in [0, 1], NaN where unknown."""
+
+    name: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    difficulty: float = field(default=float("nan"))
+
+
+class SegmentationDataset(Protocol):
+    """One split of labelled images; also what a user's ``module:function`` returns."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def palette(self) -> NDArray[np.uint8]:
+        """(K, 3) RGB."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> SegmentationSample: ...
