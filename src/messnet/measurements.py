@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +39,7 @@ class Measurement:
     exit_taken: list[int]
     """exit_index per image."""
     image_confidence: list[float]
-    """c_img at the exit taken, NaN for an exit that decides nothing."""
+    """c_img at the exit taken."""
     latency_ms: list[float]
     """Wall time per image, from the normalised image on the device to labels at input resolution."""
 
@@ -108,7 +110,7 @@ class Gallery:
     refined: NDArray[np.float16]
     """(G, E, H, W): after it."""
     image_confidence: NDArray[np.float32]
-    """(G, E): c_img, NaN for an exit that decides nothing."""
+    """(G, E): c_img."""
     exit_taken: NDArray[np.int64]
     """(G,): exit_index where the instance stopped."""
 
@@ -138,5 +140,5 @@ class Gallery:
                     exits=tuple(Exit(index, head) for index, head in meta["exits"]),
                     **{name: arrays[name] for name in arrays.files if name != "meta"},
                 )
-        except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
             raise RunError(f"not a gallery ({error}); make it again with `messnet report`") from error

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,7 +220,7 @@ class ExitTables:
                     policies=tuple(meta["policies"]),
                     **{name: arrays[name] for name in arrays.files if name != "meta"},
                 )
-        except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
             raise RunError(f"not exit tables ({error}); write them again with `messnet evaluate`") from error
 
 

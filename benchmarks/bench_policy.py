@@ -1,0 +1,146 @@
+"""What the exit policy costs for one image, and how often its two forms decide alike.
+
+    python benchmarks/bench_policy.py [--threads 1] [--json PATH]
+
+Logits of 21 classes, 64 x 64, for a 512 x 512 input (output stride 8). The baseline is the posters' literal form, Canny
+and a median over 33 x 33 input pixels, measured in the same run, interleaved. One line per figure:
+``name value unit goal ok|short``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from messnet.edges import label_boundary, thicken
+from messnet.exit_policy import Policy, image_confidence, refined_confidence_map, should_exit
+
+NUM_CLASSES, FEATURES, OUTPUT_STRIDE = 21, (64, 64), 8
+INPUT_SIZE = (FEATURES[0] * OUTPUT_STRIDE, FEATURES[1] * OUTPUT_STRIDE)
+NATIVE, PAPER, NONE = (Policy(refinement=refinement) for refinement in ("native", "paper", "none"))
+
+
+def smooth_logits(num_images: int, seed: int = 0) -> Tensor:
+    """Random fields, (N, K, 64, 64): per image of another grain (object size) and contrast (certainty)."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for _ in range(num_images):
+        cells = int(torch.randint(2, 9, (), generator=generator))
+        contrast = 2 + 10 * torch.rand((), generator=generator)
+        field = torch.randn(1, NUM_CLASSES, cells, cells, generator=generator)
+        images.append(contrast * F.interpolate(field, FEATURES, mode="bicubic"))
+    return torch.cat(images)
+
+
+def literal(logits: Tensor, policy: Policy) -> Tensor:
+    """c_img at 0.7 by sorting every window near an edge."""
+    return (refined_confidence_map(logits, OUTPUT_STRIDE, INPUT_SIZE, policy)[1] >= 0.7).float().mean((1, 2))
+
+
+def counted(logits: Tensor, policy: Policy, num_thresholds: int = 1) -> Tensor:
+    thresholds = torch.linspace(0.7, 0.95, num_thresholds)
+    return image_confidence(logits, OUTPUT_STRIDE, INPUT_SIZE, thresholds, policy)
+
+
+def interleaved_ms(forms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median ms of each form, warm; the forms take turns of about 50 ms, so that all meet the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            if not times[name] or times[name][-1] < 50:  # a quick form has lost its caches to the slow ones
+                form()
+            turn_ends = time.perf_counter() + 0.05
+            while True:
+                start = time.perf_counter()
+                form()
+                end = time.perf_counter()
+                times[name].append((end - start) * 1e3)
+                if end > turn_ends:
+                    break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def agreement(num_images: int) -> dict[str, float]:
+    """How native and paper form compare over a grid of thresholds; shares of decisions, [0, 1]."""
+    logits = smooth_logits(num_images)
+    pixel_thresholds = np.linspace(0.1, 0.95, 18)
+    native, paper, none = (
+        torch.cat([image_confidence(one[None], OUTPUT_STRIDE, INPUT_SIZE, pixel_thresholds, p) for one in logits])
+        for p in (NATIVE, PAPER, NONE)
+    )
+    alike, contested = [], []
+    for image_threshold in np.linspace(0.05, 0.95, 19):
+        exits = should_exit(paper, image_threshold)
+        same = exits == should_exit(native, image_threshold)
+        splits = exits.any(0) & ~exits.all(0)  # pixel thresholds at which the images do not all go the same way
+        alike.append(same.float().mean().item())
+        contested.extend(same[:, splits].float().mean(0).tolist())
+    near_edge = thicken(label_boundary(logits.argmax(1)), 1)
+    return {
+        "near_edge": near_edge.float().mean().item(),
+        "decide_alike": statistics.mean(alike),
+        "decide_alike_contested": statistics.mean(contested),
+        "image_confidence_difference": (native - paper).abs().mean().item(),
+        "image_confidence_difference_unrefined": (none - paper).abs().mean().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=16, help="synthetic images of the comparison of forms")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    logits = smooth_logits(1)
+    ms = interleaved_ms(
+        {
+            "native": lambda: counted(logits, NATIVE),
+            "native_20_thresholds": lambda: counted(logits, NATIVE, 20),
+            "native_literal_median": lambda: literal(logits, NATIVE),
+            "paper": lambda: counted(logits, PAPER),
+            "paper_literal_median": lambda: literal(logits, PAPER),
+            "none": lambda: counted(logits, NONE),
+        },
+        options.rounds,
+    )
+    shares = agreement(options.images)
+
+    # name, value, unit, goal (at least; None: reported only)
+    figures: list[tuple[str, float, str, float | None]] = [(f"policy_{name}", v, "ms", None) for name, v in ms.items()]
+    figures += [
+        ("pixels_near_edges", shares["near_edge"], "share", None),
+        ("native_vs_literal_paper", ms["paper_literal_median"] / ms["native"], "x", 100.0),
+        ("native_vs_paper", ms["paper"] / ms["native"], "x", OUTPUT_STRIDE**2 / 2),
+        ("paper_vs_literal_paper", ms["paper_literal_median"] / ms["paper"], "x", 10.0),
+        ("native_vs_literal_native", ms["native_literal_median"] / ms["native"], "x", 2.0),
+        ("native_and_paper_decide_alike", shares["decide_alike"], "share", 0.95),
+        ("native_and_paper_decide_alike_contested", shares["decide_alike_contested"], "share", 0.9),
+        ("native_paper_mean_difference", shares["image_confidence_difference"], "c_img", None),
+        ("none_paper_mean_difference", shares["image_confidence_difference_unrefined"], "c_img", None),
+    ]
+    device = f"{platform.machine()} {options.threads} thread(s), torch {torch.__version__}, float32"
+    print(f"# {device}; {FEATURES} features, {INPUT_SIZE} input, {NUM_CLASSES} classes; median of {options.rounds}")
+    rows = []
+    for name, value, unit, goal in figures:
+        verdict = "ok" if goal is None or value >= goal else "short"
+        print(f"{name} {value:.4g} {unit} {'-' if goal is None else f'>={goal:g}'} {verdict}")
+        rows.append({"name": name, "value": value, "unit": unit, "goal": goal, "verdict": verdict})
+    if options.json:
+        options.json.write_text(json.dumps({"device": device, "figures": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

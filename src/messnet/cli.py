@@ -1,0 +1,371 @@
+"""The command: one verb per stage. Bad input ends in one line and exit code 2; heavy imports wait inside the verbs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from messnet import __version__
+from messnet.errors import MessError
+
+__all__ = ["app", "main"]
+
+app = App(
+    name="messnet",
+    version=__version__,
+    help="""Turn a semantic segmentation model into a multi-exit one and deploy it on the device at hand.
+
+    Examples:
+
+    $ messnet run configs/demo.yaml
+
+    $ messnet run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid
+
+    $ messnet predict runs/camvid photos/ --out predictions
+    """,
+    help_format="markdown",
+)
+
+Target = Annotated[Path, Parameter(help="A recipe (YAML), or the directory of a run, which remembers its recipe.")]
+Out = Annotated[Path | None, Parameter(help="Run directory; by default runs/NAME of the recipe.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as JSON.")]
+Overrides = Annotated[
+    str, Parameter(allow_leading_hyphen=True, help="Recipe values over the file's: --pretrain.iterations 500 ...")
+]
+
+
+
+def main(tokens: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with 0, 1 (a bug, with its traceback), 2 (bad input, one line) or 130 (interrupted)."""
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except (MessError, CycloptsError) as error:
+        print(f"messnet: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("messnet: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.command
+def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
+    """Do all of it, from where it stopped: profile, pretrain, distill, evaluate, search, report.
+
+    Examples:
+
+    $ messnet run configs/demo.yaml
+
+    $ messnet run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid
+
+    $ messnet run runs/camvid
+    """
+    opened = _open(target, overrides, out)
+    from messnet.pipeline import STAGES, run_stage
+
+    for stage in STAGES:
+        _say(stage, run_stage(opened, stage), as_json)
+    _print_table(opened.directory.path, as_json)
+
+
+@app.command
+def profile(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
+    """Convert the model: candidate exit points and the workload of every part.
+
+    Examples:
+
+    $ messnet profile configs/demo.yaml
+
+    $ messnet profile runs/demo --json
+    """
+    opened = _stage("profile", target, overrides, out, quiet=as_json)
+    costs, blueprint = opened.costs(), opened.blueprint()
+    if as_json:
+        print(costs.to_json(), end="")
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{costs.model} at {costs.input_size[0]}x{costs.input_size[1]}", title_justify="left")
+    for column in ("exit", "after", "channels", "stride", "GMACs so far", "share", "heads", "GMACs of heads"):
+        table.add_column(column, justify="left" if column == "after" else "right")
+    total, so_far = costs.total_macs(), 0.0
+    for i, (point, segment) in enumerate(zip(blueprint.exit_points, costs.segments, strict=True)):
+        so_far += segment.macs
+        heads = [part.macs for exit, part in costs.heads.items() if exit.exit_index == i]
+        spread = f"{min(heads) / 1e9:.4f} to {max(heads) / 1e9:.4f}" if len(heads) > 1 else f"{heads[0] / 1e9:.4f}"
+        name = "final" if segment is costs.segments[-1] else str(i)
+        cells = (point.channels, point.output_stride, f"{so_far / 1e9:.4f}", f"{so_far / total:.0%}", len(heads))
+        table.add_row(name, point.module, *map(str, cells), spread)
+    console = Console()
+    console.print(table)
+    console.print(f"whole model: {total / 1e9:.3f} GMACs ({costs.total_macs('paper') / 1e9:.3f} in the posters' count)")
+
+
+@app.command
+def pretrain(target: Target, *overrides: Overrides, out: Out = None) -> None:
+    """Stage 1: exit-aware pre-training of the backbone and the final head."""
+    _stage("pretrain", target, overrides, out)
+
+
+@app.command
+def distill(target: Target, *overrides: Overrides, out: Out = None) -> None:
+    """Stage 2: train every head of the space on the frozen backbone, by positive filtering distillation."""
+    _stage("distill", target, overrides, out)
+
+
+@app.command
+def evaluate(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
+    """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
+    opened = _stage("evaluate", target, overrides, out, quiet=as_json)
+    import numpy as np
+
+    tables, costs = opened.tables(), opened.costs()
+    column = costs.column("macs", tables.exits)
+    rows = [
+        {
+            "exit_index": exit.exit_index,
+            "head": exit.head,
+            "miou": tables.miou(np.full(len(tables.image_names), h)),
+            "macs": column.prefix(exit.exit_index) + column.heads[h],
+        }
+        for h, exit in enumerate(tables.exits)
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table(title=f"every exit on {len(tables.image_names)} validation images", title_justify="left")
+    for name in ("exit", "head", "mIoU %", "GMACs"):
+        table.add_column(name, justify="left" if name == "head" else "right")
+    for row in rows:
+        table.add_row(str(row["exit_index"]), row["head"], f"{100 * row['miou']:.2f}", f"{row['macs'] / 1e9:.4f}")
+    Console().print(table)
+
+
+@app.command
+def search(
+    target: Target,
+    *overrides: Overrides,
+    name: Annotated[str | None, Parameter(help="Search once more, for this objective; the instance's name.")] = None,
+    setting: Literal["budgeted", "input_dependent"] = "input_dependent",
+    minimise: Literal["macs", "macs_paper", "parameters"] | None = None,
+    maximise: Literal["miou"] | None = None,
+    max_drop_pp: float | None = None,
+    min_miou: float | None = None,
+    max_cost: float | None = None,
+    max_cost_ratio: float | None = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose exits, heads and thresholds; nothing is trained again.
+
+    Without --name: the recipe's instances (most accurate at <= 1x, cheapest at each allowed drop). With --name: one
+    instance for the objective given, beside the others in RUN/instances.
+
+    Examples:
+
+    $ messnet search runs/demo
+
+    $ messnet search runs/demo --name half --maximise miou --max-cost-ratio 0.5
+
+    $ messnet search runs/demo --name cut --setting budgeted --max-drop-pp 2
+    """
+    asked = (minimise, maximise, max_drop_pp, min_miou, max_cost, max_cost_ratio)
+    if name is None and (any(value is not None for value in asked) or setting != "input_dependent"):
+        raise MessError("an objective of your own needs a name for its instance: add --name NAME")
+    if name is not None and (not name or Path(name).name != name):
+        raise MessError(f"--name must be a plain file name, got {name!r}")
+    opened = _open(target, overrides, out)
+    from messnet.pipeline import INSTANCES, load_instance, run_stage
+    from messnet.search import search as search_tables
+
+    if name is None:
+        run_stage(opened, "search", again=True)
+        front = json.loads((opened.directory.path / "front.json").read_text())
+        names = [n for n in front["names"] if (opened.directory.path / INSTANCES / f"{n}.json").exists()]
+        instances = [load_instance(opened.directory.path, n) for n in names]
+        words = front["verdicts"] + front["skipped"]
+    else:
+        options, tables = opened.recipe.search, opened.tables()
+        result = search_tables(
+            tables.subset(tables.halves(options.seed)[0]),
+            opened.costs(),
+            setting=setting,
+            minimise=minimise,
+            maximise=maximise,
+            max_drop_pp=max_drop_pp,
+            min_miou=min_miou,
+            max_cost=max_cost,
+            max_cost_ratio=max_cost_ratio,
+            grid=options.grid,
+            name=name,
+            progress=True,
+        )
+        opened.directory.write(f"{INSTANCES}/{name}.json", result.instance.to_json())
+        instances, words = [result.instance], [result.verdict, result.certificate]
+    if as_json:
+        print(json.dumps([json.loads(instance.to_json()) for instance in instances], indent=1))
+        return
+    for instance in instances:
+        print(f"{instance.name}: {instance.objective}; on the selection images {_figures(instance.selected_on)}")
+        for choice in instance.exits:
+            rule = (
+                f"stop if at least {choice.image_threshold:.1%} of the pixels have confidence >= {choice.pixel_threshold:g}"
+                if choice.image_threshold is not None
+                else "last"
+            )
+            print(f"  exit {choice.exit_index}  {choice.head:28} {rule}")
+    print("\n".join(words))
+
+
+@app.command
+def predict(
+    run_directory: Path,
+    *images: Path,
+    out: Path = Path("predictions"),
+    instance: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Segment images, or all images of folders, each stopping at the first exit that is confident.
+
+    Writes OUT/masks (class indices, PNG), OUT/overlays, OUT/confidence (0 to 255 for 0 to 1, PNG) and
+    OUT/predictions.json (exit taken, image confidence, latency).
+
+    Examples:
+
+    $ messnet predict runs/demo photo.jpg
+
+    $ messnet predict runs/camvid ../shared/camvid/val/images --instance drop-0.1pp --out predictions
+
+    Parameters
+    ----------
+    run_directory: A finished run.
+    images: Image files and folders.
+    out: Where to write.
+    instance: One of the run's instances; by default the cheapest within 1 pp.
+    device: Where to compute.
+    """
+    from messnet.deployment.predictions import predict_files
+
+    records = predict_files(run_directory, images, out, instance=instance, device=device)
+    if as_json:
+        print(json.dumps(records, indent=1))
+        return
+    taken = sorted({record["exit_index"] for record in records})
+    shares = ", ".join(f"exit {e}: {sum(r['exit_index'] == e for r in records)}" for e in taken)
+    print(f"{len(records)} images ({shares}) in {out}/")
+
+
+@app.command
+def report(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
+    """Measure the chosen instances on the reported half of the images and write RUN/report.html."""
+    opened = _open(target, overrides, out)
+    from messnet.pipeline import run_stage
+
+    run_stage(opened, "report", again=True)
+    _print_table(opened.directory.path, as_json)
+
+
+@app.command(name="check-data")
+def check_data(target: Target, *overrides: Overrides, as_json: AsJson = False) -> None:
+    """Read every image and mask of a recipe's data set and say what is in them and what is wrong.
+
+    Examples:
+
+    $ messnet check-data configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid
+    """
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from messnet.data.checks import check_dataset
+    from messnet.data.sources import open_dataset
+
+    recipe = _recipe(target, overrides)
+    reports = {}
+    for split in ("train", "val"):
+        dataset = open_dataset(recipe.data, split)
+        reports[split] = check_dataset(dataset, progress=partial(tqdm, desc=f"check {split}", unit="img"))
+    if as_json:
+        print(json.dumps({split: found.to_record() for split, found in reports.items()}, indent=1))
+    else:
+        for split, found in reports.items():
+            print(f"{split}\n{found.to_text()}\n")
+    problems = sum(len(found.problems) for found in reports.values())
+    if problems:
+        raise MessError(f"the data set has {problems} problems, listed above")
+
+
+@app.command
+def recipe(target: Target, *overrides: Overrides, as_json: AsJson = False) -> None:
+    """Print a recipe with every key it has, defaults and overrides included."""
+    from messnet.config import recipe_to_record
+
+    record = recipe_to_record(_recipe(target, overrides))
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
+    import yaml
+
+    print(yaml.safe_dump(record, sort_keys=False), end="")
+
+
+def _open(target: Path, overrides: Sequence[str], out: Path | None) -> Any:
+    _quieten()
+    from messnet.pipeline import open_run
+
+    return open_run(target, overrides, out=out)
+
+
+def _recipe(target: Path, overrides: Sequence[str]) -> Any:
+    from messnet.config import load_recipe, recipe_from_record
+    from messnet.runs import RunDirectory
+
+    if target.is_dir():
+        return recipe_from_record(RunDirectory(target).record()["recipe"], overrides)
+    return load_recipe(target, overrides)
+
+
+def _stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Any:
+    opened = _open(target, overrides, out)
+    from messnet.pipeline import run_stage
+
+    _say(stage, run_stage(opened, stage), quiet)
+    return opened
+
+
+def _say(stage: str, did: bool, quiet: bool) -> None:
+    if not quiet:
+        print(f"{stage}: {'done' if did else 'already done'}")
+
+
+def _print_table(path: Path, as_json: bool) -> None:
+    from messnet.measurements import Measurements
+    from messnet.report import headline, terminal_table
+
+    text = (path / "measurements.json").read_text()
+    if as_json:
+        print(text, end="")
+        return
+    measurements = Measurements.from_json(text)
+    console = Console()
+    console.print(terminal_table(measurements))
+    console.print(headline(measurements))
+    print(f"report: {path / 'report.html'}")
+
+
+def _figures(selected_on: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in selected_on.items())
+
+
+def _quieten() -> None:
+    """Libraries' advice to developers is no news to the user of a command."""
+    warnings.filterwarnings("ignore", module="lightning.*")

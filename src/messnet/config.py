@@ -1,0 +1,140 @@
+"""The recipe: one frozen record composed of the stages' own options, read from strict YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Yaml
+
+from messnet.data.sources import DataOptions
+from messnet.errors import RecipeError
+from messnet.evaluation import EvaluationOptions
+from messnet.network.exit_head import HeadSpace
+from messnet.search import Grid
+from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
+
+__all__ = ["ModelOptions", "Recipe", "SearchOptions", "load_recipe", "recipe_from_record", "recipe_to_record"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model to convert and where it may exit."""
+
+    name: str = "mobilenetv2_fcn"
+    """A zoo name or "module:function"."""
+    width: float | None = None
+    """Channel multiplier, for zoo models that have one."""
+    depth: float | None = None
+    """Block multiplier, for zoo models that have one."""
+    weights: Path | None = None
+    """A safetensors file with the model's own tensors to start stage 1 from."""
+    num_exits: int = 6
+    """N, the final exit included."""
+
+    def __post_init__(self) -> None:
+        if self.num_exits < 2:
+            raise RecipeError(f"model.num_exits must be at least 2 (one early exit), got {self.num_exits}")
+
+    @property
+    def build_options(self) -> dict[str, float]:
+        return {name: value for name in ("width", "depth") if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What ``messnet run`` searches: the best accuracy at no more work than the model, and the least work for each
+    drop; all input-dependent, one early cut included."""
+
+    max_drops_pp: tuple[float, ...] = (0.1, 1.0)
+    """mIoU that may be lost against the final exit, percentage points."""
+    grid: Grid = Grid()
+    seed: int = 0
+    """Which half of the validation images is selected on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that makes a run, stage by stage."""
+
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    heads: HeadSpace = HeadSpace()
+    pretrain: PretrainOptions = PretrainOptions()
+    distill: DistillOptions = DistillOptions()
+    evaluate: EvaluationOptions = EvaluationOptions()
+    search: SearchOptions = SearchOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``--section.key value`` pairs over it.
+
+    Raises RecipeError, one line, for a missing file, an unknown key or a value of the wrong kind.
+    """
+    if not path.is_file():
+        raise RecipeError(f"no recipe {path}: expected a YAML file; the ones that come with messnet are in configs/")
+    _expect_sections(path)
+    app = App(config=Yaml(path, use_commands_as_keys=False), help_flags=[], version_flags=[])
+
+    @app.default
+    def collect(*, recipe: Annotated[Recipe, Parameter(name="*")] = Recipe()) -> Recipe:  # noqa: B008
+        return recipe
+
+    try:
+        recipe = app(list(overrides), exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, RecipeError) else error
+        raise RecipeError(" ".join(str(cause).split())) from error
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def recipe_to_record(recipe: Recipe) -> dict[str, Any]:
+    """Plain values only, as JSON and YAML hold them."""
+    return {name: _plain(value) for name, value in asdict(recipe).items()}
+
+
+def recipe_from_record(record: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The inverse of ``recipe_to_record``. Raises RecipeError for keys that this version does not know."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(_without_none(record)))
+        return load_recipe(path, overrides)
+
+
+def _expect_sections(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    sections = [field.name for field in fields(Recipe)]
+    if content is not None and not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold sections ({', '.join(sections)}), got {type(content).__name__}")
+    for name, value in (content or {}).items():
+        if name in sections and not isinstance(value, dict):
+            raise RecipeError(f"section {name!r} of {path} must hold keys and values, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Path():
+            return str(value)
+        case _:
+            return value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,0 +1,69 @@
+"""All that is needed to build a multi-exit network again, but for its weights: ``exits.json`` of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from messnet.errors import RunError
+from messnet.instance import FINAL_HEAD, Exit
+from messnet.network.backbone import ExitPoint
+from messnet.network.exit_head import HeadConfig
+from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.network.zoo import build_model
+
+__all__ = ["Blueprint"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """A model by name, where it is cut, and what it tells apart."""
+
+    model: str
+    """A zoo name or "module:function"."""
+    model_options: dict[str, float]
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB per class."""
+    input_size: tuple[int, int]
+    """(height, width) that workload is counted at."""
+    exit_points: tuple[ExitPoint, ...]
+    """N - 1 early ones, then the end of the backbone."""
+    block: str
+    """What extra blocks of the heads are: the backbone's own kind."""
+
+    def build(self, exits: tuple[Exit, ...] = ()) -> MultiExitNet:
+        """The network with the heads of ``exits``, freshly initialised, in eval mode. Raises ModelError when the model
+        is no longer what it was."""
+        model = build_model(self.model, len(self.class_names), **self.model_options)
+        net = convert(
+            model, torch.zeros(1, 3, *self.input_size), exit_points=[point.node for point in self.exit_points[:-1]]
+        )
+        for exit in exits:
+            if exit.head != FINAL_HEAD:
+                net.add_head(exit.exit_index, HeadConfig.parse(exit.head))
+        return net.eval()
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Blueprint:
+        """Raises RunError when ``text`` is no blueprint of this schema version."""
+        try:
+            record: dict[str, Any] = json.loads(text)
+            version = record.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise RunError(f"exits.json has schema version {version}: this messnet reads {SCHEMA_VERSION}")
+            record["class_names"] = tuple(record["class_names"])
+            record["palette"] = tuple((r, g, b) for r, g, b in record["palette"])
+            record["input_size"] = tuple(record["input_size"])
+            record["exit_points"] = tuple(ExitPoint(**point) for point in record["exit_points"])
+            return cls(**record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"exits.json cannot be read ({error}); make it again with `messnet profile`") from error

@@ -1,0 +1,130 @@
+"""The paper's three model families, as plain modules: logits (N, K, H, W) at input resolution, no multi-exit part.
+
+Parameter names are torchvision's (``backbone.conv1.weight``, ``classifier.0.weight``), so that its weights load.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2, resnet50
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+
+from messnet.errors import ModelError
+
+__all__ = ["MODELS", "SegmentationModel", "build_model", "drn50_deeplabv3", "drn50_fcn", "mobilenetv2_fcn"]
+
+# torchvision's MobileNetV2: (expansion, channels, blocks, stride) per stage
+_MOBILENETV2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class SegmentationModel(nn.Module):
+    """Backbone, segmentation head ``classifier``, bilinear upsampling to the input.
+
+    Maps images (N, 3, H, W) float to logits (N, K, H, W).
+    """
+
+    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.classifier(self.backbone(x))
+        return F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def drn50_fcn(num_classes: int = 21) -> SegmentationModel:
+    """DRN-50 + FCN: ResNet-50 at output stride 8 (Yu et al., CVPR 2017); 138.63 GMACs at 512x512, 21 classes."""
+    return SegmentationModel(_drn50(), FCNHead(2048, num_classes))
+
+
+def drn50_deeplabv3(num_classes: int = 21) -> SegmentationModel:
+    """DRN-50 + DeepLabV3 (Chen et al., 2017), output stride 8; 163.86 GMACs at 512x512, 21 classes."""
+    return SegmentationModel(_drn50(), DeepLabHead(2048, num_classes))
+
+
+def mobilenetv2_fcn(num_classes: int = 21, *, width: float = 1.0, depth: float = 1.0) -> SegmentationModel:
+    """MobileNetV2 + FCN, output stride 8; 8.78 GMACs at 512x512, 21 classes.
+
+    ``width`` scales the channels (rounded to 8), ``depth`` the number of blocks of every stage (at least 1): 1.0 is
+    the paper's model, less is for processors without an accelerator. The last 1x1 layer (320 -> 1280) of the
+    classification network is dropped, as the posters' workload shows.
+    """
+    if not (0 < width <= 4 and 0 < depth <= 4):
+        raise ModelError(f"width and depth of mobilenetv2_fcn must lie in (0, 4], got width={width}, depth={depth}")
+    stages = [[t, c, max(1, round(n * depth)), s] for t, c, n, s in _MOBILENETV2_STAGES]
+    features = mobilenet_v2(weights=None, width_mult=width, inverted_residual_setting=stages).features[:-1]
+    _dilate(features, output_stride=8)
+    channels = [m for m in features.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+    return SegmentationModel(features, FCNHead(channels, num_classes))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "drn50_fcn": drn50_fcn,
+    "drn50_deeplabv3": drn50_deeplabv3,
+    "mobilenetv2_fcn": mobilenetv2_fcn,
+}
+
+
+def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
+    """A zoo model by its name, or the user's own by ``"module:function"``: a function that takes ``num_classes`` (and
+    ``options``) and returns an nn.Module.
+
+    Raises ModelError when there is no such model.
+    """
+    build: Callable[..., object]
+    if ":" in name:
+        module_name, _, function = name.partition(":")
+        try:
+            build = getattr(importlib.import_module(module_name), function)
+        except (ImportError, AttributeError) as error:
+            raise ModelError(f"model {name!r} not found ({error}); expected 'module:function' that can be imported") from error
+    elif name in MODELS:
+        build = MODELS[name]
+    else:
+        raise ModelError(f"no model {name!r}: expected one of {', '.join(MODELS)} or 'module:function'")
+    try:
+        model = build(num_classes, **options)
+    except TypeError as error:
+        raise ModelError(f"model {name!r} does not take num_classes={num_classes} and {options or 'no options'}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {name!r} returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _drn50() -> nn.Module:
+    resnet = resnet50(weights=None, replace_stride_with_dilation=[False, True, True])
+    layers = OrderedDict((name, layer) for name, layer in resnet.named_children() if name not in ("avgpool", "fc"))
+    return nn.Sequential(layers)
+
+
+def _dilate(features: nn.Module, output_stride: int) -> None:
+    """Replaces strides past ``output_stride`` by dilation, in place, as DRN does: the layer that loses its stride keeps
+    the dilation of its input, the ones after it double theirs."""
+    stride, dilation = 1, 1
+    for conv in features.modules():
+        if not isinstance(conv, nn.Conv2d) or conv.kernel_size == (1, 1):
+            continue
+        before = dilation
+        if conv.stride == (2, 2):
+            if stride == output_stride:
+                conv.stride = (1, 1)
+                dilation *= 2
+            else:
+                stride *= 2
+        conv.dilation = (before, before)
+        conv.padding = (before, before)

@@ -1,0 +1,356 @@
+"""The paper on one page: each stage loads artefacts, calls one function, saves an artefact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from messnet.config import Recipe, load_recipe, recipe_from_record, recipe_to_record
+from messnet.data import SegmentationDataset
+from messnet.data.checks import check_dataset
+from messnet.data.sources import open_dataset
+from messnet.deployment.bundle import INSTANCES, load, load_instance
+from messnet.deployment.inference import Session
+from messnet.deployment.measurement import Running, device_in_words, make_gallery, run_side_by_side
+from messnet.errors import DataError, InfeasibleError, ModelError, RunError
+from messnet.evaluation import evaluate
+from messnet.instance import ExitChoice, Instance
+from messnet.measurements import Gallery, Measurement, Measurements
+from messnet.network.blueprint import Blueprint
+from messnet.network.exit_head import HeadConfig
+from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.network.zoo import build_model
+from messnet.profiling import profile
+from messnet.report import ReportInputs, render_report
+from messnet.runs import RunDirectory
+from messnet.search import Objective, choose, cost_of, pareto_front, route
+from messnet.tables import CostTable, ExitTables
+from messnet.training import distill, pretrain
+
+__all__ = ["STAGES", "Run", "open_run", "run_stage"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the directory that its artefacts go to."""
+
+    recipe: Recipe
+    directory: RunDirectory
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.recipe.compute.fabric().device)
+
+    def dataset(self, split: Any) -> SegmentationDataset:
+        return open_dataset(self.recipe.data, split)
+
+    def blueprint(self) -> Blueprint:
+        return Blueprint.from_json(self.directory.read("exits.json", made_by="profile"))
+
+    def costs(self) -> CostTable:
+        return CostTable.from_json(self.directory.read("profile.json", made_by="profile").decode())
+
+    def tables(self) -> ExitTables:
+        return ExitTables.from_bytes(self.directory.read("tables.npz", made_by="evaluate"))
+
+    def pretrained(self) -> MultiExitNet:
+        """The network after stage 1, without heads."""
+        weights = self.directory.read("stage1.safetensors", made_by="pretrain")
+        net = self.blueprint().build()
+        net.load_model_state_dict(safetensors.torch.load(weights))
+        return net
+
+
+def profile_stage(run: Run) -> None:
+    """Convert the model: candidate exit points, the workload of every segment and head."""
+    _expect_sound_images(run)
+    options, train, val = run.recipe.model, run.dataset("train"), run.dataset("val")
+    height, width = val[0].mask.shape
+    model = build_model(options.name, len(train.class_names), **options.build_options)
+    net = convert(model, torch.zeros(1, 3, height, width), num_exits=options.num_exits)
+    if net.num_classes != len(train.class_names):
+        raise ModelError(f"{options.name} gives {net.num_classes} classes, the data set has {len(train.class_names)}")
+    for i, point in enumerate(net.exit_points[:-1]):
+        for config in run.recipe.heads.configs(point.channels):
+            net.add_head(i, config)
+    blueprint = Blueprint(
+        model=options.name,
+        model_options=options.build_options,
+        class_names=train.class_names,
+        palette=tuple((int(r), int(g), int(b)) for r, g, b in train.palette),
+        input_size=(height, width),
+        exit_points=net.exit_points,
+        block=net.block,
+    )
+    run.directory.write("exits.json", blueprint.to_json())
+    run.directory.write("profile.json", profile(net, (height, width), model=options.name).to_json())
+
+
+def pretrain_stage(run: Run) -> None:
+    """Stage 1: exit-aware pre-training of the backbone and the final head."""
+    torch.manual_seed(run.recipe.pretrain.seed)
+    net = run.blueprint().build()
+    if run.recipe.model.weights:
+        net.load_model_state_dict(_read_weights(run.recipe.model.weights))
+    checkpoint = run.directory.checkpoint("pretrain")
+    pretrain(net, run.dataset("train"), run.recipe.pretrain, run.recipe.compute, checkpoint)
+    run.directory.write("stage1.safetensors", _tensors(net.model_state_dict()))
+    checkpoint.discard()
+
+
+def distill_stage(run: Run) -> None:
+    """Stage 2: every head of the space on the frozen backbone, by positive filtering distillation."""
+    net, checkpoint = run.pretrained(), run.directory.checkpoint("distill")
+    distill(net, run.dataset("train"), run.recipe.heads, run.recipe.distill, run.recipe.compute, checkpoint)
+    run.directory.write("stage2.safetensors", _tensors(net.heads.state_dict()))
+    checkpoint.discard()
+
+
+def evaluate_stage(run: Run) -> None:
+    """What every exit does to every validation image."""
+    heads = safetensors.torch.load(run.directory.read("stage2.safetensors", made_by="distill"))
+    net = run.pretrained()
+    for i, point in enumerate(net.exit_points[:-1]):
+        for config in run.recipe.heads.configs(point.channels):
+            net.add_head(i, config)
+    net.heads.load_state_dict(heads)
+    tables = evaluate(net, run.dataset("val"), run.recipe.evaluate, run.device)
+    run.directory.write("tables.npz", tables.to_bytes())
+
+
+def search_stage(run: Run) -> None:
+    """Exits, heads and thresholds, on one half of the validation images; nothing is trained again."""
+    options, tables, costs = run.recipe.search, run.tables(), run.costs()
+    selection, _ = tables.halves(options.seed)
+    tables = tables.subset(selection)
+    fronts = {
+        setting: pareto_front(tables, costs, setting=setting, grid=options.grid, progress=True)
+        for setting in ("budgeted", "input_dependent")
+    }
+    objectives = {"max-miou": Objective(maximise="miou", max_cost_ratio=1.0)}
+    objectives |= {f"drop-{drop:g}pp": Objective(minimise="macs", max_drop_pp=drop) for drop in options.max_drops_pp}
+    verdicts, skipped = [], []
+    for name, objective in objectives.items():
+        try:
+            result = choose(fronts["input_dependent"], objective, name=name)
+        except InfeasibleError as error:
+            skipped.append(f"{name}: {error}")
+            continue
+        run.directory.write(f"{INSTANCES}/{name}.json", result.instance.to_json())
+        verdicts.append(f"{name}: {result.verdict} {result.certificate}")
+    front = {
+        "fronts": {key: [(point.cost, point.miou) for point in front.points] for key, front in fronts.items()},
+        "names": list(objectives),
+        "verdicts": verdicts,
+        "skipped": skipped,
+    }
+    run.directory.write("front.json", json.dumps(front, indent=1) + "\n")
+
+
+def report_stage(run: Run) -> None:
+    """Run the chosen instances on the other half of the images, measure them, and write the page."""
+    front = json.loads(run.directory.read("front.json", made_by="search"))
+    tables, costs, val = run.tables(), run.costs(), run.dataset("val")
+    selection, reported = tables.halves(run.recipe.search.seed)
+    found = [name for name in front["names"] if (run.directory.path / INSTANCES / f"{name}.json").exists()]
+    final = tables.exits[tables.final]
+    baseline = Instance(
+        name="baseline", setting="budgeted", exits=(ExitChoice(exit_index=final.exit_index, head=final.head),)
+    )
+    instances = [baseline, *(load_instance(run.directory.path, name) for name in found)]
+    sessions = [load(run.directory.path, instance=instance, device=run.device) for instance in instances]
+    samples = ((val[v].image, val[v].mask) for v in map(int, reported))
+    runnings = run_side_by_side(sessions, samples, len(tables.class_names))
+    half = tables.subset(reported)
+    measurements = Measurements(
+        device=device_in_words(run.device),
+        input_size=costs.input_size,
+        image_names=list(half.image_names),
+        difficulty=[float(d) for d in half.difficulty],
+        final_exit_error=runnings[0].errors(),
+        num_selection_images=len(selection),
+        rows=[_measurement(*pair, half, costs) for pair in zip(instances, runnings, strict=True)],
+        skipped=front["skipped"],
+    )
+    gallery = _gallery(val, reported, sessions, runnings)
+    run.directory.write("measurements.json", measurements.to_json())
+    if gallery is not None:
+        run.directory.write("gallery.npz", gallery.to_bytes())
+    inputs = ReportInputs(
+        title=f"{run.recipe.model.name} on {run.recipe.data.source}",
+        measurements=measurements,
+        gallery=gallery,
+        tables=tables,
+        costs=costs,
+        fronts=front["fronts"],
+        verdicts=front["verdicts"],
+        recipe_yaml=yaml.safe_dump(recipe_to_record(run.recipe), sort_keys=False),
+        provenance={stage: _words(entry) for stage, entry in run.directory.record()["stages"].items()},
+    )
+    run.directory.write("report.html", render_report(inputs))
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "profile": profile_stage,
+    "pretrain": pretrain_stage,
+    "distill": distill_stage,
+    "evaluate": evaluate_stage,
+    "search": search_stage,
+    "report": report_stage,
+}
+# The sections of the recipe that a stage adds to those of the stages before it.
+SECTIONS = {
+    "profile": ("data", "model", "heads"),
+    "pretrain": ("pretrain",),
+    "distill": ("distill",),
+    "evaluate": ("evaluate",),
+    "search": ("search",),
+    "report": (),
+}
+# Cheap and meant to be repeated: run again when their options change instead of refusing.
+REPEATABLE = ("search", "report")
+ARTEFACTS = {
+    "profile": "exits.json",
+    "pretrain": "stage1.safetensors",
+    "distill": "stage2.safetensors",
+    "evaluate": "tables.npz",
+    "search": "front.json",
+    "report": "report.html",
+}
+
+
+def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> Run:
+    """The run of a recipe file (in ``out``, by default runs/NAME) or of a run directory, which remembers its recipe.
+
+    Raises RecipeError or DataError when the recipe is not in order, RunError when the directory belongs to another
+    recipe: what a stage was made from cannot change once it has begun. Nothing is written in either case.
+    """
+    if target.is_dir():
+        directory = RunDirectory(target)
+        recipe = recipe_from_record(directory.record()["recipe"], overrides)
+    else:
+        recipe = load_recipe(target, overrides)
+        directory = RunDirectory(out or Path("runs") / target.stem)
+    record = recipe_to_record(recipe)
+    if not directory.exists:
+        for split in ("train", "val"):
+            open_dataset(recipe.data, split)
+        directory.create(record)
+    elif (known := directory.record()["recipe"]) != record:
+        _refuse_other_recipe(directory, known, record)
+        directory.update_recipe(record)
+    return Run(recipe, directory)
+
+
+def run_stage(run: Run, stage: str, *, again: bool = False) -> bool:
+    """Does one stage unless it is done; ``again`` repeats it where that is cheap. Tells whether it did."""
+    fingerprint = _fingerprint(recipe_to_record(run.recipe), stage)
+    done = run.directory.fingerprint(stage) == fingerprint and (run.directory.path / ARTEFACTS[stage]).exists()
+    if done and not (again and stage in REPEATABLE):
+        return False
+    with run.directory.finishing(stage, fingerprint):
+        STAGES[stage](run)
+    return True
+
+
+def _sections(stage: str) -> list[str]:
+    """The sections of the recipe that a stage's artefact depends on."""
+    stages = list(STAGES)[: list(STAGES).index(stage) + 1]
+    return [section for name in stages for section in SECTIONS[name]]
+
+
+def _fingerprint(record: dict[str, Any], stage: str) -> str:
+    parts = {section: record[section] for section in _sections(stage)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_other_recipe(directory: RunDirectory, known: dict[str, Any], record: dict[str, Any]) -> None:
+    begun = [
+        stage
+        for stage in STAGES
+        if stage not in REPEATABLE
+        and (directory.fingerprint(stage) is not None or directory.checkpoint(stage).path.exists())
+    ]
+    for section in _sections(begun[-1]) if begun else []:
+        old, new = _flat(known.get(section, {})), _flat(record[section])
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise RunError(
+                    f"{directory.path} was made with {section}.{key} = {old.get(key)}, this recipe says "
+                    f"{new.get(key)}: choose another directory with --out, or delete it"
+                )
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _measurement(instance: Instance, running: Running, tables: ExitTables, costs: CostTable) -> Measurement:
+    return Measurement(
+        instance=instance,
+        miou=running.miou(),
+        miou_from_tables=tables.miou(route(tables, instance)),
+        macs=float(cost_of(tables, costs, instance, "macs").mean()),
+        macs_paper=float(cost_of(tables, costs, instance, "macs_paper").mean()),
+        exit_taken=running.exit_taken,
+        image_confidence=running.image_confidence,
+        latency_ms=running.latency_ms,
+    )
+
+
+def _gallery(
+    val: SegmentationDataset, reported: Sequence[int], sessions: Sequence[Session], runnings: Sequence[Running]
+) -> Gallery | None:
+    """An image that stopped early and one that went deep, through the instance with the most exits."""
+    if len(sessions) < 2:
+        return None
+    session, running = max(
+        zip(sessions[1:], runnings[1:], strict=True), key=lambda pair: len(pair[0].instance.exits)
+    )
+    order = np.lexsort((running.image_confidence, running.exit_taken))
+    first, last = int(order[len(order) // 10]), int(order[-1 - len(order) // 10])
+    samples = [val[int(reported[v])] for v in dict.fromkeys((first, last))]
+    samples = [sample for sample in samples if sample.mask.shape == samples[0].mask.shape]
+    taken = [running.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
+    return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
+
+
+def _expect_sound_images(run: Run) -> None:
+    """Reads every image once before hours are spent on them; generated ones cannot be broken."""
+    if run.recipe.data.source == "scenes":
+        return
+    for split in ("train", "val"):
+        report = check_dataset(run.dataset(split), progress=partial(tqdm, desc=f"check {split}", unit="img"))
+        if report.problems:
+            more = f" (and {len(report.problems) - 1} more: `messnet check-data`)" if len(report.problems) > 1 else ""
+            raise DataError(f"{report.problems[0]}{more}")
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"model.weights {path} cannot be read ({error}); expected a safetensors file") from error
+
+
+def _tensors(state: dict[str, torch.Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def _words(entry: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in entry.items() if key != "fingerprint"}

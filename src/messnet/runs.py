@@ -1,0 +1,147 @@
+"""The run directory: artefact names, provenance, checkpoints. Every file is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from messnet.errors import RunError
+
+__all__ = ["Checkpoint", "RunDirectory", "write_atomically"]
+
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Writes through a temporary file beside ``path``: a kill leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training stage keeps the state it resumes from."""
+
+    path: Path
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state saved, None if there is none. Raises RunError when it cannot be read."""
+        if not self.path.exists():
+            return None
+        import torch
+
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise RunError(f"{self.path} cannot be read ({error}); delete it to start the stage again") from error
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        import io
+
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.path, buffer.getvalue())
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A folder with the artefacts of one recipe: ``run.json`` says which stages are done, of which recipe, by whom."""
+
+    path: Path
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / RUN_FILE).is_file()
+
+    def create(self, recipe: dict[str, Any]) -> None:
+        """Starts a run in a new or empty folder. Raises RunError when the folder holds something else."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunError(f"{self.path} exists and is no run directory; choose another with --out, or empty it")
+        self._write_record({"schema_version": SCHEMA_VERSION, "recipe": recipe, "stages": {}})
+
+    def update_recipe(self, recipe: dict[str, Any]) -> None:
+        self._write_record({**self.record(), "recipe": recipe})
+
+    def record(self) -> dict[str, Any]:
+        """``run.json``. Raises RunError when the folder is no run of this schema version."""
+        file = self.path / RUN_FILE
+        if not file.is_file():
+            raise RunError(f"{self.path} is no run directory (no {RUN_FILE}); start one with `messnet run RECIPE`")
+        try:
+            record: dict[str, Any] = json.loads(file.read_text())
+            version = record["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{file} cannot be read ({error}); the run has to be made again") from error
+        if version != SCHEMA_VERSION:
+            raise RunError(f"{file} has schema version {version}: this messnet reads {SCHEMA_VERSION}")
+        return record
+
+    def fingerprint(self, stage: str) -> str | None:
+        """What the finished ``stage`` was made from, None if it is not finished."""
+        entry = self.record()["stages"].get(stage)
+        return entry and str(entry["fingerprint"])
+
+    @contextmanager
+    def finishing(self, stage: str, fingerprint: str) -> Iterator[None]:
+        """Records ``stage`` as finished, with its time and provenance, when the block ends without an error."""
+        start = time.perf_counter()
+        yield
+        record = self.record()
+        record["stages"][stage] = {
+            "fingerprint": fingerprint,
+            "seconds": round(time.perf_counter() - start, 1),
+            "finished": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+            **provenance(),
+        }
+        self._write_record(record)
+
+    def checkpoint(self, stage: str) -> Checkpoint:
+        return Checkpoint(self.path / f"{stage}.checkpoint")
+
+    def write(self, name: str, data: bytes | str) -> Path:
+        write_atomically(self.path / name, data)
+        return self.path / name
+
+    def read(self, name: str, *, made_by: str) -> bytes:
+        """An artefact. Raises RunError that names the verb which makes it when it is not there."""
+        file = self.path / name
+        if not file.is_file():
+            raise RunError(f"{self.path} has no {name} yet; make it with `messnet {made_by} {self.path}`")
+        return file.read_bytes()
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        write_atomically(self.path / RUN_FILE, json.dumps(record, indent=1) + "\n")
+
+
+def provenance() -> dict[str, str]:
+    """Versions and machine, as words."""
+    packages = {name: metadata.version(name) for name in ("messnet", "torch", "torchvision") if _installed(name)}
+    return {**packages, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,190 @@
+"""What a search ranges over and is asked for: the grid of thresholds, the objective, and an instance on the tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.errors import RecipeError, RunError
+from messnet.instance import Instance
+from messnet.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
+
+__all__ = ["ExitSets", "Grid", "Objective", "cost_of", "exit_sets", "route"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The declared grid: which exits and thresholds a search tries. "Never exits here" is no threshold but a state of
+    its own: the exit is left out of the instance."""
+
+    max_exits: int = 3
+    """Exits of an instance, the last one included; 1 to 3."""
+    policy: str | None = None
+    """One of ``tables.policies``; None: the first."""
+    pixel_thresholds: tuple[float, ...] | None = None
+    """Some of ``tables.pixel_thresholds``; None: all."""
+    num_image_thresholds: int = 32
+    """Image thresholds per exit and pixel threshold, >= 1: quantiles of the image confidences on the selection images.
+    With at least as many as there are distinct values the grid is complete: no other threshold routes otherwise."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_exits <= 3:
+            raise RecipeError(f"max_exits is {self.max_exits}: this search proves optima of 1 to 3 exits")
+        if self.num_image_thresholds < 1:
+            raise RecipeError(f"num_image_thresholds is {self.num_image_thresholds}, expected at least 1")
+
+    def policy_of(self, tables: ExitTables) -> str:
+        policy = self.policy or tables.policies[0]
+        return tables.policies[_policy_index(tables, policy)]
+
+    def pixel_thresholds_of(self, tables: ExitTables) -> list[int]:
+        """Positions in ``tables.pixel_thresholds``."""
+        if self.pixel_thresholds is None:
+            return list(range(len(tables.pixel_thresholds)))
+        return [_pixel_threshold_index(tables, value) for value in self.pixel_thresholds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a search is asked for: the least cost, or the best mIoU, subject to every constraint that is not None."""
+
+    minimise: CostName | None = None
+    maximise: Literal["miou"] | None = None
+    """Give one of the two; neither: minimise macs."""
+    cost: CostName = "macs"
+    """The cost that is constrained when mIoU is maximised; ignored otherwise."""
+    max_drop_pp: float | None = None
+    """Largest mIoU drop against the final exit on the same images, percentage points."""
+    min_miou: float | None = None
+    """In [0, 1]."""
+    max_cost: float | None = None
+    """Per image, in the unit of the cost."""
+    max_cost_ratio: float | None = None
+    """Relative to the user's whole model."""
+
+    def __post_init__(self) -> None:
+        if self.minimise and self.maximise:
+            raise RecipeError("give minimise or maximise, not both; bound the other with a constraint")
+        if self.cost_name not in get_args(CostName):
+            raise RecipeError(f"unknown cost {self.cost_name!r}: expected one of {', '.join(get_args(CostName))}")
+        if self.maximise not in (None, "miou"):
+            raise RecipeError(f"cannot maximise {self.maximise!r}: only 'miou'")
+
+    @property
+    def cost_name(self) -> CostName:
+        return self.cost if self.maximise else self.minimise or "macs"
+
+    def limits(self, baseline_miou: float, baseline_cost: float) -> tuple[float, float]:
+        """(least mIoU, largest cost) that the constraints allow; infinite where nothing is constrained."""
+        mious = [-np.inf]
+        if self.min_miou is not None:
+            mious.append(self.min_miou)
+        if self.max_drop_pp is not None:
+            mious.append(baseline_miou - self.max_drop_pp / 100)
+        costs = [np.inf]
+        if self.max_cost is not None:
+            costs.append(self.max_cost)
+        if self.max_cost_ratio is not None:
+            costs.append(self.max_cost_ratio * baseline_cost)
+        return max(mious), min(costs)
+
+    def __str__(self) -> str:
+        constraints = [
+            (self.max_drop_pp, "mIoU at most {} pp below the final exit"),
+            (self.min_miou, "mIoU at least {}"),
+            (self.max_cost, self.cost_name + " at most {}"),
+            (self.max_cost_ratio, self.cost_name + " at most {} x the whole model"),
+        ]
+        words = [text.format(f"{value:g}") for value, text in constraints if value is not None]
+        goal = "best mIoU" if self.maximise else f"least {self.cost_name}"
+        return f"{goal}, {' and '.join(words)}" if words else goal
+
+
+class ExitSets(NamedTuple):
+    """The distinct sets of images that can leave at one exit."""
+
+    masks: NDArray[np.bool_]
+    """(S, V), small sets first."""
+    thresholds: FloatArray
+    """(S, 2): a pixel and an image threshold that send exactly this set out."""
+    num_declared: int
+    """Threshold pairs of the grid; S of them are distinct and worth trying."""
+
+
+def exit_sets(tables: ExitTables, position: int, grid: Grid) -> ExitSets:
+    """All the grid's exit sets at ``tables.exits[position]``.
+
+    Different thresholds often send the same images out: one pair per set is kept. The set of all images is dropped,
+    the model is then cut here and the same instance without later exits costs no more. An image threshold lies midway
+    between an observed confidence and the next smaller one: far from the images it must tell apart, on either side.
+    """
+    policy = _policy_index(tables, grid.policy_of(tables))
+    masks, thresholds, num_declared = [], [], 0
+    for t in grid.pixel_thresholds_of(tables):
+        confidence = tables.image_confidence[:, position, policy, t]
+        observed = np.unique(confidence)
+        chosen = observed
+        if grid.num_image_thresholds < len(observed):
+            ranks = np.linspace(0, len(confidence) - 1, grid.num_image_thresholds).round().astype(int)
+            chosen = np.unique(np.sort(confidence)[ranks])
+        num_declared += len(chosen)
+        for value in chosen[chosen > observed[0]]:
+            below = observed[np.searchsorted(observed, value) - 1]
+            # Kept in float32, the tables' type, so that no later cast moves it onto an observed value.
+            middle = np.float32((np.float64(below) + np.float64(value)) / 2)
+            masks.append(confidence >= value)
+            thresholds.append((float(tables.pixel_thresholds[t]), float(middle if middle > below else value)))
+    shape = (len(masks), len(tables.image_names))
+    stacked = np.array(masks, bool).reshape(shape)
+    _, first = np.unique(stacked, axis=0, return_index=True)
+    kept = first[np.lexsort((first, stacked[first].sum(1)))]
+    return ExitSets(stacked[kept], np.array(thresholds, np.float64).reshape(-1, 2)[kept], num_declared)
+
+
+def route(tables: ExitTables, instance: Instance) -> IntArray:
+    """(V,) positions in ``tables.exits`` where the images leave: the first exit of the instance whose image confidence
+    reaches its image threshold, else its last exit."""
+    positions = _positions(tables, instance)
+    routing = np.full(len(tables.image_names), positions[-1], np.int64)
+    for choice, position in reversed(list(zip(instance.exits[:-1], positions[:-1], strict=True))):
+        if choice.pixel_threshold is not None and choice.image_threshold is not None:
+            policy = _policy_index(tables, instance.policy)
+            threshold = _pixel_threshold_index(tables, choice.pixel_threshold)
+            routing[tables.image_confidence[:, position, policy, threshold] >= choice.image_threshold] = position
+    return routing
+
+
+def cost_of(tables: ExitTables, costs: CostTable, instance: Instance, name: CostName = "macs") -> FloatArray:
+    """(V,) cost of every image: all segments up to the exit it leaves at and every head of the instance on the way.
+    Parameters are those of everything the instance keeps, whichever exit the image takes."""
+    positions = _positions(tables, instance)
+    column = costs.column(name, [choice.exit for choice in instance.exits])
+    reached = [column.prefix(choice.exit_index) for choice in instance.exits] + np.cumsum(column.heads)
+    if name == "parameters":
+        return np.full(len(tables.image_names), reached[-1])
+    routing = route(tables, instance)
+    return np.array(reached[[positions.index(int(position)) for position in routing]], np.float64)
+
+
+def _positions(tables: ExitTables, instance: Instance) -> list[int]:
+    missing = [choice.exit for choice in instance.exits if choice.exit not in tables.exits]
+    if missing:
+        raise RunError(f"the exit tables have no {missing[0]}: the instance was made for another head space")
+    return [tables.exits.index(choice.exit) for choice in instance.exits]
+
+
+def _policy_index(tables: ExitTables, policy: str) -> int:
+    if policy not in tables.policies:
+        raise RecipeError(f"the exit tables have no policy {policy!r}: expected one of {', '.join(tables.policies)}")
+    return tables.policies.index(policy)
+
+
+def _pixel_threshold_index(tables: ExitTables, value: float) -> int:
+    matches = np.flatnonzero(np.isclose(tables.pixel_thresholds, value, rtol=0, atol=1e-9))
+    if not len(matches):
+        known = ", ".join(f"{threshold:g}" for threshold in tables.pixel_thresholds)
+        raise RecipeError(f"the exit tables have no pixel threshold {value:g}: expected one of {known}")
+    return int(matches[0])
