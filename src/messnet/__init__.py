@@ -1,3 +1,76 @@
-"""messnet: multi-exit semantic segmentation networks (MESS, Kouris et al., ECCV 2022)."""
+"""messnet: multi-exit semantic segmentation networks (MESS, Kouris et al., ECCV 2022).
 
+net = messnet.convert(model, example_input, num_exits=6)
+costs = messnet.profile(net, input_size=(512, 512))
+result = messnet.search(tables, costs, setting="input_dependent", minimise="macs", max_drop_pp=1.0)
+session = messnet.load("runs/demo")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Before anything can import the subpackage of the same name over it; needs numpy only.
+from messnet.search import search
+
+if TYPE_CHECKING:
+    from messnet.deployment.bundle import load
+    from messnet.deployment.inference import Result, Session
+    from messnet.errors import MessError
+    from messnet.instance import Exit, ExitChoice, Instance
+    from messnet.network import zoo
+    from messnet.network.exit_head import HeadConfig, HeadSpace
+    from messnet.network.multi_exit import MultiExitNet, convert
+    from messnet.profiling import profile
+    from messnet.tables import CostTable, ExitTables
+
+__all__ = [
+    "CostTable",
+    "Exit",
+    "ExitChoice",
+    "ExitTables",
+    "HeadConfig",
+    "HeadSpace",
+    "Instance",
+    "MessError",
+    "MultiExitNet",
+    "Result",
+    "Session",
+    "convert",
+    "load",
+    "profile",
+    "search",
+    "zoo",
+]
 __version__ = "0.1.0"
+
+# Resolved when first used: the command's --help and a search should not wait for torch.
+_HOMES = {
+    "CostTable": "messnet.tables",
+    "Exit": "messnet.instance",
+    "ExitChoice": "messnet.instance",
+    "ExitTables": "messnet.tables",
+    "HeadConfig": "messnet.network.exit_head",
+    "HeadSpace": "messnet.network.exit_head",
+    "Instance": "messnet.instance",
+    "MessError": "messnet.errors",
+    "MultiExitNet": "messnet.network.multi_exit",
+    "Result": "messnet.deployment.inference",
+    "Session": "messnet.deployment.inference",
+    "convert": "messnet.network.multi_exit",
+    "load": "messnet.deployment.bundle",
+    "profile": "messnet.profiling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return importlib.import_module("messnet.network.zoo")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'messnet' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

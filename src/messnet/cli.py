@@ -17,19 +17,21 @@ from messnet.errors import MessError
 
 __all__ = ["app", "main"]
 
+
+def _examples(*commands: str) -> str:
+    """For the end of a help page. (cyclopts leaves an "Examples" section of a docstring out.)"""
+    return "**Examples**\n\n" + "\n".join(f"    messnet {command}" for command in commands)
+
+
 app = App(
     name="messnet",
     version=__version__,
-    help="""Turn a semantic segmentation model into a multi-exit one and deploy it on the device at hand.
-
-    Examples:
-
-    $ messnet run configs/demo.yaml
-
-    $ messnet run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid
-
-    $ messnet predict runs/camvid photos/ --out predictions
-    """,
+    help="Turn a semantic segmentation model into a multi-exit one and deploy it on the device at hand.",
+    help_epilogue=_examples(
+        "run configs/demo.yaml",
+        "run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid",
+        "predict runs/camvid photos/ --out predictions",
+    ),
     help_format="markdown",
 )
 
@@ -39,7 +41,6 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the r
 Overrides = Annotated[
     str, Parameter(allow_leading_hyphen=True, help="Recipe values over the file's: --pretrain.iterations 500 ...")
 ]
-
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -54,18 +55,15 @@ def main(tokens: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-@app.command
+@app.command(
+    help_epilogue=_examples(
+        "run configs/demo.yaml",
+        "run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid",
+        "run runs/camvid",
+    )
+)
 def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
-    """Do all of it, from where it stopped: profile, pretrain, distill, evaluate, search, report.
-
-    Examples:
-
-    $ messnet run configs/demo.yaml
-
-    $ messnet run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid
-
-    $ messnet run runs/camvid
-    """
+    """Do all of it, from where it stopped: profile, pretrain, distill, evaluate, search, report."""
     opened = _open(target, overrides, out)
     from messnet.pipeline import STAGES, run_stage
 
@@ -74,16 +72,9 @@ def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson 
     _print_table(opened.directory.path, as_json)
 
 
-@app.command
+@app.command(help_epilogue=_examples("profile configs/demo.yaml", "profile runs/demo --json"))
 def profile(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
-    """Convert the model: candidate exit points and the workload of every part.
-
-    Examples:
-
-    $ messnet profile configs/demo.yaml
-
-    $ messnet profile runs/demo --json
-    """
+    """Convert the model: candidate exit points and the workload of every part."""
     opened = _stage("profile", target, overrides, out, quiet=as_json)
     costs, blueprint = opened.costs(), opened.blueprint()
     if as_json:
@@ -107,19 +98,23 @@ def profile(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJ
     console.print(f"whole model: {total / 1e9:.3f} GMACs ({costs.total_macs('paper') / 1e9:.3f} in the posters' count)")
 
 
-@app.command
+@app.command(
+    help_epilogue=_examples(
+        "pretrain runs/demo", "pretrain configs/demo.yaml --pretrain.iterations 2000 --out runs/longer"
+    )
+)
 def pretrain(target: Target, *overrides: Overrides, out: Out = None) -> None:
     """Stage 1: exit-aware pre-training of the backbone and the final head."""
     _stage("pretrain", target, overrides, out)
 
 
-@app.command
+@app.command(help_epilogue=_examples("distill runs/demo"))
 def distill(target: Target, *overrides: Overrides, out: Out = None) -> None:
     """Stage 2: train every head of the space on the frozen backbone, by positive filtering distillation."""
     _stage("distill", target, overrides, out)
 
 
-@app.command
+@app.command(help_epilogue=_examples("evaluate runs/demo", "evaluate runs/demo --json"))
 def evaluate(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
     """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
     opened = _stage("evaluate", target, overrides, out, quiet=as_json)
@@ -149,7 +144,13 @@ def evaluate(target: Target, *overrides: Overrides, out: Out = None, as_json: As
     Console().print(table)
 
 
-@app.command
+@app.command(
+    help_epilogue=_examples(
+        "search runs/demo",
+        "search runs/demo --name half --maximise miou --max-cost-ratio 0.5",
+        "search runs/demo --name cut --setting budgeted --max-drop-pp 2",
+    )
+)
 def search(
     target: Target,
     *overrides: Overrides,
@@ -168,14 +169,6 @@ def search(
 
     Without --name: the recipe's instances (most accurate at <= 1x, cheapest at each allowed drop). With --name: one
     instance for the objective given, beside the others in RUN/instances.
-
-    Examples:
-
-    $ messnet search runs/demo
-
-    $ messnet search runs/demo --name half --maximise miou --max-cost-ratio 0.5
-
-    $ messnet search runs/demo --name cut --setting budgeted --max-drop-pp 2
     """
     asked = (minimise, maximise, max_drop_pp, min_miou, max_cost, max_cost_ratio)
     if name is None and (any(value is not None for value in asked) or setting != "input_dependent"):
@@ -183,7 +176,8 @@ def search(
     if name is not None and (not name or Path(name).name != name):
         raise MessError(f"--name must be a plain file name, got {name!r}")
     opened = _open(target, overrides, out)
-    from messnet.pipeline import INSTANCES, load_instance, run_stage
+    from messnet.deployment.bundle import INSTANCES, load_instance
+    from messnet.pipeline import run_stage
     from messnet.search import search as search_tables
 
     if name is None:
@@ -217,7 +211,7 @@ def search(
         print(f"{instance.name}: {instance.objective}; on the selection images {_figures(instance.selected_on)}")
         for choice in instance.exits:
             rule = (
-                f"stop if at least {choice.image_threshold:.1%} of the pixels have confidence >= {choice.pixel_threshold:g}"
+                f"stop if {choice.image_threshold:.1%} of the pixels have confidence >= {choice.pixel_threshold:g}"
                 if choice.image_threshold is not None
                 else "last"
             )
@@ -225,7 +219,12 @@ def search(
     print("\n".join(words))
 
 
-@app.command
+@app.command(
+    help_epilogue=_examples(
+        "predict runs/demo photo.jpg",
+        "predict runs/camvid ../shared/camvid/val/images --instance drop-0.1pp --out predictions",
+    )
+)
 def predict(
     run_directory: Path,
     *images: Path,
@@ -238,12 +237,6 @@ def predict(
 
     Writes OUT/masks (class indices, PNG), OUT/overlays, OUT/confidence (0 to 255 for 0 to 1, PNG) and
     OUT/predictions.json (exit taken, image confidence, latency).
-
-    Examples:
-
-    $ messnet predict runs/demo photo.jpg
-
-    $ messnet predict runs/camvid ../shared/camvid/val/images --instance drop-0.1pp --out predictions
 
     Parameters
     ----------
@@ -264,7 +257,7 @@ def predict(
     print(f"{len(records)} images ({shares}) in {out}/")
 
 
-@app.command
+@app.command(help_epilogue=_examples("report runs/demo"))
 def report(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
     """Measure the chosen instances on the reported half of the images and write RUN/report.html."""
     opened = _open(target, overrides, out)
@@ -274,14 +267,12 @@ def report(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJs
     _print_table(opened.directory.path, as_json)
 
 
-@app.command(name="check-data")
+@app.command(
+    name="check-data",
+    help_epilogue=_examples("check-data configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid"),
+)
 def check_data(target: Target, *overrides: Overrides, as_json: AsJson = False) -> None:
-    """Read every image and mask of a recipe's data set and say what is in them and what is wrong.
-
-    Examples:
-
-    $ messnet check-data configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid
-    """
+    """Read every image and mask of a recipe's data set and say what is in them and what is wrong."""
     from functools import partial
 
     from tqdm import tqdm
@@ -304,7 +295,7 @@ def check_data(target: Target, *overrides: Overrides, as_json: AsJson = False) -
         raise MessError(f"the data set has {problems} problems, listed above")
 
 
-@app.command
+@app.command(help_epilogue=_examples("recipe configs/demo.yaml", "recipe runs/demo --json"))
 def recipe(target: Target, *overrides: Overrides, as_json: AsJson = False) -> None:
     """Print a recipe with every key it has, defaults and overrides included."""
     from messnet.config import recipe_to_record

@@ -82,7 +82,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     app = App(config=Yaml(path, use_commands_as_keys=False), help_flags=[], version_flags=[])
 
     @app.default
-    def collect(*, recipe: Annotated[Recipe, Parameter(name="*")] = Recipe()) -> Recipe:  # noqa: B008
+    def collect(*, recipe: Annotated[Recipe, Parameter(name="*")] = Recipe()) -> Recipe:
         return recipe
 
     try:

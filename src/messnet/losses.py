@@ -17,10 +17,8 @@ DistillationLoss = Literal["pfd", "kd", "ce"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the valid pixels; 0 if there are none. ``logits`` (N, K, H, W), ``class_weights`` (K,)."""
-    total = F.cross_entropy(
-        logits.float(), labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    """Mean cross-entropy over the valid pixels, 0 without any: ``logits`` (N, K, H, W), ``class_weights`` (K,)."""
+    total = F.cross_entropy(logits.float(), labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
     valid = labels != IGNORE_INDEX
     weight = valid.sum() if class_weights is None else class_weights[labels[valid]].sum()
     return total / weight.clamp(min=1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -29,7 +29,6 @@ from messnet.evaluation import evaluate
 from messnet.instance import ExitChoice, Instance
 from messnet.measurements import Gallery, Measurement, Measurements
 from messnet.network.blueprint import Blueprint
-from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import build_model
 from messnet.profiling import profile
@@ -51,7 +50,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return cast(torch.device, self.recipe.compute.fabric().device)
+        return self.recipe.compute.fabric().device
 
     def dataset(self, split: Any) -> SegmentationDataset:
         return open_dataset(self.recipe.data, split)
@@ -163,7 +162,8 @@ def report_stage(run: Run) -> None:
     """Run the chosen instances on the other half of the images, measure them, and write the page."""
     front = json.loads(run.directory.read("front.json", made_by="search"))
     tables, costs, val = run.tables(), run.costs(), run.dataset("val")
-    selection, reported = tables.halves(run.recipe.search.seed)
+    selection, half = tables.halves(run.recipe.search.seed)
+    reported = half.tolist()
     found = [name for name in front["names"] if (run.directory.path / INSTANCES / f"{name}.json").exists()]
     final = tables.exits[tables.final]
     baseline = Instance(
@@ -171,17 +171,17 @@ def report_stage(run: Run) -> None:
     )
     instances = [baseline, *(load_instance(run.directory.path, name) for name in found)]
     sessions = [load(run.directory.path, instance=instance, device=run.device) for instance in instances]
-    samples = ((val[v].image, val[v].mask) for v in map(int, reported))
+    samples = ((val[v].image, val[v].mask) for v in reported)
     runnings = run_side_by_side(sessions, samples, len(tables.class_names))
-    half = tables.subset(reported)
+    tables_reported = tables.subset(half)
     measurements = Measurements(
         device=device_in_words(run.device),
         input_size=costs.input_size,
-        image_names=list(half.image_names),
-        difficulty=[float(d) for d in half.difficulty],
+        image_names=list(tables_reported.image_names),
+        difficulty=[float(d) for d in tables_reported.difficulty],
         final_exit_error=runnings[0].errors(),
         num_selection_images=len(selection),
-        rows=[_measurement(*pair, half, costs) for pair in zip(instances, runnings, strict=True)],
+        rows=[_measurement(*pair, tables_reported, costs) for pair in zip(instances, runnings, strict=True)],
         skipped=front["skipped"],
     )
     gallery = _gallery(val, reported, sessions, runnings)
@@ -319,12 +319,10 @@ def _gallery(
     """An image that stopped early and one that went deep, through the instance with the most exits."""
     if len(sessions) < 2:
         return None
-    session, running = max(
-        zip(sessions[1:], runnings[1:], strict=True), key=lambda pair: len(pair[0].instance.exits)
-    )
+    session, running = max(zip(sessions[1:], runnings[1:], strict=True), key=lambda pair: len(pair[0].instance.exits))
     order = np.lexsort((running.image_confidence, running.exit_taken))
     first, last = int(order[len(order) // 10]), int(order[-1 - len(order) // 10])
-    samples = [val[int(reported[v])] for v in dict.fromkeys((first, last))]
+    samples = [val[reported[v]] for v in dict.fromkeys((first, last))]
     samples = [sample for sample in samples if sample.mask.shape == samples[0].mask.shape]
     taken = [running.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
     return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from messnet.instance import Exit
 from messnet.network.multi_exit import MultiExitNet
 from messnet.tables import CostTable, PartCost
 from messnet.workload import count_module, output_shape

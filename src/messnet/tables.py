@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from messnet.errors import RunError
 from messnet.instance import Exit
+from messnet.runs import write_atomically
 
 __all__ = ["CostColumn", "CostTable", "ExitTables", "PartCost", "class_iou", "mean_iou"]
 
@@ -33,7 +35,8 @@ def class_iou(intersection: NDArray[Any], predicted: NDArray[Any], labelled: NDA
     """Intersection over union per class from summed pixel counts, each (..., K). NaN where a class is in neither the
     labels nor the predictions."""
     union = (np.asarray(predicted, np.int64) + labelled - intersection).astype(np.float64)
-    return np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
+    iou: FloatArray = np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
+    return iou
 
 
 def mean_iou(intersection: NDArray[Any], predicted: NDArray[Any], labelled: NDArray[Any]) -> float:
@@ -100,10 +103,14 @@ class CostTable:
             np.array([getattr(self.heads[exit], name) for exit in exits], np.float64),
         )
 
-    def to_json(self) -> str:
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The table as JSON, written to ``path`` too if one is given."""
         record = asdict(self) | {"schema_version": SCHEMA_VERSION}
         record["heads"] = [[*exit, asdict(part)] for exit, part in self.heads.items()]
-        return json.dumps(record, indent=1) + "\n"
+        text = json.dumps(record, indent=1) + "\n"
+        if path is not None:
+            write_atomically(Path(path), text)
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> CostTable:

@@ -175,7 +175,7 @@ class _Pretraining:
 
     def __init__(self, net: MultiExitNet, plain: Sequence[Exit], options: PretrainOptions, fabric: Fabric) -> None:
         self.options, self.fabric, self.net = options, fabric, net
-        module = _ExitAware(net, plain).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = _ExitAware(net, plain).train().to(memory_format=torch.channels_last)
         self.module, self.optimizer = fabric.setup(module, _sgd(module, options))
         self.num_early = len(plain)
         weights = options.class_weights
@@ -330,7 +330,7 @@ def _sgd(module: nn.Module, options: TrainOptions) -> torch.optim.SGD:
 
 def _learning_rate(options: TrainOptions, iteration: int) -> float:
     peak = options.learning_rate * options.batch_size / 16
-    poly = (1 - (iteration - 1) / options.iterations) ** 0.9
+    poly: float = (1 - (iteration - 1) / options.iterations) ** 0.9
     return peak * poly * min(1.0, iteration / max(options.warmup, 1))
 
 
@@ -352,5 +352,7 @@ def _mix(seed: int, *parts: object) -> int:
 def _finite(name: str, iteration: int, loss: Tensor) -> float:
     value = float(loss)
     if value != value or abs(value) == float("inf"):
-        raise MessError(f"the loss of {name} is {value} at iteration {iteration}: lower {name}.learning_rate and start again")
+        raise MessError(
+            f"the loss of {name} is {value} at iteration {iteration}: lower {name}.learning_rate and start again"
+        )
     return value

@@ -101,5 +101,3 @@ _PAPER_ONLY = {
 
 def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_PAPER_ONLY)
-
-

@@ -15,7 +15,7 @@ from messnet.instance import Instance
 from messnet.network.blueprint import Blueprint
 from messnet.runs import RunDirectory
 
-__all__ = ["DEFAULT_INSTANCE", "instance_names", "load", "load_instance"]
+__all__ = ["DEFAULT_INSTANCE", "INSTANCES", "instance_names", "load", "load_instance"]
 
 DEFAULT_INSTANCE = "drop-1pp"
 INSTANCES = "instances"

@@ -1,4 +1,4 @@
-"""From a user's model to a chain of segments (method.md section 2): trace, find the legal cuts, choose exit points, cut.
+"""From a user's model to a chain of segments (method.md section 2): trace, find the legal cuts, choose, cut.
 
 The modules are the user's own: shared, not copied, under their own names, so weights are kept and train() and eval()
 mean what they meant.
@@ -85,7 +85,9 @@ def cut_model(
     head_start = _head_start(model, nodes, head)
     legal = _legal_cuts(traced, nodes[:head_start], outputs)
     if not legal or legal[-1] is not nodes[head_start - 1]:
-        raise ModelError("the segmentation head takes more than one tensor of the backbone; name another module with head=")
+        raise ModelError(
+            "the segmentation head takes more than one tensor of the backbone; name another module with head="
+        )
     costs = dict(zip(nodes, accumulate(outputs[node.name][0].macs for node in nodes), strict=True))
     if exit_points is None:
         chosen = [legal[index] for index in choose_exit_points([costs[node] for node in legal], num_exits)]
@@ -122,7 +124,11 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and f.filename != __file__]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if "/torch/" not in f.filename and f.filename != __file__
+        ]
         place = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
         raise ModelError(f"{type(model).__name__} could not be traced{place}: {error}") from error
     output = next(iter(reversed(graph.nodes)))

@@ -117,7 +117,9 @@ def build_head(
             channels = reduced
         for _ in range(config.extra_blocks):
             dilation *= 2 if config.rapid_dilation else 1
-            layers.append(Bottleneck(channels, dilation) if block == "bottleneck" else InvertedResidual(channels, dilation))
+            layers.append(
+                Bottleneck(channels, dilation) if block == "bottleneck" else InvertedResidual(channels, dilation)
+            )
         match config.segmentation_head:
             case "fcn":
                 layers.append(_fcn(channels, num_classes, dilation))
@@ -174,9 +176,7 @@ def _deeplabv3(channels: int, num_classes: int, output_stride: int) -> nn.Module
     return nn.Sequential(ASPP(channels, rates, inner), nn.Conv2d(inner, num_classes, 1))
 
 
-def _conv_bn(
-    channels: int, out: int, kernel: int, *, dilation: int = 1, groups: int = 1, act: bool
-) -> nn.Sequential:
+def _conv_bn(channels: int, out: int, kernel: int, *, dilation: int = 1, groups: int = 1, act: bool) -> nn.Sequential:
     padding = dilation * (kernel // 2)
     layers = [
         nn.Conv2d(channels, out, kernel, padding=padding, dilation=dilation, groups=groups, bias=False),

@@ -51,11 +51,10 @@ class MultiExitNet(nn.Module):
         """The module of an exit's head. Raises ModelError when the network has no such exit."""
         if exit == Exit(self.num_exits - 1, FINAL_HEAD):
             return self.final_head
-        heads = self.heads[exit.exit_index] if 0 <= exit.exit_index < len(self.heads) else {}
-        if exit.head not in heads:
-            raise ModelError(f"the network has no head {exit.head!r} at exit {exit.exit_index}")
-        module: nn.Module = heads[exit.head]
-        return module
+        for i, heads in enumerate(self._heads()):
+            if i == exit.exit_index and exit.head in heads:
+                return heads[exit.head]
+        raise ModelError(f"the network has no head {exit.head!r} at exit {exit.exit_index}")
 
     def add_head(self, exit_index: int, config: HeadConfig, *, seed: int = 0) -> Exit:
         """Attaches a fresh head. Its initial weights depend on ``seed``, the exit point and the config only."""

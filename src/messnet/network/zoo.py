@@ -92,7 +92,9 @@ def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
         try:
             build = getattr(importlib.import_module(module_name), function)
         except (ImportError, AttributeError) as error:
-            raise ModelError(f"model {name!r} not found ({error}); expected 'module:function' that can be imported") from error
+            raise ModelError(
+                f"model {name!r} not found ({error}); expected 'module:function' that can be imported"
+            ) from error
     elif name in MODELS:
         build = MODELS[name]
     else:
@@ -100,7 +102,9 @@ def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
     try:
         model = build(num_classes, **options)
     except TypeError as error:
-        raise ModelError(f"model {name!r} does not take num_classes={num_classes} and {options or 'no options'}: {error}") from error
+        raise ModelError(
+            f"model {name!r} does not take num_classes={num_classes} and {options or 'no options'}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {name!r} returned {type(model).__name__}, expected a torch.nn.Module")
     return model
