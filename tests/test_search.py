@@ -204,7 +204,7 @@ def test_search_tells_what_it_did() -> None:
     tables, costs = tiny(3)
     result = search(tables, costs, minimise="macs", max_drop_pp=1.0, name="cheap", grid=COMPLETE)
     assert result.instance.name == "cheap"
-    assert result.instance.objective == "least macs, mIoU at most 1 pp below the final exit"
+    assert result.instance.objective == "cheapest in macs at <= 1 pp drop"
     assert set(result.instance.selected_on) == {"miou", "macs", "images", "baseline_miou", "baseline_macs"}
     assert result.instance.selected_on["baseline_macs"] == costs.total_macs()
     assert result.certificate == result.instance.certificate

@@ -148,7 +148,7 @@ def search_stage(run: Run) -> None:
             skipped.append(f"{name}: {error}")
             continue
         run.directory.write(f"{INSTANCES}/{name}.json", result.instance.to_json())
-        verdicts.append(f"{name}: {result.verdict} {result.certificate}")
+        verdicts.append(f"{name}: {result.verdict}; {result.certificate}")
     front = {
         "fronts": {key: [(point.cost, point.miou) for point in front.points] for key, front in fronts.items()},
         "names": list(objectives),

@@ -109,7 +109,8 @@ def build_head(
     of the last block; without it all have the backbone's. The rates of a DeepLabV3 head follow the output stride.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # not torch.manual_seed: that would reset the random numbers of the accelerator too
+        torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         if config.channel_reduction > 1:
             reduced = max(channels // config.channel_reduction, _MIN_CHANNELS)

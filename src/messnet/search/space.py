@@ -93,14 +93,14 @@ class Objective:
 
     def __str__(self) -> str:
         constraints = [
-            (self.max_drop_pp, "mIoU at most {} pp below the final exit"),
-            (self.min_miou, "mIoU at least {}"),
-            (self.max_cost, self.cost_name + " at most {}"),
-            (self.max_cost_ratio, self.cost_name + " at most {} x the whole model"),
+            (self.max_drop_pp, "<= {} pp drop"),
+            (self.min_miou, "mIoU >= {}"),
+            (self.max_cost, "<= {} " + self.cost_name),
+            (self.max_cost_ratio, "<= {}x the model's " + self.cost_name),
         ]
         words = [text.format(f"{value:g}") for value, text in constraints if value is not None]
-        goal = "best mIoU" if self.maximise else f"least {self.cost_name}"
-        return f"{goal}, {' and '.join(words)}" if words else goal
+        goal = "most accurate" if self.maximise else f"cheapest in {self.cost_name}"
+        return f"{goal} at {' and '.join(words)}" if words else goal
 
 
 class ExitSets(NamedTuple):
