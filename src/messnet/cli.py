@@ -257,13 +257,26 @@ def predict(
     print(f"{len(records)} images ({shares}) in {out}/")
 
 
-@app.command(help_epilogue=_examples("report runs/demo"))
-def report(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
+@app.command(help_epilogue=_examples("report runs/demo", "report runs/demo --markdown table.md"))
+def report(
+    target: Target,
+    *overrides: Overrides,
+    out: Out = None,
+    markdown: Annotated[Path | None, Parameter(help="Write the table as Markdown too.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Measure the chosen instances on the reported half of the images and write RUN/report.html."""
     opened = _open(target, overrides, out)
     from messnet.pipeline import run_stage
 
     run_stage(opened, "report", again=True)
+    if markdown is not None:
+        from messnet.measurements import Measurements
+        from messnet.report import measurements_markdown
+        from messnet.runs import write_atomically
+
+        measurements = Measurements.from_json((opened.directory.path / "measurements.json").read_text())
+        write_atomically(markdown, measurements_markdown(measurements))
     _print_table(opened.directory.path, as_json)
 
 

@@ -86,10 +86,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return recipe
 
     try:
-        recipe = app(list(overrides), exit_on_error=False, print_error=False, result_action="return_value")
-    except CycloptsError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, RecipeError) else error
-        raise RecipeError(" ".join(str(cause).split())) from error
+        recipe = app(_joined(overrides), exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, RecipeError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, CycloptsError) and error.msg and error.argument:  # such a message does not say where
+            message = f"{error.argument.name.removeprefix('--')}: {message}"
+        raise RecipeError(message if str(path) in message else f"{path}: {message}") from error
     assert isinstance(recipe, Recipe)
     return recipe
 
@@ -106,7 +108,25 @@ def recipe_from_record(record: dict[str, Any], overrides: Sequence[str] = ()) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(_without_none(record)))
-        return load_recipe(path, overrides)
+        try:
+            return load_recipe(path, overrides)
+        except RecipeError as error:
+            raise RecipeError(str(error).replace(str(path), "the recorded recipe")) from error
+
+
+def _joined(overrides: Sequence[str]) -> list[str]:
+    """``--key true`` as ``--key=true``: cyclopts takes the former for a flag and a stray word."""
+    joined: list[str] = []
+    key = ""
+    for token in overrides:
+        if token.startswith("--"):
+            key = token
+        if token in ("true", "false") and key:
+            if joined[-1] == key:
+                joined.pop()
+            token = f"{key}={token}"
+        joined.append(token)
+    return joined
 
 
 def _expect_sections(path: Path) -> None:

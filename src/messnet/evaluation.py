@@ -45,7 +45,8 @@ def evaluate(
     One image at a time, in its own size and in float32, as a deployed instance runs it: its decisions can then be read
     from the tables exactly. Raises DataError for the first image that cannot be read.
     """
-    net = net.eval().to(device)
+    # The layout that a Session runs in: another one rounds otherwise.
+    net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     policies = [Policy.parse(name) for name in options.policies]
     thresholds = torch.tensor(options.pixel_thresholds, dtype=torch.float32, device=device)
     num_images, num_exits, num_classes = len(dataset), len(net.exits), net.num_classes
@@ -58,7 +59,7 @@ def evaluate(
         sample = dataset[v]
         names.append(sample.name)
         difficulty.append(sample.difficulty)
-        image = normalise(sample.image)[None].to(device)
+        image = normalise(sample.image)[None].to(device, memory_format=torch.channels_last)
         label = torch.from_numpy(sample.mask)[None].to(device)
         size = (image.shape[2], image.shape[3])
         with torch.inference_mode():

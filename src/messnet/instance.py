@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from messnet.errors import RunError
+from messnet.runs import expect_schema, reading
 
 __all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting"]
 
@@ -68,11 +68,7 @@ class Instance:
     @classmethod
     def from_json(cls, text: str) -> Instance:
         """Raises RunError when ``text`` is not an instance of this schema version."""
-        try:
+        with reading("an instance file", made_by="search"):
             record: dict[str, Any] = json.loads(text)
-            version = record.pop("schema_version")
-            if version != SCHEMA_VERSION:
-                raise RunError(f"instance has schema version {version}, this messnet reads {SCHEMA_VERSION}")
+            expect_schema(record, SCHEMA_VERSION, "instance")
             return cls.from_record(record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"not an instance file ({error}); write it again with `messnet search`") from error

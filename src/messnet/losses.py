@@ -21,7 +21,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None =
     total = F.cross_entropy(logits.float(), labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
     valid = labels != IGNORE_INDEX
     weight = valid.sum() if class_weights is None else class_weights[labels[valid]].sum()
-    return total / weight.clamp(min=1)
+    return total / weight.where(weight > 0, 1)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.errors import RunError
 from messnet.instance import Exit, Instance
+from messnet.runs import expect_schema, reading
 
 __all__ = ["Gallery", "Measurement", "Measurements"]
 
@@ -75,18 +73,14 @@ class Measurements:
     @classmethod
     def from_json(cls, text: str) -> Measurements:
         """Raises RunError when ``text`` is not a measurements file of this schema version."""
-        try:
+        with reading("a measurements file", made_by="report"):
             record: dict[str, Any] = json.loads(text)
-            version = record.pop("schema_version")
-            if version != SCHEMA_VERSION:
-                raise RunError(f"measurements of schema version {version}: this messnet reads {SCHEMA_VERSION}")
+            expect_schema(record, SCHEMA_VERSION, "measurements")
             record["input_size"] = tuple(record["input_size"])
             record["rows"] = [
                 Measurement(**{**row, "instance": Instance.from_record(row["instance"])}) for row in record["rows"]
             ]
             return cls(**record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"not a measurements file ({error}); make it again with `messnet report`") from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,16 +123,12 @@ class Gallery:
     @classmethod
     def from_bytes(cls, data: bytes) -> Gallery:
         """Raises RunError when ``data`` is not a gallery of this schema version."""
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                meta: dict[str, Any] = json.loads(str(arrays["meta"]))
-                if meta["schema_version"] != SCHEMA_VERSION:
-                    raise RunError(f"gallery of schema version {meta['schema_version']}; make it again")
-                return cls(
-                    image_names=tuple(meta["image_names"]),
-                    class_names=tuple(meta["class_names"]),
-                    exits=tuple(Exit(index, head) for index, head in meta["exits"]),
-                    **{name: arrays[name] for name in arrays.files if name != "meta"},
-                )
-        except (KeyError, TypeError, ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
-            raise RunError(f"not a gallery ({error}); make it again with `messnet report`") from error
+        with reading("a gallery", made_by="report"), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            meta: dict[str, Any] = json.loads(str(arrays["meta"]))
+            expect_schema(meta, SCHEMA_VERSION, "gallery")
+            return cls(
+                image_names=tuple(meta["image_names"]),
+                class_names=tuple(meta["class_names"]),
+                exits=tuple(Exit(index, head) for index, head in meta["exits"]),
+                **{name: arrays[name] for name in arrays.files if name != "meta"},
+            )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from messnet.config import Recipe, load_recipe, recipe_from_record, recipe_to_record
 from messnet.data import SegmentationDataset
 from messnet.data.checks import check_dataset
-from messnet.data.sources import open_dataset
+from messnet.data.sources import DataOptions, open_dataset
 from messnet.deployment.bundle import INSTANCES, load, load_instance
 from messnet.deployment.inference import Session
 from messnet.deployment.measurement import Running, device_in_words, make_gallery, run_side_by_side
@@ -74,7 +74,6 @@ class Run:
 
 def profile_stage(run: Run) -> None:
     """Convert the model: candidate exit points, the workload of every segment and head."""
-    _expect_sound_images(run)
     options, train, val = run.recipe.model, run.dataset("train"), run.dataset("val")
     height, width = val[0].mask.shape
     model = build_model(options.name, len(train.class_names), **options.build_options)
@@ -91,7 +90,6 @@ def profile_stage(run: Run) -> None:
         palette=tuple((int(r), int(g), int(b)) for r, g, b in train.palette),
         input_size=(height, width),
         exit_points=net.exit_points,
-        block=net.block,
     )
     run.directory.write("exits.json", blueprint.to_json())
     run.directory.write("profile.json", profile(net, (height, width), model=options.name).to_json())
@@ -244,12 +242,16 @@ def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = 
         recipe = load_recipe(target, overrides)
         directory = RunDirectory(out or Path("runs") / target.stem)
     record = recipe_to_record(recipe)
-    if not directory.exists:
-        for split in ("train", "val"):
-            open_dataset(recipe.data, split)
-        directory.create(record)
-    elif (known := directory.record()["recipe"]) != record:
+    known = directory.record()["recipe"] if directory.exists else None
+    if known == record:
+        return Run(recipe, directory)
+    if known is not None:
         _refuse_other_recipe(directory, known, record)
+    if known is None or known["data"] != record["data"]:
+        _expect_sound_data(recipe.data)
+    if known is None:
+        directory.create(record)
+    else:
         directory.update_recipe(record)
     return Run(recipe, directory)
 
@@ -328,12 +330,13 @@ def _gallery(
     return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
 
 
-def _expect_sound_images(run: Run) -> None:
+def _expect_sound_data(options: DataOptions) -> None:
     """Reads every image once before hours are spent on them; generated ones cannot be broken."""
-    if run.recipe.data.source == "scenes":
+    train, val = open_dataset(options, "train"), open_dataset(options, "val")
+    if options.source == "scenes":
         return
-    for split in ("train", "val"):
-        report = check_dataset(run.dataset(split), progress=partial(tqdm, desc=f"check {split}", unit="img"))
+    for split, dataset in (("train", train), ("val", val)):
+        report = check_dataset(dataset, progress=partial(tqdm, desc=f"check {split}", unit="img"))
         if report.problems:
             more = f" (and {len(report.problems) - 1} more: `messnet check-data`)" if len(report.problems) > 1 else ""
             raise DataError(f"{report.problems[0]}{more}")

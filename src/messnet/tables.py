@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from messnet.errors import RunError
 from messnet.instance import Exit
-from messnet.runs import write_atomically
+from messnet.runs import expect_schema, reading, write_atomically
 
 __all__ = ["CostColumn", "CostTable", "ExitTables", "PartCost", "class_iou", "mean_iou"]
 
@@ -115,15 +113,13 @@ class CostTable:
     @classmethod
     def from_json(cls, text: str) -> CostTable:
         """Raises RunError when ``text`` is not a cost table of this schema version."""
-        try:
+        with reading("a cost table", made_by="profile"):
             record: dict[str, Any] = json.loads(text)
-            _expect_version(record.pop("schema_version"), "cost table")
+            expect_schema(record, SCHEMA_VERSION, "cost table")
             record["input_size"] = tuple(record["input_size"])
             record["segments"] = tuple(PartCost(**part) for part in record["segments"])
             record["heads"] = {Exit(index, head): PartCost(**part) for index, head, part in record["heads"]}
             return cls(**record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"not a cost table ({error}); write it again with `messnet profile`") from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -216,21 +212,13 @@ class ExitTables:
     @classmethod
     def from_bytes(cls, data: bytes) -> ExitTables:
         """Raises RunError when ``data`` is not exit tables of this schema version."""
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                meta: dict[str, Any] = json.loads(str(arrays["meta"]))
-                _expect_version(meta.pop("schema_version"), "exit tables")
-                return cls(
-                    image_names=tuple(meta["image_names"]),
-                    class_names=tuple(meta["class_names"]),
-                    exits=tuple(Exit(index, head) for index, head in meta["exits"]),
-                    policies=tuple(meta["policies"]),
-                    **{name: arrays[name] for name in arrays.files if name != "meta"},
-                )
-        except (KeyError, TypeError, ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
-            raise RunError(f"not exit tables ({error}); write them again with `messnet evaluate`") from error
-
-
-def _expect_version(version: object, what: str) -> None:
-    if version != SCHEMA_VERSION:
-        raise RunError(f"{what} of schema version {version}: this messnet reads {SCHEMA_VERSION}; make it again")
+        with reading("exit tables", made_by="evaluate"), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            meta: dict[str, Any] = json.loads(str(arrays["meta"]))
+            expect_schema(meta, SCHEMA_VERSION, "exit tables")
+            return cls(
+                image_names=tuple(meta["image_names"]),
+                class_names=tuple(meta["class_names"]),
+                exits=tuple(Exit(index, head) for index, head in meta["exits"]),
+                policies=tuple(meta["policies"]),
+                **{name: arrays[name] for name in arrays.files if name != "meta"},
+            )

@@ -54,9 +54,10 @@ def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> Segmen
     elif ":" in options.source:
         module, _, function = options.source.partition(":")
         try:
-            dataset = getattr(importlib.import_module(module), function)(split)
+            make = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise DataError(f"data set {options.source!r} not found ({error}); expected 'module:function'") from error
+        dataset = make(split)
     else:
         raise DataError(f"no data source {options.source!r}: expected 'scenes', 'folder' or 'module:function'")
     if len(dataset) == 0:

@@ -152,7 +152,7 @@ class Session:
                     logits=logits,
                     output_stride=stride,
                     policy=self.policy,
-                    pixel_threshold=choice.pixel_threshold or self._pixel_threshold,
+                    pixel_threshold=self._pixel_threshold if choice.pixel_threshold is None else choice.pixel_threshold,
                 )
             start = time.perf_counter()
 

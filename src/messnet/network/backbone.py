@@ -97,6 +97,8 @@ def cut_model(
         if unknown:
             raise ModelError(f"no exit point {unknown[0]!r} in this model; expected some of {', '.join(by_name)}")
         chosen = [by_name[name] for name in exit_points]
+        if chosen != [node for node in legal if node in chosen]:
+            raise ModelError(f"exit_points must name different places from shallow to deep, got {list(exit_points)}")
     ends = [*chosen, legal[-1]]
     places = [nodes.index(node) for node in ends]
     starts = [0, *(place + 1 for place in places)]
@@ -219,7 +221,7 @@ def _exit_point(
     ended = [name for name, _ in _stack(node) if last_of[name] is node]
     return ExitPoint(
         node=node.name,
-        module=ended[0] if ended else str(node.target),
+        module=ended[0] if ended else str(node.target) if node.op == "call_module" else node.name,
         channels=features.shape[1],
         output_stride=round(shape[-2] / features.shape[-2]),
         dilation=convs[-1].dilation[0] if convs else 1,

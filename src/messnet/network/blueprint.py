@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from messnet.errors import RunError
 from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import build_model
+from messnet.runs import expect_schema, reading
 
 __all__ = ["Blueprint"]
 
@@ -34,8 +34,6 @@ class Blueprint:
     """(height, width) that workload is counted at."""
     exit_points: tuple[ExitPoint, ...]
     """N - 1 early ones, then the end of the backbone."""
-    block: str
-    """What extra blocks of the heads are: the backbone's own kind."""
 
     def build(self, exits: tuple[Exit, ...] = ()) -> MultiExitNet:
         """The network with the heads of ``exits``, freshly initialised, in eval mode. Raises ModelError when the model
@@ -55,15 +53,11 @@ class Blueprint:
     @classmethod
     def from_json(cls, text: str | bytes) -> Blueprint:
         """Raises RunError when ``text`` is no blueprint of this schema version."""
-        try:
+        with reading("a network's exits.json", made_by="profile"):
             record: dict[str, Any] = json.loads(text)
-            version = record.pop("schema_version")
-            if version != SCHEMA_VERSION:
-                raise RunError(f"exits.json has schema version {version}: this messnet reads {SCHEMA_VERSION}")
+            expect_schema(record, SCHEMA_VERSION, "exits.json")
             record["class_names"] = tuple(record["class_names"])
             record["palette"] = tuple((r, g, b) for r, g, b in record["palette"])
             record["input_size"] = tuple(record["input_size"])
             record["exit_points"] = tuple(ExitPoint(**point) for point in record["exit_points"])
             return cls(**record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"exits.json cannot be read ({error}); make it again with `messnet profile`") from error

@@ -153,7 +153,9 @@ def route(tables: ExitTables, instance: Instance) -> IntArray:
         if choice.pixel_threshold is not None and choice.image_threshold is not None:
             policy = _policy_index(tables, instance.policy)
             threshold = _pixel_threshold_index(tables, choice.pixel_threshold)
-            routing[tables.image_confidence[:, position, policy, threshold] >= choice.image_threshold] = position
+            confidence = tables.image_confidence[:, position, policy, threshold]
+            # In float64, as ``should_exit`` compares: a Python float would be rounded to the table's float32.
+            routing[confidence >= np.float64(choice.image_threshold)] = position
     return routing
 
 

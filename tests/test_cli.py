@@ -1,0 +1,283 @@
+"""The command: bad input is one line and exit code 2 and harms nothing; --json is JSON; --help shows how."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY_RECIPE, smooth_image, snapshot
+from PIL import Image
+
+from messnet.cli import app, main
+from messnet.config import recipe_from_record
+from messnet.deployment.bundle import load
+
+VERBS = [
+    "check-data", "distill", "evaluate", "predict", "pretrain", "profile", "recipe", "report", "run", "search",
+]  # fmt: skip
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail; the one line that it says, but for progress bars."""
+
+    def run(*tokens: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(token) for token in tokens])
+        assert end.value.code == 2
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        said = [line for line in lines if line.strip() and "it/s]" not in line and "img/s]" not in line]
+        assert len(said) == 1, lines
+        assert said[0].startswith("messnet: ")
+        return said[0]
+
+    return run
+
+
+@pytest.fixture
+def says(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must succeed; its standard output."""
+
+    def run(*tokens: object) -> str:
+        capsys.readouterr()
+        try:
+            main([str(token) for token in tokens])
+        except SystemExit as end:
+            assert not end.code, "the command failed"  # noqa: PT017
+        return capsys.readouterr().out
+
+    return run
+
+
+def strict_json(text: str) -> Any:
+    """JSON as browsers read it: NaN is none."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder data set, 3 images a split, classes 0 to 2 and 255."""
+    for split in ("train", "val"):
+        for i in range(3):
+            image, mask = smooth_image(64, 80, i), np.random.default_rng(i).choice([0, 1, 2, 255], (64, 80))
+            for folder in ("images", "masks"):
+                (tmp_path / "data" / split / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "data" / split / "images" / f"{i}.jpg")
+            Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "data" / split / "masks" / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def folder_recipe(tmp_path: Path, data: Path) -> Path:
+    path = tmp_path / "folder.yaml"
+    lines = TINY_RECIPE.strip().splitlines()
+    path.write_text("\n".join([f"data: {{source: folder, root: {data}, class_names: [a, b, c]}}", *lines[1:]]))
+    return path
+
+
+def without_mask(data: Path) -> None:
+    (data / "train/masks/1.png").unlink()
+
+
+def id_out_of_range(data: Path) -> None:
+    Image.fromarray(np.full((64, 80), 7, np.uint8)).save(data / "val/masks/1.png")
+
+
+def truncated_image(data: Path) -> None:
+    content = (data / "train/images/1.jpg").read_bytes()
+    (data / "train/images/1.jpg").write_bytes(content[: len(content) // 2])
+
+
+def other_size(data: Path) -> None:
+    Image.fromarray(np.zeros((60, 80), np.uint8)).save(data / "train/masks/1.png")
+
+
+def no_folder(data: Path) -> None:
+    shutil.rmtree(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_folder, ["no folder", "data"]),
+        (without_mask, ["no mask for 1", "train/masks/1.png"]),
+        (id_out_of_range, ["val/masks/1.png", "ids 7", "0 to 2"]),
+        (truncated_image, ["train/images/1.jpg", "truncated"]),
+        (other_size, ["train/masks/1.png", "80 x 60", "80 x 64"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_bad_data(
+    data: Path, folder_recipe: Path, tmp_path: Path, fails: Callable[..., str], spoil: Callable[..., None], words: Any
+) -> None:
+    spoil(data)
+    before = snapshot(tmp_path)
+    message = fails("run", folder_recipe, "--out", tmp_path / "run")
+    assert not [word for word in words if word not in message], message
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_data(data: Path, folder_recipe: Path, fails: Callable[..., str], says: Callable[..., str]) -> None:
+    before = snapshot(data)
+    reports = strict_json(says("check-data", folder_recipe, "--json"))
+    assert {split: report["num_images"] for split, report in reports.items()} == {"train": 3, "val": 3}
+    assert "no problems" in says("check-data", folder_recipe)
+    assert snapshot(data) == before
+    truncated_image(data)
+    id_out_of_range(data)
+    assert "2 problems" in fails("check-data", folder_recipe)
+    assert "2 problems" in fails("check-data", folder_recipe, "--json")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["--pretrain.iteration", "5"], ["--pretrain.iteration"]),
+        (["--jsno"], ["--jsno"]),
+        (["--model.width", "wide"], ["--model.width", "wide"]),
+        (["--model.name", "no_such_model"], ["no_such_model", "mobilenetv2_fcn"]),
+        (["--data.source", "nowhere"], ["nowhere", "scenes", "folder"]),
+        (["--compute.device", "tpu"], ["compute.device", "tpu"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_bad_recipe(
+    tiny_recipe: Path, tmp_path: Path, fails: Callable[..., str], tokens: list[str], words: list[str]
+) -> None:
+    message = fails("run", tiny_recipe, "--out", tmp_path / "run", *tokens)
+    assert not [word for word in words if word not in message], message
+    assert not [name for name in snapshot(tmp_path) if not name.endswith("run.json")]
+
+
+def test_an_unknown_key_in_the_file(tmp_path: Path, fails: Callable[..., str]) -> None:
+    (tmp_path / "bad.yaml").write_text("pretrain: {iteration: 5}\n")
+    message = fails("run", tmp_path / "bad.yaml", "--out", tmp_path / "run")
+    assert "bad.yaml" in message
+    assert "iteration" in message
+    assert "no recipe" in fails("run", tmp_path / "missing.yaml", "--out", tmp_path / "run")
+    assert set(snapshot(tmp_path)) == {"bad.yaml"}
+
+
+def test_a_run_directory_of_another_recipe(tiny_run: Path, tiny_recipe: Path, fails: Callable[..., str]) -> None:
+    before = snapshot(tiny_run)
+    for target in ([tiny_recipe, "--out", tiny_run], [tiny_run]):
+        for verb in ("run", "pretrain", "search", "report"):
+            assert "model.width" in fails(verb, *target, "--model.width", "0.5")
+    assert snapshot(tiny_run) == before
+
+
+def test_a_folder_that_is_no_run(tiny_recipe: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("precious")
+    before = snapshot(tmp_path)
+    assert "is no run directory" in fails("run", tiny_recipe, "--out", tmp_path / "thesis")
+    assert "is no run directory" in fails("run", tmp_path / "thesis")
+    assert "is no run directory" in fails("run", tiny_recipe, "--out", tmp_path / "thesis/chapter.txt")
+    assert "is no run directory" in fails("predict", tmp_path / "thesis", tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_bad_input_of_predict(tiny_run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(smooth_image(64, 80)).save(photo)
+    shutil.copy(photo, tmp_path / "photo.bmp")
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "empty").mkdir()
+    before = snapshot(tmp_path)
+
+    def predict(*tokens: object) -> str:
+        return fails("predict", tiny_run, *tokens, "--out", tmp_path / "out")
+
+    message = predict(photo, "--instance", "nope")
+    assert not [name for name in ("nope", "drop-0.1pp", "drop-1pp", "max-miou") if name not in message]
+    assert "missing.png" in predict(tmp_path / "missing.png")
+    assert "text.txt cannot be read as an image" in predict(tmp_path / "text.txt")
+    assert "empty holds no image" in predict(tmp_path / "empty")
+    assert "photo.bmp" in predict(photo, tmp_path / "photo.bmp")
+    assert "no image given" in predict()
+    assert "--instnce" in predict(photo, "--instnce", "nope")
+    assert "gpu" in predict(photo, "--device", "gpu")
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_command(fails: Callable[..., str], tiny_run: Path) -> None:
+    assert "predict" in fails("predcit", tiny_run)  # did you mean
+    assert "TARGET" in fails("run").upper()
+    assert "--nme" in fails("search", tiny_run, "--nme", "x")
+
+
+def test_bad_searches(tiny_run: Path, fails: Callable[..., str]) -> None:
+    before = snapshot(tiny_run)
+    message = fails("search", tiny_run, "--name", "perfect", "--min-miou", "0.99")
+    assert "no instance has mIoU >= 0.9900" in message
+    assert "the most accurate instance has" in message
+    assert "add --name" in fails("search", tiny_run, "--max-drop-pp", "1")
+    assert "plain file name" in fails("search", tiny_run, "--name", "../../outside")
+    assert "not both" in fails("search", tiny_run, "--name", "x", "--minimise", "macs", "--maximise", "miou")
+    assert "anytime" in fails("search", tiny_run, "--name", "x", "--setting", "anytime")
+    assert snapshot(tiny_run) == before
+
+
+def test_reading_verbs_as_json(tiny_run: Path, says: Callable[..., str]) -> None:
+    before = snapshot(tiny_run)
+    measured = strict_json(says("run", tiny_run, "--json"))
+    assert [row["instance"]["name"] for row in measured["rows"]] == ["baseline", "max-miou", "drop-0.1pp", "drop-1pp"]
+    costs = strict_json(says("profile", tiny_run, "--json"))
+    exits = strict_json(says("evaluate", tiny_run, "--json"))
+    assert len(costs["heads"]) == len(exits) == 7
+    assert exits[-1]["head"] == "final"
+    whole = sum(part["macs"] for part in costs["segments"]) + costs["heads"][-1][2]["macs"]
+    assert exits[-1]["macs"] == pytest.approx(whole)
+    assert recipe_from_record(strict_json(says("recipe", tiny_run, "--json"))).model.width == 0.25
+    assert snapshot(tiny_run) == before
+
+
+def test_repeatable_verbs_as_json(tiny_run: Path, tmp_path: Path, says: Callable[..., str]) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    names = [instance["name"] for instance in strict_json(says("search", run, "--json"))]
+    assert names == ["max-miou", "drop-0.1pp", "drop-1pp"]
+    own = strict_json(says("search", run, "--name", "half", "--maximise", "miou", "--max-cost-ratio", "0.6", "--json"))
+    assert [instance["name"] for instance in own] == ["half"]
+    assert own[0]["selected_on"]["macs"] <= 0.6 * own[0]["selected_on"]["baseline_macs"]
+    assert load(run, instance="half").instance.selected_on == own[0]["selected_on"]
+    assert len(strict_json(says("report", run, "--json"))["rows"]) == 4
+    assert strict_json((run / "front.json").read_text())["names"] == names
+
+
+def test_predict_as_json(tiny_run: Path, tmp_path: Path, says: Callable[..., str]) -> None:
+    Image.fromarray(smooth_image(64, 80)).save(tmp_path / "photo.png")
+    records = strict_json(says("predict", tiny_run, tmp_path, "--out", tmp_path / "out", "--json"))
+    assert records == strict_json((tmp_path / "out/predictions.json").read_text())["predictions"]
+    assert "1 images (exit" in says("predict", tiny_run, tmp_path / "photo.png", "--out", tmp_path / "out")
+
+
+def test_tables_for_people(tiny_run: Path, says: Callable[..., str]) -> None:
+    assert "report: " in says("run", tiny_run)
+    assert "whole model: " in says("profile", tiny_run)
+    assert "mIoU %" in says("evaluate", tiny_run)
+    assert "num_train: 24" in says("recipe", tiny_run, "--data.root", "unused")
+
+
+def test_every_verb_is_known() -> None:
+    assert sorted(name for name in app if not name.startswith("-")) == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb: str, says: Callable[..., str]) -> None:
+    page = says(verb, "--help")
+    assert f"Usage: messnet {verb}" in page
+    assert f"messnet {verb} " in page.partition("Examples")[2]
+
+
+def test_help_of_the_command_lists_the_verbs(says: Callable[..., str]) -> None:
+    page = says("--help")
+    assert not [verb for verb in VERBS if verb not in page]
+    assert "messnet run configs/demo.yaml" in page

@@ -1,0 +1,257 @@
+"""Both stages: the posters' loss, training that goes on bit for bit where it stopped, heads that do not see each other."""
+
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from messnet.data import IGNORE_INDEX, SegmentationSample
+from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
+from messnet.errors import DataError, MessError, RecipeError
+from messnet.network.exit_head import HeadSpace, plain_head_config
+from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.network.zoo import mobilenetv2_fcn
+from messnet.runs import Checkpoint
+from messnet.training import (
+    ComputeOptions,
+    DistillOptions,
+    PretrainOptions,
+    TrainOptions,
+    active_exits,
+    distill,
+    pretrain,
+)
+
+SIZE, CLASSES = (32, 40), 3
+AUGMENT = AugmentOptions(crop=SIZE)
+PRETRAIN = PretrainOptions(iterations=6, batch_size=2, augment=AUGMENT, checkpoint_every=2, learning_rate=0.1)
+DISTILL = DistillOptions(iterations=4, batch_size=2, augment=AUGMENT, checkpoint_every=1, learning_rate=0.1)
+SPACE = HeadSpace(channel_reduction=(1,), extra_blocks=(0, 1), rapid_dilation=(True,))
+HERE = ComputeOptions(device="cpu", num_workers=0)
+WORKER = ComputeOptions(device="cpu", num_workers=1)
+
+
+@dataclass
+class Noise:
+    """Random images and labels, the same for every instance."""
+
+    broken: bool = False
+    class_names = ("a", "b", "c")
+    palette = np.zeros((3, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        if self.broken:
+            raise DataError(f"image {index}.png: expected RGB, got nothing")
+        rng = np.random.default_rng(index)
+        mask = rng.choice([0, 1, 2, IGNORE_INDEX], SIZE).astype(np.uint8)
+        return SegmentationSample(name=str(index), image=rng.integers(0, 256, (*SIZE, 3), np.uint8), mask=mask)
+
+
+@dataclass(frozen=True)
+class Interrupting(Checkpoint):
+    """Ctrl-C right after the state of iteration ``after`` was saved."""
+
+    after: int
+
+    def save(self, state: dict[str, object]) -> None:
+        super().save(state)
+        if state["iteration"] == self.after:
+            raise KeyboardInterrupt
+
+
+def build(seed: int = 0) -> MultiExitNet:
+    torch.manual_seed(seed)
+    return convert(mobilenetv2_fcn(CLASSES, width=0.25, depth=0.01), torch.zeros(1, 3, *SIZE), num_exits=3)
+
+
+def tensors(net: MultiExitNet) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def model_parameters(net: MultiExitNet) -> dict[str, Tensor]:
+    return {name: p for name, p in net.named_parameters() if not name.startswith("heads.")}
+
+
+def pretrained(path: Path, options: PretrainOptions = PRETRAIN) -> dict[str, Tensor]:
+    net = build()
+    pretrain(net, Noise(), options, HERE, Checkpoint(path))
+    return tensors(net)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("num_exits", range(2, 7))
+def test_active_exits_are_the_posters(num_exits: int) -> None:
+    for j in range(1, 25):
+        alternating = {1 + (j % (num_exits - 1))}
+        modulo = {i for i in range(1, num_exits) if j % i == 0}
+        assert {index + 1 for index in active_exits("alternating", j, num_exits - 1)} == alternating
+        assert {index + 1 for index in active_exits("modulo", j, num_exits - 1)} == modulo
+    assert active_exits("alternating", 1, 0) == active_exits("modulo", 1, 0) == ()
+
+
+@pytest.mark.parametrize(("schedule", "active"), [("alternating", 1), ("modulo", 0)])
+def test_one_iteration_is_one_step_on_the_posters_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, active: int
+) -> None:
+    monkeypatch.setattr(F, "dropout", lambda x, *_: x)
+    options = replace(PRETRAIN, iterations=1, schedule=schedule, momentum=0.0, weight_decay=0.0)
+    net = build().train()
+    head = net.head(net.add_head(active, plain_head_config(), seed=options.seed)).train()
+    stream = TrainingStream(Noise(), build_augmentation(AUGMENT), iterations=1, batch_size=2, seed=options.seed)
+    images, labels = (torch.stack(x) for x in zip(*(stream[k] for k in range(2)), strict=True))
+    early = F.interpolate(head(list(net.features(images))[active]), SIZE, mode="bilinear")
+    loss = sum(F.cross_entropy(y, labels, ignore_index=IGNORE_INDEX) for y in (early, net(images)))
+    own = model_parameters(net)
+    gradients = torch.autograd.grad(loss, list(own.values()))
+    rate = options.learning_rate * 2 / 16  # for a batch of 2
+    expected = {name: p - rate * g for (name, p), g in zip(own.items(), gradients, strict=True)}
+
+    trained = build()
+    pretrain(trained, Noise(), options, HERE, Checkpoint(tmp_path / "c"))
+    for name, parameter in model_parameters(trained).items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(parameter, own[name])
+
+
+@pytest.mark.parametrize(("schedule", "after"), [("alternating", 4), ("modulo", 2)])
+def test_interrupted_pretraining_goes_on_bit_for_bit(tmp_path: Path, schedule: str, after: int) -> None:
+    options = replace(PRETRAIN, schedule=schedule)
+    whole = pretrained(tmp_path / "whole", options)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(build(), Noise(), options, HERE, Interrupting(tmp_path / "c", after))
+    net = build(seed=7)  # all that matters comes from the checkpoint
+    pretrain(net, Noise(), options, WORKER, Checkpoint(tmp_path / "c"))
+    assert_equal(tensors(net), whole)
+    assert not any(torch.equal(whole[name], p) for name, p in build().named_parameters())  # it did train
+
+
+def test_interrupted_distillation_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, net = build(), build()
+    distill(whole, Noise(), SPACE, DISTILL, HERE, Checkpoint(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        distill(net, Noise(), SPACE, DISTILL, HERE, Interrupting(tmp_path / "c", 2))
+    net = build()
+    distill(net, Noise(), SPACE, DISTILL, WORKER, Checkpoint(tmp_path / "c"))
+    assert_equal(tensors(net), tensors(whole))
+
+
+def stall_in_the_second_save(path: Path, stalled: Path) -> None:
+    """Runs in a process of its own, which is killed with a checkpoint half written."""
+    fsync, calls = os.fsync, iter(range(100))
+
+    def stalling(descriptor: int) -> None:
+        if next(calls) == 1:
+            os.ftruncate(descriptor, 1000)
+            stalled.touch()
+            time.sleep(1000)
+        fsync(descriptor)
+
+    os.fsync = stalling
+    pretrained(path)
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    path, stalled = tmp_path / "c", tmp_path / "stalled"
+    process = multiprocessing.get_context("spawn").Process(target=stall_in_the_second_save, args=(path, stalled))
+    process.start()
+    while not stalled.exists() and process.is_alive():
+        time.sleep(0.1)
+    process.kill()
+    process.join()
+    assert stalled.exists()
+    assert process.exitcode == -9
+    state = Checkpoint(path).load()
+    assert state is not None
+    assert state["iteration"] == 2
+    assert_equal(pretrained(path), pretrained(tmp_path / "whole"))
+
+
+def test_distillation_leaves_the_users_model_alone(tmp_path: Path) -> None:
+    net = build()
+    before = {name: tensor.clone() for name, tensor in net.model_state_dict().items()}
+    distill(net, Noise(), SPACE, DISTILL, HERE, Checkpoint(tmp_path / "c"))
+    assert_equal(net.model_state_dict(), before)  # backbone, final head and their statistics
+    fresh = build()
+    for exit in net.exits[:-1]:
+        fresh.add_head(exit.exit_index, *[c for c in SPACE.configs(64) if c.name == exit.head])
+        initial = dict(fresh.head(exit).named_parameters())
+        assert not [
+            n for n, p in net.head(exit).named_parameters() if torch.equal(p, initial[n])
+        ]  # all of a head moved
+
+
+def test_a_head_learns_the_same_alone_and_among_others(tmp_path: Path) -> None:
+    together = build()
+    distill(together, Noise(), SPACE, DISTILL, HERE, Checkpoint(tmp_path / "together"))
+    assert len(together.exits) == 2 * 4 + 1
+    for head in ("fcn", "deeplabv3"):
+        alone = build()
+        space = replace(SPACE, extra_blocks=(1,), segmentation_head=(head,))
+        distill(alone, Noise(), space, DISTILL, HERE, Checkpoint(tmp_path / head))
+        assert len(alone.exits) == 2 * 1 + 1
+        for exit in alone.exits[:-1]:
+            assert_equal(alone.head(exit).state_dict(), together.head(exit).state_dict())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path: Path, stage: str) -> None:
+    checkpoint = Checkpoint(tmp_path / "c")
+    with pytest.raises(MessError, match=rf"the loss of {stage} is (nan|inf).* lower {stage}.learning_rate") as info:
+        if stage == "pretrain":
+            pretrain(build(), Noise(), replace(PRETRAIN, learning_rate=1e30), HERE, checkpoint)
+        else:
+            distill(build(), Noise(), SPACE, replace(DISTILL, learning_rate=1e30), HERE, checkpoint)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("compute", [HERE, WORKER], ids=["here", "worker"])
+def test_broken_data_is_told_in_one_line(tmp_path: Path, compute: ComputeOptions) -> None:
+    with pytest.raises(DataError) as info:
+        pretrain(build(), Noise(broken=True), PRETRAIN, compute, Checkpoint(tmp_path / "c"))
+    assert str(info.value) in [f"image {index}.png: expected RGB, got nothing" for index in range(5)]
+
+
+def test_class_weights_are_one_per_class(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="pretrain.class_weights has 2 values for 3 classes"):
+        pretrain(build(), Noise(), replace(PRETRAIN, class_weights=(1.0, 2.0)), HERE, Checkpoint(tmp_path / "c"))
+    options = replace(PRETRAIN, iterations=1)
+    weighted, ones, none = (
+        pretrained(tmp_path / str(weights), replace(options, class_weights=weights))["final_head.classifier.4.bias"]
+        for weights in ((1.0, 5.0, 0.0), (1.0, 1.0, 1.0), None)
+    )
+    torch.testing.assert_close(ones, none)
+    assert not torch.allclose(weighted, none)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("iterations", 0, 1), ("batch_size", 1, 2), ("loss_stride", 0, 1), ("checkpoint_every", 0, 1)],
+)
+def test_options_out_of_range_are_told(name: str, value: int, least: int) -> None:
+    for kind in (TrainOptions, PretrainOptions, DistillOptions):
+        kind(**{name: least})
+        with pytest.raises(RecipeError, match=f"{name} must be at least {least}, got {value}"):
+            kind(**{name: value})
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ComputeOptions().fabric().device == torch.device("cpu")
+    with pytest.raises(RecipeError, match="torch sees no CUDA device"):
+        ComputeOptions(device="cuda").fabric()
+    with pytest.raises(RecipeError, match="must be 'auto', 'cpu' or 'cuda', got 'tpu'"):
+        ComputeOptions(device="tpu").fabric()
