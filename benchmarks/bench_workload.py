@@ -1,6 +1,6 @@
 """Workload of the paper's three models at 512x512, 21 classes, against the posters' figures.
 
-    python benchmarks/bench_workload.py [--json PATH]
+python benchmarks/bench_workload.py [--json PATH]
 """
 
 import argparse

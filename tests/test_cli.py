@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             main([str(token) for token in tokens])
         assert end.value.code == 2
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        said = [line for line in lines if line.strip() and "it/s]" not in line and "img/s]" not in line]
+        said = [line for line in lines if line.strip() and not re.match(r"[\w ]+: +\d+%\|", line)]
         assert len(said) == 1, lines
         assert said[0].startswith("messnet: ")
         return said[0]
@@ -108,7 +109,7 @@ def no_folder(data: Path) -> None:
         (no_folder, ["no folder", "data"]),
         (without_mask, ["no mask for 1", "train/masks/1.png"]),
         (id_out_of_range, ["val/masks/1.png", "ids 7", "0 to 2"]),
-        (truncated_image, ["train/images/1.jpg", "truncated"]),
+        (truncated_image, ["train/images/1.jpg", "damaged"]),
         (other_size, ["train/masks/1.png", "80 x 60", "80 x 64"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -176,11 +177,12 @@ def test_a_run_directory_of_another_recipe(tiny_run: Path, tiny_recipe: Path, fa
 def test_a_folder_that_is_no_run(tiny_recipe: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("precious")
+    Image.fromarray(smooth_image(64, 80)).save(tmp_path / "photo.png")
     before = snapshot(tmp_path)
     assert "is no run directory" in fails("run", tiny_recipe, "--out", tmp_path / "thesis")
     assert "is no run directory" in fails("run", tmp_path / "thesis")
     assert "is no run directory" in fails("run", tiny_recipe, "--out", tmp_path / "thesis/chapter.txt")
-    assert "is no run directory" in fails("predict", tmp_path / "thesis", tmp_path)
+    assert "is no run directory" in fails("predict", tmp_path / "thesis", tmp_path / "photo.png")
     assert snapshot(tmp_path) == before
 
 

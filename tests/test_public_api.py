@@ -33,6 +33,7 @@ ARGUMENTS = {
 }
 QUIET_IMPORT = """
 import random, sys, warnings
+import numpy  # which adds filters of its own
 state, filters = random.getstate(), list(warnings.filters)
 import messnet, messnet.search.engine
 from types import FunctionType

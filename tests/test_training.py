@@ -1,4 +1,4 @@
-"""Both stages: the posters' loss, training that goes on bit for bit where it stopped, heads that do not see each other."""
+"""Both stages: the posters' loss, training that goes on bit for bit where it stopped, heads that see no other head."""
 
 import multiprocessing
 import os
@@ -209,12 +209,13 @@ def test_a_head_learns_the_same_alone_and_among_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path: Path, stage: str) -> None:
-    checkpoint = Checkpoint(tmp_path / "c")
+    rest = (HERE, Checkpoint(tmp_path / "c"))
+    train = {
+        "pretrain": lambda: pretrain(build(), Noise(), replace(PRETRAIN, learning_rate=1e30), *rest),
+        "distill": lambda: distill(build(), Noise(), SPACE, replace(DISTILL, learning_rate=1e30), *rest),
+    }[stage]
     with pytest.raises(MessError, match=rf"the loss of {stage} is (nan|inf).* lower {stage}.learning_rate") as info:
-        if stage == "pretrain":
-            pretrain(build(), Noise(), replace(PRETRAIN, learning_rate=1e30), HERE, checkpoint)
-        else:
-            distill(build(), Noise(), SPACE, replace(DISTILL, learning_rate=1e30), HERE, checkpoint)
+        train()
     assert "\n" not in str(info.value)
 
 
@@ -226,7 +227,7 @@ def test_broken_data_is_told_in_one_line(tmp_path: Path, compute: ComputeOptions
 
 
 def test_class_weights_are_one_per_class(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="pretrain.class_weights has 2 values for 3 classes"):
+    with pytest.raises(RecipeError, match=r"pretrain.class_weights has 2 values for 3 classes"):
         pretrain(build(), Noise(), replace(PRETRAIN, class_weights=(1.0, 2.0)), HERE, Checkpoint(tmp_path / "c"))
     options = replace(PRETRAIN, iterations=1)
     weighted, ones, none = (

@@ -70,7 +70,7 @@ def test_width_and_depth_shrink_mobilenetv2() -> None:
 
 
 def test_an_unknown_model_lists_the_known() -> None:
-    with pytest.raises(ModelError, match="no model 'unet'.*drn50_fcn, drn50_deeplabv3, mobilenetv2_fcn"):
+    with pytest.raises(ModelError, match=r"no model 'unet'.*drn50_fcn, drn50_deeplabv3, mobilenetv2_fcn"):
         build_model("unet", 21)
 
 

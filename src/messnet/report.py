@@ -368,7 +368,7 @@ def _front_figure(measurements: Measurements, fronts: dict[str, list[tuple[float
         at = (row.macs / 1e9, 100 * row.miou)
         axes.plot(*at, marker, ms=7, color=INK if number else PAPER, mec=INK, mew=1.2, label=label, ls="", zorder=4)
         axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=INK, fontweight="bold")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     alt = (
         "mIoU against GMACs per image: the search's fronts on the selection half, the table's rows on the reported one"
     )
@@ -459,7 +459,7 @@ def _heads_figure(inputs: ReportInputs) -> dict[str, Any]:
         axes.plot(gmacs[here], 100 * miou[here], marker, ms=size, label=name, **style)
         top = max(here, key=lambda h: np.nan_to_num(miou[h], nan=-1.0))
         best.append((name, len(here), tables.exits[top].head, f"{100 * miou[top]:.2f}", _significant(gmacs[top], 4)))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     svg = _svg(figure, "heads", "mIoU of every exit head on the reported images against its GMACs, one colour per exit")
     return {"figure": svg, "best": best, "num_exits": len(tables.exits)}
 

@@ -26,7 +26,7 @@ RUN_FILE = "run.json"
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Writes through a temporary file beside ``path``: a kill leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is written over
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -102,7 +102,7 @@ class RunDirectory:
         """Starts a run in a new or empty folder. Raises RunError when the folder holds something else."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunError(f"{self.path} exists and is no run directory; choose another with --out, or empty it")
-        self._write_record({"schema_version": SCHEMA_VERSION, "recipe": recipe, "stages": {}})
+        self._write_record({"recipe": recipe, "stages": {}})
 
     def update_recipe(self, recipe: dict[str, Any]) -> None:
         self._write_record({**self.record(), "recipe": recipe})
@@ -112,14 +112,10 @@ class RunDirectory:
         file = self.path / RUN_FILE
         if not file.is_file():
             raise RunError(f"{self.path} is no run directory (no {RUN_FILE}); start one with `messnet run RECIPE`")
-        try:
+        with reading(f"a run's record: {file}", made_by="run"):
             record: dict[str, Any] = json.loads(file.read_text())
-            version = record["schema_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{file} cannot be read ({error}); the run has to be made again") from error
-        if version != SCHEMA_VERSION:
-            raise RunError(f"{file} has schema version {version}: this messnet reads {SCHEMA_VERSION}")
-        return record
+            expect_schema(record, SCHEMA_VERSION, RUN_FILE)
+            return {"recipe": dict(record["recipe"]), "stages": dict(record["stages"])}
 
     def fingerprint(self, stage: str) -> str | None:
         """What the finished ``stage`` was made from, None if it is not finished."""
@@ -155,7 +151,8 @@ class RunDirectory:
         return file.read_bytes()
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        write_atomically(self.path / RUN_FILE, json.dumps(record, indent=1) + "\n")
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1)
+        write_atomically(self.path / RUN_FILE, text + "\n")
 
 
 def provenance() -> dict[str, str]:

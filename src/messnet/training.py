@@ -39,7 +39,7 @@ Schedule = Literal["alternating", "modulo"]
 class ComputeOptions:
     """Where and how to compute; changes no result that is compared, so a run may go on with others."""
 
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" (an accelerator if there is one), "cpu" or "cuda"."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """"auto": bf16 autocast on an accelerator, float32 on a CPU, where depthwise backward passes are slower in bf16."""
@@ -287,9 +287,10 @@ def _train(
         for iteration, (images, labels) in _batches(dataset, options, compute, stage.fabric, done):
             losses = stage.step(iteration, _learning_rate(options, iteration), images, labels)
             bar.update()
-            if iteration % 10 == 0 or iteration == options.iterations:
+            saves = iteration % options.checkpoint_every == 0
+            if saves or iteration % 10 == 0 or iteration == options.iterations:
                 bar.set_postfix({key: f"{_finite(name, iteration, loss):.3f}" for key, loss in losses.items()})
-            if iteration % options.checkpoint_every == 0:
+            if saves:
                 checkpoint.save({"stage": stage.state_dict(), "iteration": iteration})
 
 

@@ -3,7 +3,7 @@
 Two pairs of classes look alike from close by and are told apart by their surroundings only: water is drawn like sky
 (one lies in the ground, the other above it), a boat like a car (one floats, the other stands on a road). An early
 exit sees little context and must get large regions of them wrong; a deep one can get them right. Every image has a
-difficulty, drawn first, which drives contrast, noise, blur, texture, and the number and size of the objects.
+difficulty, drawn first, which drives contrast, noise, blur, texture, the number and size of the objects, and the water.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def _land(
         canvas.polygon(hill, ground + (sky - ground) * distance, GROUND)
 
     depth = 1 - horizon
-    for _ in range(rng.integers(0, 3) + (rng.random() < 0.7)):
+    # Where there is no water, nothing needs wide context: easy images seldom have any.
+    for _ in range(int((rng.random(3) < 0.75 * difficulty).sum())):
         foot = horizon + depth * rng.uniform(0.3, 1)
         radii = np.array((rng.uniform(0.35, 0.75), depth * rng.uniform(0.16, 0.34))) * (1.2 - 0.5 * difficulty)
         radii[1] = min(radii[1], foot - horizon - 0.06 * depth)

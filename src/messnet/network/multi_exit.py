@@ -13,6 +13,7 @@ from messnet.errors import ModelError
 from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import Chain, ExitPoint, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
+from messnet.workload import output_shape
 
 __all__ = ["MultiExitNet", "convert", "upsample"]
 
@@ -71,7 +72,7 @@ class MultiExitNet(nn.Module):
         reference = next(self.segments.parameters())
         heads = self.heads[exit_index]
         assert isinstance(heads, nn.ModuleDict)
-        heads[config.name] = head.to(device=reference.device, dtype=reference.dtype)
+        heads[config.name] = head.to(device=reference.device, dtype=reference.dtype).train(self.training)
         return Exit(exit_index, config.name)
 
     def drop_heads(self, keep: Sequence[Exit] = ()) -> None:
@@ -148,12 +149,10 @@ def convert(
     if example_input.dim() != 4:
         raise ModelError(f"example_input must be (N, 3, H, W), got {tuple(example_input.shape)}")
     chain = cut_model(model, example_input, num_exits=num_exits, exit_points=exit_points, head=head)
-    with torch.no_grad():
-        features = torch.zeros(1, chain.exit_points[-1].channels, 8, 8).to(example_input)
-        was_training = chain.final_head.training
-        num_classes = chain.final_head.eval()(features).shape[1]
-        chain.final_head.train(was_training)
-    return MultiExitNet(chain, num_classes).train(model.training)
+    num_classes = output_shape(chain.final_head, (1, chain.exit_points[-1].channels, 8, 8))[1]
+    net = MultiExitNet(chain, num_classes)
+    net.training = model.training  # the parts keep their own modes: a part may be frozen
+    return net
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
