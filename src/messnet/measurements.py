@@ -46,6 +46,11 @@ class Measurement:
         taken = np.array(self.exit_taken)
         return [(choice.exit, float((taken == choice.exit_index).mean())) for choice in self.instance.exits]
 
+    def spread(self) -> float:
+        """How evenly the images spread over the exits: the entropy of the shares in bits, 0 if all leave at one."""
+        shares = np.array([share for _, share in self.exit_shares() if share > 0])
+        return float(-(shares * np.log2(shares)).sum())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:

@@ -182,7 +182,7 @@ def report_stage(run: Run) -> None:
         rows=[_measurement(*pair, tables_reported, costs) for pair in zip(instances, runnings, strict=True)],
         skipped=front["skipped"],
     )
-    gallery = _gallery(val, reported, sessions, runnings)
+    gallery = _gallery(val, reported, sessions, measurements.rows)
     run.directory.write("measurements.json", measurements.to_json())
     if gallery is not None:
         run.directory.write("gallery.npz", gallery.to_bytes())
@@ -316,17 +316,17 @@ def _measurement(instance: Instance, running: Running, tables: ExitTables, costs
 
 
 def _gallery(
-    val: SegmentationDataset, reported: Sequence[int], sessions: Sequence[Session], runnings: Sequence[Running]
+    val: SegmentationDataset, reported: Sequence[int], sessions: Sequence[Session], rows: Sequence[Measurement]
 ) -> Gallery | None:
-    """An image that stopped early and one that went deep, through the instance with the most exits."""
+    """An image that stopped early and one that went deep, through the instance whose images spread most."""
     if len(sessions) < 2:
         return None
-    session, running = max(zip(sessions[1:], runnings[1:], strict=True), key=lambda pair: len(pair[0].instance.exits))
-    order = np.lexsort((running.image_confidence, running.exit_taken))
+    session, row = max(zip(sessions[1:], rows[1:], strict=True), key=lambda pair: pair[1].spread())
+    order = np.lexsort((row.image_confidence, row.exit_taken))
     first, last = int(order[len(order) // 10]), int(order[-1 - len(order) // 10])
     samples = [val[reported[v]] for v in dict.fromkeys((first, last))]
     samples = [sample for sample in samples if sample.mask.shape == samples[0].mask.shape]
-    taken = [running.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
+    taken = [row.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
     return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
 
 

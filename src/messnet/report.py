@@ -376,9 +376,9 @@ def _front_figure(measurements: Measurements, fronts: dict[str, list[tuple[float
 
 
 def _depth_figure(measurements: Measurements, costs: CostTable) -> dict[str, Any] | None:
-    """Exit taken against difficulty, for the instance with most exits. None where no instance has an early exit."""
+    """Exit taken against difficulty, for the instance whose images spread most. None without an early exit."""
     rows = [row for row in measurements.rows[1:] if row.instance.setting == "input_dependent"]
-    row = max(rows, key=lambda row: len(row.instance.exits), default=None)
+    row = max(rows, key=Measurement.spread, default=None)
     if row is None or len(row.instance.exits) < 2:
         return None
     difficulty, measure = _difficulty(measurements)

@@ -95,4 +95,6 @@ def device_in_words(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = models[0] if models else platform.processor() or platform.machine()
-    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__} eager float32"
+    threads = torch.get_num_threads()
+    plural = "s" if threads > 1 else ""
+    return f"{processor}, {threads} thread{plural}, torch {torch.__version__} eager float32"
