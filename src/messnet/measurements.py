@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from messnet.runs import expect_schema, reading
 __all__ = ["Gallery", "Measurement", "Measurements"]
 
 SCHEMA_VERSION = 1
+_PER_IMAGE = ("difficulty", "final_exit_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,10 @@ class Measurements:
     skipped: list[str]
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
+        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for name in _PER_IMAGE:  # JSON has no NaN
+            record[name] = [None if math.isnan(value) else value for value in record[name]]
+        return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Measurements:
@@ -82,6 +87,8 @@ class Measurements:
             record: dict[str, Any] = json.loads(text)
             expect_schema(record, SCHEMA_VERSION, "measurements")
             record["input_size"] = tuple(record["input_size"])
+            for name in _PER_IMAGE:
+                record[name] = [float("nan") if value is None else value for value in record[name]]
             record["rows"] = [
                 Measurement(**{**row, "instance": Instance.from_record(row["instance"])}) for row in record["rows"]
             ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ class ComputeOptions:
 class TrainOptions:
     """What both stages share; defaults from torchvision's segmentation reference."""
 
+    section: ClassVar[str] = "training"
+
     iterations: int = 10_000
     batch_size: int = 16
     """At least 2: normalisation over a globally pooled feature needs two values."""
@@ -82,12 +84,14 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, least in (("iterations", 1), ("batch_size", 2), ("loss_stride", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
-                raise RecipeError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise RecipeError(f"{self.section}.{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(TrainOptions):
     """Stage 1, exit-aware pre-training."""
+
+    section = "pretrain"
 
     schedule: Schedule = "alternating"
     """"alternating" (poster 1): one early exit is active per iteration, in turn. "modulo" (poster 2): exit i is active
@@ -99,6 +103,8 @@ class PretrainOptions(TrainOptions):
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(TrainOptions):
     """Stage 2, frozen-backbone distillation."""
+
+    section = "distill"
 
     loss: DistillationLoss = "pfd"
     """"pfd": positive filtering distillation; "kd": unfiltered; "ce": labels alone."""
