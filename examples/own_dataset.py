@@ -1,5 +1,5 @@
-"""Images of your own that are not in folders: name this in a recipe as `data: {source: "own_dataset:stripes"}` with this
-folder on PYTHONPATH, or run `python examples/own_dataset.py`."""
+"""Images of your own that are not in folders: name this in a recipe as `data: {source: "own_dataset:stripes"}` with
+this folder on PYTHONPATH, or run `python examples/own_dataset.py`."""
 
 import numpy as np
 

@@ -30,10 +30,18 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, labels
 
 
-def literal(student: Tensor, teacher: Tensor, labels: Tensor, loss: str, alpha: float, filter_kl: bool) -> float:
+def literal(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    loss: str,
+    alpha: float,
+    filter_kl: bool,
+    weights: tuple[float, ...] = (1, 1, 1, 1),
+) -> float:
     """L_i = alpha * 1(argmax y_N = t) * CE(y_i, t) + (1 - alpha) * KL(y_N || y_i), mean over the valid pixels."""
     log_student, log_teacher = (log_softmax(y.double().numpy(), axis=1) for y in (student, teacher))
-    terms = []
+    terms, pixel_weights = [], []
     for n, y, x in np.ndindex(*labels.shape):
         t = int(labels[n, y, x])
         if t == IGNORE_INDEX:
@@ -41,6 +49,7 @@ def literal(student: Tensor, teacher: Tensor, labels: Tensor, loss: str, alpha: 
         p, q = log_teacher[n, :, y, x], log_student[n, :, y, x]
         ce, kl = -q[t], sum(np.exp(p[k]) * (p[k] - q[k]) for k in range(len(p)))
         right = np.argmax(p) == t
+        pixel_weights.append(weights[t])
         match loss:
             case "ce":
                 terms.append(ce)
@@ -48,7 +57,7 @@ def literal(student: Tensor, teacher: Tensor, labels: Tensor, loss: str, alpha: 
                 terms.append(alpha * ce + (1 - alpha) * kl)
             case "pfd":
                 terms.append(alpha * right * ce + (1 - alpha) * kl * (right if filter_kl else 1))
-    return float(np.mean(terms))
+    return float(np.average(terms, weights=pixel_weights))
 
 
 @pytest.mark.parametrize(("loss", "alpha", "filter_kl"), LOSSES)
@@ -61,6 +70,15 @@ def test_a_distillation_loss_is_the_equation(loss: DistillationLoss, alpha: floa
     taught = teach(teacher, labels, loss=loss, alpha=alpha, filter_kl=filter_kl)
     expected = literal(student, teacher, labels, loss, alpha, filter_kl)
     assert distillation_loss(student, taught).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "alpha", "filter_kl"), LOSSES)
+def test_class_weights_weigh_pixels(loss: DistillationLoss, alpha: float, filter_kl: bool) -> None:
+    student, teacher, labels = batch()
+    weights = (0.5, 3.0, 0.0, 1.0)
+    taught = teach(teacher, labels, loss=loss, alpha=alpha, filter_kl=filter_kl, class_weights=torch.tensor(weights))
+    expected = literal(student, teacher, labels, loss, alpha, filter_kl, weights)
+    assert distillation_loss(student, taught).item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("loss", "alpha", "filter_kl"), LOSSES)

@@ -60,7 +60,7 @@ def evaluate(
         names.append(sample.name)
         difficulty.append(sample.difficulty)
         image = normalise(sample.image)[None].to(device, memory_format=torch.channels_last)
-        label = torch.from_numpy(sample.mask)[None].to(device)
+        label = torch.tensor(sample.mask)[None].to(device)  # copies: cached masks are read-only
         size = (image.shape[2], image.shape[3])
         with torch.inference_mode():
             tapped = list(net.features(image))

@@ -32,7 +32,8 @@ class Teacher:
     """(N, K, H, W): the weight of each class's log-probability in the loss; 0 where ignored."""
     constant: Tensor
     """The part of the loss that no head can change (minus the teacher's entropy), so that a perfect student has 0."""
-    num_valid: Tensor
+    normaliser: Tensor
+    """Sum of the pixel weights: the number of valid pixels where all classes weigh 1."""
 
 
 def teach(
@@ -42,13 +43,15 @@ def teach(
     loss: DistillationLoss = "pfd",
     alpha: float = 0.5,
     filter_kl: bool = False,
+    class_weights: Tensor | None = None,
 ) -> Teacher:
     """Folds a distillation loss of the final exit y_N and the labels t into one target distribution.
 
     pfd (positive filtering distillation, poster 2):
         L_i = alpha * 1(argmax y_N = t) * CE(y_i, t) + (1 - alpha) * KL(y_N || y_i)
     kd:  the same without the filter;  ce: CE(y_i, t) alone. ``filter_kl`` filters the KL term of pfd too.
-    Mean over the valid pixels, ignored ones in neither term.
+    Mean over the valid pixels, ignored ones in neither term; with ``class_weights`` (K,) each pixel weighs as its
+    label's class, in both terms.
 
     Each term is linear in the student's log-probabilities, so the loss is one soft cross-entropy against
     ``alpha * 1(...) * onehot(t) + (1 - alpha) * y_N`` plus a constant: 280 heads share one target.
@@ -67,13 +70,19 @@ def teach(
         case "pfd":
             label_weight = alpha * (valid & right).float()
             teacher_weight = (1 - alpha) * (valid & right if filter_kl else valid).float()
+    if class_weights is not None:
+        pixel_weight = class_weights[labels.where(valid, 0)] * valid
+        label_weight, teacher_weight = label_weight * pixel_weight, teacher_weight * pixel_weight
+        normaliser = pixel_weight.sum()
+    else:
+        normaliser = valid.sum().float()
     target = label_weight[:, None] * onehot + teacher_weight[:, None] * log_teacher.exp()
-    num_valid = valid.sum().clamp(min=1)
+    normaliser = normaliser.where(normaliser > 0, 1)
     entropy = -(log_teacher.exp() * log_teacher).sum(1)
-    return Teacher(target, -(teacher_weight * entropy).sum() / num_valid, num_valid)
+    return Teacher(target, -(teacher_weight * entropy).sum() / normaliser, normaliser)
 
 
 def distillation_loss(logits: Tensor, teacher: Teacher) -> Tensor:
     """The loss of one head; ``logits`` (N, K, H, W) at the teacher's resolution."""
     total = F.cross_entropy(logits.float(), teacher.target, reduction="sum")
-    return total / teacher.num_valid + teacher.constant
+    return total / teacher.normaliser + teacher.constant

@@ -208,16 +208,18 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "search": search_stage,
     "report": report_stage,
 }
-# The sections of the recipe that a stage adds to those of the stages before it.
+# The sections of the recipe that a stage's artefact depends on.
 SECTIONS = {
     "profile": ("data", "model", "heads"),
-    "pretrain": ("pretrain",),
-    "distill": ("distill",),
-    "evaluate": ("evaluate",),
-    "search": ("search",),
-    "report": (),
+    "pretrain": ("data", "model", "pretrain"),
+    "distill": ("data", "model", "pretrain", "heads", "distill"),
+    "evaluate": ("data", "model", "pretrain", "heads", "distill", "evaluate"),
+    "search": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
+    "report": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
 }
-# Cheap and meant to be repeated: run again when their options change instead of refusing.
+# What costs hours is refused when its options change; the rest is just done again.
+TRAINING = ("pretrain", "distill")
+# Done again whenever its verb is called.
 REPEATABLE = ("search", "report")
 ARTEFACTS = {
     "profile": "exits.json",
@@ -267,32 +269,23 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> bool:
     return True
 
 
-def _sections(stage: str) -> list[str]:
-    """The sections of the recipe that a stage's artefact depends on."""
-    stages = list(STAGES)[: list(STAGES).index(stage) + 1]
-    return [section for name in stages for section in SECTIONS[name]]
-
-
 def _fingerprint(record: dict[str, Any], stage: str) -> str:
-    parts = {section: record[section] for section in _sections(stage)}
+    parts = {section: record[section] for section in SECTIONS[stage]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _refuse_other_recipe(directory: RunDirectory, known: dict[str, Any], record: dict[str, Any]) -> None:
-    begun = [
-        stage
-        for stage in STAGES
-        if stage not in REPEATABLE
-        and (directory.fingerprint(stage) is not None or directory.checkpoint(stage).path.exists())
-    ]
-    for section in _sections(begun[-1]) if begun else []:
-        old, new = _flat(known.get(section, {})), _flat(record[section])
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise RunError(
-                    f"{directory.path} was made with {section}.{key} = {old.get(key)}, this recipe says "
-                    f"{new.get(key)}: choose another directory with --out, or delete it"
-                )
+    for stage in TRAINING:
+        if directory.fingerprint(stage) is None and not directory.checkpoint(stage).path.exists():
+            continue  # not begun: may still change
+        for section in SECTIONS[stage]:
+            old, new = _flat(known.get(section, {})), _flat(record[section])
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key):
+                    raise RunError(
+                        f"{directory.path} was made with {section}.{key} = {old.get(key)}, this recipe says "
+                        f"{new.get(key)}: choose another directory with --out, or delete it"
+                    )
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:

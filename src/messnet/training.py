@@ -77,6 +77,8 @@ class TrainOptions:
     augment: AugmentOptions = AugmentOptions()
     loss_stride: int = 1
     """The loss is taken at every n-th pixel in both directions; 1: all of them. Saves time where heads are light."""
+    class_weights: tuple[float, ...] | None = None
+    """Weight of each class in the loss; None: all 1."""
     checkpoint_every: int = 200
     """Iterations between two checkpoints: the most that a kill can lose."""
     seed: int = 0
@@ -96,8 +98,6 @@ class PretrainOptions(TrainOptions):
     schedule: Schedule = "alternating"
     """"alternating" (poster 1): one early exit is active per iteration, in turn. "modulo" (poster 2): exit i is active
     when i divides the iteration."""
-    class_weights: tuple[float, ...] | None = None
-    """Weight of each class in the cross-entropy; None: all 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +184,7 @@ class _Pretraining:
         module = _ExitAware(net, plain).train().to(memory_format=torch.channels_last)
         self.module, self.optimizer = fabric.setup(module, _sgd(module, options))
         self.num_early = len(plain)
-        weights = options.class_weights
-        if weights is not None and len(weights) != net.num_classes:
-            raise RecipeError(f"pretrain.class_weights has {len(weights)} values for {net.num_classes} classes")
-        self.class_weights = None if weights is None else torch.tensor(weights, device=fabric.device)
+        self.class_weights = _class_weights(options, net.num_classes, fabric.device)
 
     def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         _set_learning_rate(self.optimizer, learning_rate)
@@ -238,6 +235,7 @@ class _Distillation:
         net.requires_grad_(False)
         net.heads.train().requires_grad_(True)
         self.exits = net.exits[:-1]
+        self.class_weights = _class_weights(options, net.num_classes, fabric.device)
         self.optimizers = {exit: _sgd(net.head(exit), options) for exit in self.exits}
 
     def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -248,7 +246,14 @@ class _Distillation:
             final = self.net.final_head(tapped[-1])
         final = F.interpolate(final.float(), size=tuple(size), mode="bilinear", align_corners=False)
         labels = _every(labels, options.loss_stride)
-        teacher = teach(final, labels, loss=options.loss, alpha=options.alpha, filter_kl=options.filter_kl)
+        teacher = teach(
+            final,
+            labels,
+            loss=options.loss,
+            alpha=options.alpha,
+            filter_kl=options.filter_kl,
+            class_weights=self.class_weights,
+        )
         losses: dict[int, list[Tensor]] = {}
         for exit, optimizer in self.optimizers.items():
             # dropout of a head must not depend on the heads beside it
@@ -339,6 +344,15 @@ def _learning_rate(options: TrainOptions, iteration: int) -> float:
     peak = options.learning_rate * options.batch_size / 16
     poly: float = (1 - (iteration - 1) / options.iterations) ** 0.9
     return peak * poly * min(1.0, iteration / max(options.warmup, 1))
+
+
+def _class_weights(options: TrainOptions, num_classes: int, device: torch.device) -> Tensor | None:
+    if options.class_weights is None:
+        return None
+    if len(options.class_weights) != num_classes:
+        given = len(options.class_weights)
+        raise RecipeError(f"{options.section}.class_weights has {given} values for {num_classes} classes")
+    return torch.tensor(options.class_weights, device=device)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

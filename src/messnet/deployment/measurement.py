@@ -56,7 +56,7 @@ def run_side_by_side(
         for turn in range(len(sessions)):
             s = (v + turn) % len(sessions)
             result = sessions[s].predict([image])[0]
-            label = torch.from_numpy(mask)[None]
+            label = torch.tensor(mask)[None]
             counts = pixel_counts(torch.from_numpy(result.labels)[None], label, num_classes)
             runnings[s].exit_taken.append(result.exit_index)
             runnings[s].image_confidence.append(result.image_confidence)
