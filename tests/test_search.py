@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import combinations, product
@@ -15,6 +16,7 @@ from messnet.search import Front, Grid, Objective, choose, cost_of, pareto_front
 from messnet.search.space import exit_sets
 from messnet.tables import CostName, CostTable, ExitTables, PartCost
 
+ENGINE = importlib.import_module("messnet.search.engine")  # by attribute, messnet.search is the function
 COMPLETE = Grid(num_image_thresholds=1000)
 
 
@@ -172,8 +174,8 @@ def test_groups_and_chunks_do_not_change_the_front(seed: int, monkeypatch: pytes
     tables, costs = tiny(1000 + seed, num_exit_points=4)
     front = pareto_front(tables, costs, grid=COMPLETE)
     for group_size, chunk_rows in ((1, 1), (3, 5), (1000, 1000)):
-        monkeypatch.setattr("messnet.search.engine.GROUP_SIZE", group_size)
-        monkeypatch.setattr("messnet.search.engine.CHUNK_ROWS", chunk_rows)
+        monkeypatch.setattr(ENGINE, "GROUP_SIZE", group_size)
+        monkeypatch.setattr(ENGINE, "CHUNK_ROWS", chunk_rows)
         assert pareto_front(tables, costs, grid=COMPLETE).points == front.points
 
 

@@ -79,7 +79,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"no recipe {path}: expected a YAML file; the ones that come with messnet are in configs/")
     _expect_sections(path)
-    app = App(config=Yaml(path, use_commands_as_keys=False), help_flags=[], version_flags=[])
+    app = App(
+        default_parameter=Parameter(consume_multiple=True),
+        config=Yaml(path, use_commands_as_keys=False),
+        help_flags=[],
+        version_flags=[],
+    )
 
     @app.default
     def collect(*, recipe: Annotated[Recipe, Parameter(name="*")] = Recipe()) -> Recipe:
