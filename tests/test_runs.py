@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from messnet.errors import RunError
-from messnet.runs import Checkpoint, RunDirectory, write_atomically
+from messnet.files import write_atomically
+from messnet.runs import Checkpoint, RunDirectory
 
 
 class TornError(OSError):

@@ -271,9 +271,9 @@ def report(
 
     run_stage(opened, "report", again=True)
     if markdown is not None:
+        from messnet.files import write_atomically
         from messnet.measurements import Measurements
         from messnet.report import measurements_markdown
-        from messnet.runs import write_atomically
 
         measurements = Measurements.from_json((opened.directory.path / "measurements.json").read_text())
         write_atomically(markdown, measurements_markdown(measurements))

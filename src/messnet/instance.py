@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from messnet.runs import expect_schema, reading
+from messnet.files import expect_schema, reading
 
 __all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from messnet.files import expect_schema, reading
 from messnet.instance import Exit, Instance
-from messnet.runs import expect_schema, reading
 
 __all__ = ["Gallery", "Measurement", "Measurements"]
 

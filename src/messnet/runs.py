@@ -1,58 +1,24 @@
-"""The run directory: artefact names, provenance, checkpoints. Every file is written whole or not at all."""
+"""The run directory: its record, provenance, artefacts and checkpoints."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 from messnet.errors import RunError
+from messnet.files import expect_schema, reading, write_atomically
 
-__all__ = ["Checkpoint", "RunDirectory", "expect_schema", "reading", "write_atomically"]
+__all__ = ["Checkpoint", "RunDirectory"]
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Writes through a temporary file beside ``path``: a kill leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is written over
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def reading(what: str, *, made_by: str) -> Iterator[None]:
-    """Around the reading of one of our own files: what a damaged or foreign one raises becomes a RunError, which names
-    the verb that makes it."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile, zlib.error) as error:
-        raise RunError(f"not {what} ({error}); make it again with `messnet {made_by}`") from error
-
-
-def expect_schema(record: dict[str, Any], version: int, what: str) -> None:
-    """Takes the schema version out of a record. Raises RunError when it is another one."""
-    found = record.pop("schema_version")
-    if found != version:
-        raise RunError(f"{what} of schema version {found}: this messnet reads {version}; make it again")
 
 
 @dataclass(frozen=True)

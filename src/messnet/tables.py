@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.errors import RunError
+from messnet.files import expect_schema, reading, write_atomically
 from messnet.instance import Exit
-from messnet.runs import expect_schema, reading, write_atomically
 
 __all__ = ["CostColumn", "CostTable", "ExitTables", "PartCost", "class_iou", "mean_iou"]
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from messnet.deployment.bundle import load
 from messnet.errors import DataError
-from messnet.runs import write_atomically
+from messnet.files import write_atomically
 
 __all__ = ["IMAGE_SUFFIXES", "overlay", "predict_files", "read_image"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from messnet.files import expect_schema, reading
 from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import build_model
-from messnet.runs import expect_schema, reading
 
 __all__ = ["Blueprint"]
 
