@@ -80,16 +80,22 @@ def profile(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJ
     if as_json:
         print(costs.to_json(), end="")
         return
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"{costs.model} at {costs.input_size[0]}x{costs.input_size[1]}", title_justify="left")
-    for column in ("exit", "after", "channels", "stride", "GMACs so far", "share", "heads", "GMACs of heads"):
-        table.add_column(column, justify="left" if column == "after" else "right")
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{costs.model} at {costs.input_size[0]}x{costs.input_size[1]}",
+        title_justify="left",
+    )
+    for column in ("exit", "after", "channels", "stride", "GMACs", "share", "heads", "GMACs each"):
+        table.add_column(column, justify="left" if column == "after" else "right", no_wrap=True)
     total, so_far = costs.total_macs(), 0.0
     for i, (point, segment) in enumerate(zip(blueprint.exit_points, costs.segments, strict=True)):
         so_far += segment.macs
         heads = [part.macs for exit, part in costs.heads.items() if exit.exit_index == i]
-        spread = f"{min(heads) / 1e9:.4f} to {max(heads) / 1e9:.4f}" if len(heads) > 1 else f"{heads[0] / 1e9:.4f}"
+        spread = f"{min(heads) / 1e9:.4f}-{max(heads) / 1e9:.4f}" if len(heads) > 1 else f"{heads[0] / 1e9:.4f}"
         name = "final" if segment is costs.segments[-1] else str(i)
         cells = (point.channels, point.output_stride, f"{so_far / 1e9:.4f}", f"{so_far / total:.0%}", len(heads))
         table.add_row(name, point.module, *map(str, cells), spread)
