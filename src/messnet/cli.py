@@ -89,7 +89,7 @@ def profile(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJ
         title=f"{costs.model} at {costs.input_size[0]}x{costs.input_size[1]}",
         title_justify="left",
     )
-    for column in ("exit", "after", "channels", "stride", "GMACs", "share", "heads", "GMACs each"):
+    for column in ("exit", "after", "features", "GMACs", "share", "heads", "GMACs each"):
         table.add_column(column, justify="left" if column == "after" else "right", no_wrap=True)
     total, so_far = costs.total_macs(), 0.0
     for i, (point, segment) in enumerate(zip(blueprint.exit_points, costs.segments, strict=True)):
@@ -97,7 +97,8 @@ def profile(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJ
         heads = [part.macs for exit, part in costs.heads.items() if exit.exit_index == i]
         spread = f"{min(heads) / 1e9:.4f}-{max(heads) / 1e9:.4f}" if len(heads) > 1 else f"{heads[0] / 1e9:.4f}"
         name = "final" if segment is costs.segments[-1] else str(i)
-        cells = (point.channels, point.output_stride, f"{so_far / 1e9:.4f}", f"{so_far / total:.0%}", len(heads))
+        features = f"{point.channels} at 1/{point.output_stride}"
+        cells = (features, f"{so_far / 1e9:.4f}", f"{so_far / total:.0%}", len(heads))
         table.add_row(name, point.module, *map(str, cells), spread)
     console = Console()
     console.print(table)
