@@ -55,9 +55,9 @@ def small_net() -> MultiExitNet:
     images = torch.stack([normalise(smooth_image(64, 80, seed)) for seed in range(4)])
     with torch.no_grad():
         for _ in range(5):  # for the statistics of the normalisation layers
-            for features, heads in zip(net.features(images), [*net.heads, None], strict=True):
-                for head in [net.final_head] if heads is None else heads.values():
-                    head(features)
+            states = list(net.states(images))
+            for exit in net.exits:
+                net.logits(exit, states[exit.exit_index])
         for layer in net.modules():
             if isinstance(layer, nn.Conv2d) and layer.out_channels == 5:
                 layer.weight *= 20

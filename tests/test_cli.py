@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_RECIPE, smooth_image, snapshot
 from PIL import Image
 
 from messnet.cli import app, main
 from messnet.config import recipe_from_record
-from messnet.deployment.bundle import load
+from messnet.deployment.loading import load
+from messnet.latency import LatencyOptions
 
 VERBS = [
-    "check-data", "distill", "evaluate", "predict", "pretrain", "profile", "recipe", "report", "run", "search",
+    "check-data", "distill", "evaluate", "export", "predict", "pretrain", "profile", "recipe", "report", "run",
+    "search",
 ]  # fmt: skip
 
 
@@ -239,6 +242,80 @@ def test_reading_verbs_as_json(tiny_run: Path, says: Callable[..., str]) -> None
     whole = sum(part["macs"] for part in costs["segments"]) + costs["heads"][-1][2]["macs"]
     assert exits[-1]["macs"] == pytest.approx(whole)
     assert recipe_from_record(strict_json(says("recipe", tiny_run, "--json"))).model.width == 0.25
+    assert snapshot(tiny_run) == before
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds of measurement, whatever they are worth."""
+    monkeypatch.setitem(LatencyOptions.__init__.__kwdefaults__, "repeats", 2)
+
+
+def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str], quick: None) -> None:
+    model = ["mobilenetv2_fcn", "--input-size", "64", "80", "--num-classes", "5", "--num-exits", "3"]
+    model += ["--model.width", "0.25", "--heads.channel_reduction", "1", "--heads.extra_blocks", "0"]
+    counted = says("profile", *model, "--out", tmp_path / "counted.json", "--plot", tmp_path / "cuts.png")
+    assert "mobilenetv2_fcn at 64x80" in counted
+    assert "GMACs each" in counted
+    assert "an early exit can save at most" in counted
+    with Image.open(tmp_path / "cuts.png") as drawing:
+        assert drawing.size > (600, 400)
+    table = strict_json((tmp_path / "counted.json").read_text())
+    assert (len(table["segments"]), table["input_size"], table["conditions"]) == (3, [64, 80], {})
+
+    measured = ["profile", *model, "--measure", "--threads", "1"]
+    words = " ".join(says(*measured).split())
+    for expected in ("policy", "threads 1", "the sum of the parts is", "(median of 20)", "this device", "workload "):
+        assert expected in words
+    assert "was not checked" in says(*measured, "--dtype", "bfloat16")
+    table = strict_json(says(*measured, "--batch", "2", "--json"))
+    assert (table["conditions"]["dtype"], table["conditions"]["batch"], table["additivity"]) == ("float32", 2, {})
+    assert set(snapshot(tmp_path)) == {"counted.json", "cuts.png"}
+
+
+def test_measured_tables_of_a_run(
+    tiny_run: Path, tmp_path: Path, says: Callable[..., str], fails: Callable[..., str], quick: None
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = snapshot(run)
+    table = strict_json(says("profile", run, "--measure", "--threads", "1", "--json"))
+    says("profile", run, "--measure", "--name", "mine")
+    assert set(snapshot(run)) - set(before) == {"costs/cpu-1threads-float32-b1.json", "costs/mine.json"}
+    assert strict_json((run / "costs/cpu-1threads-float32-b1.json").read_text()) == table
+    assert table["additivity"]["num_instances"] == 20
+    assert len(table["heads"]) == 7
+    assert "latency_ms" in fails("search", run, "--name", "fast", "--minimise", "latency_ms")
+    objective = ["--maximise", "miou", "--cost", "latency_ms", "--max-cost-ratio", "1"]
+    found = strict_json(says("search", run, "--name", "fast", *objective, "--costs", run / "costs/mine.json", "--json"))
+    assert found[0]["selected_on"]["latency_ms"] <= found[0]["selected_on"]["baseline_latency_ms"]
+    assert snapshot(run)["profile.json"] == before["profile.json"]
+
+
+def test_exits_by_measured_latency(tiny_recipe: Path, tmp_path: Path, says: Callable[..., str]) -> None:
+    says("profile", tiny_recipe, "--out", tmp_path / "run", "--exit-cost", "latency", "--num-exits", "3", "--json")
+    assert len(strict_json((tmp_path / "run/exits.json").read_text())["exit_points"]) == 3
+    recorded = strict_json(says("recipe", tmp_path / "run", "--json"))["model"]
+    assert (recorded["exit_cost"], recorded["num_exits"]) == ("latency", 3)
+
+
+def test_bad_profiles(tiny_run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    before = snapshot(tiny_run)
+    assert "--threads is for measuring: add --measure" in fails("profile", tiny_run, "--threads", "2")
+    assert "--name is for measuring" in fails("profile", tiny_run, "--name", "x")
+    assert "plain file name" in fails("profile", tiny_run, "--measure", "--name", "../x")
+    assert "--out FILE.json" in fails("profile", "mobilenetv2_fcn", "--measure", "--name", "x")
+    assert "are for a model" in fails("profile", tiny_run, "--num-classes", "3")
+    assert "no model 'mobilenet'" in fails("profile", "mobilenet")
+    assert "no.such:model" in fails("profile", "no.such:model")
+    assert "no recipe" in fails("profile", tmp_path / "run")
+    assert "--model.wdth" in fails("profile", "mobilenetv2_fcn", "--model.wdth", "2")
+    assert "at least 1" in fails("profile", tiny_run, "--measure", "--batch", "0")
+    assert "cannot write the plot" in fails("profile", tiny_run, "--plot", tmp_path / "cuts.text")
+    message = fails("search", tiny_run, "--name", "x", "--costs", tmp_path / "missing.json")
+    assert "missing.json" in message
+    assert "--measure" in message
+    if not torch.cuda.is_available():
+        assert "use cpu" in fails("profile", tiny_run, "--measure", "--device", "cuda")
     assert snapshot(tiny_run) == before
 
 

@@ -79,8 +79,7 @@ def test_image_confidence_is_the_share_of_the_literal_map(tables: ExitTables, sm
     for v, h in np.ndindex(3, 7):
         sample, exit = Pictures()[v], tables.exits[h]
         with torch.no_grad():
-            features = list(small_net.features(as_input(sample)))[exit.exit_index]
-            logits = small_net.head(exit)(features)
+            logits = small_net.logits(exit, list(small_net.states(as_input(sample)))[exit.exit_index])
         for p, name in enumerate(OPTIONS.policies):
             stride = small_net.exit_points[exit.exit_index].output_stride
             refined = refined_confidence_map(logits, stride, SIZES[v], Policy.parse(name))[1][0].numpy()

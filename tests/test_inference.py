@@ -10,8 +10,8 @@ import torch
 from conftest import smooth_image
 
 from messnet.data import IGNORE_INDEX, SegmentationSample
-from messnet.deployment.bundle import load
 from messnet.deployment.inference import Session
+from messnet.deployment.loading import load
 from messnet.errors import DataError, ModelError, RunError
 from messnet.exit_policy import Policy, refined_confidence_map
 from messnet.instance import Exit, ExitChoice, Instance

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_weights_that_do_not_fit_are_listed(tiny: MultiExitNet) -> None:
 
 
 def parts(net: MultiExitNet) -> dict[str, nn.Module]:
-    segments = {f"segment{i}": segment for i, segment in enumerate(net.segments)}
+    segments = {f"segment{i}": segment for i, segment in enumerate(net.backbone.segments)}
     return segments | {f"{exit.exit_index}/{exit.head}": net.head(exit) for exit in net.exits}
 
 
@@ -153,20 +154,20 @@ def test_nothing_past_an_exit_runs(tiny: MultiExitNet, calls: Counter[str]) -> N
         assert calls[f"{i}/{head}"] >= len(layers)  # the hooks do see every layer
 
 
-def test_features_are_lazy(tiny: MultiExitNet, calls: Counter[str]) -> None:
-    features = tiny.features(images(1, 64, 80))
+def test_states_are_lazy(tiny: MultiExitNet, calls: Counter[str]) -> None:
+    states = tiny.states(images(1, 64, 80))
     for i in range(tiny.num_exits):
         assert set(calls) == {f"segment{k}" for k in range(i)}
-        next(features)
+        next(states)
     assert not any("/" in part for part in calls)  # no head
 
 
 def test_an_exit_is_its_head_on_the_tapped_features(tiny: MultiExitNet) -> None:
     x = images(1, 64, 80)
     with torch.no_grad():
-        tapped = list(tiny.features(x))
+        states = list(tiny.states(x))
         for exit in tiny.exits:
-            logits = nn.functional.interpolate(tiny.head(exit)(tapped[exit.exit_index]), (64, 80), mode="bilinear")
+            logits = nn.functional.interpolate(tiny.logits(exit, states[exit.exit_index]), (64, 80), mode="bilinear")
             assert torch.equal(tiny.run_until(x, *exit), logits)
 
 
@@ -180,8 +181,6 @@ def test_exits_that_do_not_exist_are_told(tiny: MultiExitNet) -> None:
     for exit in (Exit(1, "crm8-blocks0-fcn"), Exit(2, FINAL_HEAD), Exit(7, FINAL_HEAD)):
         with pytest.raises(ModelError, match=f"no head '{exit.head}' at exit {exit.exit_index}"):
             tiny.head(exit)
-    with pytest.raises(ModelError, match=r"example_input must be \(N, 3, H, W\), got \(3, 64, 80\)"):
-        convert(mobilenetv2_fcn(5, width=0.25, depth=0.01), torch.zeros(3, 64, 80))
 
 
 def test_a_heads_weights_depend_on_seed_exit_and_config_only(tiny: MultiExitNet) -> None:
@@ -208,3 +207,95 @@ def test_heads_are_dropped_but_those_to_keep(tiny: MultiExitNet) -> None:
     net.drop_heads(keep=[keep])
     assert net.exits == (keep, Exit(3, FINAL_HEAD))
     assert net.run_until(images(1, 64, 80), 1).shape == (1, 5, 64, 80)  # one head: no need to name it
+
+
+class Deciding(nn.Module):
+    """Looks at the values of its features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.mean() > 0 else -x
+
+
+class Moody(nn.Module):
+    """Three layers that can be cut when they are traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layers(x), training=self.training)
+
+
+class Model(nn.Module):
+    def __init__(self, middle: nn.Module, finish: Callable[[Tensor], object] = lambda logits: logits) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Conv2d(3, 8, 3, 2, 1), middle, nn.Conv2d(8, 5, 1)
+        self.finish = finish
+
+    def forward(self, x: Tensor) -> object:
+        return self.finish(self.head(self.middle(self.stem(x))))
+
+
+def test_a_model_with_less_output_than_input_is_upsampled_and_says_so() -> None:
+    model = Model(nn.ReLU())
+    net = convert(model, images(1, 64, 80), num_exits=1)
+    assert net.notes == (
+        "the model's own output is 1/2 of the input: every exit, the final one too, is upsampled to it",
+    )
+    expected = nn.functional.interpolate(model(images(2, 32, 48)), (32, 48), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(net(images(2, 32, 48)), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            Model(nn.ReLU(), lambda y: (y, y)),
+            {},
+            r"Model returned a tuple of 2; expected logits \(N, K, H, W\) as a tensor",
+        ),
+        (
+            Model(nn.ReLU(), lambda y: y.mean((2, 3))),
+            {},
+            r"the model gives \(1, 5\) for images \(1, 3, 64, 80\); expected logits \(N, K, H, W\): a classifier\?",
+        ),
+        (
+            Model(nn.ReLU(), lambda y: y if y.mean() > 0 else -y),
+            {},
+            rf"Model could not be traced at {__file__}:\d+ \(.*if y.mean.*name the exits by module path, exit_points=",
+        ),
+        (
+            Model(Deciding()),
+            {},
+            rf"the values of its feature maps at {__file__}:\d+ \(return x if x.*; name the exits by module path",
+        ),
+        (Model(nn.ReLU()), {"exit_points": ["midle"]}, "no exit point 'midle' in the backbone; did you mean middle?"),
+        (
+            Model(nn.ReLU()),
+            {"head": "classifier"},
+            "no module 'classifier' in Model to be the head; there are stem, mid",
+        ),
+        (
+            Model(nn.ReLU()),
+            {"num_exits": 3},
+            "3 exits need 2 cuts before the end of the backbone, it has 0: ask for 1 to",
+        ),
+        (
+            Model(Moody()),
+            {"num_exits": 3},
+            r"it has 1: ask for 1 to 2 exits; kept whole: middle, which does other things in train.*name the exits",
+        ),
+        (Model(nn.Conv2d(9, 8, 1)), {}, r"the model does not run on images \(1, 3, 64, 80\) in middle: "),
+    ],
+)
+def test_what_cannot_be_converted_is_told_in_one_line(model: nn.Module, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as info:
+        convert(model, images(1, 64, 80), **options)
+    assert "\n" not in str(info.value)
+
+
+def test_an_example_that_is_no_batch_of_images_is_told() -> None:
+    for shape in ((3, 64, 80), (1, 1, 64, 80), (1, 64, 80, 3)):
+        with pytest.raises(ModelError, match=rf"example_input must be images \(N, 3, H, W\), got \({shape[0]}, "):
+            convert(Model(nn.ReLU()), torch.zeros(shape))

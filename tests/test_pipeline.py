@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.stats
+import torch
 import yaml
 from conftest import snapshot
 
-from messnet.deployment.bundle import instance_names, load_instance
-from messnet.errors import DataError, RecipeError, RunError
+from messnet.data.scenes import CLASS_NAMES
+from messnet.deployment.loading import instance_names, load_instance
+from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.measurements import Gallery, Measurements
+from messnet.network.zoo import mobilenetv2_fcn
 from messnet.pipeline import STAGES, open_run, run_stage
 from messnet.runs import Checkpoint
 from messnet.search import cost_of, route
@@ -135,6 +139,33 @@ def test_nothing_is_made_for_a_bad_recipe(tiny_recipe: Path, tmp_path: Path) -> 
 def test_a_stage_out_of_turn_names_the_verb(tiny_recipe: Path, tmp_path: Path, stage: str, missing: str) -> None:
     with pytest.raises(RunError, match=rf"make it with `messnet ({missing}) "):
         run_stage(open_run(tiny_recipe, out=tmp_path / "run"), stage)
+    assert set(snapshot(tmp_path / "run")) == {"run.json"}
+
+
+def test_stage_1_starts_from_the_users_weights(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = mobilenetv2_fcn(len(CLASS_NAMES), width=0.25, depth=0.5).state_dict()
+    path = tmp_path / "own.pth"
+    torch.save({"model": state | {"aux_classifier.weight": torch.ones(1)}}, path)
+    monkeypatch.setattr("messnet.pipeline.pretrain", lambda *_: None)
+    run = open_run(tiny_recipe, ["--model.weights", str(path)], out=tmp_path / "run")
+    assert run_stage(run, "profile")
+    assert run_stage(run, "pretrain")
+    started = safetensors.torch.load_file(tmp_path / "run" / "stage1.safetensors")
+    assert started.keys() == state.keys()
+    assert all(torch.equal(started[name], tensor) for name, tensor in state.items())
+    out, err = capsys.readouterr()
+    assert err.count("1 tensors of aux_classifier left out") == 1
+    assert not out
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tiny_recipe: Path, tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.ones(1)}, tmp_path / "other.pth")
+    for name, message in (("other.pth", "does not fit the model: missing "), ("none.pth", "no weights .*none.pth")):
+        run = open_run(tiny_recipe, ["--model.weights", str(tmp_path / name)], out=tmp_path / "run")
+        with pytest.raises(ModelError, match=message):
+            run_stage(run, "profile")
     assert set(snapshot(tmp_path / "run")) == {"run.json"}
 
 

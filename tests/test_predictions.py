@@ -10,7 +10,7 @@ import pytest
 from conftest import smooth_image
 from PIL import Image
 
-from messnet.deployment.bundle import load
+from messnet.deployment.loading import load
 from messnet.deployment.predictions import overlay, predict_files, read_image
 from messnet.errors import DataError
 

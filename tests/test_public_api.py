@@ -13,8 +13,8 @@ import pytest
 import messnet
 
 PROMISED = {
-    "CostTable", "Exit", "ExitChoice", "ExitTables", "HeadConfig", "HeadSpace", "Instance", "MessError",
-    "MultiExitNet", "Result", "Session", "convert", "load", "profile", "search", "zoo",
+    "CostTable", "Exit", "ExitChoice", "ExitTables", "HeadConfig", "HeadSpace", "Instance", "LatencyOptions",
+    "MessError", "MultiExitNet", "Result", "Session", "convert", "load", "profile", "search", "zoo",
 }  # fmt: skip
 ARGUMENTS = {
     "convert": ["model", "example_input", "num_exits"],

@@ -34,10 +34,20 @@ NUM_IMAGES, NUM_EXITS = 48, len(GMACS)
 
 
 def make_costs() -> CostTable:
-    part = {macs: PartCost(macs=macs, macs_paper=1.002 * macs, parameters=1000) for macs in (*GMACS, 1e9, 2e9, 3e9)}
+    part = {
+        macs: PartCost(macs=macs, macs_paper=1.002 * macs, parameters=1000, memory_bytes=4000)
+        for macs in (*GMACS, 0, 1e9, 2e9, 3e9)
+    }
     heads = {Exit(e, head): part[(1 + h) * 1e9] for e in range(NUM_EXITS - 1) for h, head in enumerate(HEADS)}
     heads[Exit(NUM_EXITS - 1, "final")] = part[1e9]
-    return CostTable(model="drn", input_size=(96, 128), segments=tuple(part[m] for m in GMACS), heads=heads)
+    return CostTable(
+        model="drn",
+        input_size=(96, 128),
+        segments=tuple(part[m] for m in GMACS),
+        heads=heads,
+        policies=(part[0],) * (NUM_EXITS - 1),
+        outputs=(part[0],) * NUM_EXITS,
+    )
 
 
 def make_tables(rng: np.random.Generator) -> ExitTables:

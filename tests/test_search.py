@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from messnet.search.space import exit_sets
 from messnet.tables import CostName, CostTable, ExitTables, PartCost
 
 ENGINE = importlib.import_module("messnet.search.engine")  # by attribute, messnet.search is the function
+COST_NAMES: tuple[CostName, ...] = get_args(CostName)
 COMPLETE = Grid(num_image_thresholds=1000)
 
 
@@ -46,14 +49,23 @@ def tiny(seed: int, num_exit_points: int = 3) -> tuple[ExitTables, CostTable]:
     )
 
     def part() -> PartCost:
-        macs, parameters = (int(n) for n in draw.integers(0, 4, 2))
-        return PartCost(macs=macs, macs_paper=2 * macs + 1, parameters=parameters)
+        macs, parameters, memory, latency, p95 = (int(n) for n in draw.integers(0, 4, 5))
+        return PartCost(
+            macs=macs,
+            macs_paper=2 * macs + 1,
+            parameters=parameters,
+            memory_bytes=memory,
+            latency_ms=latency / 4,
+            latency_p95_ms=p95 / 4,
+        )
 
     costs = CostTable(
         model="tiny",
         input_size=(2, 3),
         segments=tuple(part() for _ in range(num_exit_points + 1)),
         heads={e: part() for e in exits},
+        policies=tuple(part() for _ in range(num_exit_points)),
+        outputs=tuple(part() for _ in range(num_exit_points + 1)),
     )
     return tables, costs
 
@@ -89,21 +101,30 @@ def simulate(tables: ExitTables, costs: CostTable, instance: Instance, name: Cos
     policy = tables.policies.index(instance.policy)
     routing, spent = [], []
     for v in range(len(tables.image_names)):
-        cost, segment = 0.0, 0
+        parts, segment = [], 0
         for choice in instance.exits:
             while segment <= choice.exit_index:
-                cost += getattr(costs.segments[segment], name)
+                parts.append(costs.segments[segment])
                 segment += 1
-            cost += getattr(costs.heads[choice.exit], name)
+            parts.append(costs.heads[choice.exit])
             position = tables.exits.index(choice.exit)
             if choice is instance.exits[-1]:
                 break
+            parts.append(costs.policies[choice.exit_index])
             t = list(tables.pixel_thresholds).index(choice.pixel_threshold)
-            confident = float(tables.image_confidence[v, position, policy, t]) >= (choice.image_threshold or 0)
-            if confident and name != "parameters":
+            if float(tables.image_confidence[v, position, policy, t]) >= (choice.image_threshold or 0):
                 break
+        parts.append(costs.outputs[choice.exit_index])
         routing.append(position)
-        spent.append(cost)
+        spent.append(sum(getattr(part, name) for part in parts))
+    if name in ("parameters", "memory_bytes"):
+        last = instance.exits[-1]
+        kept = [*costs.segments[: last.exit_index + 1]]
+        for choice in instance.exits:
+            kept += [costs.heads[choice.exit], costs.outputs[choice.exit_index]]
+            kept += [costs.policies[choice.exit_index]] if choice is not last else []
+        values = [getattr(part, name) for part in kept]
+        spent = [float(sum(values) if name == "parameters" else max(values))] * len(routing)
     return routing, spent
 
 
@@ -124,9 +145,8 @@ def brute_force(
     """The front as (cost, mIoU, least number of exits), by ascending cost."""
     tried = []
     for instance in all_instances(tables, setting, policy):
-        routing = simulate(tables, costs, instance, "macs")[0]  # parameters do not decide where an image leaves
-        spent = simulate(tables, costs, instance, name)[1]
-        cost = Fraction(int(sum(spent)), len(spent))
+        routing, spent = simulate(tables, costs, instance, name)
+        cost = Fraction(sum(spent)) / len(spent)
         tried.append((cost, -exact_miou(tables, routing), len(instance.exits)))
     front: list[tuple[Fraction, Fraction, int]] = []
     for cost, negative, num_exits in sorted(tried):
@@ -145,16 +165,15 @@ def assert_equal_front(front: Front, expected: list[tuple[Fraction, Fraction, in
 def test_front_and_objectives_equal_brute_force(seed: int) -> None:
     tables, costs = tiny(seed)
     for setting in ("budgeted", "input_dependent"):
-        name: CostName = ("macs", "macs_paper", "parameters")[seed % 3]
-        policy = seed % 2
+        name: CostName = COST_NAMES[seed % len(COST_NAMES)]
+        policy = seed // len(COST_NAMES) % 2
         grid = Grid(num_image_thresholds=1000, policy=tables.policies[policy])
         expected = brute_force(tables, costs, setting, name, policy)
         front = pareto_front(tables, costs, setting=setting, cost=name, grid=grid)
         assert_equal_front(front, expected)
         for point in front.points:
-            routing, _ = simulate(tables, costs, point.instance, "macs")
+            routing, spent = simulate(tables, costs, point.instance, name)
             assert route(tables, point.instance).tolist() == routing
-            spent = simulate(tables, costs, point.instance, name)[1]
             np.testing.assert_allclose(cost_of(tables, costs, point.instance, name), spent)
             assert point.cost == pytest.approx(np.mean(spent))
             assert point.miou == pytest.approx(tables.miou(route(tables, point.instance)), abs=1e-12)
@@ -169,14 +188,17 @@ def test_front_and_objectives_equal_brute_force(seed: int) -> None:
         assert result.instance.selected_on["miou"] == pytest.approx(float(expected[len(expected) // 2][1]))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 def test_groups_and_chunks_do_not_change_the_front(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, costs = tiny(1000 + seed, num_exit_points=4)
-    front = pareto_front(tables, costs, grid=COMPLETE)
+    cost = COST_NAMES[seed % len(COST_NAMES)] if seed < 12 else "macs"
+    if seed >= 12:  # to leave early is dearer than to go on
+        costs = replace(costs, outputs=tuple(replace(part, macs=10 * part.macs) for part in costs.outputs))
+    front = pareto_front(tables, costs, cost=cost, grid=COMPLETE)
     for group_size, chunk_rows in ((1, 1), (3, 5), (1000, 1000)):
         monkeypatch.setattr(ENGINE, "GROUP_SIZE", group_size)
         monkeypatch.setattr(ENGINE, "CHUNK_ROWS", chunk_rows)
-        assert pareto_front(tables, costs, grid=COMPLETE).points == front.points
+        assert pareto_front(tables, costs, cost=cost, grid=COMPLETE).points == front.points
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -227,6 +249,14 @@ def test_verdict_compares_with_the_best_static_model() -> None:
         rival = search(tables, costs, setting="budgeted", max_drop_pp=0)
         cheaper = result.instance.selected_on["macs"] < rival.instance.selected_on["macs"]
         assert not cheaper or result.verdict.startswith("beats")
+
+
+def test_latency_asks_for_a_measured_table() -> None:
+    tables, costs = tiny(1)
+    costs = replace(costs, segments=tuple(replace(part, latency_ms=None) for part in costs.segments))
+    with pytest.raises(RunError, match="messnet profile RUN --measure"):
+        search(tables, costs, minimise="latency_ms")
+    assert search(tables, costs, minimise="latency_p95_ms").instance.selected_on["latency_p95_ms"] >= 0
 
 
 def test_infeasible_names_the_nearest_points() -> None:

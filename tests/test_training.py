@@ -113,7 +113,7 @@ def test_one_iteration_is_one_step_on_the_posters_loss(
     head = net.head(net.add_head(active, plain_head_config(), seed=options.seed)).train()
     stream = TrainingStream(Noise(), build_augmentation(AUGMENT), iterations=1, batch_size=2, seed=options.seed)
     images, labels = (torch.stack(x) for x in zip(*(stream[k] for k in range(2)), strict=True))
-    early = F.interpolate(head(list(net.features(images))[active]), SIZE, mode="bilinear")
+    early = F.interpolate(head(list(net.states(images))[active].features), SIZE, mode="bilinear")
     loss = sum(F.cross_entropy(y, labels, ignore_index=IGNORE_INDEX) for y in (early, net(images)))
     own = model_parameters(net)
     gradients = torch.autograd.grad(loss, list(own.values()))

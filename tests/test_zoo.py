@@ -10,7 +10,7 @@ from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 
 from messnet.errors import ModelError
 from messnet.network.zoo import MODELS, build_model, mobilenetv2_fcn
-from messnet.workload import count_module, output_shape
+from messnet.workload import count_module
 
 # GMACs at 512x512, 21 classes: as the posters print them, and convolutions alone (shared/paper/README.md)
 POSTER = {
@@ -24,6 +24,11 @@ TORCHVISION = {"drn50_fcn": fcn_resnet50, "drn50_deeplabv3": deeplabv3_resnet50}
 def on_meta(name: str) -> nn.Module:
     with torch.device("meta"):
         return MODELS[name](21)
+
+
+def output_shape(on_meta: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    output = on_meta.eval()(torch.empty(input_shape, device="meta"))
+    return tuple((output["out"] if isinstance(output, dict) else output).shape)
 
 
 @pytest.mark.parametrize("name", POSTER)
@@ -79,14 +84,32 @@ def test_the_users_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "from torch import nn\n"
         "def make(num_classes, kernel=1): return nn.Conv2d(3, num_classes, kernel)\n"
         "def number(num_classes): return num_classes\n"
+        "def otherwise(classes, kernel=1): return nn.Conv2d(3, classes, kernel)\n"
+        "def anything(*, kernel=1, **options): return nn.Conv2d(3, options['num_classes'], kernel)\n"
+        "constant = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert repr(build_model("zoo_test_own:make", 7, kernel=3)) == repr(nn.Conv2d(3, 7, 3))
+    for function in ("make", "anything"):
+        assert repr(build_model(f"zoo_test_own:{function}", 7, kernel=3)) == repr(nn.Conv2d(3, 7, 3))
     for name, options, message in (
         ("zoo_test_own:missing", {}, "not found .*missing"),
         ("zoo_test_none:make", {}, "not found .*zoo_test_none"),
         ("zoo_test_own:make", {"depth": 1}, "does not take .*depth"),
+        ("zoo_test_own:otherwise", {}, r"takes \(classes, kernel\), expected a parameter num_classes: call the one "),
+        ("zoo_test_own:constant", {}, "3 is not a callable object"),
         ("zoo_test_own:number", {}, "returned int, expected a torch.nn.Module"),
     ):
         with pytest.raises(ModelError, match=message):
             build_model(name, 7, **options)
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
+def test_torchvisions_builders_download_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("went to the network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with torch.device("meta"):
+        model = build_model(f"torchvision.models.segmentation:{name}", 7)
+    assert output_shape(model, (1, 3, 64, 64)) == (1, 7, 64, 64)

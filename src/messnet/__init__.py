@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from messnet.search import search
 
 if TYPE_CHECKING:
-    from messnet.deployment.bundle import load
     from messnet.deployment.inference import Result, Session
+    from messnet.deployment.loading import load
     from messnet.errors import MessError
     from messnet.instance import Exit, ExitChoice, Instance
+    from messnet.latency import LatencyOptions
     from messnet.network import zoo
     from messnet.network.exit_head import HeadConfig, HeadSpace
     from messnet.network.multi_exit import MultiExitNet, convert
@@ -33,6 +34,7 @@ __all__ = [
     "HeadConfig",
     "HeadSpace",
     "Instance",
+    "LatencyOptions",
     "MessError",
     "MultiExitNet",
     "Result",
@@ -54,12 +56,13 @@ _HOMES = {
     "HeadConfig": "messnet.network.exit_head",
     "HeadSpace": "messnet.network.exit_head",
     "Instance": "messnet.instance",
+    "LatencyOptions": "messnet.latency",
     "MessError": "messnet.errors",
     "MultiExitNet": "messnet.network.multi_exit",
     "Result": "messnet.deployment.inference",
     "Session": "messnet.deployment.inference",
     "convert": "messnet.network.multi_exit",
-    "load": "messnet.deployment.bundle",
+    "load": "messnet.deployment.loading",
     "profile": "messnet.profiling",
 }
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from messnet import __version__
 from messnet.errors import MessError
+from messnet.tables import CostName
 
 __all__ = ["app", "main"]
 
@@ -72,37 +73,91 @@ def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson 
     _print_table(opened.directory.path, as_json)
 
 
-@app.command(help_epilogue=_examples("profile configs/demo.yaml", "profile runs/demo --json"))
-def profile(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
-    """Convert the model: candidate exit points and the workload of every part."""
-    opened = _stage("profile", target, overrides, out, quiet=as_json)
-    costs, blueprint = opened.costs(), opened.blueprint()
+@app.command(
+    help_epilogue=_examples(
+        "profile configs/demo.yaml",
+        "profile runs/demo --measure --threads 2",
+        "profile demo.mess --measure --out here.json",
+        "profile mobilenetv2_fcn --input-size 512 512 --measure --plot cuts.png --out costs.json",
+    )
+)
+def profile(
+    target: str,
+    *overrides: Overrides,
+    num_classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    num_exits: int | None = None,
+    exit_cost: Literal["workload", "latency"] | None = None,
+    measure: Annotated[bool, Parameter(negative="")] = False,
+    device: Literal["cpu", "cuda"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    name: str | None = None,
+    plot: Path | None = None,
+    out: Path | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert the model: candidate exit points, what every part costs, and whether early exits can pay.
+
+    Args:
+        target: A recipe (YAML), a run's directory, a bundle, or a model: of the zoo, or module:function of your own.
+        num_classes: Of a model; by default 21.
+        input_size: Height and width, for a model; by default 512 512.
+        num_exits: The final one included; short for --model.num_exits.
+        exit_cost: What the exits divide evenly; short for --model.exit_cost.
+        measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
+        device: To measure on; by default cpu.
+        dtype: To measure in; by default float32.
+        batch: Images at a time; by default 1.
+        threads: Of the processor; by default torch's choice.
+        name: Of a run's measured table; by default it says device, dtype and batch.
+        plot: Draw the cumulative cost and the chosen exit points, as PNG, SVG or PDF.
+        out: A model's or bundle's table as JSON; for a recipe its run directory, by default runs/NAME.
+    """
+    how = {"device": device, "dtype": dtype, "batch": batch, "threads": threads}
+    how = {option: value for option, value in how.items() if value is not None}
+    if not measure and (how or name):
+        raise MessError(f"--{next(iter(how), 'name')} is for measuring: add --measure")
+    from messnet.deployment.bundle import is_bundle
+
+    bundled, named = is_bundle(target), Path(target).exists() or "/" in target or target.endswith((".yaml", ".yml"))
+    is_model = not bundled and (":" in target or not named)
+    if (is_model or bundled) and name:
+        raise MessError(f"--name is for a table of a run; that of {target} is written with --out FILE.json")
+    if bundled:
+        _expect_no_change(Path(target), [*overrides, *filter(None, (num_exits, exit_cost))], out)
+    if not is_model and (num_classes or input_size):
+        raise MessError("--num-classes and --input-size are for a model; others have theirs from their data set")
+    options = [f"--model.num_exits={num_exits}"] * (num_exits is not None)
+    options += [f"--model.exit_cost={exit_cost}"] * (exit_cost is not None)
+    _quieten()
+    from messnet.latency import LatencyOptions
+    from messnet.pipeline import measure_run, profile_bundle, profile_model
+
+    latency = LatencyOptions(**how) if measure else None  # type: ignore[arg-type]
+    if is_model:
+        recipe = _recipe_of_model(target, [*overrides, *options])
+        net, costs = profile_model(recipe.model, recipe.heads, num_classes or 21, input_size or (512, 512), latency)
+    elif bundled:
+        net, costs = profile_bundle(Path(target), latency)
+    else:
+        opened = _stage("profile", Path(target), [*overrides, *options], out, quiet=as_json)
+        costs = measure_run(opened, latency, _plain_name(name or latency.name)) if latency else opened.costs()
+        net = opened.blueprint().build()
+    if out is not None and (is_model or bundled):
+        costs.to_json(out)
+    if plot is not None:
+        _plot_cuts(net, plot)
     if as_json:
         print(costs.to_json(), end="")
         return
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from messnet.cost_report import cost_notes, cost_table
 
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"{costs.model} at {costs.input_size[0]}x{costs.input_size[1]}",
-        title_justify="left",
-    )
-    for column in ("exit", "after", "features", "GMACs", "share", "heads", "GMACs each"):
-        table.add_column(column, justify="left" if column == "after" else "right", no_wrap=True)
-    total, so_far = costs.total_macs(), 0.0
-    for i, (point, segment) in enumerate(zip(blueprint.exit_points, costs.segments, strict=True)):
-        so_far += segment.macs
-        heads = [part.macs for exit, part in costs.heads.items() if exit.exit_index == i]
-        spread = f"{min(heads) / 1e9:.4f}-{max(heads) / 1e9:.4f}" if len(heads) > 1 else f"{heads[0] / 1e9:.4f}"
-        name = "final" if segment is costs.segments[-1] else str(i)
-        features = f"{point.channels} at 1/{point.output_stride}"
-        cells = (features, f"{so_far / 1e9:.4f}", f"{so_far / total:.0%}", len(heads))
-        table.add_row(name, point.module, *map(str, cells), spread)
     console = Console()
-    console.print(table)
-    console.print(f"whole model: {total / 1e9:.3f} GMACs ({costs.total_macs('paper') / 1e9:.3f} in the posters' count)")
+    console.print(cost_table(costs, [(p.module, f"{p.channels} at 1/{p.output_stride}") for p in net.exit_points]))
+    for note in cost_notes(costs):
+        console.print(note, markup=False, highlight=False)
 
 
 @app.command(
@@ -155,6 +210,7 @@ def evaluate(target: Target, *overrides: Overrides, out: Out = None, as_json: As
     help_epilogue=_examples(
         "search runs/demo",
         "search runs/demo --name half --maximise miou --max-cost-ratio 0.5",
+        "search runs/demo --name fast --minimise latency_ms --max-drop-pp 1 --costs runs/demo/costs/NAME.json",
         "search runs/demo --name cut --setting budgeted --max-drop-pp 2",
     )
 )
@@ -163,12 +219,17 @@ def search(
     *overrides: Overrides,
     name: Annotated[str | None, Parameter(help="Search once more, for this objective; the instance's name.")] = None,
     setting: Literal["budgeted", "input_dependent"] = "input_dependent",
-    minimise: Literal["macs", "macs_paper", "parameters"] | None = None,
+    minimise: CostName | None = None,
     maximise: Literal["miou"] | None = None,
+    cost: Annotated[CostName | None, Parameter(help="What is constrained when mIoU is maximised; macs.")] = None,
     max_drop_pp: float | None = None,
     min_miou: float | None = None,
     max_cost: float | None = None,
     max_cost_ratio: float | None = None,
+    costs: Annotated[
+        Path | None,
+        Parameter(help="A table of `profile --measure`; by default the run's profile.json, without latency."),
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -177,13 +238,13 @@ def search(
     Without --name: the recipe's instances (most accurate at <= 1x, cheapest at each allowed drop). With --name: one
     instance for the objective given, beside the others in RUN/instances.
     """
-    asked = (minimise, maximise, max_drop_pp, min_miou, max_cost, max_cost_ratio)
+    asked = (minimise, maximise, cost, max_drop_pp, min_miou, max_cost, max_cost_ratio, costs)
     if name is None and (any(value is not None for value in asked) or setting != "input_dependent"):
         raise MessError("an objective of your own needs a name for its instance: add --name NAME")
-    if name is not None and (not name or Path(name).name != name):
-        raise MessError(f"--name must be a plain file name, got {name!r}")
+    if name is not None:
+        _plain_name(name)
     opened = _open(target, overrides, out)
-    from messnet.deployment.bundle import INSTANCES, load_instance
+    from messnet.deployment.loading import INSTANCES, load_instance
     from messnet.pipeline import run_stage
     from messnet.search import search as search_tables
 
@@ -197,10 +258,11 @@ def search(
         options, tables = opened.recipe.search, opened.tables()
         result = search_tables(
             tables.subset(tables.halves(options.seed)[0]),
-            opened.costs(),
+            opened.costs(costs),
             setting=setting,
             minimise=minimise,
             maximise=maximise,
+            cost=cost or "macs",
             max_drop_pp=max_drop_pp,
             min_miou=min_miou,
             max_cost=max_cost,
@@ -228,12 +290,56 @@ def search(
 
 @app.command(
     help_epilogue=_examples(
+        "export runs/demo --out demo.mess",
+        "export runs/demo --instance max-miou --out demo.zip",
+        "export runs/demo --device-table runs/demo/costs/NAME.json --out demo.mess",
+    )
+)
+def export(
+    run_directory: Path,
+    *,
+    instance: str | None = None,
+    out: Path | None = None,
+    device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an instance as a bundle: all that it needs, and nothing else, for `predict` and `profile` anywhere.
+
+    A bundle holds the backbone as far as the instance goes, its heads and thresholds, class names and palette, cost
+    tables, and the SHA-256 of every file; nothing in it is code.
+
+    Args:
+        run_directory: A finished run.
+        instance: One of the run's instances; by default the cheapest within 1 pp.
+        out: A new folder, or a zip if it ends in .zip; by default RUN-INSTANCE.mess.
+        device_table: Tables of `profile --measure` that go with it; by default all in RUN/costs.
+    """
+    _quieten()
+    from messnet.deployment.export import export as export_bundle
+
+    bundle = export_bundle(run_directory, out, instance=instance, tables=device_table)
+    files = {name: stored.bytes for name, stored in bundle.manifest.files.items()}
+    if as_json:
+        print(
+            json.dumps(
+                {"bundle": str(bundle.path), "instance": bundle.manifest.instance.name, "files": files}, indent=1
+            )
+        )
+        return
+    print(
+        f"{bundle.manifest.instance.name} in {bundle.path}: {sum(files.values()) / 2**20:.1f} MiB, {', '.join(files)}"
+    )
+
+
+@app.command(
+    help_epilogue=_examples(
         "predict runs/demo photo.jpg",
+        "predict demo.mess photo.jpg",
         "predict runs/camvid ../shared/camvid/val/images --instance drop-0.1pp --out predictions",
     )
 )
 def predict(
-    run_directory: Path,
+    target: Path,
     *images: Path,
     out: Path = Path("predictions"),
     instance: str | None = None,
@@ -245,17 +351,16 @@ def predict(
     Writes OUT/masks (class indices, PNG), OUT/overlays, OUT/confidence (0 to 255 for 0 to 1, PNG) and
     OUT/predictions.json (exit taken, image confidence, latency).
 
-    Parameters
-    ----------
-    run_directory: A finished run.
-    images: Image files and folders.
-    out: Where to write.
-    instance: One of the run's instances; by default the cheapest within 1 pp.
-    device: Where to compute.
+    Args:
+        target: A finished run, or a bundle.
+        images: Image files and folders.
+        out: Where to write.
+        instance: One of the run's instances; by default the cheapest within 1 pp. A bundle has but one.
+        device: Where to compute.
     """
     from messnet.deployment.predictions import predict_files
 
-    records = predict_files(run_directory, images, out, instance=instance, device=device)
+    records = predict_files(target, images, out, instance=instance, device=device)
     if as_json:
         print(json.dumps(records, indent=1))
         return
@@ -329,6 +434,29 @@ def recipe(target: Target, *overrides: Overrides, as_json: AsJson = False) -> No
     print(yaml.safe_dump(record, sort_keys=False), end="")
 
 
+def _plot_cuts(net: Any, path: Path) -> None:
+    from messnet.report_figures import draw_cumulative_cost
+
+    cuts, timed = net.cuts, all(cut.latency_ms is not None for cut in net.cuts)
+    figure = draw_cumulative_cost(
+        [cut.module for cut in cuts],
+        [cut.latency_ms if timed else cut.macs / 1e9 for cut in cuts],
+        [cuts.index(point) for point in net.exit_points[:-1]],
+        unit="ms" if timed else "GMACs",
+    )
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise MessError(f"cannot write the plot: {error}") from error
+
+
+def _expect_no_change(bundle: Path, overrides: Sequence[object], out: Path | None) -> None:
+    if overrides:
+        raise MessError(f"the bundle {bundle} has one network with fixed exits, {overrides[0]} cannot change it")
+    if out is not None and bundle.resolve() in (out.resolve(), *out.resolve().parents):
+        raise MessError(f"--out {out} lies inside the bundle, which stays as it is: write the table elsewhere")
+
+
 def _open(target: Path, overrides: Sequence[str], out: Path | None) -> Any:
     _quieten()
     from messnet.pipeline import open_run
@@ -343,6 +471,12 @@ def _recipe(target: Path, overrides: Sequence[str]) -> Any:
     if target.is_dir():
         return recipe_from_record(RunDirectory(target).record()["recipe"], overrides)
     return load_recipe(target, overrides)
+
+
+def _recipe_of_model(name: str, overrides: Sequence[str]) -> Any:
+    from messnet.config import recipe_from_record
+
+    return recipe_from_record({"model": {"name": name}}, overrides)
 
 
 def _stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Any:
@@ -371,6 +505,12 @@ def _print_table(path: Path, as_json: bool) -> None:
     console.print(terminal_table(measurements))
     console.print(headline(measurements))
     print(f"report: {path / 'report.html'}")
+
+
+def _plain_name(name: str) -> str:
+    if not name or Path(name).name != name:
+        raise MessError(f"--name must be a plain file name, got {name!r}")
+    return name
 
 
 def _figures(selected_on: dict[str, float]) -> str:

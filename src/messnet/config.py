@@ -14,6 +14,7 @@ from cyclopts.config import Yaml
 from messnet.data.sources import DataOptions
 from messnet.errors import RecipeError
 from messnet.evaluation import EvaluationOptions
+from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
 from messnet.search import Grid
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
@@ -31,10 +32,18 @@ class ModelOptions:
     """Channel multiplier, for zoo models that have one."""
     depth: float | None = None
     """Block multiplier, for zoo models that have one."""
-    weights: Path | None = None
-    """A safetensors file with the model's own tensors to start stage 1 from."""
+    weights: str | None = None
+    """What stage 1 starts from: a safetensors file or torch state dict with all tensors of the model, or torchvision's
+    name of weights ("FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1")."""
     num_exits: int = 6
     """N, the final exit included."""
+    exit_cost: ExitCost = "workload"
+    """What the exits are to divide evenly: "workload", or "latency" as measured while profiling."""
+    exit_points: tuple[str, ...] | None = None
+    """Early exit points by module path, shallow to deep, instead of num_exits even ones; a model that cannot be traced
+    is tapped there."""
+    head: str | None = None
+    """Module path of the segmentation head; None: found by its name."""
 
     def __post_init__(self) -> None:
         if self.num_exits < 2:

@@ -4,7 +4,7 @@ MessError
  ├── RecipeError     a recipe: unknown key, wrong value, no such file
  ├── DataError       images and masks: missing, unreadable, of the wrong size, ids out of range
  ├── ModelError      a model that cannot be built, traced, cut or loaded
- ├── RunError        a run directory: another recipe's, incomplete, damaged
+ ├── RunError        a run directory or bundle: another recipe's, incomplete, damaged, newer
  └── InfeasibleError no instance meets the constraints of a search
 
 Each message is one line that says what was expected, what came, and what to do. The command prints it and
@@ -31,7 +31,7 @@ class ModelError(MessError):
 
 
 class RunError(MessError):
-    """A run directory belongs to another recipe, is incomplete or damaged."""
+    """A run directory or bundle belongs to another recipe, is incomplete, damaged or newer."""
 
 
 class InfeasibleError(MessError):

@@ -63,9 +63,9 @@ def evaluate(
         label = torch.tensor(sample.mask)[None].to(device)  # copies: cached masks are read-only
         size = (image.shape[2], image.shape[3])
         with torch.inference_mode():
-            tapped = list(net.features(image))
+            states = list(net.states(image))
             for h, exit in enumerate(net.exits):
-                logits = net.head(exit)(tapped[exit.exit_index])
+                logits = net.logits(exit, states[exit.exit_index])
                 stride = net.exit_points[exit.exit_index].output_stride
                 for p, policy in enumerate(policies):
                     confidence[v, h, p] = image_confidence(logits, stride, size, thresholds, policy)[0].cpu()

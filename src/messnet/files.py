@@ -14,6 +14,19 @@ from messnet.errors import RunError
 
 __all__ = ["expect_schema", "reading", "write_atomically"]
 
+# What json, zipfile, numpy and our own constructors raise; RuntimeError for an encrypted zip and for JSON too deep.
+_DAMAGED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    BadZipFile,
+    zlib.error,
+)
+
 
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Writes through a temporary file beside ``path``: a kill leaves the old file or the new one, never half of one."""
@@ -36,7 +49,7 @@ def reading(what: str, *, made_by: str) -> Iterator[None]:
     the verb that makes it."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise RunError(f"not {what} ({error}); make it again with `messnet {made_by}`") from error
 
 

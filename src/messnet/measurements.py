@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class Measurement:
     """c_img at the exit taken."""
     latency_ms: list[float]
     """Wall time per image, from the normalised image on the device to labels at input resolution."""
+    predicted_ms: list[float] = field(default_factory=list)
+    """The same as the sum of parts measured one by one beforehand; empty where that was not done."""
 
     def exit_shares(self) -> list[tuple[Exit, float]]:
         """For each exit of the instance the share of images, in [0, 1], that stopped there."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,31 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from messnet.config import Recipe, load_recipe, recipe_from_record, recipe_to_record
+from messnet.config import ModelOptions, Recipe, load_recipe, recipe_from_record, recipe_to_record
 from messnet.data import SegmentationDataset
 from messnet.data.checks import check_dataset
 from messnet.data.sources import DataOptions, open_dataset
-from messnet.deployment.bundle import INSTANCES, load, load_instance
+from messnet.deployment.bundle import open_bundle
 from messnet.deployment.inference import Session
-from messnet.deployment.measurement import Running, device_in_words, make_gallery, run_side_by_side
+from messnet.deployment.loading import COSTS, INSTANCES, load, load_instance, restore_bundle
+from messnet.deployment.measurement import (
+    Running,
+    check_additivity,
+    device_in_words,
+    make_gallery,
+    run_side_by_side,
+)
 from messnet.errors import DataError, InfeasibleError, ModelError, RunError
 from messnet.evaluation import evaluate
 from messnet.instance import ExitChoice, Instance
+from messnet.latency import LatencyOptions, num_threads
 from messnet.measurements import Gallery, Measurement, Measurements
 from messnet.network.blueprint import Blueprint
+from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.network.weights import load_weights
 from messnet.network.zoo import build_model
 from messnet.profiling import profile
 from messnet.report import ReportInputs, render_report
@@ -38,7 +48,7 @@ from messnet.search import Objective, choose, cost_of, pareto_front, route
 from messnet.tables import CostTable, ExitTables
 from messnet.training import distill, pretrain
 
-__all__ = ["STAGES", "Run", "open_run", "run_stage"]
+__all__ = ["STAGES", "Run", "build_network", "measure_run", "open_run", "profile_bundle", "profile_model", "run_stage"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,13 @@ class Run:
     def blueprint(self) -> Blueprint:
         return Blueprint.from_json(self.directory.read("exits.json", made_by="profile"))
 
-    def costs(self) -> CostTable:
-        return CostTable.from_json(self.directory.read("profile.json", made_by="profile").decode())
+    def costs(self, path: Path | None = None) -> CostTable:
+        """The table at ``path``, by default the run's own, which knows no latency."""
+        if path is None:
+            return CostTable.from_json(self.directory.read("profile.json", made_by="profile").decode())
+        if not path.is_file():
+            raise RunError(f"no cost table {path}; make one with `messnet profile {self.directory.path} --measure`")
+        return CostTable.from_json(path.read_text(errors="replace"))
 
     def tables(self) -> ExitTables:
         return ExitTables.from_bytes(self.directory.read("tables.npz", made_by="evaluate"))
@@ -72,17 +87,76 @@ class Run:
         return net
 
 
+def build_network(
+    options: ModelOptions,
+    heads: HeadSpace,
+    num_classes: int,
+    input_size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+) -> MultiExitNet:
+    """The overprovisioned network: the user's model, converted, with every head of the space. ``device`` is where node
+    latencies are measured if they place the exits; the network stays on the CPU."""
+    model = build_model(options.name, num_classes, **options.build_options)
+    if options.weights:
+        load_weights(model, options.weights)  # only to know that they fit before hours are spent
+    where = device if options.exit_cost == "latency" else "cpu"
+    example = torch.zeros(1, 3, *input_size, device=where)
+    net = convert(
+        model.to(where),
+        example,
+        num_exits=options.num_exits,
+        exit_points=options.exit_points,
+        head=options.head,
+        exit_cost=options.exit_cost,
+    ).cpu()
+    if net.num_classes != num_classes:
+        raise ModelError(f"{options.name} gives {net.num_classes} classes, expected {num_classes}")
+    _add_heads(net, heads)
+    return net
+
+
+def profile_model(
+    options: ModelOptions,
+    heads: HeadSpace,
+    num_classes: int,
+    input_size: tuple[int, int],
+    latency: LatencyOptions | None = None,
+) -> tuple[MultiExitNet, CostTable]:
+    """A model without a run: its network and what it costs, measured too where ``latency`` says how."""
+    latency_device, threads = (latency.device, latency.threads) if latency else ("cpu", None)
+    with num_threads(threads):
+        net = build_network(options, heads, num_classes, input_size, device=latency_device)
+    if latency is None:
+        return net, profile(net, input_size, model=options.name)
+    return net, _measure_costs(net, input_size, latency, model=options.name)
+
+
+def profile_bundle(path: Path, latency: LatencyOptions | None = None) -> tuple[MultiExitNet, CostTable]:
+    """A bundle's network, cut where its instance ends, and what its own exits cost, as ``profile_model``."""
+    blueprint, net, _ = restore_bundle(open_bundle(path))
+    cut = net.num_exits < len(blueprint.exit_points)
+    model = f"{blueprint.model} cut after exit {net.num_exits - 1}" if cut else blueprint.model
+    if latency is None:
+        return net, profile(net, blueprint.input_size, model=model)
+    return net, _measure_costs(net, blueprint.input_size, latency, model=model)
+
+
+def measure_run(run: Run, latency: LatencyOptions, name: str) -> CostTable:
+    """What the run's network costs on this device: RUN/costs/NAME.json. Latency asks for no training."""
+    blueprint = run.blueprint()
+    net = blueprint.build()
+    _add_heads(net, run.recipe.heads)
+    costs = _measure_costs(net, blueprint.input_size, latency, model=blueprint.model)
+    run.directory.write(f"{COSTS}/{name}.json", costs.to_json())
+    return costs
+
+
 def profile_stage(run: Run) -> None:
     """Convert the model: candidate exit points, the workload of every segment and head."""
     options, train, val = run.recipe.model, run.dataset("train"), run.dataset("val")
     height, width = val[0].mask.shape
-    model = build_model(options.name, len(train.class_names), **options.build_options)
-    net = convert(model, torch.zeros(1, 3, height, width), num_exits=options.num_exits)
-    if net.num_classes != len(train.class_names):
-        raise ModelError(f"{options.name} gives {net.num_classes} classes, the data set has {len(train.class_names)}")
-    for i, point in enumerate(net.exit_points[:-1]):
-        for config in run.recipe.heads.configs(point.channels):
-            net.add_head(i, config)
+    net = build_network(options, run.recipe.heads, len(train.class_names), (height, width), device=run.device)
     blueprint = Blueprint(
         model=options.name,
         model_options=options.build_options,
@@ -90,6 +164,7 @@ def profile_stage(run: Run) -> None:
         palette=tuple((int(r), int(g), int(b)) for r, g, b in train.palette),
         input_size=(height, width),
         exit_points=net.exit_points,
+        head=options.head,
     )
     run.directory.write("exits.json", blueprint.to_json())
     run.directory.write("profile.json", profile(net, (height, width), model=options.name).to_json())
@@ -100,7 +175,7 @@ def pretrain_stage(run: Run) -> None:
     torch.manual_seed(run.recipe.pretrain.seed)
     net = run.blueprint().build()
     if run.recipe.model.weights:
-        net.load_model_state_dict(_read_weights(run.recipe.model.weights))
+        _start_from(run.recipe.model.weights, net, run.recipe.model)
     checkpoint = run.directory.checkpoint("pretrain")
     pretrain(net, run.dataset("train"), run.recipe.pretrain, run.recipe.compute, checkpoint)
     run.directory.write("stage1.safetensors", _tensors(net.model_state_dict()))
@@ -119,9 +194,7 @@ def evaluate_stage(run: Run) -> None:
     """What every exit does to every validation image."""
     heads = safetensors.torch.load(run.directory.read("stage2.safetensors", made_by="distill"))
     net = run.pretrained()
-    for i, point in enumerate(net.exit_points[:-1]):
-        for config in run.recipe.heads.configs(point.channels):
-            net.add_head(i, config)
+    _add_heads(net, run.recipe.heads)
     net.heads.load_state_dict(heads)
     tables = evaluate(net, run.dataset("val"), run.recipe.evaluate, run.device)
     run.directory.write("tables.npz", tables.to_bytes())
@@ -172,6 +245,7 @@ def report_stage(run: Run) -> None:
     samples = ((val[v].image, val[v].mask) for v in reported)
     runnings = run_side_by_side(sessions, samples, len(tables.class_names))
     tables_reported = tables.subset(half)
+    predicted = _predict_latency(run, instances, costs.input_size)
     measurements = Measurements(
         device=device_in_words(run.device),
         input_size=costs.input_size,
@@ -179,7 +253,7 @@ def report_stage(run: Run) -> None:
         difficulty=[float(d) for d in tables_reported.difficulty],
         final_exit_error=runnings[0].errors(),
         num_selection_images=len(selection),
-        rows=[_measurement(*pair, tables_reported, costs) for pair in zip(instances, runnings, strict=True)],
+        rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
         skipped=front["skipped"],
     )
     gallery = _gallery(val, reported, sessions, measurements.rows)
@@ -295,7 +369,29 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _measurement(instance: Instance, running: Running, tables: ExitTables, costs: CostTable) -> Measurement:
+def _add_heads(net: MultiExitNet, heads: HeadSpace) -> None:
+    for i, point in enumerate(net.exit_points[:-1]):
+        for config in heads.configs(point.channels):
+            net.add_head(i, config)
+
+
+def _measure_costs(net: MultiExitNet, input_size: tuple[int, int], latency: LatencyOptions, *, model: str) -> CostTable:
+    costs = profile(net, input_size, model=model, latency=latency)
+    if latency.batch > 1:  # sessions run one image at a time
+        return costs
+    return replace(costs, additivity=check_additivity(net, costs, latency))
+
+
+def _predict_latency(run: Run, instances: Sequence[Instance], input_size: tuple[int, int]) -> CostTable:
+    """The parts that the instances are made of, each measured for itself."""
+    exits = {choice.exit for instance in instances for choice in instance.exits}
+    latency = LatencyOptions(device=str(run.device), max_seconds=20)
+    return profile(run.blueprint().build(tuple(sorted(exits))), input_size, latency=latency)
+
+
+def _measurement(
+    instance: Instance, running: Running, tables: ExitTables, costs: CostTable, predicted: CostTable
+) -> Measurement:
     return Measurement(
         instance=instance,
         miou=running.miou(),
@@ -305,6 +401,7 @@ def _measurement(instance: Instance, running: Running, tables: ExitTables, costs
         exit_taken=running.exit_taken,
         image_confidence=running.image_confidence,
         latency_ms=running.latency_ms,
+        predicted_ms=cost_of(tables, predicted, instance, "latency_ms").tolist(),
     )
 
 
@@ -335,11 +432,13 @@ def _expect_sound_data(options: DataOptions) -> None:
             raise DataError(f"{report.problems[0]}{more}")
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"model.weights {path} cannot be read ({error}); expected a safetensors file") from error
+def _start_from(weights: str, net: MultiExitNet, options: ModelOptions) -> None:
+    """Loads the user's weights into ``net``, through the plain model: that has all names, the net those it runs."""
+    model = build_model(options.name, net.num_classes, **options.build_options)
+    for note in load_weights(model, weights):
+        print(note, file=sys.stderr)
+    state = model.state_dict()
+    net.load_model_state_dict({name: state[name] for name in net.model_state_dict()})
 
 
 def _tensors(state: dict[str, torch.Tensor]) -> bytes:

@@ -1,38 +1,161 @@
-"""Costs of every part of an overprovisioned network -> CostTable."""
+"""Costs of every part of an overprovisioned network -> CostTable.
+
+Parts are counted and timed where they run: a segment after the one before it, a head on the features that its segment
+has just left. Heads are timed in passes of their own, for a pass of the segments through which dozens of heads went
+would find its caches spoilt.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Literal, NamedTuple
 
-from messnet.network.multi_exit import MultiExitNet
+import torch
+from torch import Tensor
+
+from messnet.exit_policy import Policy, image_confidence, should_exit
+from messnet.instance import Exit
+from messnet.latency import LatencyOptions, Stopwatch, num_threads
+from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.runs import provenance
 from messnet.tables import CostTable, PartCost
-from messnet.workload import count_module, output_shape
+from messnet.workload import Count, copy_module, dtype_of, metering, shadow
 
 __all__ = ["profile"]
 
+_POLICY = Policy()
+_PIXEL_THRESHOLD = 0.9
 
-def profile(net: MultiExitNet, input_size: tuple[int, int], *, model: str = "") -> CostTable:
-    """Workload (both conventions, see ``messnet.workload``) and parameters of every segment and head.
 
-    Counted for one image of ``input_size`` (height, width) without computing anything. ``model`` is the name that the
+class _Part(NamedTuple):
+    kind: Literal["segment", "head", "policy", "output"]
+    exit_index: int
+    head: str = ""
+
+
+_Around = Callable[[_Part], AbstractContextManager[None]]
+
+
+def profile(
+    net: MultiExitNet, input_size: tuple[int, int], *, model: str = "", latency: LatencyOptions | None = None
+) -> CostTable:
+    """Costs of every segment, head, policy step and output at ``input_size`` (height, width).
+
+    Workload (both conventions, see ``messnet.workload``), parameters and memory are counted without computing anything;
+    with ``latency`` every part is also timed as sessions run it, on a copy of ``net``. ``model`` is the name that the
     table carries.
     """
-    shape: tuple[int, ...] = (1, 3, *input_size)
-    segments, features = [], []
-    for segment in net.segments:
-        segments.append(_cost(segment, shape))
-        shape = output_shape(segment, shape)
-        features.append(shape)
+    batch = latency.batch if latency else 1
+    counts = _count(net, (batch, 3, *input_size), getattr(torch, latency.dtype) if latency else dtype_of(net))
+    watch = _time(net, (batch, 3, *input_size), latency) if latency else None
+
+    def cost(part: _Part, parameters: int = 0) -> PartCost:
+        return PartCost(
+            macs=counts[part].workload.macs / batch,
+            macs_paper=counts[part].workload.macs_paper / batch,
+            parameters=parameters,
+            memory_bytes=counts[part].memory_bytes,
+            latency_ms=watch.median(part) if watch else None,
+            latency_p95_ms=watch.p95(part) if watch else None,
+        )
+
+    sizes, last = net.segment_parameters(), net.num_exits - 1
+    own = [*(_Part("segment", k) for k in range(net.num_exits)), _Part("head", *net.exits[-1])]
+    operators, uncounted = Counter[str](), Counter[str]()
+    for part in own:
+        operators.update({name: macs / batch for name, macs in counts[part].operators.items()})
+        uncounted.update(counts[part].uncounted)
     return CostTable(
         model=model,
         input_size=input_size,
-        segments=tuple(segments),
-        heads={exit: _cost(net.head(exit), features[exit.exit_index]) for exit in net.exits},
-        provenance={"method": "counted on the graph, batch 1", "torch": torch.__version__},
+        segments=tuple(cost(_Part("segment", k), parameters) for k, parameters in enumerate(sizes)),
+        heads={exit: cost(_Part("head", *exit), _num_parameters(net, exit)) for exit in net.exits},
+        policies=tuple(cost(_Part("policy", k)) for k in range(last)),
+        outputs=tuple(cost(_Part("output", k)) for k in range(net.num_exits)),
+        operators=dict(operators),
+        uncounted=dict(uncounted),
+        conditions=latency.conditions if latency else {},
+        provenance={
+            "policy": _POLICY.name,
+            **({"measured": time.strftime("%Y-%m-%d")} if latency else {}),
+            **provenance(),
+        },
     )
 
 
-def _cost(module: nn.Module, shape: tuple[int, ...]) -> PartCost:
-    workload = count_module(module, shape)
-    return PartCost(**workload._asdict(), parameters=sum(p.numel() for p in module.parameters()))
+def _num_parameters(net: MultiExitNet, exit: Exit) -> int:
+    return sum(parameter.numel() for parameter in net.head(exit).parameters())
+
+
+def _count(net: MultiExitNet, shape: tuple[int, ...], dtype: torch.dtype) -> dict[_Part, Count]:
+    try:
+        return _count_on(shadow(net).to(dtype), shape, "meta")
+    except RuntimeError:  # a model that looks at values has to compute them
+        copied = copy_module(
+            net, lambda tensor: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        )
+        return _count_on(copied, shape, "cpu")
+
+
+def _count_on(net: MultiExitNet, shape: tuple[int, ...], device: str) -> dict[_Part, Count]:
+    with torch.no_grad(), metering() as meter:
+        for run in (_run_model, _run_early_exits):
+            run(net, lambda: torch.zeros(shape, dtype=dtype_of(net), device=device), shape[-2:], meter.part)
+    return meter.counts  # type: ignore[return-value]
+
+
+def _time(net: MultiExitNet, shape: tuple[int, ...], options: LatencyOptions) -> Stopwatch:
+    copied, watch = copy_module(net, options.convert), Stopwatch(options.device)
+    x = options.convert(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+
+    def once() -> None:
+        for run in (_run_model, _run_early_exits):
+            run(copied, lambda: x, shape[-2:], watch.lap)
+
+    with torch.inference_mode(), num_threads(options.threads):
+        watch.repeat(once, options, desc="measure")
+    return watch
+
+
+def _run_model(net: MultiExitNet, make_input: Callable[[], Tensor], size: tuple[int, ...], around: _Around) -> None:
+    """The user's own model, from the input to labels at ``size``, each part inside ``around(part)``."""
+    states, exit = net.states(make_input()), net.exits[-1]
+    for k in range(net.num_exits):
+        with around(_Part("segment", k)):
+            state = next(states)
+    with around(_Part("head", *exit)):
+        logits = net.logits(exit, state)
+    with around(_Part("output", exit.exit_index)):
+        _label(logits, size)
+
+
+def _run_early_exits(
+    net: MultiExitNet, make_input: Callable[[], Tensor], size: tuple[int, ...], around: _Around
+) -> None:
+    """Every head of every early exit point, and there one decision and one output."""
+    states = net.states(make_input())
+    for k, point in enumerate(net.exit_points[:-1]):
+        state = next(states)
+        heads = [exit for exit in net.exits if exit.exit_index == k]
+        for exit in heads:
+            with around(_Part("head", *exit)):
+                net.logits(exit, state)
+        blank = state.features.new_zeros(len(state.features), net.num_classes, *state.features.shape[-2:])
+        logits = net.logits(heads[0], state) if heads else blank
+        with around(_Part("policy", k)):
+            shares = image_confidence(logits, point.output_stride, (size[0], size[1]), [_PIXEL_THRESHOLD], _POLICY)
+            _to_host(should_exit(shares[:, 0], 0.5))
+        with around(_Part("output", k)):
+            _label(logits, size)
+
+
+def _label(logits: Tensor, size: tuple[int, ...]) -> None:
+    _to_host(upsample(logits, size).max(1).indices.to(torch.uint8))
+
+
+def _to_host(result: Tensor) -> None:
+    if not result.is_meta:
+        result.cpu()

@@ -1,9 +1,7 @@
-"""The report: tables, plots and one self-contained page, from artefacts alone (method.md section 10)."""
+"""The report: tables, words and one self-contained page, from artefacts alone (method.md section 10)."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -12,13 +10,8 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 from rich.text import Text
@@ -26,20 +19,23 @@ from rich.text import Text
 from messnet.errors import RunError
 from messnet.instance import FINAL_HEAD, Exit, ExitChoice
 from messnet.measurements import Gallery, Measurement, Measurements
+from messnet.report_figures import (
+    as_svg,
+    confidence_colours,
+    confidence_picture,
+    data_uri,
+    draw_depth,
+    draw_front,
+    draw_heads,
+    exit_colour,
+    label_picture,
+)
 from messnet.tables import CostTable, ExitTables
 
 __all__ = ["ReportInputs", "headline", "measurements_markdown", "rank_correlation", "render_report", "terminal_table"]
 
 HEADLINE_DROP_PP = 1.0
 MIOU_TOLERANCE = 1e-9
-
-# Colours of mid lightness: legible on the light page and on the dark one.
-EXIT_COLOURS = LinearSegmentedColormap.from_list("exits", ["#2fa08e", "#4b86d3", "#8b6cd0", "#cf5f8d"])
-FRONT_COLOURS = ("#8b6cd0", "#2fa08e", "#d08a3c", "#4b86d3")
-
-# Stand-ins in the drawings, exchanged for the page's own colours so that one drawing serves light and dark.
-INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
-STAND_INS = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +76,7 @@ class _Line(NamedTuple):
     gmacs_paper: str
     latency: str
     latency_p95: str
+    predicted: str
     speed: str
     exits: list[_ExitShare]
 
@@ -121,8 +118,8 @@ def measurements_markdown(measurements: Measurements) -> str:
 def _cells(line: _Line) -> list[list[str]]:
     """The cells of a row, each the parts that a plain table puts one below or behind the other."""
     shares = [f"{place.name} {100 * place.share:.0f} %" for place in line.exits]
-    latency = f"{line.latency} [{line.latency_p95}]"
-    return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], [latency, line.speed], shares]
+    latency = [f"{line.latency} [{line.latency_p95}]", line.speed, line.predicted]
+    return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
 
 
 def headline(measurements: Measurements) -> str:
@@ -182,6 +179,7 @@ def _line(row: Measurement, baseline: Measurement) -> _Line:
         gmacs_paper=_significant(row.macs_paper / 1e9, 4),
         latency=_significant(_median_ms(row)),
         latency_p95=_significant(float(np.percentile(row.latency_ms, 95))),
+        predicted=f"{_significant(float(np.median(row.predicted_ms)))} predicted" if row.predicted_ms else "",
         speed=speed,
         exits=[
             _ExitShare(choice, _exit_name(choice.exit), share)
@@ -239,6 +237,7 @@ def render_report(inputs: ReportInputs) -> str:
     environment.filters["typeset"] = _typeset
     source = resources.files("messnet").joinpath("report.html.jinja").read_text(encoding="utf-8")
     baseline, row = _baseline(measurements), _headline_row(measurements)
+    num_exits = len(inputs.costs.segments)
     return environment.from_string(source).render(
         inputs=inputs,
         headline=headline(measurements),
@@ -247,7 +246,7 @@ def render_report(inputs: ReportInputs) -> str:
         where=_where(measurements),
         lines=_lines(measurements),
         warnings=_warnings(measurements),
-        colours=[_exit_colour(index, inputs.costs) for index in range(len(inputs.costs.segments))],
+        colours=[exit_colour(index, num_exits) for index in range(num_exits)],
         front=_front_figure(measurements, inputs.fronts),
         strips=_strips(inputs.gallery, measurements) if inputs.gallery else [],
         legend=_class_legend(inputs.gallery, _shown(inputs.gallery, measurements)) if inputs.gallery else [],
@@ -265,10 +264,6 @@ def _typeset(text: str) -> Markup:
     return escape(text.replace("<=", "\N{LESS-THAN OR EQUAL TO}"))
 
 
-def _exit_colour(exit_index: int, costs: CostTable) -> str:
-    return to_hex(EXIT_COLOURS(exit_index / max(1, len(costs.segments) - 1)))
-
-
 def _shown(gallery: Gallery, measurements: Measurements) -> list[int]:
     """Positions of at most two pictures: the one that left first and is easiest, the one that went furthest."""
     ease = dict(zip(measurements.image_names, _difficulty(measurements)[0], strict=True))
@@ -283,15 +278,15 @@ def _strips(gallery: Gallery, measurements: Measurements) -> list[dict[str, Any]
     for g in _shown(gallery, measurements):
         name, taken = gallery.image_names[g], int(gallery.exit_taken[g])
         pictures = [
-            _Picture(_data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input"),
-            _Picture(_label_picture(gallery, gallery.masks[g]), f"{name}, the true labels", "label"),
+            _Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input"),
+            _Picture(label_picture(gallery.masks[g], gallery.palette), f"{name}, the true labels", "label"),
         ]
         for e, place in enumerate(gallery.exits):
             state = "taken" if place.exit_index == taken else "unseen" if place.exit_index > taken else ""
             right, c_img = _share_right(gallery, g, e), float(gallery.image_confidence[g, e])
             alt = f"{name}, prediction of {_exit_name(place)}: {right} of the pixels right"
             note = f"{right} right" + ("" if math.isnan(c_img) else f", confidence {c_img:.2f}")
-            source = _label_picture(gallery, gallery.predictions[g, e])
+            source = label_picture(gallery.predictions[g, e], gallery.palette)
             pictures.append(_Picture(source, alt, _exit_name(place), note, state))
         left = next((_exit_name(place) for place in gallery.exits if place.exit_index == taken), f"exit {taken}")
         strips.append({"name": name, "left": left, "pictures": pictures})
@@ -308,7 +303,7 @@ def _class_legend(gallery: Gallery, shown: list[int]) -> list[tuple[str, str]]:
     """(class, colour) of the classes that occur in the pictures shown."""
     occurring = np.unique(np.concatenate([gallery.masks[shown].ravel(), gallery.predictions[shown].ravel()]))
     known = [int(k) for k in occurring if k < len(gallery.class_names)]
-    return [(gallery.class_names[k], to_hex(gallery.palette[k] / 255)) for k in known]
+    return [(gallery.class_names[k], f"#{gallery.palette[k].tobytes().hex()}") for k in known]
 
 
 def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> dict[str, Any] | None:
@@ -319,10 +314,10 @@ def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> dict[s
     if not deciding:
         return None
     g, e = shown[-1], deciding[0]
-    colours, name = matplotlib.colormaps["viridis"], gallery.image_names[g]
-    pictures = [_Picture(_data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input")]
+    name = gallery.image_names[g]
+    pictures = [_Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input")]
     for caption, values in (("before", gallery.confidence[g, e]), ("after", gallery.refined[g, e])):
-        source = _data_uri((255 * colours(values.astype(np.float32))[..., :3]).astype(np.uint8))
+        source = confidence_picture(values)
         alt, note = f"{name}, confidence map {caption} edge refinement", f"mean {values.mean(dtype=np.float64):.3f}"
         pictures.append(_Picture(source, alt, f"{caption} edge refinement", note))
     return {
@@ -331,7 +326,7 @@ def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> dict[s
         "c_img": float(gallery.image_confidence[g, e]),
         "choice": _choice_behind(gallery, e, measurements),
         "pictures": pictures,
-        "gradient": ", ".join(to_hex(colours(step)) for step in np.linspace(0, 1, 9)),
+        "gradient": ", ".join(confidence_colours()),
     }
 
 
@@ -341,38 +336,12 @@ def _choice_behind(gallery: Gallery, e: int, measurements: Measurements) -> Exit
     return rows[0].instance.exits[e] if len(rows) == 1 else None
 
 
-def _label_picture(gallery: Gallery, labels: NDArray[np.uint8]) -> str:
-    colours = np.full((256, 3), 128, np.uint8)  # grey where ignored
-    colours[: len(gallery.palette)] = gallery.palette
-    return _data_uri(colours[labels])
-
-
-def _data_uri(picture: NDArray[np.uint8], kind: str = "png") -> str:
-    """A picture (H, W, 3) as a data: address."""
-    buffer = io.BytesIO()
-    imsave(buffer, picture, format=kind, pil_kwargs={"quality": 88} if kind == "jpeg" else None)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def _front_figure(measurements: Measurements, fronts: dict[str, list[tuple[float, float]]]) -> Markup:
-    figure, axes = _axes("GMACs per image", "mIoU, %")
-    for number, (setting, front) in enumerate(fronts.items()):
-        if front:
-            macs, miou = np.array(sorted(front)).T
-            colour = FRONT_COLOURS[number % len(FRONT_COLOURS)]
-            axes.step(macs / 1e9, 100 * miou, where="post", color=colour, lw=1.4, label=f"{setting}, front", zorder=2)
-            axes.plot(macs / 1e9, 100 * miou, ".", color=colour, ms=3.5, zorder=2)
-    for number, row in enumerate(measurements.rows):
-        marker = "o" if number else "D"
-        label = ("baseline, reported", "instances, reported")[number] if number < 2 else None
-        at = (row.macs / 1e9, 100 * row.miou)
-        axes.plot(*at, marker, ms=7, color=INK if number else PAPER, mec=INK, mew=1.2, label=label, ls="", zorder=4)
-        axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=INK, fontweight="bold")
-    axes.legend(frameon=False, loc="lower right")
+    figure = draw_front(fronts, [(row.macs, row.miou) for row in measurements.rows])
     alt = (
         "mIoU against GMACs per image: the search's fronts on the selection half, the table's rows on the reported one"
     )
-    return _svg(figure, "front", alt)
+    return as_svg(figure, "front", alt)
 
 
 def _depth_figure(measurements: Measurements, costs: CostTable) -> dict[str, Any] | None:
@@ -384,25 +353,15 @@ def _depth_figure(measurements: Measurements, costs: CostTable) -> dict[str, Any
     difficulty, measure = _difficulty(measurements)
     known = np.isfinite(difficulty)
     difficulty, taken = difficulty[known], np.array(row.exit_taken)[known]
-    jitter = np.random.default_rng(0).uniform(-0.26, 0.26, len(taken))  # spreads the points, means nothing
-
-    figure, axes = _axes(measure, "")
-    groups = []
-    for place, choice in enumerate(row.instance.exits):
-        here = taken == choice.exit_index
-        colour = _exit_colour(choice.exit_index, costs)
-        axes.plot(difficulty[here], place + jitter[here], "o", ms=4.5, color=colour, alpha=0.6, mec="none")
-        mean = float(difficulty[here].mean()) if here.any() else float("nan")
-        axes.plot([mean, mean], [place - 0.36, place + 0.36], color=INK, lw=1.8)
-        groups.append((_exit_name(choice.exit), int(here.sum()), mean))
-    axes.set_yticks(range(len(groups)), [name for name, _, _ in groups])
-    axes.set_ylim(len(groups) - 0.5, -0.5)
+    names = {choice.exit_index: _exit_name(choice.exit) for choice in row.instance.exits}
+    by_exit = [(name, difficulty[taken == exit_index]) for exit_index, name in names.items()]
+    figure = draw_depth(difficulty, taken, names, len(costs.segments), measure)
     alt = f"exit taken against {measure}, one point per image, a bar at each exit's mean"
     return {
-        "figure": _svg(figure, "depth", alt),
+        "figure": as_svg(figure, "depth", alt),
         "instance": row.instance.objective or row.instance.name,
         "measure": measure,
-        "groups": groups,
+        "groups": [(name, len(here), float(here.mean()) if len(here) else float("nan")) for name, here in by_exit],
         "sentence": _correlation_in_words(rank_correlation(difficulty, taken), len(taken)),
     }
 
@@ -448,20 +407,16 @@ def _heads_figure(inputs: ReportInputs) -> dict[str, Any]:
     gmacs = np.array([column.prefix(place.exit_index) for place in tables.exits]) / 1e9 + column.heads / 1e9
     num_images = len(tables.image_names)
     miou = np.array([tables.miou(np.full(num_images, h)) for h in range(len(tables.exits))])
-
-    figure, axes = _axes("GMACs per image, backbone and head", "mIoU, %")
+    exit_indices = np.array([place.exit_index for place in tables.exits])
+    names = {place.exit_index: _exit_name(place) for place in tables.exits}
     best = []
-    for index in sorted({place.exit_index for place in tables.exits}):
-        here = [h for h, place in enumerate(tables.exits) if place.exit_index == index]
-        name, colour = _exit_name(tables.exits[here[-1]]), _exit_colour(index, inputs.costs)
-        marker, size = ("D", 7.0) if here[-1] == tables.final else ("o", 5.5)
-        style: dict[str, Any] = {"color": colour, "alpha": 0.75, "mec": "none", "ls": ""}
-        axes.plot(gmacs[here], 100 * miou[here], marker, ms=size, label=name, **style)
+    for exit_index, name in names.items():
+        here = np.flatnonzero(exit_indices == exit_index)
         top = max(here, key=lambda h: np.nan_to_num(miou[h], nan=-1.0))
         best.append((name, len(here), tables.exits[top].head, f"{100 * miou[top]:.2f}", _significant(gmacs[top], 4)))
-    axes.legend(frameon=False, loc="lower right")
-    svg = _svg(figure, "heads", "mIoU of every exit head on the reported images against its GMACs, one colour per exit")
-    return {"figure": svg, "best": best, "num_exits": len(tables.exits)}
+    figure = draw_heads(gmacs, miou, exit_indices, names, len(inputs.costs.segments))
+    alt = "mIoU of every exit head on the reported images against its GMACs, one colour per exit"
+    return {"figure": as_svg(figure, "heads", alt), "best": best, "num_exits": len(tables.exits)}
 
 
 def _reported(tables: ExitTables, image_names: Sequence[str]) -> ExitTables:
@@ -472,36 +427,3 @@ def _reported(tables: ExitTables, image_names: Sequence[str]) -> ExitTables:
             f"exit tables lack {len(missing)} measured images ({missing[0]!r}); run `messnet evaluate` again"
         )
     return tables.subset(np.array([position[name] for name in image_names], np.int64))
-
-
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """Quiet axes, sized so that letters stay legible when a phone shrinks the drawing."""
-    figure = Figure(figsize=(5.1, 3.7), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x_label, color=MUTED)
-    axes.set_ylabel(y_label, color=MUTED)
-    axes.tick_params(color=RULE, labelcolor=MUTED)
-    axes.grid(color=RULE, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(RULE)
-    return figure, axes
-
-
-def _svg(figure: Figure, name: str, alt: str) -> Markup:
-    """The drawing as an <svg> element of the page: its colours follow the page, its letters are the page's."""
-    legend = figure.axes[0].get_legend()
-    for text in legend.get_texts() if legend else []:
-        text.set_color(INK)
-        text.set_parse_math(False)
-    buffer = io.StringIO()
-    # The salt keeps the identifiers of two drawings apart and a drawing the same from run to run.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    drawing = buffer.getvalue()
-    box, body = re.search(r'viewBox="([^"]*)".*?>(.*)', drawing, re.DOTALL).groups()  # type: ignore[union-attr]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("'DejaVu Sans'", "var(--sans)")
-    for stand_in, colour in STAND_INS.items():
-        body = body.replace(stand_in, colour)
-    return Markup(f'<svg class="drawing" role="img" aria-label="{escape(alt)}" viewBox="{box}">{body}')

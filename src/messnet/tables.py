@@ -21,9 +21,10 @@ from messnet.instance import Exit
 
 __all__ = ["CostColumn", "CostTable", "ExitTables", "PartCost", "class_iou", "mean_iou"]
 
+COSTS_SCHEMA_VERSION = 2
 SCHEMA_VERSION = 1
 Convention = Literal["conv", "paper"]
-CostName = Literal["macs", "macs_paper", "parameters"]
+CostName = Literal["macs", "macs_paper", "parameters", "memory_bytes", "latency_ms", "latency_p95_ms"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -46,30 +47,65 @@ def mean_iou(intersection: NDArray[Any], predicted: NDArray[Any], labelled: NDAr
 
 @dataclass(frozen=True, kw_only=True)
 class PartCost:
-    """Cost of one part (a segment or a head) for one image of the table's input size."""
+    """Cost of one part (a segment, a head, a policy step, an output) at the table's input size."""
 
     macs: float
-    """Multiply-accumulates of matmul-like operators."""
+    """Multiply-accumulates of matmul-like operators, one image."""
     macs_paper: float
     """The posters' convention: ``macs`` plus 2 per BatchNorm element and 1 per global-pooling input element."""
     parameters: int
+    memory_bytes: int
+    """Largest sum of the activations alive while the part runs on one batch: its inputs and all that later parts need
+    included, parameters and operators' own workspace not."""
+    latency_ms: float | None = None
+    """Of one batch, median; None where nothing was measured."""
+    latency_p95_ms: float | None = None
+    """Its 95th percentile. The sum over parts is at least as slow as the 95th percentile of the whole, unless parts are
+    slow together: a conservative figure."""
 
 
 class CostColumn(NamedTuple):
-    """One cost as arrays. ``segments`` (N,): backbone segment k. ``heads`` (H,): aligned with the exits asked for.
-    Reaching exit e costs ``segments[: e.exit_index + 1].sum()`` plus the head of every exit evaluated on the way."""
+    """One cost as arrays: of the N segments, and of the H exits asked for, in their order."""
 
     segments: FloatArray
+    """(N,)"""
+    exit_indices: IntArray
+    """(H,)"""
     heads: FloatArray
+    """(H,)"""
+    policies: FloatArray
+    """(H,): deciding at the exit; 0 at the final one, which decides nothing."""
+    outputs: FloatArray
+    """(H,): from the exit's logits to labels at input resolution."""
+    combine: Literal["sum", "max"]
+    """How parts make a whole."""
+    per_image: bool
+    """Whether only the parts that an image goes through count, or all that an instance has."""
 
     def prefix(self, exit_index: int) -> float:
         """Cost of the backbone up to and including segment ``exit_index``, without any head."""
-        return float(self.segments[: exit_index + 1].sum())
+        return self.whole(self.segments[: exit_index + 1])
+
+    def whole(self, parts: FloatArray) -> float:
+        return float(parts.sum() if self.combine == "sum" else parts.max())
+
+    def leaving(self) -> FloatArray:
+        """(H,) cost of an image that leaves at each exit, where those asked for are an instance's, shallow to deep.
+
+        It pays the segments up to there, the head of every exit on the way, the decision of every exit on the way but
+        the last of the instance, and one output. A cost that belongs to the instance is the same at each.
+        """
+        policies = np.append(self.policies[:-1], 0.0)
+        if not self.per_image:
+            backbone = self.segments[: self.exit_indices[-1] + 1]
+            return np.full(len(self.heads), self.whole(np.concatenate([backbone, self.heads, policies, self.outputs])))
+        reached: FloatArray = np.cumsum(self.segments)[self.exit_indices] + np.cumsum(self.heads + policies)
+        return reached + self.outputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostTable:
-    """Costs of the overprovisioned network's parts, one image.
+    """Costs of the overprovisioned network's parts on one device, complete in itself.
 
     ``segments[k]`` is the backbone between exit points k-1 and k; ``heads`` holds every head of every exit point, the
     user's own as ``Exit(N - 1, "final")``. ``provenance`` says how and with what it was made.
@@ -79,31 +115,65 @@ class CostTable:
     input_size: tuple[int, int]
     """(height, width) in pixels."""
     segments: tuple[PartCost, ...]
+    """(N,)"""
     heads: dict[Exit, PartCost]
+    policies: tuple[PartCost, ...]
+    """(N - 1,): the exit policy's decision at each early exit point."""
+    outputs: tuple[PartCost, ...]
+    """(N,): upsampling to the input and argmax, which only the exit taken pays."""
+    operators: dict[str, float] = field(default_factory=dict)
+    """Multiply-accumulates of the user's own model by operator."""
+    uncounted: dict[str, int] = field(default_factory=dict)
+    """Operators of the user's own model that ``macs`` leaves out, with the number of calls."""
+    conditions: dict[str, str | int] = field(default_factory=dict)
+    """What latency was measured on: device, runtime, batch, dtype, threads. Empty where nothing was measured."""
+    additivity: dict[str, float] = field(default_factory=dict)
+    """How far the sum of the parts is off the latency of whole instances: ``median_error`` and ``worst_error``,
+    relative, over ``num_instances``. Empty where that was not checked."""
     provenance: dict[str, str] = field(default_factory=dict)
 
     @property
     def final_exit(self) -> Exit:
         return max(self.heads)
 
+    def total(self, name: CostName) -> float:
+        """Cost of the user's own model: all segments, the final head and its output."""
+        return float(self.column(name, [self.final_exit]).leaving()[0])
+
     def total_macs(self, convention: Convention = "conv") -> float:
-        """Multiply-accumulates of the user's own model: all segments and the final head."""
-        column = self.column("macs" if convention == "conv" else "macs_paper", [self.final_exit])
-        return float(column.segments.sum() + column.heads.sum())
+        """Multiply-accumulates of the user's own model."""
+        return self.total("macs" if convention == "conv" else "macs_paper")
 
     def column(self, name: CostName, exits: Sequence[Exit]) -> CostColumn:
-        """One cost of all segments and of the heads of ``exits``, in their order."""
+        """One cost of all segments and of ``exits``. Raises RunError when the table has no such exit, or holds no
+        latency."""
         missing = [exit for exit in exits if exit not in self.heads]
         if missing:
             raise RunError(f"the cost table has no exit {missing[0]}: it was made for another head space")
+        nothing = PartCost(macs=0, macs_paper=0, parameters=0, memory_bytes=0, latency_ms=0, latency_p95_ms=0)
+        indices = [exit.exit_index for exit in exits]
+        policies = (*self.policies, nothing)
+
+        def values(parts: Sequence[PartCost]) -> FloatArray:
+            found = [getattr(part, name) for part in parts]
+            if None in found:
+                raise RunError(f"the cost table has no {name}: measure it with `messnet profile RUN --measure`")
+            # In steps of 1 ns (2^-20 ms) sums are exact, as those of integers are: equal costs stay equal.
+            return np.round(np.array(found, np.float64) * 2**20) / 2**20
+
         return CostColumn(
-            np.array([getattr(part, name) for part in self.segments], np.float64),
-            np.array([getattr(self.heads[exit], name) for exit in exits], np.float64),
+            segments=values(self.segments),
+            exit_indices=np.array(indices, np.int64),
+            heads=values([self.heads[exit] for exit in exits]),
+            policies=values([policies[i] for i in indices]),
+            outputs=values([self.outputs[i] for i in indices]),
+            combine="max" if name == "memory_bytes" else "sum",
+            per_image=name not in ("parameters", "memory_bytes"),
         )
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The table as JSON, written to ``path`` too if one is given."""
-        record = asdict(self) | {"schema_version": SCHEMA_VERSION}
+        record = asdict(self) | {"schema_version": COSTS_SCHEMA_VERSION}
         record["heads"] = [[*exit, asdict(part)] for exit, part in self.heads.items()]
         text = json.dumps(record, indent=1) + "\n"
         if path is not None:
@@ -115,9 +185,10 @@ class CostTable:
         """Raises RunError when ``text`` is not a cost table of this schema version."""
         with reading("a cost table", made_by="profile"):
             record: dict[str, Any] = json.loads(text)
-            expect_schema(record, SCHEMA_VERSION, "cost table")
+            expect_schema(record, COSTS_SCHEMA_VERSION, "cost table")
             record["input_size"] = tuple(record["input_size"])
-            record["segments"] = tuple(PartCost(**part) for part in record["segments"])
+            for name in ("segments", "policies", "outputs"):
+                record[name] = tuple(PartCost(**part) for part in record[name])
             record["heads"] = {Exit(index, head): PartCost(**part) for index, head, part in record["heads"]}
             return cls(**record)
 

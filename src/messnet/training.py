@@ -217,11 +217,9 @@ class _ExitAware(nn.Module):
 
     def forward(self, images: Tensor, active: Sequence[int], size: Sequence[int]) -> list[Tensor]:
         """Logits (N, K, *size) of the active early exits, then of the final one."""
-        logits, features = [], images
-        for i, features in enumerate(self.net.features(images)):
-            if i in active:
-                logits.append(self.net.head(self.plain[i])(features))
-        logits.append(self.net.final_head(features))
+        exits = {i: self.plain[i] for i in active} | {self.net.num_exits - 1: self.net.exits[-1]}
+        states = enumerate(self.net.states(images))
+        logits = [self.net.logits(exits[i], state) for i, state in states if i in exits]
         return [F.interpolate(y, size=tuple(size), mode="bilinear", align_corners=False) for y in logits]
 
 
@@ -242,8 +240,8 @@ class _Distillation:
         options = self.options
         size = [length // options.loss_stride for length in labels.shape[-2:]]
         with torch.no_grad(), self.fabric.autocast():
-            tapped = list(self.net.features(images))
-            final = self.net.final_head(tapped[-1])
+            states = list(self.net.states(images))
+            final = self.net.logits(self.net.exits[-1], states[-1])
         final = F.interpolate(final.float(), size=tuple(size), mode="bilinear", align_corners=False)
         labels = _every(labels, options.loss_stride)
         teacher = teach(
@@ -259,11 +257,11 @@ class _Distillation:
             # dropout of a head must not depend on the heads beside it
             torch.manual_seed(_mix(options.seed, *exit, iteration))
             with self.fabric.autocast():
-                logits = self.net.head(exit)(tapped[exit.exit_index])
+                logits = self.net.logits(exit, states[exit.exit_index])
             logits = F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
             loss = distillation_loss(logits, teacher)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             _set_learning_rate(optimizer, learning_rate)
             optimizer.step()
             losses.setdefault(exit.exit_index, []).append(loss.detach())

@@ -27,7 +27,7 @@ ALWAYS = {"pixel_threshold": 0.0, "image_threshold": 0.0}
 def calls(small_net: MultiExitNet) -> Iterator[Counter[str]]:
     """How often each segment and each head ran."""
     counter: Counter[str] = Counter()
-    parts = {f"segment {k}": segment for k, segment in enumerate(small_net.segments)}
+    parts = {f"segment {k}": segment for k, segment in enumerate(small_net.backbone.segments)}
     parts |= {f"head {exit.exit_index} {exit.head}": small_net.head(exit) for exit in small_net.exits}
     hooks = [part.register_forward_hook(lambda *_, name=name: counter.update([name])) for name, part in parts.items()]
     yield counter

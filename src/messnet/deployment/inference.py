@@ -18,6 +18,7 @@ from messnet.exit_policy import Policy, image_confidence, refined_confidence_map
 from messnet.instance import ExitChoice, Instance
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.preprocessing import normalise
+from messnet.workload import dtype_of
 
 __all__ = ["Result", "Session"]
 
@@ -130,15 +131,16 @@ class Session:
         Segments and heads run as results are asked for. An exit that is passed costs its head and its confidence, but
         no labels at input resolution.
         """
-        x = normalise(image)[None].to(self.device, memory_format=torch.channels_last)
+        x = normalise(image)[None].to(self.device, dtype_of(self.net), memory_format=torch.channels_last)
         size = (image.shape[0], image.shape[1])
         self._synchronise()
         spent, start = 0.0, time.perf_counter()
-        tapped = enumerate(self.net.features(x))
+        states = enumerate(self.net.states(x))
+        del x  # the first segment's: memory for the later ones
         for choice in choices:
             with torch.inference_mode():
-                features = next(features for i, features in tapped if i == choice.exit_index)
-                logits = self.net.head(choice.exit)(features)
+                state = next(state for i, state in states if i == choice.exit_index)
+                logits = self.net.logits(choice.exit, state)
                 stride = self.net.exit_points[choice.exit_index].output_stride
                 stops = every or choice is choices[-1] or self._is_confident(logits, stride, size, choice)
                 labels = upsample(logits, size).max(1).indices[0].to(torch.uint8).cpu().numpy() if stops else None

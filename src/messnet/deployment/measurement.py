@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,13 +11,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from messnet.deployment.inference import Session
+from messnet.instance import Exit, ExitChoice, Instance
+from messnet.latency import LatencyOptions, Stopwatch, device_name, num_threads
 from messnet.measurements import Gallery
 from messnet.metrics import pixel_counts
-from messnet.tables import mean_iou
+from messnet.network.multi_exit import MultiExitNet
+from messnet.tables import CostTable, mean_iou
+from messnet.workload import copy_module
 
-__all__ = ["Running", "device_in_words", "make_gallery", "run_side_by_side"]
+__all__ = ["Running", "check_additivity", "device_in_words", "make_gallery", "run_side_by_side"]
 
 WARM_UP_IMAGES = 3
+MAX_EXITS = 4  # of a random instance
 
 
 @dataclass
@@ -65,6 +68,59 @@ def run_side_by_side(
     return runnings
 
 
+def check_additivity(
+    net: MultiExitNet, costs: CostTable, options: LatencyOptions, *, num_instances: int = 20, seed: int = 0
+) -> dict[str, float]:
+    """How far ``costs`` is off the latency of whole instances: ``CostTable.additivity``.
+
+    Random instances, of random exits and heads, run one image in sessions of their own, in turn and each round in
+    another order; thresholds let it go at an exit drawn beforehand. Compared are the measured median and the sum of the
+    parts on the way. ``options`` are those that ``costs`` was measured with, at batch 1; ``net`` is copied.
+    """
+    draw = np.random.default_rng(seed)
+    image = draw.integers(0, 256, (*costs.input_size, 3), dtype=np.uint8)
+    copied, watch = copy_module(net, options.convert), Stopwatch(options.device)
+    drawn = [_random_instance(net.exits, draw) for _ in range(num_instances)]
+    sessions = [Session(copied, instance, device=options.device) for instance, _ in drawn]
+
+    def once() -> None:
+        for i in draw.permutation(num_instances).tolist():
+            watch.laps[i].append(sessions[i].predict([image])[0].latency_ms)
+
+    with num_threads(options.threads):
+        watch.repeat(once, options, desc="check")
+    errors = []
+    for i, (instance, stop) in enumerate(drawn):
+        column = costs.column("latency_ms", [choice.exit for choice in instance.exits])
+        errors.append(abs(float(column.leaving()[stop]) / watch.median(i) - 1))
+    return {
+        "num_instances": num_instances,
+        "median_error": float(np.median(errors)),
+        "worst_error": max(errors),
+    }
+
+
+def _random_instance(exits: Sequence[Exit], draw: np.random.Generator) -> tuple[Instance, int]:
+    """Up to MAX_EXITS of ``exits``, and the position of the one where every image stops."""
+    points = sorted({exit.exit_index for exit in exits})
+    size = int(draw.integers(1, min(MAX_EXITS, len(points)) + 1))
+    chosen = sorted(draw.choice(points, size, replace=False).tolist())
+    stop, choices = int(draw.integers(size)), []
+    for position, index in enumerate(chosen):
+        heads = [exit.head for exit in exits if exit.exit_index == index]
+        # A share of confident pixels is at least 0 and never 2.
+        threshold = None if position == size - 1 else 0.0 if position == stop else 2.0
+        choices.append(
+            ExitChoice(
+                exit_index=index,
+                head=heads[int(draw.integers(len(heads)))],
+                pixel_threshold=None if threshold is None else 0.9,
+                image_threshold=threshold,
+            )
+        )
+    return Instance(name="random", setting="input_dependent", exits=tuple(choices)), stop
+
+
 def make_gallery(
     session: Session, samples: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]], exit_taken: Sequence[int]
 ) -> Gallery:
@@ -90,11 +146,7 @@ def make_gallery(
 def device_in_words(device: torch.device) -> str:
     """Processor or accelerator, threads, runtime and dtype: what a latency was measured on."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__} eager float32"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = models[0] if models else platform.processor() or platform.machine()
+        return f"{device_name(device)}, torch {torch.__version__} eager float32"
     threads = torch.get_num_threads()
     plural = "s" if threads > 1 else ""
-    return f"{processor}, {threads} thread{plural}, torch {torch.__version__} eager float32"
+    return f"{device_name(device)}, {threads} thread{plural}, torch {torch.__version__} eager float32"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from messnet.deployment.bundle import load
+from messnet.deployment.loading import load
 from messnet.errors import DataError
 from messnet.files import write_atomically
 

@@ -1,4 +1,4 @@
-"""From a user's model to a chain of segments (method.md section 2): trace, find the legal cuts, choose, cut.
+"""From a user's model to a chain of segments (method.md section 2): find the legal cuts, choose, cut.
 
 The modules are the user's own: shared, not copied, under their own names, so weights are kept and train() and eval()
 mean what they meant.
@@ -6,30 +6,55 @@ mean what they meant.
 
 from __future__ import annotations
 
+import difflib
 import operator
-import traceback
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from messnet.errors import ModelError
 from messnet.exit_points import choose_exit_points
+from messnet.latency import node_latencies
 from messnet.network.exit_head import BlockKind
+from messnet.network.tracing import (
+    WAY_OUT,
+    UntraceableError,
+    drop_dead_code,
+    module_stack,
+    run_error,
+    trace,
+    writes_in_place,
+)
 from messnet.workload import Workload, count_nodes
 
-__all__ = ["Chain", "ExitPoint", "cut_model"]
+__all__ = ["Backbone", "Chain", "ExitCost", "ExitPoint", "State", "block_kind", "closest", "cut_model", "find_head"]
+
+ExitCost = Literal["workload", "latency"]
 
 # Where architectures keep their segmentation head, the first that exists counts.
 _HEAD_NAMES = ("classifier", "decode_head", "segmentation_head", "head")
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_MERGES = (operator.add, operator.iadd, torch.add, torch.cat, torch.concat)
 # A tap belongs after these, not between them and the layer that they finish.
-_FINISHING = (_NormBase, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU, nn.ELU, nn.PReLU, nn.Dropout)
+_FINISHING = (
+    _NormBase,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.GELU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.PReLU,
+    nn.Dropout,
+    nn.Dropout2d,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +72,113 @@ class ExitPoint:
     """Of the backbone's last spatial convolution before this point."""
     macs: float
     """Workload of the backbone up to here, at the example input's size."""
+    latency_ms: float | None = None
+    """Time of the backbone up to here, where exits are placed by latency."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chain:
-    """A model cut into N segments and its final head: ``final_head(segments[N-1](... segments[0](x)))``."""
+class State(NamedTuple):
+    """What is alive at an exit point."""
 
-    segments: tuple[fx.GraphModule, ...]
-    final_head: fx.GraphModule
+    features: Tensor
+    """(N, C, h, w): the tapped feature map."""
+    kept: tuple[Any, ...] = ()
+    """What later segments need besides: skip connections, sizes."""
+
+
+class Backbone(nn.Module, ABC):
+    """A user's model that can be run from exit point to exit point."""
+
     exit_points: tuple[ExitPoint, ...]
     """N - 1 early ones, then the end of the backbone."""
+    cuts: tuple[ExitPoint, ...]
+    """Every place where an early exit could sit, then the end of the backbone."""
     block: BlockKind
     """What the backbone is made of."""
+    num_classes: int
+    notes: tuple[str, ...]
+    """What the user should know of the conversion, a sentence each."""
+    final_head: nn.Module | None
+    """None once it is cut off."""
+    exportable: bool
+    """Whether the parts are graphs of their own."""
+
+    @abstractmethod
+    def states(self, x: Tensor) -> Iterator[State]:
+        """The state at every exit point, one after the other: a segment runs when its state is asked for."""
+
+    @abstractmethod
+    def run_until(self, x: Tensor, exit_index: int) -> State:
+        """The state at one exit point; nothing past it runs."""
+
+    @abstractmethod
+    def segment_parameters(self) -> tuple[int, ...]:
+        """Number of parameters of each segment, (N,)."""
+
+    @abstractmethod
+    def model_state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the user's model under its own names."""
+
+    @abstractmethod
+    def cut_after(self, exit_index: int) -> None:
+        """Removes what lies past an exit point, the final head too. Raises ModelError where that cannot be told."""
+
+
+class Chain(Backbone):
+    """A traced model in N segments and its final head, graphs of their own over the user's modules."""
+
+    exportable = True
+
+    def __init__(
+        self,
+        segments: Iterable[fx.GraphModule],
+        final_head: fx.GraphModule,
+        *,
+        exit_points: tuple[ExitPoint, ...],
+        cuts: tuple[ExitPoint, ...],
+        block: BlockKind,
+        num_classes: int,
+        notes: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.segments = nn.ModuleList(segments)
+        self.final_head: nn.Module | None = final_head
+        self.exit_points, self.cuts, self.block = exit_points, cuts, block
+        self.num_classes, self.notes = num_classes, notes
+
+    def states(self, x: Tensor) -> Iterator[State]:
+        values: tuple[Any, ...] = (x,)
+        del x  # not kept alive behind the first segment
+        for segment in self.segments:
+            values = segment(*values)
+            yield State(values[0], tuple(values[1:]))
+
+    def run_until(self, x: Tensor, exit_index: int) -> State:
+        values: tuple[Any, ...] = (x,)
+        for segment in self.segments[: exit_index + 1]:
+            values = segment(*values)
+        return State(values[0], tuple(values[1:]))
+
+    def segment_parameters(self) -> tuple[int, ...]:
+        seen: set[nn.Parameter] = set()  # a module that several segments run counts with the first
+        sizes = []
+        for segment in self.segments:
+            new = set(segment.parameters()) - seen
+            sizes.append(sum(p.numel() for p in new))
+            seen |= new
+        return tuple(sizes)
+
+    def model_state_dict(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for part in (*self.segments, *([self.final_head] if self.final_head is not None else [])):
+            state |= part.state_dict()
+        return state
+
+    def cut_after(self, exit_index: int) -> None:
+        end = self.exit_points[exit_index]
+        del self.segments[exit_index + 1 :]
+        self.final_head = None
+        self.exit_points = self.exit_points[: exit_index + 1]
+        self.cuts = (*(cut for cut in self.cuts if cut.macs < end.macs), end)
 
 
 def cut_model(
@@ -68,178 +188,293 @@ def cut_model(
     num_exits: int = 6,
     exit_points: Sequence[str] | None = None,
     head: str | None = None,
+    exit_cost: ExitCost = "workload",
 ) -> Chain:
-    """Traces ``model`` and cuts it at ``num_exits`` - 1 exit points of about equal workload, or at the named nodes.
+    """Traces ``model`` and cuts it at ``num_exits`` - 1 exit points of about equal cost, or at the named places.
 
-    ``example_input`` (N, 3, H, W) gives the size that workload is counted at. ``head`` names the child module that is
-    the segmentation head (found by itself where it has a usual name). A trailing bilinear upsampling to the input size
-    is left out of the chain: every exit ends with the same one.
+    ``example_input`` (N, 3, H, W) gives the size that cost is counted, or measured, at. ``exit_points`` names traced
+    nodes or modules whose output is a feature map. ``head`` names the module that is the segmentation head (found by
+    itself where it has a usual name, else the last convolution). A trailing bilinear upsampling to the input size is
+    left out of the chain: every exit ends with the same one.
 
-    Raises ModelError when the model cannot be traced or has too few places to cut.
+    Raises ModelError when the model cannot be cut, its UntraceableError where tapping still works.
     """
-    traced = _trace(model)
-    shape = tuple(example_input.shape)
-    outputs = count_nodes(traced, shape)
-    _strip_upsampling(traced, outputs, shape)
-    nodes = [node for node in traced.graph.nodes if node.op != "output"]
-    head_start = _head_start(model, nodes, head)
-    legal = _legal_cuts(traced, nodes[:head_start], outputs)
-    if not legal or legal[-1] is not nodes[head_start - 1]:
-        raise ModelError(
-            "the segmentation head takes more than one tensor of the backbone; name another module with head="
-        )
-    costs = dict(zip(nodes, accumulate(outputs[node.name][0].macs for node in nodes), strict=True))
+    traced, whole = trace(model)
+    graph = _Graph(traced, example_input)
+    notes = _kept_whole(whole)
+    notes += graph.strip_upsampling()
+    head, note = find_head(model, head, graph.modules())
+    graph.end_backbone(head)
+    notes += note
+    legal = graph.legal_cuts()
+    costs = graph.cumulative(exit_cost, example_input)
     if exit_points is None:
-        chosen = [legal[index] for index in choose_exit_points([costs[node] for node in legal], num_exits)]
+        try:
+            chosen = [
+                legal[i] for i in choose_exit_points([*(costs[node] for node in legal), max(costs.values())], num_exits)
+            ]
+        except ModelError as error:
+            reason = "; ".join([*notes, WAY_OUT]) if whole else ""
+            raise ModelError(f"{error}; {reason}" if reason else str(error)) from error
     else:
-        by_name = {node.name: node for node in legal}
-        unknown = [name for name in exit_points if name not in by_name]
-        if unknown:
-            raise ModelError(f"no exit point {unknown[0]!r} in this model; expected some of {', '.join(by_name)}")
-        chosen = [by_name[name] for name in exit_points]
-        if chosen != [node for node in legal if node in chosen]:
+        chosen = [graph.named(name, whole) for name in exit_points]
+        if [graph.position[node] for node in chosen] != sorted({graph.position[node] for node in chosen}):
             raise ModelError(f"exit_points must name different places from shallow to deep, got {list(exit_points)}")
-    ends = [*chosen, legal[-1]]
-    places = [nodes.index(node) for node in ends]
-    starts = [0, *(place + 1 for place in places)]
+    by_latency = exit_cost == "latency"
+    points = {node: graph.exit_point(node, costs[node] if by_latency else None) for node in (*legal, *chosen)}
+    end = graph.exit_point(graph.end, max(costs.values()) if by_latency else None, ends=True)
+    starts = [0, *(graph.position[node] + 1 for node in chosen), graph.head_start]
+    states = [graph.alive_after(start, node) for start, node in zip(starts[1:], [*chosen, graph.end], strict=True)]
     return Chain(
-        segments=tuple(
-            _extract(traced, nodes[start : place + 1], ends[k - 1] if k else None)
-            for k, (start, place) in enumerate(zip(starts, places, strict=False))
+        (
+            graph.extract(start, stop, source, target)
+            for start, stop, source, target in zip(starts, starts[1:], [[], *states], states, strict=False)
         ),
-        final_head=_extract(traced, nodes[head_start:], ends[-1]),
-        exit_points=tuple(_exit_point(node, traced, nodes, outputs, costs[node], shape) for node in ends),
-        block=_block_kind(traced, nodes[:head_start]),
+        graph.extract(graph.head_start, len(graph.nodes), states[-1], [graph.logits]),
+        exit_points=(*(points[node] for node in chosen), end),
+        cuts=(*(points[node] for node in legal), end),
+        block=block_kind(model, head),
+        num_classes=graph.value(graph.logits).shape[1],
+        notes=tuple(notes),
     )
 
 
-class _Tracer(fx.Tracer):
-    """Keeps as one node each: torch's own modules, modules without children, and normalisation layers (timm's subclass
-    BatchNorm; traced into, their training mode would be frozen)."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        childless = next(m.children(), None) is None
-        return childless or isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(model: nn.Module) -> fx.GraphModule:
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:
-        frames = [
-            f
-            for f in traceback.extract_tb(error.__traceback__)
-            if "/torch/" not in f.filename and f.filename != __file__
-        ]
-        place = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-        raise ModelError(f"{type(model).__name__} could not be traced{place}: {error}") from error
-    output = next(iter(reversed(graph.nodes)))
-    logits = output.args[0]
-    if isinstance(logits, dict):
-        logits = logits.get("out")
-    if not isinstance(logits, fx.Node):
-        raise ModelError(f"{type(model).__name__} must return logits as a tensor or under the key 'out'")
-    output.args = (logits,)
-    # only size arithmetic and auxiliary outputs die here; an in-place operator is not dead
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return fx.GraphModule(model, graph)
+def _kept_whole(whole: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason."""
+    groups = {why: [name for name in whole if whole[name] == why] for why in whole.values()}
+    listed = {
+        why: ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3)) for why, names in groups.items()
+    }
+    return [f"kept whole: {names}, which {why}" for why, names in listed.items()]
 
 
-def _strip_upsampling(traced: fx.GraphModule, outputs: dict[str, tuple[Workload, Any]], shape: tuple[int, ...]) -> None:
-    output = next(iter(reversed(traced.graph.nodes)))
-    last = output.args[0]
-    bilinear = last.target is F.interpolate and last.kwargs.get("mode") == "bilinear"
-    to_input = tuple(outputs[last.name][1].shape[-2:]) == shape[-2:]
-    if bilinear and to_input and not last.kwargs.get("align_corners"):
-        output.args = (last.args[0],)
-        traced.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-        traced.recompile()
+def find_head(model: nn.Module, head: str | None, ran: Iterable[str]) -> tuple[str, list[str]]:
+    """The name of the module that is the segmentation head, and a note when it had to be guessed: the last of ``ran``
+    with a convolution. Raises ModelError when ``head`` names none."""
+    names = [name for name, _ in model.named_modules() if name]
+    if head is not None:
+        if head not in names:
+            raise ModelError(f"no module {head!r} in {type(model).__name__} to be the head{closest(head, names)}")
+        return head, []
+    known = next((name for name in _HEAD_NAMES if name in names), None)
+    if known:
+        return known, []
+    convolutions = [
+        name for name in ran if any(isinstance(part, nn.Conv2d) for part in model.get_submodule(name).modules())
+    ]
+    if not convolutions:
+        raise ModelError(f"{type(model).__name__} has no convolution that could be its head: name a module with head=")
+    last = convolutions[-1]
+    return last, [f"no module is called {', '.join(_HEAD_NAMES)}: {last} is taken for the head; head= names another"]
 
 
-def _head_start(model: nn.Module, nodes: Sequence[fx.Node], head: str | None) -> int:
-    """Position of the first node of the segmentation head."""
-    children = [name for name, _ in model.named_children()]
-    name = head or next((name for name in _HEAD_NAMES if name in children), None)
-    inside = [i for i, node in enumerate(nodes) if name and f"{node.target}.".startswith(f"{name}.")]
-    if not inside:
-        raise ModelError(
-            f"no segmentation head {name or _HEAD_NAMES!r} in {type(model).__name__}; its children are "
-            f"{', '.join(children)}: name one with head="
-        )
-    return inside[0]
+def block_kind(model: nn.Module, head: str) -> BlockKind:
+    """What the backbone, all but ``head``, is made of: inverted residuals where it is depthwise with batch norms,
+    bottlenecks where a block's own convolutions are 1x1, kxk, 1x1, else plain residual blocks."""
+    modules = [module for name, module in model.named_modules() if not f"{name}.".startswith(f"{head}.")]
+    convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
+    depthwise = any(conv.groups == conv.in_channels > 1 for conv in convolutions)
+    if depthwise and any(isinstance(module, _BatchNorm) for module in modules):
+        return "inverted_residual"
+    for module in modules:
+        own = [max(child.kernel_size) for child in module.children() if isinstance(child, nn.Conv2d)]
+        if len(own) == 3 and own[0] == own[2] == 1 < own[1]:
+            return "bottleneck"
+    return "residual"
 
 
-def _legal_cuts(
-    traced: fx.GraphModule, nodes: Sequence[fx.Node], outputs: dict[str, tuple[Workload, Any]]
-) -> list[fx.Node]:
-    """Nodes after which just their own feature map is alive, which no normalisation or activation follows, and which
-    do not lie inside a residual block: where a block has no skip connection it could be cut, but is wide."""
-    residual = {_stack(node)[-1][1] for node in nodes if node.target in _ADDITIONS and _stack(node)}
-    last_of = {name: node for node in nodes for name, _ in _stack(node)}
-    position = {node: i for i, node in enumerate(nodes)}
-    beyond = len(nodes)
-    last_use = [max((position.get(user, beyond) for user in node.users), default=i) for i, node in enumerate(nodes)]
-    legal, alive_until = [], -1
-    for i, node in enumerate(nodes):
-        alone = alive_until <= i
-        alive_until = max(alive_until, last_use[i])
-        value = outputs[node.name][1]
-        feature_map = isinstance(value, Tensor) and value.dim() == 4 and node.op != "placeholder"
-        finished = not any(
-            user.op == "call_module" and isinstance(traced.get_submodule(str(user.target)), _FINISHING)
+def closest(name: str, known: Sequence[str]) -> str:
+    """The end of an error's sentence: what may have been meant."""
+    found = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    listed = f"; there are {', '.join(known[:8])}{', ...' * (len(known) > 8)}" if known else ""
+    return f"; did you mean {' or '.join(found)}?" if found else listed
+
+
+class _Graph:
+    """A traced model with what every node gives and costs at the example input."""
+
+    def __init__(self, traced: fx.GraphModule, example_input: Tensor) -> None:
+        self.traced, self.shape = traced, (1, *example_input.shape[1:])
+        try:
+            self.outputs: dict[str, tuple[Workload, Any]] = count_nodes(traced, self.shape)
+        except Exception as error:
+            raise run_error(error, self.shape) from error
+        logits: Any = self._output().args[0]
+        self.logits: fx.Node = logits
+        value = self.value(self.logits)
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ModelError(
+                f"the model gives {got} for images {self.shape}; expected logits (N, K, H, W): a classifier?"
+            )
+        self.nodes: list[fx.Node] = []
+        self.position: dict[fx.Node, int] = {}
+        self.head_start = 0
+
+    def value(self, node: fx.Node) -> Any:
+        return self.outputs[node.name][1]
+
+    def _output(self) -> fx.Node:
+        output: fx.Node = next(iter(reversed(self.traced.graph.nodes)))
+        return output
+
+    def modules(self) -> list[str]:
+        """The names of those that are run, in that order."""
+        return [str(node.target) for node in self.traced.graph.nodes if node.op == "call_module"]
+
+    def strip_upsampling(self) -> list[str]:
+        """Leaves out a last bilinear upsampling to the input size; says what is upsampled that was not."""
+        last, (height, width) = self.logits, self.shape[-2:]
+        if tuple(self.value(last).shape[-2:]) != (height, width):
+            stride = round(height / self.value(last).shape[-2])
+            return [
+                f"the model's own output is 1/{stride} of the input: every exit, the final one too, is upsampled to it"
+            ]
+        bilinear = last.target is F.interpolate and last.kwargs.get("mode") == "bilinear" and last.kwargs.get("size")
+        if bilinear and not last.kwargs.get("align_corners"):
+            source: Any = last.args[0]
+            self.logits = source
+            self._output().args = (self.logits,)
+            drop_dead_code(self.traced.graph, self.traced)
+            self.traced.recompile()
+        return []
+
+    def end_backbone(self, head: str) -> None:
+        """Sets where the segmentation head begins. Raises ModelError when nothing of it is in the graph."""
+        self.nodes = [node for node in self.traced.graph.nodes if node.op != "output"]
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        inside = [i for i, node in enumerate(self.nodes) if f"{node.target}.".startswith(f"{head}.")]
+        inside += [i for i, node in enumerate(self.nodes) if any(name == head for name, _ in module_stack(node))]
+        if not inside:
+            raise ModelError(f"the module {head!r} is not run on its own by the traced model: name another with head=")
+        self.head_start = min(inside)
+        alive = [node for node in self.nodes[: self.head_start] if self._last_use(node) >= self.head_start]
+        maps = [node for node in alive if self.is_feature_map(node)]
+        if not maps:
+            raise ModelError(f"the head {head!r} takes no feature map (N, C, h, w): name another module with head=")
+        self.end = maps[-1]
+
+    def is_feature_map(self, node: fx.Node) -> bool:
+        """(N, C, h, w) with as many input pixels per feature pixel in height as in width: not (N, h, w, C), not
+        pooled to one pixel."""
+        value = self.value(node)
+        if not isinstance(value, Tensor) or value.dim() != 4 or node.op == "placeholder":
+            return False
+        if value.shape[2] * value.shape[3] < 2:
+            return False
+        down, across = (full / part for full, part in zip(self.shape[-2:], value.shape[-2:], strict=True))
+        return bool(down >= 0.99 and 2 / 3 <= down / across <= 3 / 2)
+
+    def _last_use(self, node: fx.Node) -> int:
+        return max((self.position.get(user, len(self.nodes)) for user in node.users), default=self.position[node])
+
+    def legal_cuts(self) -> list[fx.Node]:
+        """Feature maps of the backbone, but its end, that no normalisation or activation follows, that lie in no
+        residual block (where a block has no skip connection it could be cut, but is wide) and in no branch: all that is
+        alive beside them must be what they were made from."""
+        merging = {module_stack(node)[-1][1] for node in self.nodes if node.target in _MERGES and module_stack(node)}
+        last_of = {name: node for node in self.nodes for name, _ in module_stack(node)}
+        ancestors: dict[fx.Node, set[fx.Node]] = {}
+        legal: list[fx.Node] = []
+        last_uses = [self._last_use(node) for node in self.nodes]
+        for i, node in enumerate(self.nodes[: self.head_start]):
+            ancestors[node] = set().union(*({one, *ancestors[one]} for one in node.all_input_nodes))
+            beside = [one for j, one in enumerate(self.nodes[:i]) if last_uses[j] > i]
+            branch = any(isinstance(self.value(one), Tensor) and one not in ancestors[node] for one in beside)
+            inside = any(kind in merging and last_of[name] is not node for name, kind in module_stack(node))
+            if node is self.end or (self.is_feature_map(node) and self._finished(node) and not (branch or inside)):
+                legal.append(node)
+        return [node for node, after in pairwise(legal[: legal.index(self.end) + 1]) if not self._same(node, after)]
+
+    def _same(self, node: fx.Node, after: fx.Node) -> bool:
+        """Whether what lies between two places, if anything, costs nothing and keeps the shape."""
+        between = self.nodes[self.position[node] + 1 : self.position[after] + 1]
+        free = all(self.outputs[one.name][0].macs_paper == 0 for one in between)
+        return free and self.value(node).shape == self.value(after).shape
+
+    def _finished(self, node: fx.Node) -> bool:
+        """Not followed by what finishes a layer, nor changed in place."""
+        return self._overwriting(node) is None and not any(
+            user.op == "call_module" and isinstance(self.traced.get_submodule(str(user.target)), _FINISHING)
             for user in node.users
         )
-        inside_block = any(kind in residual and last_of[name] is not node for name, kind in _stack(node))
-        if alone and feature_map and finished and not inside_block:
-            legal.append(node)
-    return legal
 
+    def _overwriting(self, node: fx.Node) -> fx.Node | None:
+        users = (user for user in node.users if user.all_input_nodes[0] is node)
+        return next((user for user in users if writes_in_place(user, self.traced)), None)
 
-def _extract(traced: fx.GraphModule, nodes: Sequence[fx.Node], source: fx.Node | None) -> fx.GraphModule:
-    """The nodes as a module of their own, from the output of ``source`` to that of the last of ``nodes``."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    if source is not None:
-        copies[source] = graph.placeholder("features")
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[nodes[-1]] if nodes else copies[source] if source else None)
-    return fx.GraphModule(traced, graph)
+    def cumulative(self, exit_cost: ExitCost, example_input: Tensor) -> dict[fx.Node, float]:
+        """Cost of the backbone up to and including each of its nodes."""
+        nodes = self.nodes[: self.head_start]
+        if exit_cost == "latency":
+            latency_ms = node_latencies(self.traced, example_input)
+            each = [latency_ms[node.name] for node in nodes]
+        else:
+            each = [self.outputs[node.name][0].macs for node in nodes]
+        return dict(zip(nodes, accumulate(each), strict=True))
 
+    def named(self, name: str, whole: Mapping[str, str]) -> fx.Node:
+        """The node of an exit point named by node or module path. Raises ModelError when it is none, UntraceableError
+        when it lies inside one of the modules kept ``whole``."""
+        backbone = self.nodes[: self.head_start]
+        last_of = {module: node for node in backbone for module, _ in module_stack(node)}
+        last_of |= {str(node.target): node for node in backbone if node.op == "call_module"}
+        by_name = last_of | {node.name: node for node in backbone}
+        for outer, why in whole.items():
+            if name.startswith(f"{outer}."):
+                raise UntraceableError(f"the exit point {name!r} lies inside {outer}, which {why}")
+        if name not in by_name:
+            places = [place for place, node in last_of.items() if self.is_feature_map(node)]
+            raise ModelError(f"no exit point {name!r} in the backbone{closest(name, places)}")
+        node = by_name[name]
+        if not self.is_feature_map(node):
+            value = self.value(node)
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ModelError(f"the exit point {name!r} gives {got}, expected a feature map (N, C, h, w)")
+        if node is self.end:
+            raise ModelError(f"the exit point {name!r} is the end of the backbone, where the final exit is")
+        if (user := self._overwriting(node)) is not None:
+            by = user.target if user.op == "call_module" else user.name
+            raise ModelError(f"the exit point {name!r} is changed in place by {by}: name that instead")
+        return node
 
-def _exit_point(
-    node: fx.Node,
-    traced: fx.GraphModule,
-    nodes: Sequence[fx.Node],
-    outputs: dict[str, tuple[Workload, Any]],
-    macs: float,
-    shape: tuple[int, ...],
-) -> ExitPoint:
-    features = outputs[node.name][1]
-    convs = [conv for conv in _convolutions(traced, nodes[: nodes.index(node) + 1]) if max(conv.kernel_size) > 1]
-    last_of = {name: user for user in nodes for name, _ in _stack(user)}
-    ended = [name for name, _ in _stack(node) if last_of[name] is node]
-    return ExitPoint(
-        node=node.name,
-        module=ended[0] if ended else str(node.target) if node.op == "call_module" else node.name,
-        channels=features.shape[1],
-        output_stride=round(shape[-2] / features.shape[-2]),
-        dilation=convs[-1].dilation[0] if convs else 1,
-        macs=macs,
-    )
+    def alive_after(self, stop: int, tapped: fx.Node) -> list[fx.Node]:
+        """What later nodes need of the nodes before position ``stop``, ``tapped`` first."""
+        alive = [node for node in self.nodes[:stop] if self._last_use(node) >= stop and node is not tapped]
+        return [tapped, *alive]
 
+    def extract(self, start: int, stop: int, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.GraphModule:
+        """The nodes ``start`` to ``stop`` as a module of their own, from the ``sources`` to a tuple of the ``targets``;
+        to the one target itself at the end of the graph."""
+        graph = fx.Graph()
+        copies = {source: graph.placeholder(source.name) for source in sources}
+        for node in self.nodes[start:stop]:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        ends = stop == len(self.nodes)
+        graph.output(copies[targets[0]] if ends else tuple(copies[target] for target in targets))
+        return fx.GraphModule(self.traced, graph)
 
-def _stack(node: fx.Node) -> list[tuple[str, type]]:
-    """(name, type) of the modules that a node is part of, outermost first; a module called again is "name@1"."""
-    stack = node.meta.get("nn_module_stack", {})
-    return [(name, kind) for name, (_, kind) in stack.items() if name]
+    def exit_point(self, node: fx.Node, latency_ms: float | None, *, ends: bool = False) -> ExitPoint:
+        features, place = self.value(node), self.position[node]
+        before = self.nodes[: (self.head_start if ends else place + 1)]
+        last_of = {name: user for user in self.nodes for name, _ in module_stack(user)}
+        ended = [name for name, _ in module_stack(node) if last_of[name] is node]
+        return ExitPoint(
+            node=node.name,
+            module=ended[0] if ended else str(node.target) if node.op == "call_module" else node.name,
+            channels=features.shape[1],
+            output_stride=round(self.shape[-2] / features.shape[-2]),
+            dilation=self._dilation(self.nodes[: place + 1]),
+            macs=sum(self.outputs[one.name][0].macs for one in before),
+            latency_ms=latency_ms,
+        )
 
-
-def _convolutions(traced: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[nn.Conv2d]:
-    modules = [traced.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
-    return [module for module in modules if isinstance(module, nn.Conv2d)]
-
-
-def _block_kind(traced: fx.GraphModule, nodes: Sequence[fx.Node]) -> BlockKind:
-    depthwise = any(conv.groups == conv.in_channels > 1 for conv in _convolutions(traced, nodes))
-    return "inverted_residual" if depthwise else "bottleneck"
+    def _dilation(self, nodes: Sequence[fx.Node]) -> int:
+        """Of the last spatial convolution that is in no pyramid of parallel branches."""
+        pyramids = {module_stack(node)[-1][0] for node in self.nodes if node.target is torch.cat and module_stack(node)}
+        for node in reversed(nodes):
+            module = self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+            parallel = any(name in pyramids for name, _ in module_stack(node))
+            if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and not parallel:
+                return int(module.dilation[0])
+        return 1

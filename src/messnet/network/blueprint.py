@@ -34,14 +34,15 @@ class Blueprint:
     """(height, width) that workload is counted at."""
     exit_points: tuple[ExitPoint, ...]
     """N - 1 early ones, then the end of the backbone."""
+    head: str | None = None
+    """The module that is the segmentation head, where it was named."""
 
     def build(self, exits: tuple[Exit, ...] = ()) -> MultiExitNet:
         """The network with the heads of ``exits``, freshly initialised, in eval mode. Raises ModelError when the model
         is no longer what it was."""
         model = build_model(self.model, len(self.class_names), **self.model_options)
-        net = convert(
-            model, torch.zeros(1, 3, *self.input_size), exit_points=[point.node for point in self.exit_points[:-1]]
-        )
+        early = [point.node for point in self.exit_points[:-1]]
+        net = convert(model, torch.zeros(1, 3, *self.input_size), exit_points=early, head=self.head)
         for exit in exits:
             if exit.head != FINAL_HEAD:
                 net.add_head(exit.exit_index, HeadConfig.parse(exit.head))

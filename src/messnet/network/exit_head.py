@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from messnet.errors import RecipeError
 
 __all__ = ["BlockKind", "HeadConfig", "HeadSpace", "build_head", "plain_head_config"]
 
-BlockKind = Literal["bottleneck", "inverted_residual"]
+BlockKind = Literal["bottleneck", "inverted_residual", "residual"]
 SegmentationHead = Literal["fcn", "deeplabv3"]
 
 # Fewer channels than this carry too little for any head; reductions that would go below it coincide.
@@ -118,9 +118,7 @@ def build_head(
             channels = reduced
         for _ in range(config.extra_blocks):
             dilation *= 2 if config.rapid_dilation else 1
-            layers.append(
-                Bottleneck(channels, dilation) if block == "bottleneck" else InvertedResidual(channels, dilation)
-            )
+            layers.append(_BLOCKS[block](channels, dilation))
         match config.segmentation_head:
             case "fcn":
                 layers.append(_fcn(channels, num_classes, dilation))
@@ -162,6 +160,29 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.layers(x)
         return y
+
+
+class Residual(nn.Module):
+    """ResNet's plain residual block, stride 1, (N, C, h, w) to the same shape."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            _conv_bn(channels, channels, 3, dilation=dilation, act=True),
+            _conv_bn(channels, channels, 3, dilation=dilation, act=False),
+        )
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu(x + self.layers(x))
+        return y
+
+
+_BLOCKS: dict[BlockKind, Callable[[int, int], nn.Module]] = {
+    "bottleneck": Bottleneck,
+    "inverted_residual": InvertedResidual,
+    "residual": Residual,
+}
 
 
 def _fcn(channels: int, num_classes: int, dilation: int) -> nn.Module:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from messnet.errors import ModelError
 from messnet.instance import FINAL_HEAD, Exit
-from messnet.network.backbone import Chain, ExitPoint, cut_model
+from messnet.network.backbone import Backbone, ExitCost, ExitPoint, State, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
-from messnet.workload import output_shape
+from messnet.network.tracing import UntraceableError
 
 __all__ = ["MultiExitNet", "convert", "upsample"]
 
@@ -21,27 +21,44 @@ __all__ = ["MultiExitNet", "convert", "upsample"]
 class MultiExitNet(nn.Module):
     """N exits: N - 1 early ones, which have any number of heads each, and the final one.
 
-    ``net(x)`` is the final exit: logits (N, K, H, W) at input resolution, as the user's model gives them.
+    ``net(x)`` is the final exit: logits (N, K, H, W) at input resolution, as the user's model gives them. A network
+    that ``keep_only`` has cut ends at an early exit and has no final one.
     """
 
-    def __init__(self, chain: Chain, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.exit_points: tuple[ExitPoint, ...] = chain.exit_points
-        self.block = chain.block
-        self.num_classes = num_classes
-        self.segments = nn.ModuleList(chain.segments)
-        self.final_head = chain.final_head
-        self.heads = nn.ModuleList(nn.ModuleDict() for _ in chain.exit_points[:-1])
+        self.backbone = backbone
+        self.heads = nn.ModuleList(nn.ModuleDict() for _ in backbone.exit_points[:-1])
+
+    @property
+    def exit_points(self) -> tuple[ExitPoint, ...]:
+        """N - 1 early ones, then the end of the backbone."""
+        return self.backbone.exit_points
+
+    @property
+    def cuts(self) -> tuple[ExitPoint, ...]:
+        """Every place where an early exit could sit, then the end of the backbone."""
+        return self.backbone.cuts
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the conversion, a sentence each."""
+        return self.backbone.notes
 
     @property
     def num_exits(self) -> int:
-        return len(self.segments)
+        return len(self.exit_points)
 
     @property
     def exits(self) -> tuple[Exit, ...]:
         """Every exit point with every head it has, shallow to deep, the final exit last."""
         early = [Exit(i, name) for i, heads in enumerate(self._heads()) for name in heads]
-        return (*early, Exit(self.num_exits - 1, FINAL_HEAD))
+        final = [Exit(self.num_exits - 1, FINAL_HEAD)] if self.backbone.final_head is not None else []
+        return (*early, *final)
 
     def _heads(self) -> Iterator[nn.ModuleDict]:
         for heads in self.heads:
@@ -50,8 +67,9 @@ class MultiExitNet(nn.Module):
 
     def head(self, exit: Exit) -> nn.Module:
         """The module of an exit's head. Raises ModelError when the network has no such exit."""
-        if exit == Exit(self.num_exits - 1, FINAL_HEAD):
-            return self.final_head
+        final = self.backbone.final_head
+        if final is not None and exit == Exit(self.num_exits - 1, FINAL_HEAD):
+            return final
         for i, heads in enumerate(self._heads()):
             if i == exit.exit_index and exit.head in heads:
                 return heads[exit.head]
@@ -66,10 +84,10 @@ class MultiExitNet(nn.Module):
             num_classes=self.num_classes,
             dilation=point.dilation,
             output_stride=point.output_stride,
-            block=self.block,
+            block=self.backbone.block,
             seed=zlib.crc32(f"{seed}/{exit_index}/{config.name}".encode()),
         )
-        reference = next(self.segments.parameters())
+        reference = next(self.backbone.parameters())
         heads = self.heads[exit_index]
         assert isinstance(heads, nn.ModuleDict)
         heads[config.name] = head.to(device=reference.device, dtype=reference.dtype).train(self.training)
@@ -81,11 +99,30 @@ class MultiExitNet(nn.Module):
             for name in [name for name in heads if Exit(i, name) not in keep]:
                 del heads[name]
 
-    def features(self, x: Tensor) -> Iterator[Tensor]:
-        """The tapped feature map of every exit, one after the other: a segment runs when its map is asked for."""
-        for segment in self.segments:
-            x = segment(x)
-            yield x
+    def keep_only(self, exits: Sequence[Exit]) -> None:
+        """Removes all that no exit of ``exits`` needs: the other early heads; where the final exit is not among them
+        also the backbone past the last of them, and the final head.
+
+        Raises ModelError when there is no such exit, or the backbone cannot be cut there.
+        """
+        for exit in exits:
+            self.head(exit)
+        self.drop_heads(exits)
+        last = max(exits)
+        if last.head != FINAL_HEAD:
+            self.backbone.cut_after(last.exit_index)
+            del self.heads[last.exit_index + 1 :]
+
+    def states(self, x: Tensor) -> Iterator[State]:
+        """What is alive at every exit point, one after the other: a segment runs when its state is asked for."""
+        return self.backbone.states(x)
+
+    def logits(self, exit: Exit, state: State) -> Tensor:
+        """Logits (N, K, h, w) of one exit from the state at its exit point, at the exit's own resolution."""
+        head = self.head(exit)
+        final = exit.head == FINAL_HEAD
+        logits: Tensor = head(state.features, *state.kept) if final else head(state.features)
+        return logits
 
     def run_until(self, x: Tensor, exit_index: int, head: str | None = None) -> Tensor:
         """Logits (N, K, H, W) of one exit at input resolution; nothing past it runs.
@@ -97,20 +134,19 @@ class MultiExitNet(nn.Module):
         names = [exit.head for exit in self.exits if exit.exit_index == exit_index]
         if head is None and len(names) != 1:
             raise ModelError(f"exit {exit_index} has {len(names)} heads; name one: {', '.join(names)}")
-        features = x
-        for segment in self.segments[: exit_index + 1]:
-            features = segment(features)
-        return upsample(self.head(Exit(exit_index, head or names[0]))(features), x.shape[-2:])
+        exit = Exit(exit_index, head or names[0])
+        return upsample(self.logits(exit, self.backbone.run_until(x, exit_index)), x.shape[-2:])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run_until(x, self.num_exits - 1)
+        return self.run_until(x, self.num_exits - 1, FINAL_HEAD)
+
+    def segment_parameters(self) -> tuple[int, ...]:
+        """Number of parameters of each segment, (N,)."""
+        return self.backbone.segment_parameters()
 
     def model_state_dict(self) -> dict[str, Tensor]:
         """The user's model: its tensors under its own names, heads left out."""
-        state: dict[str, Tensor] = {}
-        for part in (*self.segments, self.final_head):
-            state |= part.state_dict()
-        return state
+        return self.backbone.model_state_dict()
 
     def load_model_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads tensors under the names of the user's model. Raises ModelError that lists what does not fit."""
@@ -137,20 +173,33 @@ def convert(
     *,
     exit_points: Sequence[str] | None = None,
     head: str | None = None,
+    exit_cost: ExitCost = "workload",
 ) -> MultiExitNet:
     """Turns a segmentation model into a multi-exit network without heads yet; weights are shared, not copied.
 
-    ``model`` maps images (N, 3, H, W) to logits (N, K, H, W), given as a tensor or under "out"; ``example_input`` is a
-    batch of its input, whose size the workload is counted at. ``exit_points`` names the traced nodes to cut after
-    instead of the ``num_exits`` - 1 of equal workload, ``head`` the child that is the segmentation head.
+    ``model`` maps images (N, 3, H, W) to logits (N, K, h, w), given as a tensor, under "out" or as ``.logits``;
+    ``example_input`` is a batch of its input, at whose size costs are counted or measured. Of the places where the
+    model can be cut, ``num_exits`` - 1 at about equal steps of ``exit_cost`` become early exit points. ``exit_points``
+    names them instead, shallow to deep, by module path: a model that cannot be traced is then tapped there as it runs.
+    ``head`` names the module that is the segmentation head. ``net.notes`` says what else there is to know.
 
-    Raises ModelError when the model cannot be traced or cut.
+    Raises ModelError when the model cannot be converted.
     """
-    if example_input.dim() != 4:
-        raise ModelError(f"example_input must be (N, 3, H, W), got {tuple(example_input.shape)}")
-    chain = cut_model(model, example_input, num_exits=num_exits, exit_points=exit_points, head=head)
-    num_classes = output_shape(chain.final_head, (1, chain.exit_points[-1].channels, 8, 8))[1]
-    net = MultiExitNet(chain, num_classes)
+    if example_input.dim() != 4 or example_input.shape[1] != 3:
+        raise ModelError(f"example_input must be images (N, 3, H, W), got {tuple(example_input.shape)}")
+    try:
+        backbone: Backbone = cut_model(
+            model, example_input, num_exits=num_exits, exit_points=exit_points, head=head, exit_cost=exit_cost
+        )
+    except UntraceableError as error:
+        if exit_points is None:
+            raise
+        from messnet.network.tapping import tap_model
+
+        backbone = tap_model(
+            model, example_input, exit_points=exit_points, head=head, reason=str(error).partition("; ")[0]
+        )
+    net = MultiExitNet(backbone)
     net.training = model.training  # the parts keep their own modes: a part may be frozen
     return net
 

@@ -6,8 +6,10 @@ Parameter names are torchvision's (``backbone.conv1.weight``, ``classifier.0.wei
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,26 +83,24 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
-    """A zoo model by its name, or the user's own by ``"module:function"``: a function that takes ``num_classes`` (and
-    ``options``) and returns an nn.Module.
+    """A zoo model by its name, or any other by ``"module:function"``: a function that takes ``num_classes`` by keyword
+    (and ``options``) and returns an nn.Module: the user's own, or "torchvision.models.segmentation:fcn_resnet50".
+
+    Weights are the user's explicit choice (``load_weights``): a function with a ``weights_backbone``, as torchvision's
+    have, is called with None instead of its default, which would download some.
 
     Raises ModelError when there is no such model.
     """
-    build: Callable[..., object]
-    if ":" in name:
-        module_name, _, function = name.partition(":")
-        try:
-            build = getattr(importlib.import_module(module_name), function)
-        except (ImportError, AttributeError) as error:
-            raise ModelError(
-                f"model {name!r} not found ({error}); expected 'module:function' that can be imported"
-            ) from error
-    elif name in MODELS:
-        build = MODELS[name]
-    else:
-        raise ModelError(f"no model {name!r}: expected one of {', '.join(MODELS)} or 'module:function'")
+    build = _find(name)
     try:
-        model = build(num_classes, **options)
+        parameters = inspect.signature(build).parameters
+        if "num_classes" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ModelError(
+                f"model {name!r} takes ({', '.join(parameters)}), expected a parameter num_classes: call the one for "
+                f"the number of classes num_classes"
+            )
+        weights: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+        model = build(num_classes=num_classes, **weights | options)
     except TypeError as error:
         raise ModelError(
             f"model {name!r} does not take num_classes={num_classes} and {options or 'no options'}: {error}"
@@ -108,6 +108,21 @@ def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {name!r} returned {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _find(name: str) -> Callable[..., object]:
+    if ":" in name:
+        module_name, _, function = name.partition(":")
+        try:
+            found: Callable[..., object] = getattr(importlib.import_module(module_name), function)
+            return found
+        except (ImportError, AttributeError) as error:
+            raise ModelError(
+                f"model {name!r} not found ({error}); expected 'module:function' that can be imported"
+            ) from error
+    if name not in MODELS:
+        raise ModelError(f"no model {name!r}: expected one of {', '.join(MODELS)} or 'module:function'")
+    return MODELS[name]
 
 
 def _drn50() -> nn.Module:

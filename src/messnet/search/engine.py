@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -171,7 +172,7 @@ def pareto_front(
     max_exits = 1 if setting == "budgeted" else grid.max_exits
     sets = [exit_sets(tables, position, grid) for position in range(tables.final)] if max_exits > 1 else []
 
-    enumeration = _Enumeration(tables, costs.column(cost, tables.exits), sets, per_image=cost != "parameters")
+    enumeration = _Enumeration(tables, costs.column(cost, tables.exits), sets)
     final = enumeration.try_single_exits()[-1]
     static = enumeration.best.entries
     if max_exits > 1:
@@ -235,11 +236,10 @@ class _Enumeration:
     Counts are float64: sums of pixels are exact in it, and its matrix products fast.
     """
 
-    def __init__(self, tables: ExitTables, column: CostColumn, sets: list[ExitSets], *, per_image: bool) -> None:
+    def __init__(self, tables: ExitTables, column: CostColumn, sets: list[ExitSets]) -> None:
         self.exits, self.sets, self.num_images = tables.exits, sets, len(tables.image_names)
         self.best, self.num_evaluated = _Best(), 0
-        self.prefix = np.array([column.prefix(e.exit_index) for e in tables.exits])
-        self.heads, self.per_image = column.heads, per_image
+        self.column, self.prefix = column, np.array([column.prefix(e.exit_index) for e in tables.exits])
 
         occurs = tables.labelled.any(0)
         self.num_classes = int(occurs.sum())
@@ -261,7 +261,7 @@ class _Enumeration:
         self.num_left: FloatArray = leaves.sum(1)
 
     def try_single_exits(self) -> list[_Entry]:
-        mious, costs = self._miou(self.counts.sum(1)), self.prefix + self.heads
+        mious, costs = self._miou(self.counts.sum(1)), self._costs([np.arange(len(self.exits))], [])
         entries = [_Entry(float(costs[p]), float(mious[p]), (p,), ()) for p in range(len(self.exits))]
         self.num_evaluated += len(entries)
         for entry in entries:
@@ -337,7 +337,11 @@ class _Enumeration:
         counts = (stays @ weights.reshape(len(weights), -1)).reshape(len(rows), len(starts), 2 * k)
         counts += base[:, None, : 2 * k]
         bound = np.minimum(counts[..., :k] / counts[..., k:], 1).sum(2) / k
-        least_cost = self._triple_costs(rows, middle, last, stays @ outer.T)
+        # An output can be dearer than the way on: the more leave, the cheaper or the dearer.
+        least_cost = np.minimum(
+            self._triple_costs(rows, middle, last, stays @ outer.T),
+            self._triple_costs(rows, middle, last, stays @ inner.T),
+        )
         promising: NDArray[np.bool_] = bound + 10.0**-DECIMALS > self.best.miou_at(least_cost)
         return promising
 
@@ -352,12 +356,24 @@ class _Enumeration:
         return self._costs([self.row_position[rows, None], middle, last], [left, left + left_at_middle])
 
     def _costs(self, positions: Sequence[IntArray | int], num_left: Sequence[FloatArray]) -> FloatArray:
-        """Mean cost per image when ``num_left[j]`` images in all have left at the first j + 1 exits."""
-        total: Any = self.num_images * (self.prefix[positions[0]] + self.heads[positions[0]])
-        for before, here, left in zip(positions[:-1], positions[1:], num_left, strict=True):
-            stage = self.prefix[here] - self.prefix[before] + self.heads[here]
-            total = total + (self.num_images - (left if self.per_image else 0 * left)) * stage
-        costs: FloatArray = total / self.num_images
+        """Mean cost per image when ``num_left[j]`` images in all have left at the first j + 1 exits, all at the last:
+        what ``CostColumn.leaving`` says of each image, for many instances at once."""
+        column, num_images = self.column, self.num_images
+        deciding = positions[:-1]
+        if not column.per_image:
+            parts = [self.prefix[positions[-1]], *(column.policies[p] for p in deciding)]
+            parts += [values[p] for p in positions for values in (column.heads, column.outputs)]
+            whole = reduce(np.add if column.combine == "sum" else np.maximum, parts)
+            return np.broadcast_to(whole, np.broadcast_shapes(whole.shape, *(left.shape for left in num_left)))
+        total: Any = 0.0
+        before: Any = 0.0
+        left: Any = 0
+        for j, (here, left_here) in enumerate(zip(positions, [*num_left, num_images], strict=True)):
+            stage = self.prefix[here] - before + column.heads[here]
+            stage = stage + column.policies[here] if j < len(deciding) else stage
+            total = total + (num_images - left) * stage + (left_here - left) * column.outputs[here]
+            before, left = self.prefix[here], left_here
+        costs: FloatArray = total / num_images
         return costs
 
     def _miou(self, counts: FloatArray) -> FloatArray:

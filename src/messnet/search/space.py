@@ -160,15 +160,11 @@ def route(tables: ExitTables, instance: Instance) -> IntArray:
 
 
 def cost_of(tables: ExitTables, costs: CostTable, instance: Instance, name: CostName = "macs") -> FloatArray:
-    """(V,) cost of every image: all segments up to the exit it leaves at and every head of the instance on the way.
-    Parameters are those of everything the instance keeps, whichever exit the image takes."""
+    """(V,) cost of every image, see ``CostColumn.leaving``. Parameters and memory are those of everything the instance
+    keeps, whichever exit the image takes."""
     positions = _positions(tables, instance)
-    column = costs.column(name, [choice.exit for choice in instance.exits])
-    reached = [column.prefix(choice.exit_index) for choice in instance.exits] + np.cumsum(column.heads)
-    if name == "parameters":
-        return np.full(len(tables.image_names), reached[-1])
-    routing = route(tables, instance)
-    return np.array(reached[[positions.index(int(position)) for position in routing]], np.float64)
+    leaving = costs.column(name, [choice.exit for choice in instance.exits]).leaving()
+    return np.array(leaving[[positions.index(int(position)) for position in route(tables, instance)]], np.float64)
 
 
 def _positions(tables: ExitTables, instance: Instance) -> list[int]:

@@ -1,0 +1,165 @@
+"""Latency on the device at hand: warm, synchronised, repeated; median and 95th percentile."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from tqdm import trange
+
+from messnet.errors import RecipeError
+
+__all__ = ["DType", "LatencyOptions", "Stopwatch", "device_name", "node_latencies", "num_threads"]
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+WARM_UP_ROUNDS = 2
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """On what, and how carefully, latency is measured."""
+
+    device: str = "cpu"
+    """As torch names it: "cpu", "cuda", "cuda:1"."""
+    dtype: DType = "float32"
+    batch: int = 1
+    """Images at a time."""
+    threads: int | None = None
+    """Of the processor; None: as many as torch is set to."""
+    repeats: int = 50
+    """Rounds at most."""
+    max_seconds: float = 120.0
+    """For all rounds; a slow network still gets 3."""
+
+    def __post_init__(self) -> None:
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise RecipeError(f"cannot measure on {self.device}: torch finds no CUDA device here; use cpu")
+        if self.dtype not in get_args(DType):
+            raise RecipeError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(get_args(DType))}")
+        if self.batch < 1 or self.repeats < 1 or (self.threads is not None and self.threads < 1):
+            raise RecipeError(
+                f"batch, threads and repeats must be at least 1, got {self.batch}, {self.threads}, {self.repeats}"
+            )
+
+    @property
+    def conditions(self) -> dict[str, str | int]:
+        """What a latency must be told with."""
+        return {
+            "device": device_name(torch.device(self.device)),
+            "runtime": f"torch {torch.__version__} eager",
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "threads": self.threads or torch.get_num_threads(),
+        }
+
+    @property
+    def name(self) -> str:
+        """For the table's file: "cpu-2threads-float32-b1"."""
+        conditions = self.conditions
+        on_cpu = torch.device(self.device).type == "cpu"
+        device = f"cpu-{conditions['threads']}threads" if on_cpu else _slug(str(conditions["device"]))
+        return f"{device}-{self.dtype}-b{self.batch}"
+
+    def convert(self, tensor: Tensor) -> Tensor:
+        """On the device, in the dtype, channels last, as sessions run; what is converted already is not copied."""
+        dtype = getattr(torch, self.dtype) if tensor.is_floating_point() else tensor.dtype
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(self.device, dtype, memory_format=layout)
+
+
+class Stopwatch:
+    """Laps by name, in milliseconds."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.laps: defaultdict[Hashable, list[float]] = defaultdict(list)
+        self._device = torch.device(device)
+
+    @contextmanager
+    def lap(self, name: Hashable) -> Iterator[None]:
+        """Times the block, from an idle device until the device is idle again."""
+        self._synchronise()
+        start = time.perf_counter()
+        yield
+        self._synchronise()
+        self.laps[name].append((time.perf_counter() - start) * 1000)
+
+    def repeat(self, once: Callable[[], object], options: LatencyOptions, *, desc: str) -> None:
+        """Calls ``once``, which laps: warm, ``options.repeats`` times or as often as ``max_seconds`` allow."""
+        for _ in range(WARM_UP_ROUNDS):
+            start = time.perf_counter()
+            once()
+            seconds = time.perf_counter() - start
+            if seconds > options.max_seconds / 10:
+                break  # long enough to be warm
+        self.laps.clear()
+        affordable = max(MIN_ROUNDS, int(options.max_seconds / seconds))
+        for _ in trange(min(options.repeats, affordable), desc=desc, unit="round", mininterval=2, dynamic_ncols=True):
+            once()
+
+    def median(self, name: Hashable) -> float:
+        return float(np.median(self.laps[name]))
+
+    def p95(self, name: Hashable) -> float:
+        return float(np.percentile(self.laps[name], 95))
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def node_latencies(graph_module: fx.GraphModule, example_input: Tensor, *, repeats: int = 20) -> dict[str, float]:
+    """Median milliseconds of every node of a traced network in eval mode, by node name, where ``example_input`` is.
+
+    The network is run as sessions run it, on a copy.
+    """
+    watch = Stopwatch(example_input.device)
+
+    class Interpreter(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            with watch.lap(n.name):
+                return super().run_node(n)
+
+    timed = copy.deepcopy(graph_module).eval().to(memory_format=torch.channels_last)
+    x = example_input.to(memory_format=torch.channels_last)
+    options = LatencyOptions(device=str(example_input.device), repeats=repeats)
+    with torch.inference_mode():
+        watch.repeat(lambda: Interpreter(timed).run(x), options, desc="measure nodes")
+    return {name: watch.median(name) for name in watch.laps if isinstance(name, str)}
+
+
+@contextmanager
+def num_threads(threads: int | None) -> Iterator[None]:
+    """Lets torch use so many threads within the block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or accelerator's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

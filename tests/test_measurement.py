@@ -1,0 +1,82 @@
+"""The check of the additive model, against sessions whose latency is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from numpy.typing import NDArray
+
+from messnet.deployment import measurement
+from messnet.deployment.measurement import check_additivity
+from messnet.instance import Instance
+from messnet.latency import LatencyOptions
+from messnet.network.multi_exit import MultiExitNet
+from messnet.profiling import profile
+from messnet.tables import CostTable
+
+OPTIONS = LatencyOptions(repeats=1, threads=1)
+SIZE = (64, 80)
+
+
+@pytest.fixture(scope="module")
+def costs(small_net: MultiExitNet) -> CostTable:
+    return profile(small_net, SIZE, latency=OPTIONS)
+
+
+def test_a_session_that_takes_what_its_parts_take(
+    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Instance, int]] = []
+
+    class Adding:
+        """Part by part, and a tenth of it more."""
+
+        def __init__(self, net: Any, instance: Instance, device: str) -> None:
+            self.instance = instance
+
+        def predict(self, images: list[NDArray[Any]]) -> list[Any]:
+            self.latency_ms, segment = 0.0, 0
+            assert images[0].shape == (*SIZE, 3)
+            for choice in self.instance.exits:
+                while segment <= choice.exit_index:
+                    self.latency_ms += costs.segments[segment].latency_ms or 0
+                    segment += 1
+                self.latency_ms += costs.heads[choice.exit].latency_ms or 0
+                if choice is not self.instance.exits[-1]:
+                    self.latency_ms += costs.policies[choice.exit_index].latency_ms or 0
+                if choice.image_threshold in (None, 0.0):
+                    break
+            self.latency_ms = 1.1 * (self.latency_ms + (costs.outputs[choice.exit_index].latency_ms or 0))
+            seen.append((self.instance, choice.exit_index))
+            return [self]
+
+    monkeypatch.setattr(measurement, "Session", Adding)
+    found = check_additivity(small_net, costs, OPTIONS, num_instances=40)
+    assert found["num_instances"] == 40
+    assert found["median_error"] == pytest.approx(0.1 / 1.1, rel=1e-3)
+    assert found["worst_error"] == pytest.approx(0.1 / 1.1, rel=1e-3)
+    assert {stop for _, stop in seen} == {0, 1, 2, 3}
+    assert {len(instance.exits) for instance, _ in seen} == {1, 2, 3, 4}
+    assert {choice.exit for instance, _ in seen for choice in instance.exits} == set(costs.heads)
+    indices = [[choice.exit_index for choice in instance.exits] for instance, _ in seen]
+    assert all(row == sorted(set(row)) for row in indices)
+
+
+def test_sessions_stop_where_they_are_told(
+    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = []
+
+    class Watched(measurement.Session):
+        def predict(self, images: Any) -> Any:
+            results = super().predict(images)
+            told = next(choice for choice in self.instance.exits if choice.image_threshold in (None, 0.0))
+            stops.append((results[0].exit_index, told.exit_index))
+            return results
+
+    monkeypatch.setattr(measurement, "Session", Watched)
+    found = check_additivity(small_net, costs, OPTIONS, num_instances=10)
+    assert all(stopped == told for stopped, told in stops)
+    assert len(set(stops)) > 1
+    assert 0 <= found["median_error"] <= found["worst_error"]

@@ -1,0 +1,195 @@
+"""The graph of a user's model: what it does in train() and eval(), what is kept whole, and what has none."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from messnet.errors import ModelError
+from messnet.network.tracing import WAY_OUT, UntraceableError, logits_of, trace
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+
+class Model(nn.Module):
+    def __init__(self, middle: nn.Module, forward: Callable[[Model, Tensor], object] | None = None) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 1), nn.Sequential(block(), middle, block())
+        self.aux, self.last = nn.Sequential(block(), nn.Conv2d(4, 2, 1)), nn.Conv2d(4, 2, 1)
+        self.drop = nn.Dropout(0.5)
+        self.own_forward = forward or (lambda self, x: self.last(self.body(self.stem(x))))
+
+    def forward(self, x: Tensor) -> object:
+        return self.own_forward(self, x)
+
+
+class Moody(nn.Module):
+    """Does something in one mode that it does not do in the other."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.one, self.two, self.drop, self.where = block(), block(), nn.Dropout(0.5), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "a module first" and self.training:
+            x = self.drop(x)
+        if self.where == "modules first, in eval" and not self.training:
+            x = self.two(x)
+        x = self.one(x)
+        if self.where == "modules last" and self.training:
+            x = self.two(x)
+        if self.where == "a function last" and self.training:
+            x = F.dropout(x)
+        if self.where == "a function last, in eval" and not self.training:
+            x = x * 2
+        return F.dropout(x, training=self.training) if self.where == "an argument" else x
+
+
+def assert_does_the_same(graph: fx.GraphModule, model: nn.Module) -> None:
+    x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for training in (True, False):
+        model.train(training)
+        state = copy.deepcopy(model.state_dict())
+        torch.manual_seed(0)
+        outputs.append(logits_of(model(x), model))
+        model.load_state_dict(state)
+        torch.manual_seed(0)
+        assert torch.equal(graph(x), outputs[-1])
+    assert not torch.equal(*outputs)  # the modes differ
+
+
+def calls(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "a module first",
+        "modules first, in eval",
+        "modules last",
+        "a function last",
+        "a function last, in eval",
+        "an argument",
+    ],
+)
+def test_a_module_that_asks_for_the_mode_is_kept_whole(where: str) -> None:
+    model = Model(Moody(where))
+    graph, whole = trace(model)
+    assert whole == {"body.1": "does other things in train() than in eval()"}
+    assert calls(graph) == [
+        "stem",
+        "body.0.0",
+        "body.0.1",
+        "body.0.2",
+        "body.1",
+        "body.2.0",
+        "body.2.1",
+        "body.2.2",
+        "last",
+    ]
+    assert_does_the_same(graph, model)
+
+
+def test_a_model_that_asks_for_the_mode_itself_is_told_the_way_out() -> None:
+    def forward(self: Model, x: Tensor) -> Tensor:
+        x = self.body(self.stem(x))
+        if self.training:
+            x = self.drop(x)
+        return self.last(x)
+
+    with pytest.raises(UntraceableError, match=r"Model\.forward itself does other things in train\(\)") as info:
+        trace(Model(block(), forward))
+    assert str(info.value).endswith(WAY_OUT)
+
+
+class Deciding(nn.Module):
+    """Has no graph: looks at the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x if x.mean() > 0 else -x)
+
+
+def place(function: object, code: str) -> str:
+    lines, first = inspect.getsourcelines(function)  # type: ignore[arg-type]
+    return f"{__file__}:{first + next(i for i, line in enumerate(lines) if code in line)}"
+
+
+def test_the_innermost_module_without_a_graph_is_kept_whole_and_the_line_told() -> None:
+    model = Model(nn.Sequential(block(), Deciding()))
+    graph, whole = trace(model)
+    assert list(whole) == ["body.1.1"]
+    assert whole["body.1.1"].startswith(f"could not be traced at {place(Deciding, 'x.mean()')} (return self.inner(")
+    assert "body.1.0.0" in calls(graph)
+    assert_does_the_same(graph, model)
+
+
+def test_a_model_without_a_graph_is_told_the_line_and_the_way_out() -> None:
+    def forward(self: Model, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.mean() > 0:
+            x = -x
+        return self.last(x)
+
+    with pytest.raises(UntraceableError) as info:
+        trace(Model(block(), forward))
+    assert str(info.value).startswith(
+        f"Model could not be traced at {place(forward, 'if x.mean')} (if x.mean() > 0:): "
+    )
+    assert str(info.value).endswith(WAY_OUT)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_is_left_in_its_mode(fails: bool) -> None:
+    model = Model(block(), (lambda self, x: self.last(x if x.mean() > 0 else -x)) if fails else None)
+    model.body[0].eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    with pytest.raises(UntraceableError) if fails else torch.no_grad():
+        trace(model)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_what_writes_in_place_is_kept_and_what_reaches_no_logits_dropped() -> None:
+    def forward(self: Model, x: Tensor) -> dict[str, Tensor]:
+        x = self.body[0](self.stem(x)) - 0.5
+        F.relu(x, inplace=True)  # for its effect alone
+        aux = self.aux(x)
+        x = self.body[1][0](x)
+        self.body[1][2](x)
+        x.mul_(2)
+        return {"aux": aux, "out": self.last(self.body[2](x))}
+
+    model = Model(block(), forward)
+    graph, whole = trace(model)
+    assert not whole
+    assert [name for name in calls(graph) if name.startswith("aux")] == []
+    assert_does_the_same(graph, model)
+
+
+def test_logits_are_found_where_models_put_them() -> None:
+    model, logits = nn.Identity(), torch.zeros(1)
+    for output in (logits, {"aux": None, "out": logits}, SimpleNamespace(logits=logits)):
+        assert logits_of(output, model) is logits
+    for output, kind in (
+        ((logits, logits), "a tuple of 2"),
+        ([logits], "a list of 1"),
+        ({"masks": logits}, "a dict with the keys 'masks'"),
+        (SimpleNamespace(), "SimpleNamespace"),
+    ):
+        with pytest.raises(ModelError, match=f"Identity returned {kind}; expected logits"):
+            logits_of(output, model)
