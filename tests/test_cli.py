@@ -252,7 +252,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str], quick: None) -> None:
-    model = ["mobilenetv2_fcn", "--input-size", "64", "80", "--num-classes", "5", "--num-exits", "3"]
+    model = ["mobilenetv2_fcn", "--input-size", "64", "80", "--num-classes", "5", "--model.num_exits", "3"]
     model += ["--model.width", "0.25", "--heads.channel_reduction", "1", "--heads.extra_blocks", "0"]
     counted = says("profile", *model, "--out", tmp_path / "counted.json", "--plot", tmp_path / "cuts.png")
     assert "mobilenetv2_fcn at 64x80" in counted
@@ -267,7 +267,8 @@ def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str], qu
     words = " ".join(says(*measured).split())
     for expected in ("policy", "threads 1", "the sum of the parts is", "(median of 20)", "this device", "workload "):
         assert expected in words
-    assert "was not checked" in says(*measured, "--dtype", "bfloat16")
+    assert "off measured instances" in " ".join(says(*measured, "--dtype", "bfloat16").split())
+    assert "was not checked" in says(*measured, "--batch", "2")
     table = strict_json(says(*measured, "--batch", "2", "--json"))
     assert (table["conditions"]["dtype"], table["conditions"]["batch"], table["additivity"]) == ("float32", 2, {})
     assert set(snapshot(tmp_path)) == {"counted.json", "cuts.png"}
@@ -292,7 +293,17 @@ def test_measured_tables_of_a_run(
 
 
 def test_exits_by_measured_latency(tiny_recipe: Path, tmp_path: Path, says: Callable[..., str]) -> None:
-    says("profile", tiny_recipe, "--out", tmp_path / "run", "--exit-cost", "latency", "--num-exits", "3", "--json")
+    says(
+        "profile",
+        tiny_recipe,
+        "--out",
+        tmp_path / "run",
+        "--model.exit_cost",
+        "latency",
+        "--model.num_exits",
+        "3",
+        "--json",
+    )
     assert len(strict_json((tmp_path / "run/exits.json").read_text())["exit_points"]) == 3
     recorded = strict_json(says("recipe", tmp_path / "run", "--json"))["model"]
     assert (recorded["exit_cost"], recorded["num_exits"]) == ("latency", 3)

@@ -51,6 +51,9 @@ class Moody(nn.Module):
             x = F.dropout(x)
         if self.where == "a function last, in eval" and not self.training:
             x = x * 2
+        if self.where == "the input of a module":
+            y = self.two(x)
+            x = self.drop(x if self.training else y) + x + y
         return F.dropout(x, training=self.training) if self.where == "an argument" else x
 
 
@@ -81,6 +84,7 @@ def calls(graph: fx.GraphModule) -> list[str]:
         "a function last",
         "a function last, in eval",
         "an argument",
+        "the input of a module",
     ],
 )
 def test_a_module_that_asks_for_the_mode_is_kept_whole(where: str) -> None:

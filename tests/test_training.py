@@ -261,3 +261,19 @@ def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         ComputeOptions(device="cuda").fabric()
     with pytest.raises(RecipeError, match="must be 'auto', 'cpu' or 'cuda', got 'tpu'"):
         ComputeOptions(device="tpu").fabric()
+
+
+def test_bf16_autocast_trains_close_to_float32(tmp_path: Path) -> None:
+    half = replace(HERE, precision="bf16-mixed")
+    nets = []
+    for compute in (HERE, half):
+        net = build()
+        pretrain(net, Noise(), PRETRAIN, compute, Checkpoint(tmp_path / f"{compute.precision}1"))
+        distill(net, Noise(), SPACE, DISTILL, compute, Checkpoint(tmp_path / f"{compute.precision}2"))
+        nets.append(tensors(net))
+    start = tensors(build())
+    assert all(tensor.dtype == nets[0][name].dtype for name, tensor in nets[1].items())  # weights stay float32
+    moved = {name for name in start if not torch.equal(nets[0][name], start[name])}
+    full, low = (torch.cat([(net[name] - start[name]).flatten().double() for name in sorted(moved)]) for net in nets)
+    assert not torch.equal(full, low)
+    assert float(torch.cosine_similarity(full, low, dim=0)) > 0.9

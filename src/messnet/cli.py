@@ -79,6 +79,7 @@ def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson 
         "profile runs/demo --measure --threads 2",
         "profile demo.mess --measure --out here.json",
         "profile mobilenetv2_fcn --input-size 512 512 --measure --plot cuts.png --out costs.json",
+        "profile my_module:my_function --num-classes 19 --model.num_exits 4 --model.exit_cost latency",
     )
 )
 def profile(
@@ -86,8 +87,6 @@ def profile(
     *overrides: Overrides,
     num_classes: int | None = None,
     input_size: tuple[int, int] | None = None,
-    num_exits: int | None = None,
-    exit_cost: Literal["workload", "latency"] | None = None,
     measure: Annotated[bool, Parameter(negative="")] = False,
     device: Literal["cpu", "cuda"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -104,8 +103,6 @@ def profile(
         target: A recipe (YAML), a run's directory, a bundle, or a model: of the zoo, or module:function of your own.
         num_classes: Of a model; by default 21.
         input_size: Height and width, for a model; by default 512 512.
-        num_exits: The final one included; short for --model.num_exits.
-        exit_cost: What the exits divide evenly; short for --model.exit_cost.
         measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
         device: To measure on; by default cpu.
         dtype: To measure in; by default float32.
@@ -126,23 +123,21 @@ def profile(
     if (is_model or bundled) and name:
         raise MessError(f"--name is for a table of a run; that of {target} is written with --out FILE.json")
     if bundled:
-        _expect_no_change(Path(target), [*overrides, *filter(None, (num_exits, exit_cost))], out)
+        _expect_no_change(Path(target), overrides, out)
     if not is_model and (num_classes or input_size):
         raise MessError("--num-classes and --input-size are for a model; others have theirs from their data set")
-    options = [f"--model.num_exits={num_exits}"] * (num_exits is not None)
-    options += [f"--model.exit_cost={exit_cost}"] * (exit_cost is not None)
     _quieten()
     from messnet.latency import LatencyOptions
     from messnet.pipeline import measure_run, profile_bundle, profile_model
 
     latency = LatencyOptions(**how) if measure else None  # type: ignore[arg-type]
     if is_model:
-        recipe = _recipe_of_model(target, [*overrides, *options])
+        recipe = _recipe_of_model(target, overrides)
         net, costs = profile_model(recipe.model, recipe.heads, num_classes or 21, input_size or (512, 512), latency)
     elif bundled:
         net, costs = profile_bundle(Path(target), latency)
     else:
-        opened = _stage("profile", Path(target), [*overrides, *options], out, quiet=as_json)
+        opened = _stage("profile", Path(target), overrides, out, quiet=as_json)
         costs = measure_run(opened, latency, _plain_name(name or latency.name)) if latency else opened.costs()
         net = opened.blueprint().build()
     if out is not None and (is_model or bundled):
@@ -156,7 +151,7 @@ def profile(
 
     console = Console()
     console.print(cost_table(costs, [(p.module, f"{p.channels} at 1/{p.output_stride}") for p in net.exit_points]))
-    for note in cost_notes(costs):
+    for note in (*net.notes, *cost_notes(costs)):
         console.print(note, markup=False, highlight=False)
 
 
@@ -180,30 +175,13 @@ def distill(target: Target, *overrides: Overrides, out: Out = None) -> None:
 def evaluate(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
     """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
     opened = _stage("evaluate", target, overrides, out, quiet=as_json)
-    import numpy as np
+    from messnet.report import exit_rows, exits_table
 
     tables, costs = opened.tables(), opened.costs()
-    column = costs.column("macs", tables.exits)
-    rows = [
-        {
-            "exit_index": exit.exit_index,
-            "head": exit.head,
-            "miou": tables.miou(np.full(len(tables.image_names), h)),
-            "macs": column.prefix(exit.exit_index) + column.heads[h],
-        }
-        for h, exit in enumerate(tables.exits)
-    ]
     if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    from rich.table import Table
-
-    table = Table(title=f"every exit on {len(tables.image_names)} validation images", title_justify="left")
-    for name in ("exit", "head", "mIoU %", "GMACs"):
-        table.add_column(name, justify="left" if name == "head" else "right")
-    for row in rows:
-        table.add_row(str(row["exit_index"]), row["head"], f"{100 * row['miou']:.2f}", f"{row['macs'] / 1e9:.4f}")
-    Console().print(table)
+        print(json.dumps(exit_rows(tables, costs), indent=1))
+    else:
+        Console().print(exits_table(tables, costs))
 
 
 @app.command(

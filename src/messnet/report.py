@@ -32,7 +32,16 @@ from messnet.report_figures import (
 )
 from messnet.tables import CostTable, ExitTables
 
-__all__ = ["ReportInputs", "headline", "measurements_markdown", "rank_correlation", "render_report", "terminal_table"]
+__all__ = [
+    "ReportInputs",
+    "exit_rows",
+    "exits_table",
+    "headline",
+    "measurements_markdown",
+    "rank_correlation",
+    "render_report",
+    "terminal_table",
+]
 
 HEADLINE_DROP_PP = 1.0
 MIOU_TOLERANCE = 1e-9
@@ -120,6 +129,30 @@ def _cells(line: _Line) -> list[list[str]]:
     shares = [f"{place.name} {100 * place.share:.0f} %" for place in line.exits]
     latency = [f"{line.latency} [{line.latency_p95}]", line.speed, line.predicted]
     return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
+
+
+def exit_rows(tables: ExitTables, costs: CostTable) -> list[dict[str, Any]]:
+    """What every exit would do as a static model: ``exit_index``, ``head``, ``miou`` in [0, 1], ``macs`` per image."""
+    column = costs.column("macs", tables.exits)
+    return [
+        {
+            "exit_index": exit.exit_index,
+            "head": exit.head,
+            "miou": tables.miou(np.full(len(tables.image_names), h)),
+            "macs": column.prefix(exit.exit_index) + column.heads[h],
+        }
+        for h, exit in enumerate(tables.exits)
+    ]
+
+
+def exits_table(tables: ExitTables, costs: CostTable) -> Table:
+    """``exit_rows`` for a terminal."""
+    table = Table(title=f"every exit on {len(tables.image_names)} validation images", title_justify="left")
+    for name in ("exit", "head", "mIoU %", "GMACs"):
+        table.add_column(name, justify="left" if name == "head" else "right")
+    for row in exit_rows(tables, costs):
+        table.add_row(str(row["exit_index"]), row["head"], f"{100 * row['miou']:.2f}", f"{row['macs'] / 1e9:.4f}")
+    return table
 
 
 def headline(measurements: Measurements) -> str:

@@ -1,4 +1,4 @@
-"""The contract of a conversion, for every family of models: the final exit is the model itself, early ones part of it."""
+"""The contract of a conversion, for every family of models: the final exit is the model, an early one a part of it."""
 
 from __future__ import annotations
 
@@ -198,6 +198,12 @@ def own_output(model: nn.Module, x: Tensor) -> Tensor:
     y = model(x)
     logits = y if isinstance(y, Tensor) else y["out"] if isinstance(y, dict) and "out" in y else y.logits
     return F.interpolate(logits, x.shape[-2:], mode="bilinear") if logits.shape[-2:] != x.shape[-2:] else logits
+
+
+def test_what_reaches_no_logits_is_told(case: Case) -> None:
+    told = [note for note in case.net.notes if note.startswith("left out")]
+    assert len(told) == bool(case.idle)
+    assert not told or f": {', '.join(module.rstrip('.') for module in case.idle)} (" in told[0]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -4,7 +4,8 @@
     weights.safetensors      tensors for torch; graphs of other runtimes lie in folders of theirs
     costs/*.json             cost tables: workload.json, and one for each device that was measured
 
-No file is code. Files that the manifest does not list are left alone.
+No file is code: a model of the user's own is named as "module:function", which must be importable where torch is to run
+it. Files that the manifest does not list are left alone.
 """
 
 from __future__ import annotations

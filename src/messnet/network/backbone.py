@@ -209,13 +209,7 @@ def cut_model(
     legal = graph.legal_cuts()
     costs = graph.cumulative(exit_cost, example_input)
     if exit_points is None:
-        try:
-            chosen = [
-                legal[i] for i in choose_exit_points([*(costs[node] for node in legal), max(costs.values())], num_exits)
-            ]
-        except ModelError as error:
-            reason = "; ".join([*notes, WAY_OUT]) if whole else ""
-            raise ModelError(f"{error}; {reason}" if reason else str(error)) from error
+        chosen = _even(legal, costs, num_exits, [*notes, WAY_OUT] if whole else [])
     else:
         chosen = [graph.named(name, whole) for name in exit_points]
         if [graph.position[node] for node in chosen] != sorted({graph.position[node] for node in chosen}):
@@ -225,7 +219,7 @@ def cut_model(
     end = graph.exit_point(graph.end, max(costs.values()) if by_latency else None, ends=True)
     starts = [0, *(graph.position[node] + 1 for node in chosen), graph.head_start]
     states = [graph.alive_after(start, node) for start, node in zip(starts[1:], [*chosen, graph.end], strict=True)]
-    return Chain(
+    chain = Chain(
         (
             graph.extract(start, stop, source, target)
             for start, stop, source, target in zip(starts, starts[1:], [[], *states], states, strict=False)
@@ -237,6 +231,29 @@ def cut_model(
         num_classes=graph.value(graph.logits).shape[1],
         notes=tuple(notes),
     )
+    chain.notes += _left_out(model, chain)
+    return chain
+
+
+def _even(legal: Sequence[fx.Node], costs: Mapping[fx.Node, float], num_exits: int, why: list[str]) -> list[fx.Node]:
+    """The cuts at equal steps of cost. Raises ModelError, with ``why`` there are too few."""
+    try:
+        chosen = choose_exit_points([*(costs[node] for node in legal), max(costs.values())], num_exits)
+    except ModelError as error:
+        raise ModelError("; ".join([str(error), *why])) from error
+    return [legal[i] for i in chosen]
+
+
+def _left_out(model: nn.Module, chain: Chain) -> tuple[str, ...]:
+    """A sentence if tensors of the model, such as those of an auxiliary classifier, reach no logits."""
+    used = chain.model_state_dict().keys()
+    running = {name[:i] for name in used for i, letter in enumerate(name) if letter == "."}
+    idle = []
+    for name in (name for name in model.state_dict() if name not in used):
+        outer = list(accumulate(name.split("."), "{}.{}".format))
+        idle.append(next((module for module in outer if module not in running), name))
+    words = f"left out, for it reaches no logits: {', '.join(dict.fromkeys(idle))} ({len(idle)} tensors)"
+    return (words,) if idle else ()
 
 
 def _kept_whole(whole: Mapping[str, str]) -> list[str]:

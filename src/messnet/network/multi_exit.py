@@ -187,6 +187,8 @@ def convert(
     """
     if example_input.dim() != 4 or example_input.shape[1] != 3:
         raise ModelError(f"example_input must be images (N, 3, H, W), got {tuple(example_input.shape)}")
+    if isinstance(exit_points, str):
+        raise ModelError(f"exit_points must be a list of module paths, got the string {exit_points!r}")
     try:
         backbone: Backbone = cut_model(
             model, example_input, num_exits=num_exits, exit_points=exit_points, head=head, exit_cost=exit_cost
