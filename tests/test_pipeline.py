@@ -199,6 +199,10 @@ def test_what_ran_is_what_the_tables_say(tiny_run: Path) -> None:
         assert row.miou == row.miou_from_tables == reported.miou(routing)
         assert row.exit_taken == [reported.exits[p].exit_index for p in routing]
         assert min(row.latency_ms) > 0
+        # one figure per exit taken: the sum of the parts on the way
+        assert len(row.predicted_ms) == len(row.latency_ms)
+        assert len(set(zip(row.exit_taken, row.predicted_ms, strict=True))) == len(set(row.exit_taken))
+        assert min(row.predicted_ms) > 0
     assert measurements.difficulty == reported.difficulty.tolist()
     correct = reported.intersection[:, -1].sum(1) / reported.labelled.sum(1)
     np.testing.assert_allclose(measurements.final_exit_error, 1 - correct)

@@ -93,6 +93,7 @@ def make_row(rng: np.random.Generator, instance: Instance, miou: float, difficul
         exit_taken=taken.tolist(),
         image_confidence=np.where(taken < NUM_EXITS - 1, 0.85, np.nan).tolist(),
         latency_ms=(macs / 3e9 + rng.gamma(2, 0.8, len(macs))).tolist(),
+        predicted_ms=(macs / 3e9 + 1.5).tolist(),
     )
 
 
@@ -235,6 +236,7 @@ def test_table_states_the_measurements(page: str, inputs: ReportInputs) -> None:
         median = np.median(row.latency_ms)
         assert f"{median:.3g} [{np.percentile(row.latency_ms, 95):.3g}]" in words
         assert f"{np.median(baseline.latency_ms) / median:.2f}\u00d7 faster" in words
+        assert f"{np.median(row.predicted_ms):.3g} predicted" in words
         for choice in row.instance.exits:
             assert f" {100 * row.exit_taken.count(choice.exit_index) / NUM_IMAGES:.0f} %" in words
     assert "Selected on one half" in words
