@@ -236,7 +236,9 @@ def test_class_weights_are_one_per_class(tmp_path: Path) -> None:
         pretrain(build(), Noise(), replace(PRETRAIN, class_weights=(1.0, 2.0)), HERE, Checkpoint(tmp_path / "c"))
     options = replace(PRETRAIN, iterations=1)
     weighted, ones, none = (
-        pretrained(tmp_path / str(weights), replace(options, class_weights=weights))["backbone.final_head.classifier.4.bias"]
+        pretrained(tmp_path / str(weights), replace(options, class_weights=weights))[
+            "backbone.final_head.classifier.4.bias"
+        ]
         for weights in ((1.0, 5.0, 0.0), (1.0, 1.0, 1.0), None)
     )
     torch.testing.assert_close(ones, none)

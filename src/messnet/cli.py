@@ -190,6 +190,7 @@ def evaluate(target: Target, *overrides: Overrides, out: Out = None, as_json: As
         "search runs/demo --name half --maximise miou --max-cost-ratio 0.5",
         "search runs/demo --name fast --minimise latency_ms --max-drop-pp 1 --costs runs/demo/costs/NAME.json",
         "search runs/demo --name cut --setting budgeted --max-drop-pp 2",
+        "search runs/demo --name safe --max-drop-pp 1 --guarantee 0.05 0.1",
     )
 )
 def search(
@@ -204,6 +205,10 @@ def search(
     min_miou: float | None = None,
     max_cost: float | None = None,
     max_cost_ratio: float | None = None,
+    guarantee: Annotated[
+        tuple[float, float] | None,
+        Parameter(help="EPSILON DELTA: expected loss <= EPSILON, certified on the other images, wrong at most DELTA."),
+    ] = None,
     costs: Annotated[
         Path | None,
         Parameter(help="A table of `profile --measure`; by default the run's profile.json, without latency."),
@@ -214,17 +219,18 @@ def search(
     """Choose exits, heads and thresholds; nothing is trained again.
 
     Without --name: the recipe's instances (most accurate at <= 1x, cheapest at each allowed drop). With --name: one
-    instance for the objective given, beside the others in RUN/instances.
+    instance for the objective given, beside the others in RUN/instances. With --guarantee its image thresholds then
+    retreat until the promise holds: the share of correct pixels that an image loses, expected, against the final exit.
     """
-    asked = (minimise, maximise, cost, max_drop_pp, min_miou, max_cost, max_cost_ratio, costs)
+    asked = (minimise, maximise, cost, max_drop_pp, min_miou, max_cost, max_cost_ratio, guarantee, costs)
     if name is None and (any(value is not None for value in asked) or setting != "input_dependent"):
         raise MessError("an objective of your own needs a name for its instance: add --name NAME")
     if name is not None:
         _plain_name(name)
     opened = _open(target, overrides, out)
     from messnet.deployment.loading import INSTANCES, load_instance
-    from messnet.pipeline import run_stage
-    from messnet.search import search as search_tables
+    from messnet.pipeline import run_stage, search_run
+    from messnet.search import Guarantee, Objective
 
     if name is None:
         run_stage(opened, "search", again=True)
@@ -233,11 +239,7 @@ def search(
         instances = [load_instance(opened.directory.path, n) for n in names]
         words = front["verdicts"] + front["skipped"]
     else:
-        options, tables = opened.recipe.search, opened.tables()
-        result = search_tables(
-            tables.subset(tables.halves(options.seed)[0]),
-            opened.costs(costs),
-            setting=setting,
+        objective = Objective(
             minimise=minimise,
             maximise=maximise,
             cost=cost or "macs",
@@ -245,11 +247,9 @@ def search(
             min_miou=min_miou,
             max_cost=max_cost,
             max_cost_ratio=max_cost_ratio,
-            grid=options.grid,
-            name=name,
-            progress=True,
         )
-        opened.directory.write(f"{INSTANCES}/{name}.json", result.instance.to_json())
+        promise = Guarantee(epsilon=guarantee[0], delta=guarantee[1]) if guarantee else None
+        result = search_run(opened, objective, name=name, setting=setting, costs=costs, guarantee=promise)
         instances, words = [result.instance], [result.verdict, result.certificate]
     if as_json:
         print(json.dumps([json.loads(instance.to_json()) for instance in instances], indent=1))

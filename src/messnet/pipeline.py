@@ -44,11 +44,22 @@ from messnet.network.zoo import build_model
 from messnet.profiling import profile
 from messnet.report import ReportInputs, render_report
 from messnet.runs import RunDirectory
-from messnet.search import Objective, choose, cost_of, pareto_front, route
+from messnet.search import Guarantee, Objective, SearchResult, certify, choose, cost_of, pareto_front, route
+from messnet.search.engine import SearchSetting
 from messnet.tables import CostTable, ExitTables
 from messnet.training import distill, pretrain
 
-__all__ = ["STAGES", "Run", "build_network", "measure_run", "open_run", "profile_bundle", "profile_model", "run_stage"]
+__all__ = [
+    "STAGES",
+    "Run",
+    "build_network",
+    "measure_run",
+    "open_run",
+    "profile_bundle",
+    "profile_model",
+    "run_stage",
+    "search_run",
+]
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,27 @@ def search_stage(run: Run) -> None:
         "skipped": skipped,
     }
     run.directory.write("front.json", json.dumps(front, indent=1) + "\n")
+
+
+def search_run(
+    run: Run,
+    objective: Objective,
+    *,
+    name: str,
+    setting: SearchSetting = "input_dependent",
+    costs: Path | None = None,
+    guarantee: Guarantee | None = None,
+) -> SearchResult:
+    """One more instance, RUN/instances/NAME.json. The half that it is not selected on is what a guarantee calibrates
+    on, all of it: the certificate is then the report."""
+    options, tables, table = run.recipe.search, run.tables(), run.costs(costs)
+    selection, calibration = (tables.subset(half) for half in tables.halves(options.seed))
+    front = pareto_front(selection, table, setting=setting, cost=objective.cost_name, grid=options.grid, progress=True)
+    result = choose(front, objective, name=name)
+    if guarantee is not None:
+        result = certify(result, objective, guarantee, selection=selection, calibration=calibration, costs=table)
+    run.directory.write(f"{INSTANCES}/{name}.json", result.instance.to_json())
+    return result
 
 
 def report_stage(run: Run) -> None:

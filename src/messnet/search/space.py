@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.errors import RecipeError, RunError
-from messnet.instance import Instance
+from messnet.instance import ExitChoice, Instance
 from messnet.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
 
-__all__ = ["ExitSets", "Grid", "Objective", "cost_of", "exit_sets", "route"]
+__all__ = ["ExitSets", "Grid", "Objective", "confidence_at", "cost_of", "exit_sets", "image_threshold", "route"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,7 @@ def exit_sets(tables: ExitTables, position: int, grid: Grid) -> ExitSets:
     """All the grid's exit sets at ``tables.exits[position]``.
 
     Different thresholds often send the same images out: one pair per set is kept. The set of all images is dropped,
-    the model is then cut here and the same instance without later exits costs no more. An image threshold lies midway
-    between an observed confidence and the next smaller one: far from the images it must tell apart, on either side.
+    the model is then cut here and the same instance without later exits costs no more.
     """
     policy = _policy_index(tables, grid.policy_of(tables))
     masks, thresholds, num_declared = [], [], 0
@@ -132,16 +131,33 @@ def exit_sets(tables: ExitTables, position: int, grid: Grid) -> ExitSets:
             chosen = np.unique(np.sort(confidence)[ranks])
         num_declared += len(chosen)
         for value in chosen[chosen > observed[0]]:
-            below = observed[np.searchsorted(observed, value) - 1]
-            # Kept in float32, the tables' type, so that no later cast moves it onto an observed value.
-            middle = np.float32((np.float64(below) + np.float64(value)) / 2)
             masks.append(confidence >= value)
-            thresholds.append((float(tables.pixel_thresholds[t]), float(middle if middle > below else value)))
+            thresholds.append((float(tables.pixel_thresholds[t]), image_threshold(observed, value)))
     shape = (len(masks), len(tables.image_names))
     stacked = np.array(masks, bool).reshape(shape)
     _, first = np.unique(stacked, axis=0, return_index=True)
     kept = first[np.lexsort((first, stacked[first].sum(1)))]
     return ExitSets(stacked[kept], np.array(thresholds, np.float64).reshape(-1, 2)[kept], num_declared)
+
+
+def image_threshold(observed: NDArray[np.float32], value: np.float32) -> float:
+    """The image threshold that the confidence ``value``, one of ``observed`` (ascending), just reaches.
+
+    Midway to the next smaller one, if there is one: far from the images it must tell apart, on either side.
+    """
+    i = int(np.searchsorted(observed, value))
+    if i == 0:
+        return float(value)
+    # Kept in float32, the tables' type, so that no later cast moves it onto an observed value.
+    middle = np.float32((np.float64(observed[i - 1]) + np.float64(value)) / 2)
+    return float(middle if middle > observed[i - 1] else value)
+
+
+def confidence_at(tables: ExitTables, choice: ExitChoice, policy: str) -> NDArray[np.float32]:
+    """(V,) image confidence at an exit that decides, at its pixel threshold."""
+    assert choice.pixel_threshold is not None
+    threshold = _pixel_threshold_index(tables, choice.pixel_threshold)
+    return tables.image_confidence[:, tables.exits.index(choice.exit), _policy_index(tables, policy), threshold]
 
 
 def route(tables: ExitTables, instance: Instance) -> IntArray:
@@ -151,9 +167,7 @@ def route(tables: ExitTables, instance: Instance) -> IntArray:
     routing = np.full(len(tables.image_names), positions[-1], np.int64)
     for choice, position in reversed(list(zip(instance.exits[:-1], positions[:-1], strict=True))):
         if choice.pixel_threshold is not None and choice.image_threshold is not None:
-            policy = _policy_index(tables, instance.policy)
-            threshold = _pixel_threshold_index(tables, choice.pixel_threshold)
-            confidence = tables.image_confidence[:, position, policy, threshold]
+            confidence = confidence_at(tables, choice, instance.policy)
             # In float64, as ``should_exit`` compares: a Python float would be rounded to the table's float32.
             routing[confidence >= np.float64(choice.image_threshold)] = position
     return routing

@@ -1,0 +1,368 @@
+"""The promise: p-values against SciPy and closed forms, the path against the search, validity by simulation."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import rel_entr
+from scipy.stats import binom
+
+from messnet.cli import main
+from messnet.errors import RecipeError
+from messnet.instance import Exit, ExitChoice, Instance
+from messnet.search import Grid, Guarantee, Objective, SearchResult, certify, choose, cost_of, pareto_front, route
+from messnet.search.guarantee import images_needed, loss_of, p_value, retreat_path
+from messnet.tables import CostTable, ExitTables, PartCost
+
+NUM_PIXELS = 200
+BOLD = Objective(minimise="macs", max_drop_pp=12)
+
+
+@cache
+def population(harsh: bool = False, num_images: int = 4000) -> tuple[ExitTables, CostTable]:
+    """Images whose difficulty costs accuracy at early exits, and which confidence follows with noise.
+
+    Where it is ``harsh`` an early exit gets an image right or wholly wrong: the losses that bounds are tight for.
+    """
+    draw = np.random.default_rng(0)
+    exits = (Exit(0, "a"), Exit(1, "a"), Exit(1, "b"), Exit(2, "final"))
+    difficulty = draw.random(num_images)
+    right = 0.95 - np.multiply.outer(difficulty**2, [0.5, 0.35, 0.3, 0.1])
+    if harsh:
+        right = np.where(draw.random(right.shape) < right + np.array([0, 0, 0, 1]), 1.0, 0.0)
+    labelled = draw.multinomial(NUM_PIXELS, [0.7, 0.3], num_images).astype(np.int32)
+    labelled[:20] = 0  # images without labelled pixels
+    intersection = draw.binomial(labelled[:, None], right[..., None]).astype(np.int32)
+    wrong = labelled[:, None] - intersection
+    noisy = difficulty[:, None, None, None] + draw.normal(0, 0.15, (num_images, len(exits), 1, 2))
+    tables = ExitTables(
+        image_names=tuple(map(str, range(num_images))),
+        difficulty=difficulty,
+        class_names=("ground", "sky"),
+        exits=exits,
+        intersection=intersection,
+        predicted=intersection + wrong[..., ::-1],
+        labelled=labelled,
+        policies=("top1+native",),
+        pixel_thresholds=np.array([0.5, 0.9]),
+        image_confidence=np.clip(1 - noisy * [0.5, 0.9], 0, 1).astype(np.float32),
+    )
+    part = PartCost(macs=100, macs_paper=100, parameters=10, memory_bytes=10)
+    small = PartCost(macs=3, macs_paper=3, parameters=1, memory_bytes=1)
+    costs = CostTable(
+        model="made up",
+        input_size=(10, 20),
+        segments=(part,) * 3,
+        heads=dict.fromkeys(exits, small),
+        policies=(small,) * 2,
+        outputs=(small,) * 3,
+    )
+    return tables, costs
+
+
+def split(seed: int, num_calibration: int = 80, harsh: bool = False) -> tuple[ExitTables, ExitTables, NDArray]:
+    """Tables of 60 images to select on, tables to calibrate on, and the images that the latter are drawn from."""
+    tables, _ = population(harsh)
+    order = np.random.default_rng(seed).permutation(len(tables.image_names))
+    rest = order[60:]
+    return tables.subset(order[:60]), tables.subset(rest[:num_calibration]), rest
+
+
+def searched(selection: ExitTables, objective: Objective = BOLD, **grid: int) -> SearchResult:
+    front = pareto_front(selection, population()[1], grid=Grid(**({"num_image_thresholds": 6, "max_exits": 2} | grid)))
+    return choose(front, objective, name="safe")
+
+
+def certified(seed: int, epsilon: float, delta: float, num_calibration: int = 80) -> tuple[SearchResult, int, int]:
+    """The result with its step on the path, and the path's length."""
+    selection, calibration, _ = split(seed, num_calibration=num_calibration)
+    before = searched(selection)
+    after = certify(
+        before,
+        BOLD,
+        Guarantee(epsilon=epsilon, delta=delta),
+        selection=selection,
+        calibration=calibration,
+        costs=population()[1],
+    )
+    path = [step.exits for step in retreat_path(before.instance, selection)]
+    return after, path.index(after.instance.exits), len(path) - 1
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 7, 50, 333, 5000])
+def test_p_values_equal_scipy(num_images: int) -> None:
+    draw = np.random.default_rng(num_images)
+    for epsilon in (0.001, 0.01, 0.1, 0.5, 0.97):
+        for losses in (np.zeros(num_images), draw.beta(0.1, 2, num_images), draw.random(num_images) < epsilon / 2):
+            mean = np.mean(losses)
+            below = min(mean, epsilon)
+            hoeffding = np.exp(-num_images * (rel_entr(below, epsilon) + rel_entr(1 - below, 1 - epsilon)))
+            bentkus = np.e * binom.cdf(np.ceil(np.sum(losses)), num_images, epsilon)
+            expected = min(1, hoeffding, bentkus)
+            assert p_value(losses.astype(float), epsilon) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+
+
+def test_p_values_in_closed_form() -> None:
+    assert p_value(np.zeros(100), 0.05) == pytest.approx(0.95**100, rel=1e-12)
+    assert p_value(np.ones(10), 0.3) == 1
+    assert p_value(np.full(10, 0.3), 0.3) == 1
+    assert p_value(np.array([0, 0, 0.5]), 0.6) == pytest.approx((0.6 * 6) ** 0.5 * (0.4 * 6 / 5) ** 2.5, rel=1e-12)
+    tail = sum(math.comb(100, k) * 0.2**k * 0.8 ** (100 - k) for k in range(11))
+    assert p_value(np.repeat([1.0, 0.0], [10, 90]), 0.2) == pytest.approx(math.e * tail, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 40, 200])
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.4])
+def test_a_p_value_is_valid(num_images: int, epsilon: float) -> None:
+    """P(p <= u) <= u for every u when the expected loss is just epsilon: exactly for losses of 0 and 1, and drawn."""
+    num_lost = np.arange(num_images + 1)
+    values = np.array([p_value(np.arange(num_images) < k, epsilon) for k in num_lost])
+    assert (np.diff(values) >= 0).all()
+    chances = binom.cdf(num_lost, num_images, epsilon)  # of a p-value this small
+    assert (chances <= values * (1 + 1e-9)).all()
+
+    draw, num_draws = np.random.default_rng(0), 2000
+    values = np.array([p_value(draw.beta(epsilon, 1 - epsilon, num_images), epsilon) for _ in range(num_draws)])
+    for u in (0.01, 0.05, 0.1, 0.3):
+        assert (values <= u).sum() <= binom.ppf(0.9999, num_draws, u)
+
+
+def test_p_values_are_monotone() -> None:
+    losses = np.random.default_rng(0).beta(0.2, 3, 60)
+    in_epsilon = [p_value(losses, epsilon) for epsilon in np.linspace(0.01, 0.99, 50)]
+    assert all(a >= b for a, b in pairwise(in_epsilon))
+    in_loss = [p_value(np.minimum(losses * scale, 1), 0.2) for scale in np.linspace(0, 5, 50)]
+    assert all(a <= b for a, b in pairwise(in_loss))
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.01, 0.1), (0.05, 0.05), (0.3, 0.001)])
+def test_images_needed(epsilon: float, delta: float) -> None:
+    guarantee = Guarantee(epsilon=epsilon, delta=delta)
+    least = images_needed(0.0, guarantee)
+    assert p_value(np.zeros(least), epsilon) <= delta < p_value(np.zeros(least - 1), epsilon)
+    assert 1 - delta ** (1 / least) <= epsilon < 1 - delta ** (1 / (least - 1))
+    more = images_needed(epsilon / 3, guarantee)
+    assert p_value(np.full(more, epsilon / 3), epsilon) <= delta
+    assert more > least
+
+
+def test_losses_equal_those_of_images() -> None:
+    """From masks whose counts the tables hold."""
+    draw = np.random.default_rng(3)
+    labels = draw.integers(-1, 3, (6, 40))  # -1: ignored
+    labels[2] = -1
+    predictions = draw.integers(0, 3, (6, 3, 40))
+    right = (predictions == labels[:, None])[..., None] & (labels[:, None, :, None] == np.arange(3))
+    tables = replace(
+        population()[0],
+        image_names=tuple("abcdef"),
+        exits=(Exit(0, "x"), Exit(1, "x"), Exit(2, "final")),
+        intersection=right.sum(2, dtype=np.int32),
+        labelled=(labels[..., None] == np.arange(3)).sum(1, dtype=np.int32),
+    )
+    routing = np.array([0, 1, 0, 2, 1, 0])
+    for v, loss in enumerate(loss_of(tables, routing)):
+        known = labels[v] >= 0
+        if not known.any():
+            assert loss == 0
+            continue
+        final, taken = ((predictions[v, p] == labels[v])[known].mean() for p in (2, routing[v]))
+        assert loss == pytest.approx(max(0, final - taken))
+    assert (loss_of(tables, np.full(6, 2)) == 0).all()
+
+
+def by_hand(tables: ExitTables, instance: Instance) -> Iterator[int]:
+    for v in range(len(tables.image_names)):
+        for choice in instance.exits:
+            position = tables.exits.index(choice.exit)
+            if choice is instance.exits[-1]:
+                break
+            t = tables.pixel_thresholds.tolist().index(choice.pixel_threshold)
+            if float(tables.image_confidence[v, position, 0, t]) >= choice.image_threshold:
+                break
+        yield position
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("max_exits", [1, 2, 3])
+def test_the_path_leads_from_the_final_exit_to_the_searched_instance(seed: int, max_exits: int) -> None:
+    selection, calibration, _ = split(seed)
+    front = pareto_front(selection, population()[1], grid=Grid(num_image_thresholds=5, max_exits=max_exits))
+    point = front.points[seed * len(front.points) // 6].instance
+    path = retreat_path(point, selection, 20)
+    assert [choice.exit for choice in path[0].exits] == [Exit(2, "final")]
+    assert path[-1] == point
+    assert len(path) <= 21
+    assert len({step.exits for step in path}) == len(path)
+    leaving: dict[Exit, NDArray] = {}
+    for step in path:
+        assert route(calibration, step).tolist() == list(by_hand(calibration, step))
+        assert {choice.exit for choice in step.exits} <= {choice.exit for choice in point.exits} | {Exit(2, "final")}
+        for choice in step.exits[:-1]:  # whoever may leave, may later on
+            position = selection.exits.index(choice.exit)
+            t = selection.pixel_thresholds.tolist().index(choice.pixel_threshold)
+            may = selection.image_confidence[:, position, 0, t] >= np.float64(choice.image_threshold)
+            assert (may >= leaving.get(choice.exit, may & False)).all()
+            leaving[choice.exit] = may
+    if point.exits[-1].exit == Exit(2, "final"):
+        assert path[-2:] != [point] or len(point.exits) == 1
+    assert retreat_path(path[0], selection) == [path[0]]
+
+
+def test_of_a_cut_the_path_makes_an_early_exit() -> None:
+    """At the pixel threshold whose order of the images loses least; the other one is turned upside down."""
+    selection, _, _ = split(0)
+    selection.image_confidence[:, 0, 0, 1] = 1 - selection.image_confidence[:, 0, 0, 0]
+    cut = Instance(name="cut", setting="input_dependent", exits=(ExitChoice(exit_index=0, head="a"),))
+    path = retreat_path(cut, selection, 10)
+    assert path[-1] == cut
+    for k, step in enumerate(path[1:-1], start=1):
+        assert [choice.pixel_threshold for choice in step.exits] == [0.5, None]
+        assert (route(selection, step) == 0).sum() == 6 * k
+
+
+@pytest.mark.parametrize("harsh", [False, True])
+def test_a_wrong_certificate_is_as_rare_as_promised(harsh: bool) -> None:
+    """Over random splits the share whose certified instance has a true risk above epsilon is at most delta; of the
+    naive choice, the boldest step with a mean loss <= epsilon on the calibration images, it is not."""
+    (tables, costs), epsilon, delta, num_splits = population(harsh), 0.05, 0.2, 200
+    wrong = naively_wrong = retreated = 0
+    risks = []
+
+    def risk(instance: Instance, images: NDArray) -> float:
+        return float(loss_of(tables, route(tables, instance))[images].mean())
+
+    for seed in range(num_splits):
+        selection, calibration, rest = split(seed, harsh=harsh)
+        before = searched(selection)
+        after = certify(
+            before,
+            BOLD,
+            Guarantee(epsilon=epsilon, delta=delta, num_steps=40),
+            selection=selection,
+            calibration=calibration,
+            costs=costs,
+        ).instance
+        path = retreat_path(before.instance, selection, 40)
+        naive = [step for step in path if loss_of(calibration, route(calibration, step)).mean() <= epsilon][-1]
+        risks.append(risk(after, rest))
+        wrong += risks[-1] > epsilon
+        naively_wrong += risk(naive, rest) > epsilon
+        retreated += path[0].exits != after.exits != path[-1].exits
+    assert wrong <= binom.ppf(0.999, num_splits, delta)
+    assert naively_wrong > binom.ppf(0.999, num_splits, delta)
+    assert retreated > num_splits / 2  # it is no empty promise
+    assert np.mean(risks) > epsilon / 5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_laxer_promise_retreats_less(seed: int) -> None:
+    steps = np.array([[certified(seed, e, d)[1] for d in (0.001, 0.05, 0.5)] for e in (0.02, 0.06, 0.1, 0.5)])
+    assert (np.diff(steps, axis=0) >= 0).all()
+    assert (np.diff(steps, axis=1) >= 0).all()
+    assert steps[0, 0] == 0
+    assert steps[-1, -1] == certified(seed, 0.5, 0.5)[2]
+
+
+def test_what_is_certified_is_told() -> None:
+    selection, calibration, _ = split(1)
+    result, step, length = certified(1, 0.06, 0.1)
+    instance, (_, costs) = result.instance, population()
+    assert 0 < step < length
+    losses = loss_of(calibration, route(calibration, instance))
+    p = p_value(losses, 0.06)
+    assert p <= 0.1
+    for words in (
+        "expected loss of correct pixels against the final exit is <= 0.06 with probability >= 0.9",
+        "the draw of 80 calibration images",
+        f"p-value {p:.3g} at mean loss {losses.mean():.3g}, step {step} of {length}",
+        "drawn independently from one source",
+        "the steps ahead have mean losses up to",
+        "optimal over the declared grid",
+    ):
+        assert words in instance.certificate
+    assert result.certificate == instance.certificate
+    assert instance.selected_on["miou"] == pytest.approx(selection.miou(route(selection, instance)), abs=1e-12)
+    assert instance.selected_on["macs"] == cost_of(selection, costs, instance).mean()
+    assert instance.selected_on["loss"] == loss_of(selection, route(selection, instance)).mean()
+    assert result.verdict.startswith("retreated from mIoU")
+    assert (instance.name, instance.objective) == ("safe", str(BOLD))
+    assert Instance.from_json(instance.to_json()) == instance
+
+
+def test_too_few_images_fall_back_to_the_final_exit() -> None:
+    result, step, _ = certified(2, 0.01, 0.1, num_calibration=30)
+    assert step == 0
+    assert [choice.exit for choice in result.instance.exits] == [Exit(2, "final")]
+    assert result.instance.selected_on["loss"] == 0
+    assert "runs to the final exit and loses nothing" in result.certificate
+    assert f"no epsilon below {1 - 0.1 ** (1 / 30):.3g}" in result.certificate
+    assert "0.01 takes at least 230" in result.certificate
+    assert math.ceil(math.log(0.1) / math.log(0.99)) == 230
+
+
+def test_a_retreat_that_breaks_the_objective_says_so() -> None:
+    selection, calibration, _ = split(3)
+    cheap, (_, costs) = Objective(maximise="miou", max_cost_ratio=0.5), population()
+    tables = {"selection": selection, "calibration": calibration, "costs": costs}
+    result = certify(searched(selection, cheap), cheap, Guarantee(epsilon=0.001, delta=0.001), **tables)
+    assert result.verdict.endswith("no longer what was asked for")
+    before = searched(selection)
+    after = certify(before, BOLD, Guarantee(epsilon=0.9, delta=0.5), **tables)
+    assert after.verdict == before.verdict
+    assert after.instance.exits == before.instance.exits
+
+
+def test_bad_guarantees_are_refused() -> None:
+    for epsilon, delta in ((0, 0.1), (1, 0.1), (0.1, 0), (0.1, 1.5), (math.nan, 0.1), (0.1, math.nan)):
+        with pytest.raises(RecipeError, match="both between 0 and 1"):
+            Guarantee(epsilon=epsilon, delta=delta)
+    with pytest.raises(RecipeError, match="at least 1"):
+        Guarantee(epsilon=0.1, delta=0.1, num_steps=0)
+    selection, calibration, _ = split(0)
+    guarantee, costs = Guarantee(epsilon=0.1, delta=0.1), population()[1]
+    for bad in (selection, calibration.subset(np.arange(0))):
+        with pytest.raises(RecipeError, match="not selected on"):
+            certify(searched(selection), BOLD, guarantee, selection=selection, calibration=bad, costs=costs)
+    static = choose(pareto_front(selection, costs, setting="budgeted"), BOLD)
+    with pytest.raises(RecipeError, match="search input_dependent"):
+        certify(static, BOLD, guarantee, selection=selection, calibration=calibration, costs=costs)
+
+
+def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+
+    def search(*tokens: str) -> str:
+        main(["search", str(run), "--name", "safe", "--maximise", "miou", "--max-cost-ratio", "0.6", *tokens])
+        return capsys.readouterr().out
+
+    written = run / "instances" / "safe.json"
+    assert "at least 230" in search("--guarantee", "0.01", "0.1")
+    assert [choice.head for choice in Instance.from_json(written.read_text()).exits] == ["final"]
+    (lax,) = json.loads(search("--guarantee", "0.9", "0.5", "--json"))
+    assert "<= 0.9 with probability >= 0.5 over the draw of 8 calibration images" in lax["certificate"]
+    assert Instance.from_json(written.read_text()).certificate == lax["certificate"]
+    assert "calibration" not in search()
+
+    written.unlink()
+    for tokens, words in (
+        (["--name", "safe", "--guarantee", "1.5", "0.1"], "both between 0 and 1"),
+        (["--name", "safe", "--guarantee", "0.1"], "--guarantee"),
+        (["--name", "safe", "--guarantee", "0.1", "0.1", "--setting", "budgeted"], "search input_dependent"),
+        (["--guarantee", "0.1", "0.1"], "add --name"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["search", str(run), *tokens])
+        assert end.value.code == 2
+        assert words in capsys.readouterr().err
+    assert not written.exists()
