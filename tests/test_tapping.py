@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -187,6 +188,22 @@ def test_a_run_that_nobody_asks_on_is_unwound(tapped: tuple[Deciding, MultiExitN
     model.middle.forward = forward
     with torch.no_grad():
         assert torch.equal(net(images(1)), model(images(1)))
+
+
+def test_a_run_may_be_ended_by_the_garbage_collector_inside_another(tapped: tuple[Deciding, MultiExitNet]) -> None:
+    model, net = tapped
+    x, other = images(1), build(1)[1]
+    expected = [state.features for state in net.states(x)]
+    cycle: list[object] = [other.states(x)]
+    next(cycle[0])  # type: ignore[call-overload]
+    cycle.append(cycle)
+    del cycle  # nobody asks on, but it lives until the next collection
+    hook = model.register_forward_pre_hook(lambda *_: gc.collect() and None)
+    try:
+        found = [state.features for state in net.states(x)]
+    finally:
+        hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_error_of_the_model_reaches_the_caller(tapped: tuple[Deciding, MultiExitNet]) -> None:

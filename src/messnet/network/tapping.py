@@ -6,7 +6,7 @@ forward that nobody asks on is never finished.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,17 +55,22 @@ class TappedModel(Backbone):
                 for hook in hooks:
                     hook.remove()
 
+        def resume(switch: Callable[[], Any]) -> Any:
+            mode = torch.is_grad_enabled()
+            # back to who asks now, which need not be who asked first: the garbage collector ends a run from anywhere
+            runner.parent = getcurrent()
+            result = switch()
+            torch.set_grad_enabled(mode)  # the model may sleep inside a no_grad block of its own
+            return result
+
         seen: set[nn.Module] = set()
         runner = greenlet(forward)
         try:
             while not runner.dead:
-                mode = torch.is_grad_enabled()
-                state = runner.switch()
-                torch.set_grad_enabled(mode)  # the model may sleep inside a no_grad block of its own
-                yield state
+                yield resume(runner.switch)
         finally:
             if not runner.dead:
-                runner.throw()  # unwinds the model's forward
+                resume(runner.throw)  # unwinds the model's forward
 
     def run_until(self, x: Tensor, exit_index: int) -> State:
         states = self.states(x)
