@@ -14,6 +14,7 @@ from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import Backbone, ExitCost, ExitPoint, State, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
 from messnet.network.tracing import UntraceableError
+from messnet.network.weights import expect_fit
 
 __all__ = ["MultiExitNet", "convert", "upsample"]
 
@@ -151,16 +152,7 @@ class MultiExitNet(nn.Module):
     def load_model_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads tensors under the names of the user's model. Raises ModelError that lists what does not fit."""
         own = self.model_state_dict()
-        problems = [f"missing {name}" for name in own if name not in state]
-        problems += [f"unexpected {name}" for name in state if name not in own]
-        problems += [
-            f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ModelError(f"the weights do not fit the model: {'; '.join(problems[:5])}{more}")
+        expect_fit(state, own, source="the state dict")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
