@@ -1,0 +1,124 @@
+"""The application that the verbs join, and what they share."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from messnet import __version__
+from messnet.errors import MessError
+
+__all__ = [
+    "AsJson",
+    "Out",
+    "Overrides",
+    "Target",
+    "app",
+    "do_stage",
+    "examples",
+    "main",
+    "open_target",
+    "plain_name",
+    "print_table",
+    "quieten",
+    "recipe_of",
+    "say",
+]
+
+
+def examples(*commands: str) -> str:
+    """For the end of a help page. (cyclopts leaves an "Examples" section of a docstring out.)"""
+    return "**Examples**\n\n" + "\n".join(f"    messnet {command}" for command in commands)
+
+
+app = App(
+    name="messnet",
+    version=__version__,
+    help="Turn a semantic segmentation model into a multi-exit one and deploy it on the device at hand.",
+    help_epilogue=examples(
+        "run configs/demo.yaml",
+        "run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid",
+        "predict runs/camvid photos/ --out predictions",
+    ),
+    help_format="markdown",
+)
+
+Target = Annotated[Path, Parameter(help="A recipe (YAML), or the directory of a run, which remembers its recipe.")]
+Out = Annotated[Path | None, Parameter(help="Run directory; by default runs/NAME of the recipe.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as JSON.")]
+Overrides = Annotated[
+    str, Parameter(allow_leading_hyphen=True, help="Recipe values over the file's: --pretrain.iterations 500 ...")
+]
+
+
+def main(tokens: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with 0, 1 (a bug, with its traceback), 2 (bad input, one line) or 130 (interrupted)."""
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except (MessError, CycloptsError) as error:
+        print(f"messnet: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("messnet: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Any:
+    quieten()
+    from messnet.pipeline import open_run
+
+    return open_run(target, overrides, out=out)
+
+
+def recipe_of(target: Path, overrides: Sequence[str]) -> Any:
+    from messnet.config import load_recipe, recipe_from_record
+    from messnet.runs import RunDirectory
+
+    if target.is_dir():
+        return recipe_from_record(RunDirectory(target).record()["recipe"], overrides)
+    return load_recipe(target, overrides)
+
+
+def do_stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Any:
+    opened = open_target(target, overrides, out)
+    from messnet.pipeline import run_stage
+
+    say(stage, run_stage(opened, stage), quiet)
+    return opened
+
+
+def say(stage: str, did: bool, quiet: bool) -> None:
+    if not quiet:
+        print(f"{stage}: {'done' if did else 'already done'}")
+
+
+def print_table(path: Path, as_json: bool) -> None:
+    from messnet.measurements import Measurements
+    from messnet.report import headline, terminal_table
+
+    text = (path / "measurements.json").read_text()
+    if as_json:
+        print(text, end="")
+        return
+    measurements = Measurements.from_json(text)
+    console = Console()
+    console.print(terminal_table(measurements))
+    console.print(headline(measurements))
+    print(f"report: {path / 'report.html'}")
+
+
+def plain_name(name: str) -> str:
+    if not name or Path(name).name != name:
+        raise MessError(f"--name must be a plain file name, got {name!r}")
+    return name
+
+
+def quieten() -> None:
+    """Libraries' advice to developers is no news to the user of a command."""
+    warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,0 +1,126 @@
+"""``messnet profile``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from messnet.cli.app import AsJson, Overrides, app, do_stage, examples, plain_name, quieten
+from messnet.errors import MessError
+
+__all__ = ["profile"]
+
+
+@app.command(
+    help_epilogue=examples(
+        "profile configs/demo.yaml",
+        "profile runs/demo --measure --threads 2",
+        "profile demo.mess --measure --out here.json",
+        "profile mobilenetv2_fcn --input-size 512 512 --measure --plot cuts.png --out costs.json",
+        "profile my_module:my_function --num-classes 19 --model.num_exits 4 --model.exit_cost latency",
+    )
+)
+def profile(
+    target: str,
+    *overrides: Overrides,
+    num_classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    measure: Annotated[bool, Parameter(negative="")] = False,
+    device: Literal["cpu", "cuda"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    name: str | None = None,
+    plot: Path | None = None,
+    out: Path | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert the model: candidate exit points, what every part costs, and whether early exits can pay.
+
+    Args:
+        target: A recipe (YAML), a run's directory, a bundle, or a model: of the zoo, or module:function of your own.
+        num_classes: Of a model; by default 21.
+        input_size: Height and width, for a model; by default 512 512.
+        measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
+        device: To measure on; by default cpu.
+        dtype: To measure in; by default float32.
+        batch: Images at a time; by default 1.
+        threads: Of the processor; by default torch's choice.
+        name: Of a run's measured table; by default it says device, dtype and batch.
+        plot: Draw the cumulative cost and the chosen exit points, as PNG, SVG or PDF.
+        out: A model's or bundle's table as JSON; for a recipe its run directory, by default runs/NAME.
+    """
+    how = {"device": device, "dtype": dtype, "batch": batch, "threads": threads}
+    how = {option: value for option, value in how.items() if value is not None}
+    if not measure and (how or name):
+        raise MessError(f"--{next(iter(how), 'name')} is for measuring: add --measure")
+    from messnet.deployment.bundle import is_bundle
+
+    bundled, named = is_bundle(target), Path(target).exists() or "/" in target or target.endswith((".yaml", ".yml"))
+    is_model = not bundled and (":" in target or not named)
+    if (is_model or bundled) and name:
+        raise MessError(f"--name is for a table of a run; that of {target} is written with --out FILE.json")
+    if bundled:
+        _expect_no_change(Path(target), overrides, out)
+    if not is_model and (num_classes or input_size):
+        raise MessError("--num-classes and --input-size are for a model; others have theirs from their data set")
+    quieten()
+    from messnet.latency import LatencyOptions
+    from messnet.pipeline import measure_run, profile_bundle, profile_model
+
+    latency = LatencyOptions(**how) if measure else None  # type: ignore[arg-type]
+    if is_model:
+        recipe = _recipe_of_model(target, overrides)
+        net, costs = profile_model(recipe.model, recipe.heads, num_classes or 21, input_size or (512, 512), latency)
+    elif bundled:
+        net, costs = profile_bundle(Path(target), latency)
+    else:
+        opened = do_stage("profile", Path(target), overrides, out, quiet=as_json)
+        costs = measure_run(opened, latency, plain_name(name or latency.name)) if latency else opened.costs()
+        net = opened.blueprint().build()
+    if out is not None and (is_model or bundled):
+        costs.to_json(out)
+    if plot is not None:
+        _plot_cuts(net, plot)
+    if as_json:
+        print(costs.to_json(), end="")
+        return
+    from messnet.cost_report import cost_notes, cost_table
+
+    console = Console()
+    console.print(cost_table(costs, [(p.module, f"{p.channels} at 1/{p.output_stride}") for p in net.exit_points]))
+    for note in (*net.notes, *cost_notes(costs)):
+        console.print(note, markup=False, highlight=False)
+
+
+def _plot_cuts(net: Any, path: Path) -> None:
+    from messnet.report_figures import draw_cumulative_cost
+
+    cuts, timed = net.cuts, all(cut.latency_ms is not None for cut in net.cuts)
+    figure = draw_cumulative_cost(
+        [cut.module for cut in cuts],
+        [cut.latency_ms if timed else cut.macs / 1e9 for cut in cuts],
+        [cuts.index(point) for point in net.exit_points[:-1]],
+        unit="ms" if timed else "GMACs",
+    )
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise MessError(f"cannot write the plot: {error}") from error
+
+
+def _expect_no_change(bundle: Path, overrides: Sequence[object], out: Path | None) -> None:
+    if overrides:
+        raise MessError(f"the bundle {bundle} has one network with fixed exits, {overrides[0]} cannot change it")
+    if out is not None and bundle.resolve() in (out.resolve(), *out.resolve().parents):
+        raise MessError(f"--out {out} lies inside the bundle, which stays as it is: write the table elsewhere")
+
+
+def _recipe_of_model(name: str, overrides: Sequence[str]) -> Any:
+    from messnet.config import recipe_from_record
+
+    return recipe_from_record({"model": {"name": name}}, overrides)
