@@ -22,8 +22,8 @@ from messnet.deployment.loading import instance_names, load_instance
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.measurements import Gallery, Measurements
 from messnet.network.zoo import mobilenetv2_fcn
-from messnet.pipeline import STAGES, open_run, run_stage
-from messnet.runs import Checkpoint
+from messnet.pipeline import FORMATS, STAGES, _fingerprint, open_run, run_stage
+from messnet.runs import Checkpoint, RunDirectory
 from messnet.search import cost_of, route
 
 ARTEFACTS = {
@@ -96,6 +96,28 @@ def test_other_thresholds_tabulate_again_without_training(copied_run: Path) -> N
     run = open_run(copied_run, ["--evaluate.pixel_thresholds", "0.25", "0.75"])
     assert [stage for stage in STAGES if run_stage(run, stage)] == ["evaluate", "search", "report"]
     assert run.tables().pixel_thresholds.tolist() == [0.25, 0.75]
+
+
+def test_a_run_from_before_an_option_existed_goes_on(copied_run: Path) -> None:
+    def forget(known: RunDirectory) -> None:  # as a messnet without distill.filter_kl would have left it
+        record = known.record()
+        del record["recipe"]["distill"]["filter_kl"]
+        stages = {stage: _fingerprint(record["recipe"], stage) for stage in STAGES}
+        known.update_recipe(record["recipe"], stages)
+
+    forget(RunDirectory(copied_run))
+    run = open_run(copied_run)
+    assert run.recipe.distill.filter_kl is False
+    assert not any(run_stage(run, stage) for stage in STAGES)
+    forget(RunDirectory(copied_run))
+    with pytest.raises(RunError, match=r"distill\.filter_kl = False, this recipe says True"):
+        open_run(copied_run, ["--distill.filter_kl", "true"])
+
+
+def test_other_formats_are_written_again_without_training(copied_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "costs", 1)
+    run = open_run(copied_run)
+    assert [stage for stage in STAGES if run_stage(run, stage)] == ["profile", "search", "report"]
 
 
 @pytest.mark.parametrize(

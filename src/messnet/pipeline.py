@@ -46,7 +46,7 @@ from messnet.report import ReportInputs, render_report
 from messnet.runs import RunDirectory
 from messnet.search import Guarantee, Objective, SearchResult, certify, choose, cost_of, pareto_front, route
 from messnet.search.engine import SearchSetting
-from messnet.tables import CostTable, ExitTables
+from messnet.tables import COSTS_SCHEMA_VERSION, SCHEMA_VERSION, CostTable, ExitTables
 from messnet.training import distill, pretrain
 
 __all__ = [
@@ -323,6 +323,14 @@ SECTIONS = {
     "search": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
     "report": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
 }
+# A stage whose artefacts have another format today is done again; trainings have none but safetensors.
+FORMATS = {"costs": COSTS_SCHEMA_VERSION, "tables": SCHEMA_VERSION}
+FORMATS_OF = {
+    "profile": ("costs",),
+    "evaluate": ("tables",),
+    "search": ("costs", "tables"),
+    "report": ("costs", "tables"),
+}
 # What costs hours is refused when its options change; the rest is just done again.
 TRAINING = ("pretrain", "distill")
 # Done again whenever its verb is called.
@@ -350,7 +358,7 @@ def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = 
         recipe = load_recipe(target, overrides)
         directory = RunDirectory(out or Path("runs") / target.stem)
     record = recipe_to_record(recipe)
-    known = directory.record()["recipe"] if directory.exists else None
+    known = _known_recipe(directory) if directory.exists else None
     if known == record:
         return Run(recipe, directory)
     if known is not None:
@@ -375,8 +383,21 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> bool:
     return True
 
 
+def _known_recipe(directory: RunDirectory) -> dict[str, Any]:
+    """The recipe of a run. Options that came after it have their defaults, and its stages stay done."""
+    old = directory.record()["recipe"]
+    known = recipe_to_record(recipe_from_record(old))
+    if known != old:
+        stages = [stage for stage in STAGES if directory.fingerprint(stage) == _fingerprint(old, stage)]
+        directory.update_recipe(known, {stage: _fingerprint(known, stage) for stage in stages})
+    return known
+
+
 def _fingerprint(record: dict[str, Any], stage: str) -> str:
-    parts = {section: record[section] for section in SECTIONS[stage]}
+    """Of the recipe's sections that a stage is made from, and of the formats that it reads and writes."""
+    parts: dict[str, Any] = {section: record[section] for section in SECTIONS[stage]}
+    if formats := [FORMATS[name] for name in FORMATS_OF.get(stage, ())]:
+        parts["formats"] = formats
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

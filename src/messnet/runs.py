@@ -15,7 +15,7 @@ from typing import Any
 from messnet.errors import RunError
 from messnet.files import expect_schema, reading, write_atomically
 
-__all__ = ["Checkpoint", "RunDirectory"]
+__all__ = ["Checkpoint", "RunDirectory", "writing"]
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -42,16 +42,53 @@ class Checkpoint:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        import io
+        """Replaces the last state. Raises RunError when the disk is full or read-only; the last state is whole then."""
+        _save(self.path, state)
 
-        import torch
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Beside the last state: the best one."""
+        _save(self.best.path, state)
 
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.path, buffer.getvalue())
+    def load_best(self) -> dict[str, Any] | None:
+        return self.best.load()
+
+    @property
+    def best(self) -> Checkpoint:
+        return Checkpoint(self.path.with_suffix(".best"))
+
+    def expect_writable(self) -> None:
+        """Raises RunError when no state could be saved here: before hours are spent, not after."""
+        probe = self.path.with_name(f".{self.path.name}.probe")
+        with writing(self.path):
+            write_atomically(probe, b"probe")
+            probe.unlink()
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".best").unlink(missing_ok=True)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with writing(path):
+        write_atomically(path, buffer.getvalue())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of what training makes: a disk that is full or read-only becomes a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}): free space or make the folder writable; what was "
+            f"saved before is whole, and the same command goes on from there"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -70,8 +107,12 @@ class RunDirectory:
             raise RunError(f"{self.path} exists and is no run directory; choose another with --out, or empty it")
         self._write_record({"recipe": recipe, "stages": {}})
 
-    def update_recipe(self, recipe: dict[str, Any]) -> None:
-        self._write_record({**self.record(), "recipe": recipe})
+    def update_recipe(self, recipe: dict[str, Any], fingerprints: dict[str, str] | None = None) -> None:
+        """Another recipe from now on; ``fingerprints`` of the finished stages that it leaves finished."""
+        record = self.record()
+        for stage, fingerprint in (fingerprints or {}).items():
+            record["stages"][stage]["fingerprint"] = fingerprint
+        self._write_record({**record, "recipe": recipe})
 
     def record(self) -> dict[str, Any]:
         """``run.json``. Raises RunError when the folder is no run of this schema version."""
