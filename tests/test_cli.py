@@ -69,7 +69,7 @@ def data(tmp_path: Path) -> Path:
     """A folder data set, 3 images a split, classes 0 to 2 and 255."""
     for split in ("train", "val"):
         for i in range(3):
-            image, mask = smooth_image(64, 80, i), np.random.default_rng(i).choice([0, 1, 2, 255], (64, 80))
+            image, mask = smooth_image(64, 80, i + 10 * (split == "val")), np.random.default_rng(i).choice([0, 1, 2, 255], (64, 80))
             for folder in ("images", "masks"):
                 (tmp_path / "data" / split / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(tmp_path / "data" / split / "images" / f"{i}.jpg")

@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.folders import FolderDataset, default_palette
+from messnet.data.folders import open_folder
+from messnet.data.image_files import FileDataset
+from messnet.data.palettes import default_palette
 from messnet.errors import DataError
 
 CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
@@ -24,8 +26,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(root: Path, split: str = "train", void_index: int | None = 3, **options: object) -> FolderDataset:
-    return FolderDataset(root, split, class_names=NAMES, void_index=void_index, **options)
+def read(root: Path, split: str = "train", void_index: int | None = 3, **options: object) -> FileDataset:
+    return open_folder(root, split, class_names=NAMES, void_index=void_index, **options)
 
 
 def test_reads_rgb_and_maps_void(root: Path) -> None:
@@ -47,6 +49,44 @@ def test_a_palette_mask_is_read_by_index(root: Path) -> None:
     assert picture.mode == "P"
     picture.save(root / "train/masks/x.png")
     assert np.array_equal(read(root)[0].mask, np.where(MASK == 3, 255, MASK))
+
+
+def test_binary_masks_of_0_and_255(root: Path) -> None:
+    mask = np.where(MASK == 3, 255, 0).astype(np.uint8)
+    Image.fromarray(mask).save(root / "train/masks/x.png")
+    names = ("background", "tumour")
+    plain = open_folder(root, "train", class_names=names)
+    assert set(np.unique(plain[0].mask)) == {0, IGNORE_INDEX}  # what check-data warns of
+    told = open_folder(root, "train", class_names=names, mask_values=(0, 255))
+    assert np.array_equal(told[0].mask, mask // 255)
+
+
+def test_masks_that_count_from_one(root: Path) -> None:
+    Image.fromarray(MASK).save(root / "train/masks/x.png")
+    dataset = open_folder(root, "train", class_names=NAMES, mask_values=(1, 2, 3), void_index=0)
+    assert np.array_equal(dataset[0].mask, np.where(MASK == 0, 255, MASK.astype(int) - 1))
+    dataset = open_folder(root, "train", class_names=NAMES, mask_values=(3, 2, 1))
+    with pytest.raises(DataError, match=r"has the ids 0: expected mask_values 3, 2, 1, and 255 for void"):
+        dataset[0]
+
+
+def test_masks_in_colours(root: Path) -> None:
+    colours = np.array([(128, 0, 0), (0, 0, 255), (0, 128, 64), (0, 0, 0)], np.uint8)
+    Image.fromarray(colours[MASK]).save(root / "train/masks/x.png")
+    values = (0x800000, 0x0000FF, 0x008040)
+    dataset = open_folder(root, "train", class_names=NAMES, mask_values=values, void_index=0)
+    assert np.array_equal(dataset[0].mask, np.where(MASK == 3, 255, MASK))
+    assert np.array_equal(dataset.palette, colours[:3])
+    no_void = open_folder(root, "train", class_names=NAMES, mask_values=values)
+    with pytest.raises(DataError, match=r"has the colours 0x000000: expected mask_values 0x800000, .* none for void"):
+        no_void[0]
+    picture = Image.fromarray(MASK)
+    picture.putpalette(colours.ravel().tolist())
+    picture.save(root / "train/masks/x.png")  # a palette PNG: its colours count now
+    assert np.array_equal(dataset[0].mask, np.where(MASK == 3, 255, MASK))
+    Image.fromarray(MASK).save(root / "train/masks/x.png")
+    with pytest.raises(DataError, match=r"has the format L: expected RGB, for mask_values are colours"):
+        dataset[0]
 
 
 def test_list_layout_keeps_the_order_of_the_list(root: Path) -> None:
@@ -86,7 +126,10 @@ def test_iteration_ends(root: Path) -> None:
     [
         (MASK[:40], r"x\.png is 64 x 40 pixels but .*x\.png is 64 x 48 \(width x height\): a mask has the size of its"),
         (MASK + 4, r"x\.png has the ids 4, 5, 6, 7: expected 0 to 2 for 3 classes, and 3 and 255 for void; correct"),
-        (IMAGE, r"masks/x\.png has RGB channels: expected one 8-bit channel of class indices; convert its values"),
+        (
+            IMAGE,
+            r"masks/x\.png has RGB channels \(3072 colours: .*\): expected one 8-bit channel of class indices; convert",
+        ),
         (MASK.astype(np.uint16), r"x\.png has 16 or 32 bits: expected one 8-bit channel"),
         (MASK > 1, r"x\.png has 1 bit: expected one 8-bit channel"),
     ],
@@ -149,12 +192,15 @@ def test_pairs_must_be_whole(root: Path) -> None:
     [
         ({"class_names": ()}, "expected 1 to 255 class names, got 0"),
         ({"class_names": NAMES, "void_index": 2}, "void_index is 3 to 255, beyond the class indices, not 2"),
+        ({"class_names": NAMES, "mask_values": (0, 1)}, "mask_values 0, 1 for 3 class names: expected as many"),
+        ({"class_names": NAMES, "mask_values": (0, 1, 1)}, "mask_values 0, 1, 1 for 3 .* expected as many different"),
+        ({"class_names": NAMES, "mask_values": (5, 6, 7), "void_index": 6}, "void_index is .* no class, 0 to 255, not"),
         ({"class_names": NAMES, "palette": np.zeros((2, 3))}, r"palette of shape \(2, 3\): expected one RGB colour"),
     ],
 )
 def test_wrong_options(root: Path, options: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        FolderDataset(root, "train", **options)
+        open_folder(root, "train", **options)
 
 
 def test_default_palettes_are_distinct() -> None:
@@ -170,7 +216,7 @@ def test_default_palettes_are_distinct() -> None:
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="needs CamVid in ../shared/camvid")
 def test_camvid() -> None:
     names = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
-    train, val = (FolderDataset(CAMVID, split, class_names=names, void_index=11) for split in ("train", "val"))
+    train, val = (open_folder(CAMVID, split, class_names=names, void_index=11) for split in ("train", "val"))
     assert (len(train), len(val)) == (367, 101)
     sample = val[0]
     assert sample.image.shape == (360, 480, 3)

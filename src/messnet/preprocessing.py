@@ -22,6 +22,7 @@ def normalise(image: NDArray[Any]) -> Tensor:
     """uint8 RGB (H, W, 3) or (N, H, W, 3) to a new float32 tensor (3, H, W) or (N, 3, H, W): (x / 255 - MEAN) / STD."""
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
         raise DataError(f"an image is (H, W, 3) or (N, H, W, 3) uint8 RGB, not {image.shape} {image.dtype}: convert it")
-    x = torch.tensor(np.ascontiguousarray(image)).movedim(-1, -3).float()  # copies: read-only arrays are welcome
+    # Planes first, while they are bytes; copies, so read-only arrays are welcome.
+    x = torch.tensor(np.ascontiguousarray(np.moveaxis(image, -1, -3))).float()
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return ((x - mean) / std).contiguous()
+    return x.sub_(mean).div_(std)

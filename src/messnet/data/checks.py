@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from messnet.data import IGNORE_INDEX, SegmentationDataset, SegmentationSample
+from messnet.data.image_files import FileDataset, SampleError, some
 from messnet.errors import DataError
 
-__all__ = ["DatasetReport", "check_dataset"]
+__all__ = ["DatasetReport", "check_dataset", "failed_report", "shared_images"]
+
+WHAT_TO_DO = {
+    "unreadable file": "copy these files again or remove them",
+    "mask of another size": "make each mask at the size of its image, without interpolation between ids",
+    "mask of another format": "save masks as 8-bit PNG of class indices, or list the colour of each class as "
+    "data.mask_values: [0xRRGGBB, ...]",
+    "unknown ids": "name every class in data.class_names; for other ids give data.mask_values (the value of each "
+    "class, in order) or data.void_index (the value to ignore)",
+}
+SHOWN = 5
+"""Problems of a kind that are printed; JSON has all."""
+MUCH_VOID = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +42,26 @@ class DatasetReport:
     """Images per size "HEIGHTxWIDTH", the most frequent first."""
     class_share: dict[str, float]
     """Of the labelled pixels; sums to 1 unless there are none."""
+    class_images: dict[str, int]
+    """Images that the class is in."""
     void_share: float
     """Of all pixels."""
     unlabelled: tuple[str, ...]
     """Names of images that are void everywhere."""
     problems: tuple[str, ...]
-    """One line each; such samples count nowhere else."""
+    """One line each; a sample with a problem counts nowhere else."""
+    problem_kinds: dict[str, int] = field(default_factory=dict)
+    """Of the problems that files have: how many of each."""
+    unknown_ids: dict[str, int] = field(default_factory=dict)
+    """Images per value that is no class; colours as 0xRRGGBB."""
+    label_formats: dict[str, int] = field(default_factory=dict)
+    """Images per way that labels are stored; empty for a data set that is not in files."""
+    duplicates: tuple[tuple[str, ...], ...] = ()
+    """Names of images of this split with the same pixels."""
+    notes: tuple[str, ...] = ()
+    """What is worth a look, and what to do; no problem for messnet."""
+    contents: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Name of an image by the hash of its pixels; not in the record."""
 
     @property
     def is_usable(self) -> bool:
@@ -38,59 +69,202 @@ class DatasetReport:
 
     def to_record(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"unlabelled": list(self.unlabelled), "problems": list(self.problems)}
+        record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "contents"}
+        lists = {name: list(value) for name, value in record.items() if isinstance(value, tuple)}
+        return record | lists | {"duplicates": [list(names) for names in self.duplicates]}
 
     def to_text(self) -> str:
-        sizes = ", ".join(f"{size} ({count})" for size, count in list(self.sizes.items())[:5])
-        more = f" and {len(self.sizes) - 5} more sizes" if len(self.sizes) > 5 else ""
+        lines = [f"{self.num_images} images, height x width: {_counted(self.sizes) or 'none readable'}"]
+        if self.label_formats:
+            lines.append(f"labels: {_counted(self.label_formats)}")
         width = max(map(len, (*self.class_share, "void")))
-        lines = [f"{self.num_images} images, height x width: {sizes or 'none readable'}{more}"]
         for name, share in self.class_share.items():
-            absent = "" if share else "  in no image"
-            lines.append(f"  {name:<{width}} {share:7.2%}  {'#' * round(40 * share)}{absent}".rstrip())
+            where = f"in {self.class_images[name]} images" if share else "in no image"
+            lines.append(f"  {name:<{width}} {share:7.2%}  {where:<16} {'#' * round(40 * share)}".rstrip())
         lines.append(f"  {'void':<{width}} {self.void_share:7.2%}  of all pixels")
         if self.unlabelled:
-            more = " ..." if len(self.unlabelled) > 5 else ""
-            lines.append(f"{len(self.unlabelled)} images without any label: {', '.join(self.unlabelled[:5])}{more}")
+            lines.append(f"{len(self.unlabelled)} images without any label: {some(self.unlabelled)}")
+        lines += [f"note: {note}" for note in self.notes]
         lines.append(f"{len(self.problems)} problems" if self.problems else "no problems")
-        lines += [f"  {problem}" for problem in self.problems]
+        for kind, count in self.problem_kinds.items():
+            lines.append(f"  {count} x {kind}: {WHAT_TO_DO[kind]}")
+            if kind == "unknown ids":
+                lines.append(f"    images per id: {_counted(self.unknown_ids)}")
+        lines += [f"  {problem}" for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"  and {len(self.problems) - SHOWN} more: --json lists all")
         return "\n".join(lines)
 
 
 def check_dataset(
-    dataset: SegmentationDataset, *, progress: Callable[[Iterable[int]], Iterable[int]] = iter
+    dataset: SegmentationDataset,
+    *,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    num_threads: int = 1,
 ) -> DatasetReport:
-    """Read every sample; a DataError becomes a line of the report. ``progress`` wraps the indices, as tqdm does."""
-    num_classes = len(dataset.class_names)
-    sizes: Counter[str] = Counter()
-    pixels = np.zeros(IGNORE_INDEX + 1, np.int64)
-    unlabelled: list[str] = []
-    problems: list[str] = []
-    if np.shape(dataset.palette) != (num_classes, 3):
-        problems.append(f"palette of shape {np.shape(dataset.palette)}: expected ({num_classes}, 3)")
-    for index in progress(range(len(dataset))):
-        try:
-            sample = dataset[index]
-            _expect_sound(sample, num_classes)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        counts = np.bincount(sample.mask.ravel(), minlength=len(pixels))
-        pixels += counts
-        sizes[f"{sample.mask.shape[0]}x{sample.mask.shape[1]}"] += 1
-        if counts[IGNORE_INDEX] == sample.mask.size:
-            unlabelled.append(sample.name)
+    """Read every sample once; a DataError becomes a line of the report. ``progress`` wraps the indices, as tqdm does.
+    ``num_threads`` above 1 asks that the data set may be read from several threads, as those in files may."""
+    tally = _Tally(dataset)
+    num_images, num_classes = len(dataset), len(dataset.class_names)
 
-    labelled = pixels[:num_classes]
-    shares = labelled / max(1, labelled.sum())
+    def look(index: int) -> _Look:
+        return _look(dataset, index, num_classes)
+
+    looks = _ahead(look, num_images, num_threads) if num_threads > 1 else map(look, range(num_images))
+    for _ in progress(range(num_images)):
+        tally.add(next(looks))
+    return tally.report()
+
+
+def failed_report(error: DataError) -> DatasetReport:
+    """Of a split that cannot be opened at all."""
     return DatasetReport(
-        num_images=len(dataset),
-        sizes=dict(sizes.most_common()),
-        class_share=dict(zip(dataset.class_names, shares.tolist(), strict=True)),
-        void_share=float(pixels[IGNORE_INDEX] / max(1, pixels.sum())),
-        unlabelled=tuple(unlabelled),
-        problems=tuple(problems),
+        num_images=0,
+        sizes={},
+        class_share={},
+        class_images={},
+        void_share=0.0,
+        unlabelled=(),
+        problems=(str(error),),
     )
+
+
+def shared_images(first: DatasetReport, second: DatasetReport) -> tuple[tuple[str, str], ...]:
+    """Names, in the first split and in the second, of images with the same pixels."""
+    common = first.contents.keys() & second.contents.keys()
+    return tuple(sorted((first.contents[key], second.contents[key]) for key in common))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is kept of a sample."""
+
+    name: str = ""
+    size: tuple[int, int] = (0, 0)
+    counts: NDArray[np.int64] | None = None
+    content: str = ""
+    label_format: str = ""
+    error: DataError | None = None
+
+
+def _look(dataset: SegmentationDataset, index: int, num_classes: int) -> _Look:
+    label_format = dataset.label_format(index) if isinstance(dataset, FileDataset) else ""
+    try:
+        sample = dataset[index]
+        _expect_sound(sample, num_classes)
+    except DataError as error:
+        return _Look(error=error, label_format=label_format)
+    # Of the pixels, so that a file copied under another name or compression without loss is found too.
+    content = hashlib.blake2b(np.ascontiguousarray(sample.image).data, digest_size=16)
+    content.update(repr(sample.image.shape).encode())
+    counts = np.bincount(sample.mask.ravel(), minlength=IGNORE_INDEX + 1)
+    height, width = sample.mask.shape
+    return _Look(sample.name, (height, width), counts, content.hexdigest(), label_format)
+
+
+def _ahead(look: Callable[[int], _Look], num_images: int, num_threads: int) -> Iterator[_Look]:
+    """In order; only a few are begun ahead, since a data set does not fit in memory."""
+    indices = iter(range(num_images))
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque[Future[_Look]] = deque(pool.submit(look, index) for index in islice(indices, 4 * num_threads))
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(pool.submit(look, index) for index in islice(indices, 1))
+            yield done
+
+
+class _Tally:
+    """Sums of looks, in order."""
+
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.dataset = dataset
+        self.num_classes = len(dataset.class_names)
+        self.sizes: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.unknown: Counter[int] = Counter()
+        self.pixels = np.zeros(IGNORE_INDEX + 1, np.int64)
+        self.images = np.zeros(IGNORE_INDEX + 1, np.int64)
+        self.unlabelled: list[str] = []
+        self.names: dict[str, list[str]] = {}
+        self.problems: list[str] = []
+        if np.shape(dataset.palette) != (self.num_classes, 3):
+            self.problems.append(f"palette of shape {np.shape(dataset.palette)}: expected ({self.num_classes}, 3)")
+
+    def add(self, look: _Look) -> None:
+        if look.label_format:
+            self.formats[look.label_format] += 1
+        if look.error is not None:
+            self.problems.append(str(look.error))
+            if isinstance(look.error, SampleError):
+                self.kinds[look.error.kind] += 1
+                self.unknown.update(look.error.values)
+        if look.counts is None:
+            return
+        self.pixels += look.counts
+        self.images += look.counts > 0
+        self.sizes[f"{look.size[0]}x{look.size[1]}"] += 1
+        self.names.setdefault(look.content, []).append(look.name)
+        if look.counts[IGNORE_INDEX] == look.counts.sum():
+            self.unlabelled.append(look.name)
+
+    def report(self) -> DatasetReport:
+        names, labelled = self.dataset.class_names, self.pixels[: self.num_classes]
+        if problem := self._mistaken_foreground():
+            self.problems.append(problem)
+        return DatasetReport(
+            num_images=len(self.dataset),
+            sizes=dict(self.sizes.most_common()),
+            class_share=dict(zip(names, (labelled / max(1, labelled.sum())).tolist(), strict=True)),
+            class_images=dict(zip(names, self.images[: self.num_classes].tolist(), strict=True)),
+            void_share=self._void_share(),
+            unlabelled=tuple(self.unlabelled),
+            problems=tuple(self.problems),
+            problem_kinds=dict(self.kinds.most_common()),
+            unknown_ids={
+                f"0x{value:06x}" if max(self.unknown) > IGNORE_INDEX else str(value): count
+                for value, count in sorted(self.unknown.items())
+            },
+            label_formats=dict(self.formats.most_common()),
+            duplicates=tuple(tuple(same) for same in self.names.values() if len(same) > 1),
+            notes=tuple(self._notes()),
+            contents={content: same[0] for content, same in self.names.items()},
+        )
+
+    def _void_share(self) -> float:
+        return float(self.pixels[IGNORE_INDEX] / max(1, self.pixels.sum()))
+
+    def _mistaken_foreground(self) -> str:
+        """Of a mask drawn in black and white half is read as void: no error, and nothing to learn."""
+        present = np.flatnonzero(self.pixels).tolist()
+        if self.num_classes > 1 and present == [0, IGNORE_INDEX] and isinstance(self.dataset, FileDataset):
+            return (
+                f"the masks hold nothing but 0 and {IGNORE_INDEX}, and {IGNORE_INDEX} means void: if it is the "
+                f"second class here, say data.mask_values: [0, {IGNORE_INDEX}]"
+            )
+        return ""
+
+    def _notes(self) -> Iterator[str]:
+        if len(self.sizes) > 1:
+            yield "images differ in size: training needs a crop (pretrain.augment.crop, distill.augment.crop)"
+        absent = [name for k, name in enumerate(self.dataset.class_names) if not self.pixels[k]]
+        if absent and self.sizes:
+            yield f"no pixel of {some(absent)}: their IoU is undefined here; are the class names in order?"
+        if sorted(self.unknown) == [self.num_classes] and not self.pixels[0]:
+            yield (
+                f"ids run from 1 to {self.num_classes}: if 0 is no class, say data.mask_values: [1, 2, ..., "
+                f"{self.num_classes}] and data.void_index: 0"
+            )
+        if self._void_share() > MUCH_VOID:
+            yield f"{self._void_share():.0%} of all pixels are void: is {IGNORE_INDEX} or data.void_index a class?"
+        same = [" = ".join(names) for names in self.names.values() if len(names) > 1]
+        if same:
+            yield f"the same image under several names: {some(same)}; keep one of each, or it counts twice"
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:SHOWN])
+    return shown if len(counts) <= SHOWN else f"{shown} and {len(counts) - SHOWN} more"
 
 
 def _expect_sound(sample: SegmentationSample, num_classes: int) -> None:

@@ -2,112 +2,86 @@
 
 Either ``root/SPLIT/images`` and ``root/SPLIT/masks``; or ``root/images`` and ``root/masks`` with ``root/SPLIT.txt``, a
 list of names, one a line. ``images/NAME.jpg`` (or .jpeg, .png, .bmp, .webp, .tif, .tiff) belongs to
-``masks/NAME.png``: one channel, 8 bits, class indices; of a palette PNG the indices count, not the colours.
+``masks/NAME.png``: one channel, 8 bits, class indices; of a palette PNG the indices count, not the colours. Masks with
+other values, or RGB masks, are read with ``mask_values``.
 """
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from messnet.data import IGNORE_INDEX, SegmentationSample
+from messnet.data import IGNORE_INDEX
+from messnet.data.image_files import IMAGE_SUFFIXES, FileDataset, MaskReader, some
+from messnet.data.palettes import default_palette
 from messnet.errors import DataError
 
-__all__ = ["FolderDataset", "default_palette"]
+__all__ = ["open_folder"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LAYOUT = "expected SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt"
 
-# In the manner of CamVid and Cityscapes: calm, and well apart where classes are few.
-COLOURS = (
-    (70, 130, 180), (222, 150, 90), (148, 148, 158), (128, 64, 128), (244, 35, 232), (107, 142, 35), (250, 204, 60),
-    (190, 153, 153), (0, 0, 142), (220, 20, 60), (0, 150, 136), (152, 251, 152), (102, 102, 156), (255, 120, 80),
-    (0, 60, 100), (119, 11, 32), (160, 220, 240), (90, 70, 50), (200, 180, 230), (40, 90, 60),
-)  # fmt: skip
 
+def open_folder(
+    root: str | Path,
+    split: str,
+    *,
+    class_names: Sequence[str],
+    void_index: int | None = None,
+    mask_values: Sequence[int] = (),
+    palette: NDArray[np.uint8] | None = None,
+    cache: bool = False,
+) -> FileDataset[Path]:
+    """One split of labelled images in folders.
 
-def default_palette(num_classes: int) -> NDArray[np.uint8]:
-    """(num_classes, 3) distinct RGB colours."""
-    colours = list(COLOURS[:num_classes])
-    for k in range(len(colours), num_classes):
-        # Steps of the golden ratio never return to a hue.
-        hue, saturation, value = (k * 0.618034) % 1, (0.75, 0.5, 0.9)[k % 3], (0.9, 0.65, 0.45)[k // 3 % 3]
-        red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return np.array(colours, np.uint8).reshape(-1, 3)
-
-
-class FolderDataset:
-    """One split of labelled images in folders, a ``SegmentationDataset``.
-
-    Mask values 0 .. K-1 are classes; ``void_index`` (if given) and 255 are ignored; any other is an error. ``palette``:
-    (K, 3) RGB. ``cache`` keeps decoded samples in memory (read-only arrays), in each worker its own.
+    Mask values 0 .. K-1 are classes, or ``mask_values``: the value of class 0, 1, ..., of RGB masks as 0xRRGGBB.
+    ``void_index`` (if given) and 255 (unless a class, or colours) are ignored; any other is an error. ``palette``:
+    (K, 3) RGB, of RGB masks by default their own. Raises DataError when the folders are not in order.
     """
+    num_classes = len(class_names)
+    if not 1 <= num_classes <= IGNORE_INDEX:
+        raise DataError(f"expected 1 to {IGNORE_INDEX} class names, got {num_classes}")
+    values = tuple(mask_values) or tuple(range(num_classes))
+    if len(set(values)) != num_classes or not all(0 <= value <= 0xFFFFFF for value in values):
+        raise DataError(
+            f"mask_values {some(values)} for {num_classes} class names: expected as many different ones, "
+            "0 to 255 or colours 0xRRGGBB"
+        )
+    is_colour = max(values) > IGNORE_INDEX
+    if void_index is not None:
+        limit = 0xFFFFFF if is_colour else IGNORE_INDEX
+        if mask_values and (void_index in values or not 0 <= void_index <= limit):
+            raise DataError(f"void_index is a mask value that is no class, 0 to {limit}, not {void_index}")
+        if not mask_values and not num_classes <= void_index <= limit:
+            raise DataError(f"void_index is {num_classes} to {limit}, beyond the class indices, not {void_index}")
+    if palette is None:
+        palette = _colours_of(values) if is_colour else default_palette(num_classes)
+    pairs = _find_pairs(Path(root), split)
+    reader = _reader(values, void_index, is_colour=is_colour)
+    return FileDataset(pairs, reader, class_names=class_names, palette=palette, cache=cache)
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        class_names: Sequence[str],
-        void_index: int | None = None,
-        palette: NDArray[np.uint8] | None = None,
-        cache: bool = False,
-    ) -> None:
-        self.class_names = tuple(class_names)
-        num_classes = len(self.class_names)
-        if not 1 <= num_classes <= IGNORE_INDEX:
-            raise DataError(f"expected 1 to {IGNORE_INDEX} class names, got {num_classes}")
-        if void_index is not None and not num_classes <= void_index <= IGNORE_INDEX:
-            raise DataError(
-                f"void_index is {num_classes} to {IGNORE_INDEX}, beyond the class indices, not {void_index}"
-            )
-        self.palette = default_palette(num_classes) if palette is None else np.asarray(palette, np.uint8)
-        if self.palette.shape != (num_classes, 3):
-            raise DataError(
-                f"palette of shape {self.palette.shape}: expected one RGB colour for each of {num_classes} classes"
-            )
-        self.void_index = void_index
-        self._pairs = _find_pairs(Path(root), split)
-        self._cache: dict[int, SegmentationSample] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self._pairs)
+def _reader(values: Sequence[int], void_index: int | None, *, is_colour: bool) -> MaskReader:
+    classes = {value: k for k, value in enumerate(values)}
+    void = [] if void_index is None else [void_index]
+    if not is_colour and IGNORE_INDEX not in (*classes, *void):
+        void.append(IGNORE_INDEX)
+    classes |= dict.fromkeys(void, IGNORE_INDEX)
+    is_plain = tuple(values) == tuple(range(len(values)))
+    shown = [f"0x{value:06x}" for value in values] if is_colour else values
+    known = f"0 to {len(values) - 1} for {len(values)} classes" if is_plain else f"mask_values {some(shown)}"
+    words = " and ".join(f"0x{value:06x}" if is_colour else str(value) for value in void) or "none"
+    return MaskReader(
+        classes,
+        f"{known}, and {words} for void; correct the mask, class_names or void_index, or say "
+        "with mask_values which value is which class",
+    )
 
-    def __getitem__(self, index: int) -> SegmentationSample:
-        index = range(len(self))[index]
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        sample = self._read(*self._pairs[index])
-        if self._cache is not None:
-            sample.image.flags.writeable = sample.mask.flags.writeable = False
-            self._cache[index] = sample
-        return sample
 
-    def _read(self, image_path: Path, mask_path: Path) -> SegmentationSample:
-        image, mask = _read_image(image_path), _read_mask(mask_path)
-        if image.shape[:2] != mask.shape:
-            raise DataError(
-                f"{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels but {image_path} is "
-                f"{image.shape[1]} x {image.shape[0]} (width x height): a mask has the size of its image"
-            )
-        num_classes = len(self.class_names)
-        found = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
-        wrong = [int(label) for label in found if num_classes <= label and label not in (self.void_index, IGNORE_INDEX)]
-        if wrong:
-            void = "255" if self.void_index is None else f"{self.void_index} and 255"
-            raise DataError(
-                f"{mask_path} has the ids {_some(wrong)}: expected 0 to {num_classes - 1} for {num_classes} classes, "
-                f"and {void} for void; correct the mask, class_names or void_index"
-            )
-        if self.void_index is not None:
-            mask[mask == self.void_index] = IGNORE_INDEX
-        return SegmentationSample(name=image_path.stem, image=image, mask=mask)
+def _colours_of(values: Sequence[int]) -> NDArray[np.uint8]:
+    return np.array([(value >> 16, value >> 8 & 255, value & 255) for value in values], np.uint8)
 
 
 def _find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -137,56 +111,17 @@ def _find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
         lines = (line.strip() for line in listing.read_text(encoding="utf-8").splitlines())
         names = [line for line in lines if line]
         if absent := [name for name in names if name not in images]:
-            raise DataError(
-                f"{listing} names {_some(absent)}, not in {base / 'images'}: list file names without suffix"
-            )
+            raise DataError(f"{listing} names {some(absent)}, not in {base / 'images'}: list file names without suffix")
     else:
         # Here a mask without an image is a lost image; with a list it may belong to another split.
         names = list(images)
         if lost := [name for name in masks if name not in images]:
             raise DataError(
-                f"no image for {_some([masks[name].name for name in lost])} in {base / 'masks'}: add or remove"
+                f"no image for {some([masks[name].name for name in lost])} in {base / 'masks'}: add or remove"
             )
     if not names:
         where = f"in {base / 'images'}" if base != root else f"named in {listing}"
         raise DataError(f"no images {where}: expected files {', '.join(IMAGE_SUFFIXES)}")
     if unlabelled := [name for name in names if name not in masks]:
-        raise DataError(f"no mask for {_some(unlabelled)}: expected {base / 'masks' / (unlabelled[0] + '.png')}")
+        raise DataError(f"no mask for {some(unlabelled)}: expected {base / 'masks' / (unlabelled[0] + '.png')}")
     return [(images[name], masks[name]) for name in names]
-
-
-def _read_image(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB."""
-    # Pillow, since OpenCV returns a truncated JPEG partly grey without a word.
-    try:
-        with Image.open(path) as file:
-            return np.array(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_mask(path: Path) -> NDArray[np.uint8]:
-    """(H, W) as in the file."""
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            mask = np.array(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if mode not in ("L", "P"):
-        bands = "16 or 32 bits" if mode.startswith(("I", "F")) else "1 bit" if mode == "1" else f"{mode} channels"
-        raise DataError(
-            f"{path} has {bands}: expected one 8-bit channel of class indices; convert its values to indices"
-        )
-    return mask
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"cannot read {path} ({reason}): it is damaged or no image; copy it again or remove it")
-
-
-def _some(items: Sequence[object]) -> str:
-    """The first few of them, and how many more."""
-    shown = ", ".join(map(str, items[:5]))
-    return shown if len(items) <= 5 else f"{shown} and {len(items) - 5} more"

