@@ -17,8 +17,9 @@ help:
 demo: $(READY)
 	$(BIN)/messnet run configs/demo.yaml
 
+# Two processes of one thread each: half the time of one process of two threads.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -133,9 +133,7 @@ def main() -> None:
             for name in read:
                 rates[name].append(rate(read[name], options.images, turn * options.images))
         for name, values in rates.items():
-            print(
-                f"{name:<20} {statistics.median(values):7.1f} img per CPU s  (rounds {np.round(values, 1).tolist()})"
-            )
+            print(f"{name:<20} {statistics.median(values):7.1f} img per CPU s  (rounds {np.round(values, 1).tolist()})")
         ratios = [a / b for a, b in zip(rates["ours"], rates["torchvision"], strict=True)]
         loader: dict[str, list[float]] = {"ours": [], "torchvision": []}
         for _ in range(options.rounds):

@@ -1,23 +1,30 @@
-"""Time of the exact search on generated tables, against plain enumeration's rate measured in the same run.
+"""Exact search at paper size: time, certificate and memory, against Optuna on the same objective in the same run.
 
-    python benchmarks/bench_search.py [--size small|medium|large] [--json PATH]
+    python benchmarks/bench_search.py [--size small|paper] [--run RUN] [--optuna 10000] [--json PATH]
 
-Ends with one line per figure: name value unit goal ok|short.
+Tables are generated, or those of a finished run. Optuna (TPE and NSGA-II) evaluates the same objective: exits, heads
+and thresholds by their position in the grid, mean cost plus a penalty for the mIoU that is missing. Wall and CPU
+seconds are both told: their ratio tells a busy machine from a slow search. Ends with one line per figure:
+name value unit goal ok|short.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from messnet.errors import MessError
 from messnet.instance import Exit
-from messnet.search import Front, Grid, Objective, choose, cost_of, pareto_front, route
-from messnet.tables import CostTable, ExitTables, PartCost, mean_iou
+from messnet.search import Grid, Objective, SearchResult, pareto_front, search_for
+from messnet.search.problem import Problem, cost_rows
+from messnet.tables import CostTable, ExitTables, PartCost
 
 
 class Size(NamedTuple):
@@ -25,127 +32,199 @@ class Size(NamedTuple):
     classes: int
     early_exits: int
     heads: int
-    pixel_thresholds: int
     image_thresholds: int
 
 
-SIZES = {
-    "small": Size(50, 8, 3, 6, 4, 16),
-    "medium": Size(80, 10, 4, 9, 7, 24),
-    "large": Size(120, 12, 5, 12, 10, 32),
-}
+SIZES = {"small": Size(80, 8, 4, 6, 16), "paper": Size(724, 21, 5, 56, 64)}
+PIXEL_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
 
 
 def make_tables(size: Size, seed: int = 0) -> tuple[ExitTables, CostTable]:
     """Tables of a network whose deeper exits and larger heads see better, and whose confidence knows it roughly.
 
-    Image v has a difficulty, exit h a skill; the share of wrong pixels grows with one and falls with the other, so
-    that easy images are as good early as late. The confidence follows the share of right pixels with noise.
+    Most of what an exit gets wrong it shares: with all exits (the image's difficulty and each class's), with the heads
+    of its exit point, and only a little is its own. Missed pixels go to the background or to classes of the image.
     """
     draw = np.random.default_rng(seed)
-    exits = [Exit(i, f"head{j}") for i in range(size.early_exits) for j in range(size.heads)]
+    exits = [Exit(i, f"head{j:02d}") for i in range(size.early_exits) for j in range(size.heads)]
     exits.append(Exit(size.early_exits, "final"))
-    quality = np.array([j / size.heads for _ in range(size.early_exits) for j in range(size.heads)] + [1.0])
-    depth = np.array([e.exit_index / size.early_exits for e in exits])
-    skill = 0.45 + 0.4 * depth + 0.12 * quality + draw.normal(0, 0.01, len(exits))
-    difficulty = draw.beta(2, 3, size.images)
+    point = np.array([e.exit_index for e in exits])
+    capacity = np.array([j / size.heads for _ in range(size.early_exits) for j in range(size.heads)] + [1.0])
+    depth = (point + 1) / (size.early_exits + 1)
+    num, shape = len(exits), (size.images, len(exits), size.classes)
 
-    shape = (size.images, len(exits), size.classes)
-    share = draw.dirichlet(0.3 * draw.uniform(0.3, 3, size.classes), size.images)
-    labelled = (share * 250_000).astype(np.int32)
-    class_skill = draw.normal(0, 0.03, (1, len(exits), size.classes)) - draw.uniform(0, 0.25, (1, 1, size.classes))
-    common = draw.normal(0, 0.05, (size.images, 1, size.classes))  # what is hard in this image for every exit
-    own = draw.normal(0, 0.03, shape)
-    recall = np.clip(
-        1.1 - difficulty[:, None, None] * (1.25 - skill[None, :, None]) * 1.6 + class_skill + common + own, 0.02, 0.99
+    def shared(spread: float, *last: int) -> Any:
+        """The same for all heads of an exit point."""
+        return draw.normal(0, spread, (size.images, size.early_exits + 1, *last))[:, point]
+
+    share = draw.dirichlet(np.r_[6.0, 0.12 * draw.uniform(0.5, 2, size.classes - 1)], size.images)
+    labelled = (share * 250_000).astype(np.int64)
+    labelled[labelled < 800] = 0
+    error = 0.45 * np.exp(-2.2 * depth) + 0.06 - 0.03 * capacity * (1 - depth) + draw.normal(0, 0.003, num)
+    difficulty = draw.beta(2, 3, size.images)
+    hard_class = np.r_[0.35, draw.uniform(0.6, 1.6, size.classes - 1)]
+    hard = 0.25 + 1.9 * difficulty[:, None, None] ** 1.5 * (1.8 - 0.8 * depth[:, None])
+    luck = (
+        draw.normal(0, 0.35, (size.images, 1, size.classes)) + shared(0.12, size.classes) + draw.normal(0, 0.06, shape)
     )
-    intersection = (recall * labelled[:, None]).astype(np.int32)
-    # What one class loses another one gains.
-    missed = labelled[:, None] - intersection
-    gains = draw.dirichlet(np.ones(size.classes), shape[:2])
-    predicted = intersection + (missed.sum(2, keepdims=True) * gains).astype(np.int32)
+    missed_share = np.clip(error[:, None] * hard * hard_class * np.exp(luck), 0.002, 0.97)
+    missed = (missed_share * labelled[:, None]).astype(np.int64)
+    intersection = labelled[:, None] - missed
+    towards = np.log(share + 0.01 * draw.dirichlet(0.2 * np.ones(size.classes), size.images) + 1e-9)[:, None]
+    towards = np.exp(towards + shared(0.15, size.classes) + draw.normal(0, 0.08, shape))
+    towards[..., 0] *= 0.5
+    predicted = intersection + (missed.sum(2, keepdims=True) * towards / towards.sum(2, keepdims=True)).astype(np.int64)
 
     right = intersection.sum(2) / labelled.sum(1)[:, None]
-    thresholds = np.linspace(0.3, 0.95, size.pixel_thresholds)
-    level = 3 * (right + draw.normal(0, 0.05, right.shape) - 0.8)[:, :, None] - 4 * (thresholds - 0.6)
-    confidence = 1 / (1 + np.exp(-2 * (level + draw.normal(0, 0.05, level.shape))))
+    thresholds = np.array(PIXEL_THRESHOLDS)
+    level = 0.8 * np.log(right / (1 - right))[:, :, None] - 0.56 * np.log(thresholds / (1 - thresholds))
+    level += shared(0.25, 1) + draw.normal(0, 0.1, (*right.shape, 1)) + draw.normal(0, 0.05, level.shape)
     tables = ExitTables(
         image_names=tuple(f"{v:04d}" for v in range(size.images)),
         difficulty=difficulty,
         class_names=tuple(f"class{k}" for k in range(size.classes)),
         exits=tuple(exits),
-        intersection=intersection,
+        intersection=intersection.astype(np.int32),
         predicted=predicted.astype(np.int32),
-        labelled=labelled,
+        labelled=labelled.astype(np.int32),
         policies=("top1+native",),
         pixel_thresholds=thresholds,
-        image_confidence=(confidence[:, :, None].astype(np.float32) * 2**18).round() / np.float32(2**18),
+        image_confidence=((1 / (1 + np.exp(-level)))[:, :, None] * 2**18).round().astype(np.float32)
+        / np.float32(2**18),
     )
-    macs = draw.integers(15_000_000_000, 25_000_000_000, size.early_exits + 1)
-    head_macs = [int((0.2 + 3 * q + draw.uniform(0, 0.3)) * 1e9) for q in quality]
-    costs = CostTable(
+    return tables, _costs(size, exits, capacity, draw)
+
+
+def _costs(size: Size, exits: list[Exit], capacity: Any, draw: np.random.Generator) -> CostTable:
+    def part(macs: float) -> PartCost:
+        return PartCost(macs=int(macs), macs_paper=int(1.01 * macs), parameters=int(macs) // 1000, memory_bytes=0)
+
+    heads = (0.3 + 5 * capacity**1.5 + draw.uniform(0, 0.3, len(exits))) * 1e9
+    heads[-1] = 1e10
+    return CostTable(
         model="generated",
         input_size=(512, 512),
-        segments=tuple(PartCost(macs=int(m), macs_paper=int(1.01 * m), parameters=int(m) // 4000) for m in macs),
-        heads={
-            e: PartCost(macs=m, macs_paper=int(1.01 * m), parameters=m // 1000)
-            for e, m in zip(exits, head_macs, strict=True)
-        },
+        segments=tuple(part(m) for m in draw.integers(18_000_000_000, 25_000_000_000, size.early_exits + 1)),
+        heads={e: part(m) for e, m in zip(exits, heads, strict=True)},
+        policies=tuple(part(2e7) for _ in range(size.early_exits)),
+        outputs=tuple(part(6e7) for _ in range(size.early_exits + 1)),
     )
-    return tables, costs
 
 
-def plain_rate(front: Front, tables: ExitTables, costs: CostTable, seconds: float = 2.0) -> float:
-    """Instances per second of the literal way: route the images, sum the counts, take the mIoU and the mean cost."""
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        instance = front.points[done % len(front.points)].instance
-        mean_iou(*tables.counts(route(tables, instance)))
-        cost_of(tables, costs, instance).mean()
-        done += 1
-    return done / (time.perf_counter() - start)
+def timed(words: str, work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result, wall seconds, CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"{words}: {wall:.1f} s, {cpu:.1f} CPU s: {result.certificate}", flush=True)
+    return result, wall, cpu
+
+
+def optuna_best(problem: Problem, least_miou: float, sampler: str, trials: int) -> tuple[float, float]:
+    """Least mean cost that meets the mIoU, and the seconds it took."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    arrays, final = problem.arrays, problem.tables.final
+    points = sorted({e.exit_index for e in problem.tables.exits})
+    at = [[p for p, e in enumerate(problem.tables.exits) if e.exit_index == i] for i in points]
+    prefix, head, decision, output = arrays.parts[0]
+    classes, best = arrays.num_classes, [np.inf]
+
+    def objective(trial: Any) -> float:
+        chosen = sorted({trial.suggest_int(f"point{j}", 0, len(points) - 1) for j in range(3)})
+        positions = [at[i][trial.suggest_int(f"head{i}", 0, len(at[i]) - 1) if len(at[i]) > 1 else 0] for i in chosen]
+        routing = np.full(problem.num_images, positions[-1])
+        free, paid, cost = np.ones(problem.num_images, bool), 0.0, 0.0
+        for i, position in zip(chosen[:-1], positions[:-1], strict=True):
+            columns = problem.columns[position]
+            column = columns[trial.suggest_int(f"pixel{i}", 0, len(columns) - 1)]
+            share = trial.suggest_float(f"image{i}", 0, 1)
+            leaves = free & (column.bins >= 1 + round(share * (len(column.image_thresholds) - 1)))
+            paid += head[position] + decision[position]
+            cost += leaves.sum() * (prefix[position] + paid + output[position])
+            routing[leaves], free = position, free & ~leaves
+        last = positions[-1]
+        cost = (cost + free.sum() * (prefix[last] + paid + head[last] + output[last])) / problem.num_images
+        counts = arrays.counts[routing, np.arange(problem.num_images)].sum(0, dtype=np.int64)
+        miou = (counts[:classes] / counts[classes : 2 * classes]).mean()
+        if miou >= least_miou:
+            best[0] = min(best[0], cost)
+        return cost / prefix[final] + 20 * max(0.0, least_miou - miou)
+
+    samplers = {"tpe": optuna.samplers.TPESampler, "nsga2": optuna.samplers.NSGAIISampler}
+    study = optuna.create_study(sampler=samplers[sampler](seed=0))
+    start = time.perf_counter()
+    study.optimize(objective, n_trials=trials)
+    return best[0], time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="medium")
+    parser.add_argument("--size", choices=SIZES, default="paper")
+    parser.add_argument("--run", type=Path, help="tables.npz and profile.json of a finished run, not generated ones")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drop", type=float, default=1.0, help="allowed mIoU drop, percentage points")
+    parser.add_argument("--optuna", type=int, default=10_000, help="evaluations of each sampler; 0: none")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="of the search for one objective, seconds")
+    parser.add_argument("--front", type=float, default=300.0, help="of the search for the front, seconds; 0: no front")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
 
     size = SIZES[options.size]
-    tables, costs = make_tables(size, options.seed)
-    print(size)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    front = pareto_front(tables, costs, grid=Grid(num_image_thresholds=size.image_thresholds), progress=True)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    print(f"{front.certificate}\nfront of {len(front.points)} points, {len(front.static)} static")
-    questions = [
-        Objective(maximise="miou", max_cost_ratio=1),
-        Objective(minimise="macs", max_drop_pp=0.1),
-        Objective(minimise="macs", max_drop_pp=1),
-    ]
-    for objective in questions:
-        print(f"{objective}: {choose(front, objective).verdict}")
+    if options.run:
+        tables = ExitTables.from_bytes((options.run / "tables.npz").read_bytes())
+        costs = CostTable.from_json((options.run / "profile.json").read_text())
+    else:
+        tables, costs = make_tables(size, options.seed)
+    grid, objective = Grid(num_image_thresholds=size.image_thresholds), Objective(max_drop_pp=options.drop)
+    few = tables.subset(np.arange(min(12, len(tables.image_names))))
+    _, compile_s, _ = timed(
+        "compiled or loaded", lambda: search_for(few, costs, objective, grid=Grid(num_image_thresholds=2))
+    )
 
-    rate = plain_rate(front, tables, costs)
-    figures = [
-        ("search_s", seconds, "s", 60.0, seconds <= 60),
-        ("search_cpu_s", cpu_seconds, "s", None, True),  # tells a busy machine from a slow search
-        ("declared", front.num_declared, "instances", None, True),
-        ("distinct", front.num_distinct, "instances", None, True),
-        ("evaluated", front.num_evaluated, "instances", None, True),
-        ("evaluated_share", front.num_evaluated / front.num_distinct, "ratio", None, True),
-        ("plain_rate", rate, "instances/s", None, True),
-        ("speedup_over_plain_distinct", front.num_distinct / seconds / rate, "x", 100.0, True),
+    def ask(max_exits: int, limit: float | None) -> SearchResult:
+        own = Grid(num_image_thresholds=size.image_thresholds, max_exits=max_exits)
+        return search_for(tables, costs, objective, grid=own, time_limit=limit)
+
+    two, two_s, two_cpu = timed("two exits", lambda: ask(2, None))
+    three, three_s, three_cpu = timed("three exits", lambda: ask(3, options.time_limit))
+    print(three.verdict)
+    gap = float("inf") if three.gap_cost is None else three.gap_cost
+    figures: list[tuple[str, float, str, float | None, bool]] = [
+        ("compile_s", compile_s, "s", None, True),
+        ("two_exits_s", two_s, "s", 60.0, two_s <= 60 and two.gap_cost == 0),
+        ("two_exits_cpu_s", two_cpu, "s", None, True),
+        ("three_exits_s", three_s, "s", 60.0, three_s <= 66),
+        ("three_exits_cpu_s", three_cpu, "s", None, True),
+        ("three_exits_gap", 100 * gap, "%", 1.0, gap <= 0.01),
     ]
-    figures[-1] = (*figures[-1][:4], figures[-1][1] >= 100)
-    for name, value, unit, goal, reached in figures:
-        print(f"{name} {value:.6g} {unit} {'-' if goal is None else f'{goal:g}'} {'ok' if reached else 'short'}")
+    if options.front:
+        front, front_s, _ = timed("front", lambda: pareto_front(tables, costs, grid=grid, time_limit=options.front))
+        figures += [
+            ("front_s", front_s, "s", 300.0, front_s <= 330),
+            ("front_gap", 100 * front.gap_miou, "pp", None, True),
+        ]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    figures.append(("peak_memory", memory, "GiB", 4.0, memory < 4))
+    problem = Problem(tables, cost_rows(objective, [costs], tables), grid)
+    ours = three.instance.selected_on
+    for sampler in ("tpe", "nsga2") if options.optuna else ():
+        theirs, seconds = optuna_best(problem, ours["baseline_miou"] - options.drop / 100, sampler, options.optuna)
+        ratio = theirs / ours["macs"]
+        figures.append((f"{sampler}_cost_over_ours", ratio, "x", 1.0, ratio >= 1 - 1e-12))
+        reached = two if two.instance.selected_on["macs"] <= theirs else three
+        own_s = two_s if reached is two else three_s
+        figures.append((f"{sampler}_time_over_ours", seconds / own_s, "x", 100.0, seconds / own_s >= 100))
+    for name, value, unit, goal, reached_goal in figures:
+        print(f"{name} {value:.6g} {unit} {'-' if goal is None else f'{goal:g}'} {'ok' if reached_goal else 'short'}")
     if options.json:
         record = [dict(zip(("name", "value", "unit", "goal", "ok"), figure, strict=True)) for figure in figures]
         options.json.write_text(json.dumps({"size": size._asdict(), "figures": record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MessError as error:
+        raise SystemExit(str(error)) from None

@@ -22,7 +22,7 @@ from messnet.latency import LatencyOptions
 
 VERBS = [
     "check-data", "distill", "evaluate", "export", "predict", "pretrain", "profile", "recipe", "report", "run",
-    "search",
+    "search", "serve",
 ]  # fmt: skip
 
 
@@ -69,7 +69,10 @@ def data(tmp_path: Path) -> Path:
     """A folder data set, 3 images a split, classes 0 to 2 and 255."""
     for split in ("train", "val"):
         for i in range(3):
-            image, mask = smooth_image(64, 80, i + 10 * (split == "val")), np.random.default_rng(i).choice([0, 1, 2, 255], (64, 80))
+            image, mask = (
+                smooth_image(64, 80, i + 10 * (split == "val")),
+                np.random.default_rng(i).choice([0, 1, 2, 255], (64, 80)),
+            )
             for folder in ("images", "masks"):
                 (tmp_path / "data" / split / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(tmp_path / "data" / split / "images" / f"{i}.jpg")
@@ -131,6 +134,7 @@ def test_bad_data(
 def test_check_data(data: Path, folder_recipe: Path, fails: Callable[..., str], says: Callable[..., str]) -> None:
     before = snapshot(data)
     reports = strict_json(says("check-data", folder_recipe, "--json"))
+    assert reports.pop("in_both_splits") == []
     assert {split: report["num_images"] for split, report in reports.items()} == {"train": 3, "val": 3}
     assert "no problems" in says("check-data", folder_recipe)
     assert snapshot(data) == before

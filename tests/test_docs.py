@@ -1,6 +1,6 @@
 """The pages in docs/ do what they say: their Python runs, their commands run, their links lead somewhere.
 
-A block marked ``sh`` runs line by line, all of a page in one folder with a finished run, a recipe and a photograph;
+A block marked ``sh`` runs line by line, all of a page in one folder with a finished run, a recipe, a photograph and a film;
 ``sh fails`` must end with exit code 2; blocks without a mark are not run.
 """
 
@@ -11,6 +11,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import cv2
 import pytest
 from conftest import smooth_image
 from PIL import Image
@@ -29,6 +30,10 @@ def test_what_a_page_says_runs(
     shutil.copytree(tiny_run, "runs/demo")
     shutil.copy(tiny_recipe, "my.yaml")
     Image.fromarray(smooth_image(64, 80)).save("photo.jpg")
+    film = cv2.VideoWriter("drive.mp4", cv2.VideoWriter.fourcc(*"mp4v"), 10, (80, 64))
+    for seed in range(3):
+        film.write(smooth_image(64, 80, seed))
+    film.release()
     namespace: dict[str, object] = {"__name__": "docs"}
     for language, fails, code in BLOCK.findall(page.read_text()):
         if language == "python":

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import smooth_image
 
+from messnet.cli import main
 from messnet.data import IGNORE_INDEX, SegmentationSample
-from messnet.errors import RecipeError
-from messnet.evaluation import EvaluationOptions, evaluate
+from messnet.errors import ModelError, RecipeError, RunError
+from messnet.evaluation import EvaluationOptions, evaluate, merge_shards
 from messnet.exit_policy import Policy, refined_confidence_map
 from messnet.instance import Exit
 from messnet.network.multi_exit import MultiExitNet
 from messnet.preprocessing import normalise
+from messnet.runs import Checkpoint
 from messnet.tables import ExitTables
 
 OPTIONS = EvaluationOptions(policies=("top1+native", "entropy+paper"), pixel_thresholds=(0.3, 0.5, 0.8))
@@ -101,3 +106,93 @@ def test_image_confidence_is_the_share_of_the_literal_map(tables: ExitTables, sm
 def test_options_are_checked(options: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         EvaluationOptions(**options)
+
+
+ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficulty", "pixel_thresholds")
+
+
+def assert_equal_tables(a: ExitTables, b: ExitTables) -> None:
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        assert getattr(a, name).dtype == getattr(b, name).dtype
+    for name in ("image_names", "class_names", "exits", "policies", "origin"):
+        assert getattr(a, name) == getattr(b, name)
+
+
+class Stopping(Pictures):
+    """The power fails when image ``last`` is read."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.read = last, []
+
+    def __getitem__(self, v: int) -> SegmentationSample:
+        if v == self.last:
+            raise KeyboardInterrupt
+        self.read.append(v)
+        return super().__getitem__(v)
+
+
+def test_a_killed_evaluation_goes_on(
+    tables: ExitTables, small_net: MultiExitNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("messnet.evaluation._CHECKPOINT_SECONDS", 0)
+    checkpoint = Checkpoint(tmp_path / "tables.checkpoint")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_net, Stopping(2), OPTIONS, origin="a", checkpoint=checkpoint)
+    rest = Stopping(99)
+    resumed = evaluate(small_net, rest, OPTIONS, origin="a", checkpoint=checkpoint)
+    assert rest.read == [2]
+    assert_equal_tables(resumed, replace(tables, origin="a"))
+    of_others = Stopping(99)
+    evaluate(small_net, of_others, OPTIONS, origin="other weights", checkpoint=checkpoint)
+    assert of_others.read == [0, 1, 2]
+
+
+def test_shards_merge_to_the_tables_of_one_pass(tables: ExitTables, small_net: MultiExitNet) -> None:
+    shards = {(i, 2): evaluate(small_net, Pictures(), OPTIONS, part=(i, 2), origin="a") for i in (1, 2)}
+    assert shards[1, 2].image_names == ("image 0", "image 2")
+    assert_equal_tables(merge_shards(dict(reversed(shards.items())), "a"), replace(tables, origin="a"))
+    for wrong, message in (
+        ({}, "found none"),
+        ({(2, 2): shards[2, 2]}, r"shards 1/2 are missing"),
+        (shards | {(1, 3): shards[1, 2]}, "2 and 3 parts"),
+        ({(1, 2): shards[2, 2], (2, 2): shards[1, 2]}, "shard 1/2 was made from another"),
+    ):
+        with pytest.raises(RunError, match=message):
+            merge_shards(wrong, "a")
+    with pytest.raises(RunError, match="another recipe or other weights"):
+        merge_shards(shards, "b")
+
+
+def test_the_command_in_shards(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = ExitTables.from_bytes((run / "tables.npz").read_bytes())
+    assert before.origin
+    (run / "tables.npz").unlink()
+
+    def fails(*tokens: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(["evaluate", str(run), *tokens])
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    main(["evaluate", str(run), "--shard", "2/2"])
+    assert "shards 1/2 are missing" in fails("--merge")
+    assert "such as 2/8" in fails("--shard", "3/2")
+    assert "without --shard" in fails("--shard", "1/2", "--merge")
+    main(["evaluate", str(run), "--shard", "1/2"])
+    main(["evaluate", str(run), "--merge", "--json"])
+    assert_equal_tables(ExitTables.from_bytes((run / "tables.npz").read_bytes()), before)
+    assert not list(run.glob("tables.*of*")) + list(run.glob("*.checkpoint"))
+
+
+def test_logits_that_are_not_finite_name_exit_and_image(small_net: MultiExitNet, tables: ExitTables) -> None:
+    broken = copy.deepcopy(small_net)
+    head = broken.exits[3]
+    next(broken.head(head).parameters()).data[0] = float("nan")
+    with pytest.raises(ModelError, match=rf"exit {head.exit_index}, head {head.head}, gives NaN .* image 'image 0'"):
+        evaluate(broken, Pictures(), OPTIONS)
+    damaged = replace(tables, image_confidence=tables.image_confidence.copy())
+    damaged.image_confidence[1, 6, 0, 1] = np.nan
+    with pytest.raises(RunError, match="first at exit 3, head final, image 'image 1'"):
+        ExitTables.from_bytes(damaged.to_bytes())

@@ -21,7 +21,7 @@ from messnet.cli import main
 from messnet.errors import RecipeError
 from messnet.instance import Exit, ExitChoice, Instance
 from messnet.search import Grid, Guarantee, Objective, SearchResult, certify, choose, cost_of, pareto_front, route
-from messnet.search.guarantee import images_needed, loss_of, p_value, retreat_path
+from messnet.search.guarantee import certified_step, images_needed, loss_of, p_value, retreat_path
 from messnet.tables import CostTable, ExitTables, PartCost
 
 NUM_PIXELS = 200
@@ -154,6 +154,16 @@ def test_images_needed(epsilon: float, delta: float) -> None:
     more = images_needed(epsilon / 3, guarantee)
     assert p_value(np.full(more, epsilon / 3), epsilon) <= delta
     assert more > least
+
+
+def test_the_certified_step_stops_at_the_first_that_is_not_rejected() -> None:
+    guarantee, draw = Guarantee(epsilon=0.1, delta=0.1), np.random.default_rng(0)
+    means = [0.0, 0.001, 0.02, 0.2, 0.001]  # the last would pass, but is never tested
+    losses = np.array([draw.beta(1, 1 / m - 1, 200) if m else np.zeros(200) for m in means])
+    step, p = certified_step(losses, guarantee)
+    assert (step, p) == (2, p_value(losses[2], 0.1))
+    assert p_value(losses[4], 0.1) < 0.1 < p_value(losses[3], 0.1)
+    assert certified_step(losses[:, :20], guarantee) == (0, 0.0)  # 0.9^20 > 0.1
 
 
 def test_losses_equal_those_of_images() -> None:

@@ -16,7 +16,7 @@ from messnet.errors import DataError, ModelError, RunError
 from messnet.exit_policy import Policy, refined_confidence_map
 from messnet.instance import Exit, ExitChoice, Instance
 from messnet.network.multi_exit import MultiExitNet
-from messnet.pipeline import open_run
+from messnet.opening import open_run
 from messnet.search import route
 from messnet.tables import ExitTables, mean_iou
 

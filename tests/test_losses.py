@@ -10,7 +10,15 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from messnet.data import IGNORE_INDEX
-from messnet.losses import DistillationLoss, cross_entropy, distillation_loss, teach
+from messnet.errors import DataError
+from messnet.losses import (
+    DistillationLoss,
+    automatic_class_weights,
+    cross_entropy,
+    distillation_loss,
+    pixel_weight,
+    teach,
+)
 
 LOSSES: list[tuple[DistillationLoss, float, bool]] = [
     ("ce", 0.5, False),
@@ -98,6 +106,59 @@ def test_its_gradient_is_the_equations(loss: DistillationLoss, alpha: float, fil
     pixels[valid].mean().backward()
     torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-4, atol=1e-7)
     assert not ours.grad.movedim(1, -1)[~valid].any()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("weights", [None, (0.5, 3.0, 0.0, 1.0)])
+def test_self_distillation_is_the_equation(alpha: float, weights: tuple[float, ...] | None) -> None:
+    """alpha * CE + (1 - alpha) / 2 * (KL(y_N || y_i) + KL(y_{i+1} || y_i)), value and gradient."""
+    student, teacher, labels = batch()
+    deeper = torch.from_numpy(np.random.default_rng(1).normal(0, 3, SHAPE)).float()
+    class_weights = None if weights is None else torch.tensor(weights)
+    ours, theirs = student.clone().requires_grad_(), student.double().requires_grad_()
+    taught = teach(
+        teacher, labels, loss="self_distillation", alpha=alpha, class_weights=class_weights, deeper_logits=deeper
+    )
+    loss = distillation_loss(ours, taught)
+
+    valid = labels != IGNORE_INDEX
+    ce = F.cross_entropy(theirs, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    kls = [F.kl_div(theirs.log_softmax(1), y.double().softmax(1), reduction="none").sum(1) for y in (teacher, deeper)]
+    pixels = alpha * ce + (1 - alpha) / 2 * (kls[0] + kls[1])
+    of_pixel = torch.tensor(weights or (1, 1, 1, 1)).double()[labels[valid]]
+    expected = (pixels[valid] * of_pixel).sum() / of_pixel.sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-4, atol=1e-7)
+
+
+def test_self_distillation_without_a_deeper_exit_is_kd() -> None:
+    student, teacher, labels = batch()
+    kd = teach(teacher, labels, loss="kd")
+    for deeper in (None, torch.full_like(teacher, torch.nan)):  # the second diverged
+        taught = teach(teacher, labels, loss="self_distillation", deeper_logits=deeper)
+        assert torch.equal(taught.target, kd.target)
+        assert torch.equal(distillation_loss(student, taught), distillation_loss(student, kd))
+
+
+def test_automatic_class_weights_are_the_formula() -> None:
+    pixels = np.array([700, 250, 50, 0])
+    weights = automatic_class_weights(pixels)
+    expected = [1 / np.log(1.02 + share) for share in (0.7, 0.25, 0.05, 0.0)]
+    np.testing.assert_allclose(weights / weights[0], np.array(expected) / expected[0])
+    assert np.average(weights, weights=pixels) == pytest.approx(1)
+    with pytest.raises(DataError, match="needs labelled pixels"):
+        automatic_class_weights(np.zeros(4, np.int64))
+
+
+@pytest.mark.parametrize("weights", [None, (0.5, 3.0, 0.0, 1.0)])
+def test_parts_of_a_batch_add_up(weights: tuple[float, ...] | None) -> None:
+    student, _, labels = batch()
+    labels[0, :3] = IGNORE_INDEX  # the parts weigh differently
+    class_weights = None if weights is None else torch.tensor(weights)
+    mean = sum(pixel_weight(labels[n : n + 1], class_weights).float() for n in range(2)) / 2
+    parts = [cross_entropy(student[n : n + 1], labels[n : n + 1], class_weights, normaliser=mean) for n in range(2)]
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, cross_entropy(student, labels, class_weights))
 
 
 def test_a_perfect_student_has_nothing_to_lose() -> None:

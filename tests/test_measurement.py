@@ -8,8 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from messnet.deployment import measurement
-from messnet.deployment.measurement import check_additivity
-from messnet.instance import Instance
+from messnet.deployment.inference import Session
+from messnet.deployment.measurement import check_additivity, measure_session
+from messnet.deployment.runtimes import TorchRunner
+from messnet.exit_policy import Policy
+from messnet.instance import Exit, ExitChoice, Instance
 from messnet.latency import LatencyOptions
 from messnet.network.multi_exit import MultiExitNet
 from messnet.profiling import profile
@@ -80,3 +83,35 @@ def test_sessions_stop_where_they_are_told(
     assert all(stopped == told for stopped, told in stops)
     assert len(set(stops)) > 1
     assert 0 <= found["median_error"] <= found["worst_error"]
+
+
+def test_a_session_is_measured_step_by_step(
+    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("messnet.latency.time.perf_counter", lambda: now[0])
+
+    class Timed(TorchRunner):
+        """Segments take 10 ms, a head 3, a decision 1, labels 2."""
+
+        def advance(self, live: Any, exit: Exit, **how: Any) -> Any:
+            now[0] += (10 + 3 * how["logits"] + (how["pixel_threshold"] is not None)) / 1000
+            return super().advance(live, exit, **how)
+
+        def labels(self, *given: Any) -> Any:
+            now[0] += 0.002
+            return super().labels(*given)
+
+    head = small_net.exits[0].head
+    choices = (*(ExitChoice(exit_index=e, head=head) for e in (0, 2)), ExitChoice(exit_index=3, head="final"))
+    session = Session(Timed(small_net, Policy()), Instance(name="any", setting="anytime", exits=choices))
+    table = measure_session(session, costs, OPTIONS)
+    for name in ("latency_ms", "latency_p95_ms"):
+        column = table.column(name, [choice.exit for choice in choices])  # type: ignore[arg-type]
+        assert column.segments.tolist() == pytest.approx([10, 0, 10, 13], abs=1e-3)
+        assert column.heads.tolist() == pytest.approx([3, 3, 0], abs=1e-3)
+        assert column.policies.tolist() == pytest.approx([1, 1, 0], abs=1e-3)
+        assert column.leaving().tolist() == pytest.approx([16, 30, 43], abs=1e-3)
+    assert table.conditions == {**session.runner.conditions, "batch": 1}
+    assert [part.macs for part in table.segments] == [part.macs for part in costs.segments]
+    assert set(table.heads) == {choice.exit for choice in choices}

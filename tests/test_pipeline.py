@@ -22,7 +22,8 @@ from messnet.deployment.loading import instance_names, load_instance
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.measurements import Gallery, Measurements
 from messnet.network.zoo import mobilenetv2_fcn
-from messnet.pipeline import FORMATS, STAGES, _fingerprint, open_run, run_stage
+from messnet.opening import FORMATS, fingerprint, open_run
+from messnet.pipeline import STAGES, run_stage
 from messnet.runs import Checkpoint, RunDirectory
 from messnet.search import cost_of, route
 
@@ -30,6 +31,8 @@ ARTEFACTS = {
     "exits.json",
     "front.json",
     "gallery.npz",
+    "logs/distill.csv",
+    "logs/pretrain.csv",
     "measurements.json",
     "profile.json",
     "report.html",
@@ -102,7 +105,7 @@ def test_a_run_from_before_an_option_existed_goes_on(copied_run: Path) -> None:
     def forget(known: RunDirectory) -> None:  # as a messnet without distill.filter_kl would have left it
         record = known.record()
         del record["recipe"]["distill"]["filter_kl"]
-        stages = {stage: _fingerprint(record["recipe"], stage) for stage in STAGES}
+        stages = {stage: fingerprint(record["recipe"], stage) for stage in STAGES}
         known.update_recipe(record["recipe"], stages)
 
     forget(RunDirectory(copied_run))

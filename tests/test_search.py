@@ -15,7 +15,7 @@ import pytest
 from messnet.errors import InfeasibleError, RecipeError, RunError
 from messnet.instance import Exit, ExitChoice, Instance
 from messnet.search import Front, Grid, Objective, choose, cost_of, pareto_front, route, search
-from messnet.search.space import exit_sets
+from messnet.search.space import columns_of
 from messnet.tables import CostName, CostTable, ExitTables, PartCost
 
 ENGINE = importlib.import_module("messnet.search.engine")  # by attribute, messnet.search is the function
@@ -189,15 +189,16 @@ def test_front_and_objectives_equal_brute_force(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_and_chunks_do_not_change_the_front(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tangents_and_batches_do_not_change_the_front(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, costs = tiny(1000 + seed, num_exit_points=4)
     cost = COST_NAMES[seed % len(COST_NAMES)] if seed < 12 else "macs"
     if seed >= 12:  # to leave early is dearer than to go on
         costs = replace(costs, outputs=tuple(replace(part, macs=10 * part.macs) for part in costs.outputs))
     front = pareto_front(tables, costs, cost=cost, grid=COMPLETE)
-    for group_size, chunk_rows in ((1, 1), (3, 5), (1000, 1000)):
-        monkeypatch.setattr(ENGINE, "GROUP_SIZE", group_size)
-        monkeypatch.setattr(ENGINE, "CHUNK_ROWS", chunk_rows)
+    assert front.gap_miou == 0
+    for num_tangents, per_batch in ((1, 1), (3, 2), (100, 100)):
+        monkeypatch.setattr(ENGINE, "NUM_TANGENTS", num_tangents)
+        monkeypatch.setattr(ENGINE, "PER_BATCH", per_batch)
         assert pareto_front(tables, costs, cost=cost, grid=COMPLETE).points == front.points
 
 
@@ -210,7 +211,7 @@ def test_fewer_exits_and_declared_counts(seed: int) -> None:
     for max_exits in (1, 2, 3):
         front = pareto_front(tables, costs, grid=Grid(num_image_thresholds=1000, max_exits=max_exits))
         assert front.num_declared == sum(counts[:max_exits])
-        assert front.num_evaluated <= front.num_distinct <= front.num_declared
+        assert front.num_evaluated <= front.num_declared
         assert all(len(p.instance.exits) <= max_exits for p in front.points)
 
 
@@ -234,7 +235,17 @@ def test_search_tells_what_it_did() -> None:
     assert result.certificate == result.instance.certificate
     assert result.certificate.startswith("optimal over the declared grid of ")
     assert "static truncated model" in result.verdict
-    assert all(point in result.front for point in result.runners_up)
+    assert result.gap_cost == result.gap_miou == 0
+    assert "uniform heads" in result.verdict or "no early exit" in result.verdict
+    chosen = [[choice.exit for choice in point.instance.exits] for point in result.runners_up]
+    assert len(chosen) > 1
+    assert [choice.exit for choice in result.instance.exits] not in chosen
+    assert all(chosen[i] not in chosen[:i] for i in range(len(chosen)))
+    costs_of_all = [result.instance.selected_on["macs"], *(point.cost for point in result.runners_up)]
+    assert costs_of_all == sorted(costs_of_all)
+    for point in result.runners_up:
+        assert point.miou == pytest.approx(tables.miou(route(tables, point.instance)), abs=1e-12)
+        assert point.cost == pytest.approx(cost_of(tables, costs, point.instance).mean())
     assert Instance.from_json(result.instance.to_json()) == result.instance
 
 
@@ -288,11 +299,13 @@ def test_neighbouring_float32_confidences_are_told_apart() -> None:
     close = np.float32(0.5) + np.arange(len(tables.image_names), dtype=np.float32) * np.spacing(np.float32(0.5))
     tables.image_confidence[...] = close[:, None, None, None]
     for position in range(tables.final):
-        sets = exit_sets(tables, position, COMPLETE)
-        assert len(sets.masks) == len(close) - 1
-        for mask, (_, threshold) in zip(sets.masks, sets.thresholds, strict=True):
-            np.testing.assert_array_equal(close >= np.float32(threshold), mask)
-            np.testing.assert_array_equal(close.astype(np.float64) >= threshold, mask)
+        columns, num_declared = columns_of(tables, position, COMPLETE)
+        assert num_declared == len(close) * len(tables.pixel_thresholds)
+        assert len(columns) == 1  # both pixel thresholds route alike
+        assert len(columns[0].image_thresholds) == len(close) - 1
+        for level, threshold in enumerate(columns[0].image_thresholds, 1):
+            np.testing.assert_array_equal(close >= np.float32(threshold), columns[0].bins >= level)
+            np.testing.assert_array_equal(close.astype(np.float64) >= threshold, columns[0].bins >= level)
 
 
 def test_bad_options_are_refused() -> None:
@@ -311,6 +324,8 @@ def test_bad_options_are_refused() -> None:
         pareto_front(tables, costs, setting="anytime")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="unknown cost 'joules'"):
         Objective(minimise="joules")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="search for this objective"):
+        choose(pareto_front(tables, costs), Objective(statistic="p95"))
     with pytest.raises(RecipeError, match="the objective asks for parameters"):
         choose(pareto_front(tables, costs), Objective(minimise="parameters"))
     with pytest.raises(RunError, match="another head space"):

@@ -103,18 +103,28 @@ def test_active_exits_are_the_posters(num_exits: int) -> None:
     assert active_exits("alternating", 1, 0) == active_exits("modulo", 1, 0) == ()
 
 
-@pytest.mark.parametrize(("schedule", "active"), [("alternating", 1), ("modulo", 0)])
+@pytest.mark.parametrize(
+    ("scheme", "schedule", "active"),
+    [
+        ("exit_aware", "alternating", [1]),
+        ("exit_aware", "modulo", [0]),
+        ("baseline", "alternating", []),
+        ("end_to_end", "alternating", [0, 1]),
+    ],
+)
 def test_one_iteration_is_one_step_on_the_posters_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, active: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, schedule: str, active: list[int]
 ) -> None:
     monkeypatch.setattr(F, "dropout", lambda x, *_: x)
-    options = replace(PRETRAIN, iterations=1, schedule=schedule, momentum=0.0, weight_decay=0.0)
+    options = replace(PRETRAIN, iterations=1, scheme=scheme, schedule=schedule, momentum=0.0, weight_decay=0.0)
     net = build().train()
-    head = net.head(net.add_head(active, plain_head_config(), seed=options.seed)).train()
+    heads = [net.head(net.add_head(i, plain_head_config(), seed=options.seed)).train() for i in active]
     stream = TrainingStream(Noise(), build_augmentation(AUGMENT), iterations=1, batch_size=2, seed=options.seed)
     images, labels = (torch.stack(x) for x in zip(*(stream[k] for k in range(2)), strict=True))
-    early = F.interpolate(head(list(net.states(images))[active].features), SIZE, mode="bilinear")
-    loss = sum(F.cross_entropy(y, labels, ignore_index=IGNORE_INDEX) for y in (early, net(images)))
+    states = list(net.states(images))
+    early = [head(states[i].features) for i, head in zip(active, heads, strict=True)]
+    logits = [*(F.interpolate(y, SIZE, mode="bilinear") for y in early), net(images)]
+    loss = sum(F.cross_entropy(y, labels, ignore_index=IGNORE_INDEX) for y in logits)
     own = model_parameters(net)
     gradients = torch.autograd.grad(loss, list(own.values()))
     rate = options.learning_rate * 2 / 16  # for a batch of 2

@@ -144,9 +144,9 @@ def test_counters_that_old_files_lack_start_at_zero_and_are_said(tmp_path: Path)
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in STATE.items() if name != "backbone.1.running_mean"}
-    state |= {"fc.weight": torch.ones(1), "classifier.bias": torch.ones(21)}
+    state |= {"fc.weight": torch.ones(1), "classifier.bias": torch.ones(21, 2)}
     text = expect_refused(saved(tmp_path / "w.pth", state), "w.pth does not fit the model: ")
-    assert "missing backbone.1.running_mean; unexpected fc.weight; classifier.bias is (21,), expected (3,). " in text
+    assert "missing backbone.1.running_mean; unexpected fc.weight; classifier.bias is (21, 2), expected (3,). " in text
     assert "as many classes" in text
     text = expect_refused(saved(tmp_path / "w.pth", {"fc.weight": torch.ones(1)}), "does not fit")
     listed = [f"missing {name}" for name in STATE][:5]
@@ -154,11 +154,41 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
 
 
 def test_prefixed_weights_of_another_shape_are_named_as_the_model_does(tmp_path: Path) -> None:
-    path = saved(tmp_path / "w.pth", prefixed("module.", small_model(num_classes=21).state_dict()))
-    text = expect_refused(path, "does not fit the model: classifier.weight is")
+    state = small_model(num_classes=21).state_dict() | {"backbone.0.weight": torch.ones(5, 3, 3, 3)}
+    text = expect_refused(saved(tmp_path / "w.pth", prefixed("module.", state)), "does not fit the model: backbone.0")
     assert (
-        "classifier.weight is (21, 4, 1, 1), expected (3, 4, 1, 1); classifier.bias is (21,), expected (3,). " in text
+        "backbone.0.weight is (5, 3, 3, 3), expected (4, 3, 3, 3); classifier.weight is (21, 4, 1, 1), expected "
+        "(3, 4, 1, 1); classifier.bias is (21,), expected (3,). " in text
     )
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_another_number_of_classes_starts_the_last_layer_anew_and_says_so(tmp_path: Path, prefix: str) -> None:
+    state = small_model(num_classes=21, seed=1).state_dict()
+    path = saved(tmp_path / "w.pth", prefixed(prefix, state))
+    model, fresh = small_model(), small_model().state_dict()
+    (note,) = load_weights(model, path)
+    assert note == (
+        f"{path}: classifier.weight, classifier.bias: of 21 classes, the model has 3; initialised anew, all else is "
+        f"loaded"
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, (fresh if name.startswith("classifier") else state)[name])
+
+
+def test_another_number_of_classes_in_an_auxiliary_classifier_too(tmp_path: Path) -> None:
+    model = small_model()
+    model.aux_classifier = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1))
+    state = model.state_dict() | small_model(num_classes=21).state_dict()
+    state |= {"aux_classifier.1.weight": torch.ones(21, 4, 1, 1), "aux_classifier.1.bias": torch.ones(21)}
+    (note,) = load_weights(model, saved(tmp_path / "w.pth", state))
+    assert "classifier.bias, aux_classifier.1.weight, aux_classifier.1.bias: of 21 classes" in note
+
+
+def test_a_last_layer_of_another_width_is_refused(tmp_path: Path) -> None:
+    for change in ({"classifier.weight": torch.ones(21, 5, 1, 1)}, {"classifier.bias": torch.ones(20)}):
+        state = small_model(num_classes=21).state_dict() | change
+        expect_refused(saved(tmp_path / "w.pth", state), "does not fit the model: classifier.weight is")
 
 
 class Payload:

@@ -62,6 +62,8 @@ class SearchOptions:
     max_drops_pp: tuple[float, ...] = (0.1, 1.0)
     """mIoU that may be lost against the final exit, percentage points."""
     grid: Grid = Grid()
+    time_limit: float | None = 300.0
+    """Seconds for the front, and for each objective if the front was not proved by then; null: as long as it takes."""
     seed: int = 0
     """Which half of the validation images is selected on."""
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from messnet.data import SegmentationDataset
-from messnet.errors import RecipeError
+from messnet.errors import ModelError, RecipeError, RunError
 from messnet.exit_policy import Policy, image_confidence
+from messnet.instance import Exit
 from messnet.metrics import pixel_counts
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.preprocessing import normalise
-from messnet.tables import ExitTables
+from messnet.runs import Checkpoint
+from messnet.tables import ExitTables, IntArray
 
-__all__ = ["EvaluationOptions", "evaluate"]
+__all__ = ["EvaluationOptions", "evaluate", "merge_shards"]
+
+_CHECKPOINT_SECONDS = 10.0  # of work that a kill may cost
+_ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficulty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +33,8 @@ class EvaluationOptions:
     """What is recorded of every image."""
 
     policies: tuple[str, ...] = ("top1+native",)
-    """Confidence and edge refinement, "top1" or "entropy" + "native", "paper" or "none"; the first is deployed."""
+    """Confidence, "top1" or "entropy", + edge refinement, "native", "paper" or "none", or + a rival of the share of
+    confident pixels: "mean", "patches", "classes:8+9" (class ids); the first is deployed."""
     pixel_thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
     """Grid of th_pix, ascending, in [0, 1]."""
 
@@ -38,49 +48,163 @@ class EvaluationOptions:
 
 
 def evaluate(
-    net: MultiExitNet, dataset: SegmentationDataset, options: EvaluationOptions, device: torch.device | str = "cpu"
+    net: MultiExitNet,
+    dataset: SegmentationDataset,
+    options: EvaluationOptions,
+    device: torch.device | str = "cpu",
+    *,
+    part: tuple[int, int] = (1, 1),
+    origin: str = "",
+    checkpoint: Checkpoint | None = None,
 ) -> ExitTables:
     """Runs every exit of ``net`` on every image of ``dataset`` (method.md section 8).
 
     One image at a time, in its own size and in float32, as a deployed instance runs it: its decisions can then be read
-    from the tables exactly. Raises DataError for the first image that cannot be read.
+    from the tables exactly. ``part`` (i, n), 1 <= i <= n, takes every n-th image from the i-th on: shards that
+    ``merge_shards`` joins. ``origin`` says what the tables are made from. With ``checkpoint`` the work goes on after
+    the last image that was saved there, if that was of the same origin, part and device; the caller discards it.
+    Raises DataError for the first image that cannot be read, ModelError for logits that are not finite.
     """
     # The layout that a Session runs in: another one rounds otherwise.
     net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    policies = [Policy.parse(name) for name in options.policies]
+    positions, marked = _positions(part, len(dataset)), _marked(origin, part)
+    key = f"{marked} on {torch.device(device).type}"
+    tables = _resumed(checkpoint, key) or _empty(net, dataset, options, marked, num_images=len(positions))
+    names, saved = list(tables.image_names), time.perf_counter()
+    todo = range(len(names), len(positions))
+    for v in tqdm(todo, desc="evaluate", unit="img", mininterval=2, dynamic_ncols=True, disable=not todo):
+        names.append(_evaluate_image(net, dataset, int(positions[v]), tables, v, options, device))
+        if checkpoint and time.perf_counter() - saved >= _CHECKPOINT_SECONDS:
+            _save(checkpoint, key, replace(tables, image_names=tuple(names)))
+            saved = time.perf_counter()
+    return replace(tables, image_names=tuple(names))
+
+
+def merge_shards(shards: Mapping[tuple[int, int], ExitTables], origin: str) -> ExitTables:
+    """The tables of the whole split from those of its parts (i, n), equal to the tables of one pass. ``origin`` is what
+    each must have been made from.
+
+    Raises RunError when a part is missing or of another origin.
+    """
+    counts = sorted({count for _, count in shards})
+    if len(counts) != 1:
+        found = f"of a split into {' and '.join(map(str, counts))} parts: delete those not meant" if counts else "none"
+        raise RunError(
+            f"expected the shards of one split, found {found}; `messnet evaluate RUN --shard I/N` makes them"
+        )
+    parts = [(i + 1, counts[0]) for i in range(counts[0])]
+    missing = [f"{i}/{n}" for i, n in parts if (i, n) not in shards]
+    if missing:
+        raise RunError(f"shards {', '.join(missing)} are missing: make each with `messnet evaluate RUN --shard I/N`")
+    for part in parts:
+        if shards[part].origin != _marked(origin, part):
+            raise RunError(
+                f"shard {part[0]}/{part[1]} was made from another recipe or other weights than this run has: "
+                f"delete it and make it again with --shard"
+            )
+    ordered = [shards[part] for part in parts]
+    names = [name for tables in ordered for name in tables.image_names]
+    order = np.argsort(np.concatenate([_positions(part, len(names)) for part in parts]))
+    merged: dict[str, Any] = {
+        name: np.concatenate([getattr(tables, name) for tables in ordered])[order] for name in _ARRAYS
+    }
+    return replace(ordered[0], image_names=tuple(names[i] for i in order), origin=origin, **merged)
+
+
+def _positions(part: tuple[int, int], num_images: int) -> IntArray:
+    """Every n-th image: parts take about the same time, whatever the order of the images."""
+    return np.arange(part[0] - 1, num_images, part[1])
+
+
+def _marked(origin: str, part: tuple[int, int]) -> str:
+    return origin if part[1] == 1 else f"{origin} {part[0]}/{part[1]}"
+
+
+def _evaluate_image(
+    net: MultiExitNet,
+    dataset: SegmentationDataset,
+    position: int,
+    tables: ExitTables,
+    row: int,
+    options: EvaluationOptions,
+    device: torch.device | str,
+) -> str:
+    """Fills one row of the tables' arrays; the name of the image."""
+    sample = dataset[position]
+    tables.difficulty[row] = sample.difficulty
+    image = normalise(sample.image)[None].to(device, memory_format=torch.channels_last)
+    label = torch.tensor(sample.mask)[None].to(device)  # copies: cached masks are read-only
     thresholds = torch.tensor(options.pixel_thresholds, dtype=torch.float32, device=device)
-    num_images, num_exits, num_classes = len(dataset), len(net.exits), net.num_classes
-    intersection = np.zeros((num_images, num_exits, num_classes), np.int32)
-    predicted = np.zeros_like(intersection)
-    labelled = np.zeros((num_images, num_classes), np.int32)
-    confidence = np.zeros((num_images, num_exits, len(policies), len(thresholds)), np.float32)
-    names, difficulty = [], []
-    for v in tqdm(range(num_images), desc="evaluate", unit="img", mininterval=2, dynamic_ncols=True):
-        sample = dataset[v]
-        names.append(sample.name)
-        difficulty.append(sample.difficulty)
-        image = normalise(sample.image)[None].to(device, memory_format=torch.channels_last)
-        label = torch.tensor(sample.mask)[None].to(device)  # copies: cached masks are read-only
-        size = (image.shape[2], image.shape[3])
-        with torch.inference_mode():
-            states = list(net.states(image))
-            for h, exit in enumerate(net.exits):
-                logits = net.logits(exit, states[exit.exit_index])
-                stride = net.exit_points[exit.exit_index].output_stride
-                for p, policy in enumerate(policies):
-                    confidence[v, h, p] = image_confidence(logits, stride, size, thresholds, policy)[0].cpu()
-                prediction = upsample(logits, size).max(1).indices
-                counts = pixel_counts(prediction, label, num_classes)
-                intersection[v, h], predicted[v, h], labelled[v] = (count[0].cpu() for count in counts)
+    size = (image.shape[2], image.shape[3])
+    with torch.inference_mode():
+        states = list(net.states(image))
+        for h, exit in enumerate(net.exits):
+            logits = net.logits(exit, states[exit.exit_index])
+            _expect_finite(logits, exit, sample.name)
+            stride = net.exit_points[exit.exit_index].output_stride
+            for p, policy in enumerate(options.policies):
+                shares = image_confidence(logits, stride, size, thresholds, Policy.parse(policy))
+                tables.image_confidence[row, h, p] = shares[0].cpu()
+            counts = pixel_counts(upsample(logits, size).max(1).indices, label, net.num_classes)
+            tables.intersection[row, h], tables.predicted[row, h], tables.labelled[row] = (
+                count[0].cpu() for count in counts
+            )
+    return sample.name
+
+
+def _expect_finite(logits: Tensor, exit: Exit, image_name: str) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            f"exit {exit.exit_index}, head {exit.head}, gives NaN or infinite logits on image {image_name!r}: its "
+            f"training diverged; train it again, for example with a smaller learning_rate"
+        )
+
+
+def _empty(
+    net: MultiExitNet, dataset: SegmentationDataset, options: EvaluationOptions, origin: str, *, num_images: int
+) -> ExitTables:
+    """Tables of no image yet, with room for all."""
+    counts = (num_images, len(net.exits), net.num_classes)
+    shares = (num_images, len(net.exits), len(options.policies), len(options.pixel_thresholds))
     return ExitTables(
-        image_names=tuple(names),
-        difficulty=np.array(difficulty, np.float64),
+        image_names=(),
+        difficulty=np.full(num_images, np.nan),
         class_names=tuple(dataset.class_names),
         exits=net.exits,
-        intersection=intersection,
-        predicted=predicted,
-        labelled=labelled,
+        intersection=np.zeros(counts, np.int32),
+        predicted=np.zeros(counts, np.int32),
+        labelled=np.zeros((num_images, net.num_classes), np.int32),
         policies=options.policies,
         pixel_thresholds=np.array(options.pixel_thresholds, np.float64),
-        image_confidence=confidence,
+        image_confidence=np.zeros(shares, np.float32),
+        origin=origin,
+    )
+
+
+def _save(checkpoint: Checkpoint, key: str, tables: ExitTables) -> None:
+    arrays: dict[str, Any] = {name: torch.from_numpy(getattr(tables, name)) for name in _ARRAYS}
+    fixed = {
+        "class_names": list(tables.class_names),
+        "exits": [list(exit) for exit in tables.exits],
+        "policies": list(tables.policies),
+        "pixel_thresholds": tables.pixel_thresholds.tolist(),
+        "origin": tables.origin,
+    }
+    checkpoint.save({"key": key, "image_names": list(tables.image_names), "fixed": fixed, "arrays": arrays})
+
+
+def _resumed(checkpoint: Checkpoint | None, key: str) -> ExitTables | None:
+    """The tables as they were last saved; None where nothing was, or something else."""
+    state = checkpoint.load() if checkpoint else None
+    if state is None or state.get("key") != key:
+        return None
+    fixed = state["fixed"]
+    return ExitTables(
+        image_names=tuple(state["image_names"]),
+        class_names=tuple(fixed["class_names"]),
+        exits=tuple(Exit(*exit) for exit in fixed["exits"]),
+        policies=tuple(fixed["policies"]),
+        pixel_thresholds=np.array(fixed["pixel_thresholds"], np.float64),
+        origin=fixed["origin"],
+        **{name: array.numpy() for name, array in state["arrays"].items()},
     )

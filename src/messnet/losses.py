@@ -5,23 +5,59 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from messnet.data import IGNORE_INDEX
+from messnet.errors import DataError
 
-__all__ = ["DistillationLoss", "Teacher", "cross_entropy", "distillation_loss", "teach"]
+__all__ = [
+    "DistillationLoss",
+    "Teacher",
+    "automatic_class_weights",
+    "cross_entropy",
+    "distillation_loss",
+    "pixel_weight",
+    "teach",
+]
 
-DistillationLoss = Literal["pfd", "kd", "ce"]
+DistillationLoss = Literal["pfd", "kd", "self_distillation", "ce"]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the valid pixels, 0 without any: ``logits`` (N, K, H, W), ``class_weights`` (K,)."""
+def cross_entropy(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, *, normaliser: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy over the valid pixels, 0 without any: ``logits`` (N, K, H, W), ``class_weights`` (K,).
+
+    ``CE(y, t) = -sum_p w[t_p] log softmax(y_p)[t_p] / sum_p w[t_p]``, w = 1 without class weights. ``normaliser``
+    replaces the sum below, where the batch is a part of a larger one.
+    """
     total = F.cross_entropy(logits.float(), labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
-    valid = labels != IGNORE_INDEX
-    weight = valid.sum() if class_weights is None else class_weights[labels[valid]].sum()
+    weight = pixel_weight(labels, class_weights) if normaliser is None else normaliser
     return total / weight.where(weight > 0, 1)
+
+
+def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """What the valid pixels weigh together: their number where all classes weigh 1."""
+    valid = labels != IGNORE_INDEX
+    return valid.sum() if class_weights is None else class_weights[labels[valid]].sum()
+
+
+def automatic_class_weights(label_pixels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(K,) weights of classes that have ``label_pixels`` (K,) pixels: ``w_k = c / log(1.02 + p_k)``, p_k the class's
+    share, as in ENet (Paszke et al. 2016), with c such that the mean over all pixels, sum p_k w_k, is 1.
+
+    A class without a pixel weighs as the rarest may. Raises DataError when no pixel is labelled.
+    """
+    if label_pixels.sum() == 0:
+        raise DataError("class_weights 'auto' needs labelled pixels: every pixel of the training split is ignored")
+    share = label_pixels / label_pixels.sum()
+    weights = 1 / np.log(1.02 + share)
+    balanced: NDArray[np.float64] = weights / (share * weights).sum()
+    return balanced
 
 
 @dataclass(frozen=True)
@@ -44,18 +80,26 @@ def teach(
     alpha: float = 0.5,
     filter_kl: bool = False,
     class_weights: Tensor | None = None,
+    deeper_logits: Tensor | None = None,
 ) -> Teacher:
     """Folds a distillation loss of the final exit y_N and the labels t into one target distribution.
 
     pfd (positive filtering distillation, poster 2):
         L_i = alpha * 1(argmax y_N = t) * CE(y_i, t) + (1 - alpha) * KL(y_N || y_i)
-    kd:  the same without the filter;  ce: CE(y_i, t) alone. ``filter_kl`` filters the KL term of pfd too.
-    Mean over the valid pixels, ignored ones in neither term; with ``class_weights`` (K,) each pixel weighs as its
-    label's class, in both terms.
+    kd (knowledge distillation):
+        L_i = alpha * CE(y_i, t) + (1 - alpha) * KL(y_N || y_i)
+    self_distillation (after Zhang et al., ICCV 2019; y_{i+1} is the next deeper exit):
+        L_i = alpha * CE(y_i, t) + (1 - alpha) / 2 * (KL(y_N || y_i) + KL(y_{i+1} || y_i))
+        and kd at the last early exit, whose next deeper exit is the final one (``deeper_logits`` None)
+    ce (labels alone):
+        L_i = CE(y_i, t)
+    ``filter_kl`` filters the KL term of pfd too. Mean over the valid pixels, ignored ones in no term; with
+    ``class_weights`` (K,) each pixel weighs as its label's class, in every term.
 
     Each term is linear in the student's log-probabilities, so the loss is one soft cross-entropy against
     ``alpha * 1(...) * onehot(t) + (1 - alpha) * y_N`` plus a constant: 280 heads share one target.
-    ``teacher_logits`` (N, K, H, W) at the labels' resolution.
+    ``teacher_logits`` and ``deeper_logits`` (N, K, H, W) at the labels' resolution. Deeper logits that are not finite,
+    an exit's that diverged, are passed over for the final exit's.
     """
     valid = labels != IGNORE_INDEX
     num_classes = teacher_logits.shape[1]
@@ -65,20 +109,26 @@ def teach(
     match loss:
         case "ce":
             label_weight, teacher_weight = valid.float(), torch.zeros_like(valid, dtype=torch.float)
-        case "kd":
+        case "kd" | "self_distillation":
             label_weight, teacher_weight = alpha * valid.float(), (1 - alpha) * valid.float()
         case "pfd":
             label_weight = alpha * (valid & right).float()
             teacher_weight = (1 - alpha) * (valid & right if filter_kl else valid).float()
     if class_weights is not None:
-        pixel_weight = class_weights[labels.where(valid, 0)] * valid
-        label_weight, teacher_weight = label_weight * pixel_weight, teacher_weight * pixel_weight
-        normaliser = pixel_weight.sum()
+        of_pixel = class_weights[labels.where(valid, 0)] * valid
+        label_weight, teacher_weight = label_weight * of_pixel, teacher_weight * of_pixel
+        normaliser = of_pixel.sum()
     else:
         normaliser = valid.sum().float()
-    target = label_weight[:, None] * onehot + teacher_weight[:, None] * log_teacher.exp()
+    distribution = log_teacher.exp()
+    entropy = -(distribution * log_teacher).sum(1)
+    if loss == "self_distillation" and deeper_logits is not None:
+        log_deeper = F.log_softmax(deeper_logits.float(), dim=1)
+        log_deeper = log_deeper.where(log_deeper.isfinite().all(), log_teacher)
+        distribution = (distribution + log_deeper.exp()) / 2
+        entropy = (entropy - (log_deeper.exp() * log_deeper).sum(1)) / 2
+    target = label_weight[:, None] * onehot + teacher_weight[:, None] * distribution
     normaliser = normaliser.where(normaliser > 0, 1)
-    entropy = -(log_teacher.exp() * log_teacher).sum(1)
     return Teacher(target, -(teacher_weight * entropy).sum() / normaliser, normaliser)
 
 

@@ -6,8 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
-from tqdm import tqdm
 
-from messnet.config import ModelOptions, Recipe, load_recipe, recipe_from_record, recipe_to_record
+from messnet.config import ModelOptions, recipe_from_record, recipe_to_record
 from messnet.data import SegmentationDataset
-from messnet.data.checks import check_dataset
-from messnet.data.sources import DataOptions, open_dataset
 from messnet.deployment.bundle import open_bundle
 from messnet.deployment.inference import Session
 from messnet.deployment.loading import COSTS, INSTANCES, load, load_instance, restore_bundle
@@ -29,11 +25,13 @@ from messnet.deployment.measurement import (
     check_additivity,
     device_in_words,
     make_gallery,
+    measure_session,
     run_side_by_side,
 )
-from messnet.errors import DataError, InfeasibleError, ModelError, RunError
-from messnet.evaluation import evaluate
-from messnet.instance import ExitChoice, Instance
+from messnet.deployment.runtimes import DTYPES, RuntimeName
+from messnet.errors import InfeasibleError, ModelError, RunError
+from messnet.evaluation import evaluate, merge_shards
+from messnet.instance import Exit, ExitChoice, Instance
 from messnet.latency import LatencyOptions, num_threads
 from messnet.measurements import Gallery, Measurement, Measurements
 from messnet.network.blueprint import Blueprint
@@ -41,61 +39,42 @@ from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_weights
 from messnet.network.zoo import build_model
+from messnet.opening import ARTEFACTS, Run, expect_same, fingerprint
 from messnet.profiling import profile
 from messnet.report import ReportInputs, render_report
-from messnet.runs import RunDirectory
-from messnet.search import Guarantee, Objective, SearchResult, certify, choose, cost_of, pareto_front, route
-from messnet.search.engine import SearchSetting
-from messnet.tables import COSTS_SCHEMA_VERSION, SCHEMA_VERSION, CostTable, ExitTables
-from messnet.training import distill, pretrain
+from messnet.runs import RunDirectory, writing
+from messnet.search import (
+    AnytimeObjective,
+    Guarantee,
+    Objective,
+    SearchResult,
+    certify,
+    choose,
+    cost_of,
+    pareto_front,
+    route,
+    search,
+    search_for,
+)
+from messnet.search.results import SearchSetting
+from messnet.tables import CostTable, ExitTables
+from messnet.training import Part, Shard, distill, pretrain, space_exits, unpack
+from messnet.training.shards import discard_parts, expect_whole, join, read_parts, write_part
 
 __all__ = [
     "STAGES",
-    "Run",
+    "adopt_pretrained",
     "build_network",
+    "distill_stage",
+    "follow_stage",
     "measure_run",
-    "open_run",
+    "merge_stage",
+    "merge_tables",
     "profile_bundle",
     "profile_model",
     "run_stage",
     "search_run",
 ]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A recipe and the directory that its artefacts go to."""
-
-    recipe: Recipe
-    directory: RunDirectory
-
-    @property
-    def device(self) -> torch.device:
-        return self.recipe.compute.fabric().device
-
-    def dataset(self, split: Any) -> SegmentationDataset:
-        return open_dataset(self.recipe.data, split)
-
-    def blueprint(self) -> Blueprint:
-        return Blueprint.from_json(self.directory.read("exits.json", made_by="profile"))
-
-    def costs(self, path: Path | None = None) -> CostTable:
-        """The table at ``path``, by default the run's own, which knows no latency."""
-        if path is None:
-            return CostTable.from_json(self.directory.read("profile.json", made_by="profile").decode())
-        if not path.is_file():
-            raise RunError(f"no cost table {path}; make one with `messnet profile {self.directory.path} --measure`")
-        return CostTable.from_json(path.read_text(errors="replace"))
-
-    def tables(self) -> ExitTables:
-        return ExitTables.from_bytes(self.directory.read("tables.npz", made_by="evaluate"))
-
-    def pretrained(self) -> MultiExitNet:
-        """The network after stage 1, without heads."""
-        weights = self.directory.read("stage1.safetensors", made_by="pretrain")
-        net = self.blueprint().build()
-        net.load_model_state_dict(safetensors.torch.load(weights))
-        return net
 
 
 def build_network(
@@ -143,14 +122,21 @@ def profile_model(
     return net, _measure_costs(net, input_size, latency, model=options.name)
 
 
-def profile_bundle(path: Path, latency: LatencyOptions | None = None) -> tuple[MultiExitNet, CostTable]:
-    """A bundle's network, cut where its instance ends, and what its own exits cost, as ``profile_model``."""
+def profile_bundle(
+    path: Path, latency: LatencyOptions | None = None, runtime: RuntimeName = "torch"
+) -> tuple[MultiExitNet, CostTable]:
+    """A bundle's network, cut where its instance ends, and what its own exits cost, as ``profile_model``; measured in
+    another ``runtime`` stage by stage."""
     blueprint, net, _ = restore_bundle(open_bundle(path))
     cut = net.num_exits < len(blueprint.exit_points)
     model = f"{blueprint.model} cut after exit {net.num_exits - 1}" if cut else blueprint.model
     if latency is None:
         return net, profile(net, blueprint.input_size, model=model)
-    return net, _measure_costs(net, blueprint.input_size, latency, model=model)
+    if runtime == "torch":
+        return net, _measure_costs(net, blueprint.input_size, latency, model=model)
+    precision = next(name for name, dtype in DTYPES.items() if dtype == latency.dtype)
+    session = load(path, runtime=runtime, precision=precision, threads=latency.threads, device=latency.device)
+    return net, measure_session(session, profile(net, blueprint.input_size, model=model), latency)
 
 
 def measure_run(run: Run, latency: LatencyOptions, name: str) -> CostTable:
@@ -182,33 +168,133 @@ def profile_stage(run: Run) -> None:
 
 
 def pretrain_stage(run: Run) -> None:
-    """Stage 1: exit-aware pre-training of the backbone and the final head."""
+    """Stage 1: the backbone and the final head, by default with the early exits in turn."""
     torch.manual_seed(run.recipe.pretrain.seed)
-    net = run.blueprint().build()
+    net, fabric = run.blueprint().build(), run.recipe.compute.launch()
     if run.recipe.model.weights:
         _start_from(run.recipe.model.weights, net, run.recipe.model)
     checkpoint = run.directory.checkpoint("pretrain")
-    pretrain(net, run.dataset("train"), run.recipe.pretrain, run.recipe.compute, checkpoint)
-    run.directory.write("stage1.safetensors", _tensors(net.model_state_dict()))
+    pretrain(net, run.dataset("train"), run.recipe.pretrain, run.recipe.compute, checkpoint, run.monitor("pretrain"))
+    if fabric.global_rank == 0:  # of processes that train together one writes
+        with writing(run.directory.path):
+            run.directory.write("stage1.safetensors", _tensors(net.model_state_dict()))
+        checkpoint.discard()
+
+
+def distill_stage(run: Run, shard: Shard | None = None) -> None:
+    """Stage 2: every head of the space on the frozen backbone, or a ``shard`` of them, which then is in
+    RUN/stage2.KofN.safetensors. Heads that such a part holds already are not trained again; processes that train
+    together (torchrun) divide the heads among them."""
+    recipe, made_from = run.recipe, _parts_fingerprint(run)
+    net, fabric = run.pretrained(), recipe.compute.launch()
+    heads, finished = space_exits(net, recipe.heads), read_parts(run.directory, made_from)
+    own = (shard or Shard(1, 1)).divided(fabric.global_rank, fabric.world_size) if fabric.world_size > 1 else shard
+    wanted = [exit for exit in (own.share(net, heads) if own else heads) if exit not in finished.exits]
+    name = f"distill.{own}" if own else "distill"
+    checkpoint = replace(run.directory.checkpoint(name), made_from=made_from if own else "")
+    stopped = {}
+    if wanted:
+        rest = (recipe.heads, recipe.distill, recipe.compute, checkpoint, run.monitor(name))
+        stopped = distill(net, run.dataset("train"), *rest, exits=wanted)
+    trained = Part(net.heads.state_dict(), stopped, made_from)
+    if own is None:
+        write_part(run.directory, None, join([finished, trained]))
+        discard_parts(run.directory)
+    elif wanted:
+        write_part(run.directory, own, trained)
     checkpoint.discard()
+    if fabric.world_size > 1:
+        fabric.barrier()
+        if shard is None and fabric.global_rank == 0:
+            _merge_parts(run, heads)
+        fabric.barrier()
 
 
-def distill_stage(run: Run) -> None:
-    """Stage 2: every head of the space on the frozen backbone, by positive filtering distillation."""
-    net, checkpoint = run.pretrained(), run.directory.checkpoint("distill")
-    distill(net, run.dataset("train"), run.recipe.heads, run.recipe.distill, run.recipe.compute, checkpoint)
-    run.directory.write("stage2.safetensors", _tensors(net.heads.state_dict()))
-    checkpoint.discard()
+def merge_stage(run: Run) -> None:
+    """Stage 2 from the parts that shards left. Raises RunError that says what is missing."""
+    with run.directory.finishing("distill", fingerprint(recipe_to_record(run.recipe), "distill")):
+        _merge_parts(run, space_exits(run.pretrained(), run.recipe.heads))
 
 
-def evaluate_stage(run: Run) -> None:
-    """What every exit does to every validation image."""
-    heads = safetensors.torch.load(run.directory.read("stage2.safetensors", made_by="distill"))
+def _merge_parts(run: Run, heads: Sequence[Exit]) -> None:
+    whole = read_parts(run.directory, _parts_fingerprint(run))
+    expect_whole(whole, heads, run.directory)
+    write_part(run.directory, None, whole)
+    discard_parts(run.directory)
+
+
+def _parts_fingerprint(run: Run) -> str:
+    """What parts must have been made from to belong together: the recipe, and stage 1 to the bit."""
+    stage1 = hashlib.sha256(run.directory.read("stage1.safetensors", made_by="pretrain")).hexdigest()[:16]
+    return f"{fingerprint(recipe_to_record(run.recipe), 'distill')}-{stage1}"
+
+
+def adopt_pretrained(run: Run, source: Path) -> None:
+    """Takes stage 1 over from another run whose data, model and pretrain sections are the same. Raises RunError when
+    they are not, or it is not finished."""
+    if run.directory.fingerprint("pretrain") is not None:
+        return
+    if run.directory.checkpoint("pretrain").path.exists():
+        raise RunError(f"{run.directory.path} has a stage 1 of its own under way: finish it, or choose another --out")
+    other, record = RunDirectory(source), recipe_to_record(run.recipe)
+    theirs = recipe_to_record(recipe_from_record(other.record()["recipe"]))
+    advice = "stage 1 is shared only where data, model and pretrain agree"
+    expect_same("pretrain", theirs, record, was=f"{source} was pretrained", advice=advice)
+    weights = other.read("stage1.safetensors", made_by="pretrain")
+    if theirs["heads"] == record["heads"] and run.directory.fingerprint("profile") is None:
+        with run.directory.finishing("profile", fingerprint(record, "profile")):
+            for name in ("profile.json", "exits.json"):
+                run.directory.write(name, other.read(name, made_by="profile"))
+    run_stage(run, "profile")
+    if Blueprint.from_json(other.read("exits.json", made_by="profile")) != run.blueprint():
+        raise RunError(f"{source} was pretrained with other exit points than {run.directory.path} has (exits.json)")
+    with run.directory.finishing("pretrain", fingerprint(record, "pretrain")):
+        run.directory.write("stage1.safetensors", weights)
+
+
+def follow_stage(run: Run, stage: str) -> None:
+    """``run_stage`` for every process but the first of those that train together: nothing is recorded."""
+    made_from = fingerprint(recipe_to_record(run.recipe), stage)
+    if run.directory.fingerprint(stage) != made_from or not (run.directory.path / ARTEFACTS[stage]).exists():
+        STAGES[stage](run)
+
+
+def evaluate_stage(run: Run, shard: Shard | None = None) -> None:
+    """What every exit does to every validation image, or to a ``shard`` of them, in RUN/tables.KofN.npz then."""
+    heads = unpack(run.directory.read("stage2.safetensors", made_by="distill"), "stage2.safetensors")
     net = run.pretrained()
     _add_heads(net, run.recipe.heads)
-    net.heads.load_state_dict(heads)
-    tables = evaluate(net, run.dataset("val"), run.recipe.evaluate, run.device)
-    run.directory.write("tables.npz", tables.to_bytes())
+    net.drop_heads([exit for exit in net.exits if exit not in heads.stopped])  # they diverged and have no weights
+    net.heads.load_state_dict(heads.tensors)
+    name = f"tables.{shard}" if shard else "tables"
+    checkpoint, part = run.directory.checkpoint(name), (shard.index, shard.count) if shard else (1, 1)
+    origin = _tables_origin(run)
+    tables = evaluate(
+        net, run.dataset("val"), run.recipe.evaluate, run.device, part=part, origin=origin, checkpoint=checkpoint
+    )
+    run.directory.write(f"{name}.npz", tables.to_bytes())
+    checkpoint.discard()
+
+
+def merge_tables(run: Run) -> None:
+    """tables.npz from the parts that shards left. Raises RunError that says what is missing."""
+    paths = sorted(run.directory.path.glob("tables.*of*.npz"))
+    shards = {}
+    for path in paths:
+        part = Shard.parse(path.name.split(".")[1].replace("of", "/"))
+        shards[part.index, part.count] = ExitTables.from_bytes(path.read_bytes())
+    with run.directory.finishing("evaluate", fingerprint(recipe_to_record(run.recipe), "evaluate")):
+        run.directory.write("tables.npz", merge_shards(shards, _tables_origin(run)).to_bytes())
+    for path in paths:
+        path.unlink()
+
+
+def _tables_origin(run: Run) -> str:
+    """What tables are made from: the recipe, and the weights to the bit."""
+    digest = hashlib.sha256(fingerprint(recipe_to_record(run.recipe), "evaluate").encode())
+    for name, verb in (("stage1", "pretrain"), ("stage2", "distill")):
+        digest.update(hashlib.sha256(run.directory.read(f"{name}.safetensors", made_by=verb)).digest())
+    return digest.hexdigest()[:16]
 
 
 def search_stage(run: Run) -> None:
@@ -217,7 +303,9 @@ def search_stage(run: Run) -> None:
     selection, _ = tables.halves(options.seed)
     tables = tables.subset(selection)
     fronts = {
-        setting: pareto_front(tables, costs, setting=setting, grid=options.grid, progress=True)
+        setting: pareto_front(
+            tables, costs, setting=setting, grid=options.grid, time_limit=options.time_limit, progress=True
+        )
         for setting in ("budgeted", "input_dependent")
     }
     objectives = {"max-miou": Objective(maximise="miou", max_cost_ratio=1.0)}
@@ -225,7 +313,13 @@ def search_stage(run: Run) -> None:
     verdicts, skipped = [], []
     for name, objective in objectives.items():
         try:
-            result = choose(fronts["input_dependent"], objective, name=name)
+            if fronts["input_dependent"].gap_miou == 0:
+                result = choose(fronts["input_dependent"], objective, name=name)
+            else:  # one objective is proved sooner than the whole front
+                limit = options.time_limit
+                result = search_for(
+                    tables, costs, objective, grid=options.grid, name=name, time_limit=limit, progress=True
+                )
         except InfeasibleError as error:
             skipped.append(f"{name}: {error}")
             continue
@@ -242,21 +336,36 @@ def search_stage(run: Run) -> None:
 
 def search_run(
     run: Run,
-    objective: Objective,
+    objective: Objective | AnytimeObjective,
     *,
     name: str,
     setting: SearchSetting = "input_dependent",
-    costs: Path | None = None,
+    costs: Sequence[Path] = (),
     guarantee: Guarantee | None = None,
+    time_limit: float | None = None,
 ) -> SearchResult:
     """One more instance, RUN/instances/NAME.json. The half that it is not selected on is what a guarantee calibrates
-    on, all of it: the certificate is then the report."""
-    options, tables, table = run.recipe.search, run.tables(), run.costs(costs)
+    on, all of it: the certificate is then the report. Several cost tables: the least bad over these devices."""
+    options, tables, devices = run.recipe.search, run.tables(), [run.costs(path) for path in costs or (None,)]
     selection, calibration = (tables.subset(half) for half in tables.halves(options.seed))
-    front = pareto_front(selection, table, setting=setting, cost=objective.cost_name, grid=options.grid, progress=True)
-    result = choose(front, objective, name=name)
-    if guarantee is not None:
-        result = certify(result, objective, guarantee, selection=selection, calibration=calibration, costs=table)
+    limit = options.time_limit if time_limit is None else time_limit
+    if isinstance(objective, AnytimeObjective):
+        result = search(selection, devices, setting="anytime", anytime=objective, grid=options.grid, name=name)
+    else:
+        result = search_for(
+            selection,
+            devices,
+            objective,
+            setting=setting,
+            grid=options.grid,
+            name=name,
+            time_limit=limit,
+            progress=True,
+        )
+        if guarantee is not None:
+            result = certify(
+                result, objective, guarantee, selection=selection, calibration=calibration, costs=devices[0]
+            )
     run.directory.write(f"{INSTANCES}/{name}.json", result.instance.to_json())
     return result
 
@@ -314,112 +423,19 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "search": search_stage,
     "report": report_stage,
 }
-# The sections of the recipe that a stage's artefact depends on.
-SECTIONS = {
-    "profile": ("data", "model", "heads"),
-    "pretrain": ("data", "model", "pretrain"),
-    "distill": ("data", "model", "pretrain", "heads", "distill"),
-    "evaluate": ("data", "model", "pretrain", "heads", "distill", "evaluate"),
-    "search": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
-    "report": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
-}
-# A stage whose artefacts have another format today is done again; trainings have none but safetensors.
-FORMATS = {"costs": COSTS_SCHEMA_VERSION, "tables": SCHEMA_VERSION}
-FORMATS_OF = {
-    "profile": ("costs",),
-    "evaluate": ("tables",),
-    "search": ("costs", "tables"),
-    "report": ("costs", "tables"),
-}
-# What costs hours is refused when its options change; the rest is just done again.
-TRAINING = ("pretrain", "distill")
 # Done again whenever its verb is called.
 REPEATABLE = ("search", "report")
-ARTEFACTS = {
-    "profile": "exits.json",
-    "pretrain": "stage1.safetensors",
-    "distill": "stage2.safetensors",
-    "evaluate": "tables.npz",
-    "search": "front.json",
-    "report": "report.html",
-}
-
-
-def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> Run:
-    """The run of a recipe file (in ``out``, by default runs/NAME) or of a run directory, which remembers its recipe.
-
-    Raises RecipeError or DataError when the recipe is not in order, RunError when the directory belongs to another
-    recipe: what a stage was made from cannot change once it has begun. Nothing is written in either case.
-    """
-    if target.is_dir():
-        directory = RunDirectory(target)
-        recipe = recipe_from_record(directory.record()["recipe"], overrides)
-    else:
-        recipe = load_recipe(target, overrides)
-        directory = RunDirectory(out or Path("runs") / target.stem)
-    record = recipe_to_record(recipe)
-    known = _known_recipe(directory) if directory.exists else None
-    if known == record:
-        return Run(recipe, directory)
-    if known is not None:
-        _refuse_other_recipe(directory, known, record)
-    if known is None or known["data"] != record["data"]:
-        _expect_sound_data(recipe.data)
-    if known is None:
-        directory.create(record)
-    else:
-        directory.update_recipe(record)
-    return Run(recipe, directory)
 
 
 def run_stage(run: Run, stage: str, *, again: bool = False) -> bool:
     """Does one stage unless it is done; ``again`` repeats it where that is cheap. Tells whether it did."""
-    fingerprint = _fingerprint(recipe_to_record(run.recipe), stage)
-    done = run.directory.fingerprint(stage) == fingerprint and (run.directory.path / ARTEFACTS[stage]).exists()
+    made_from = fingerprint(recipe_to_record(run.recipe), stage)
+    done = run.directory.fingerprint(stage) == made_from and (run.directory.path / ARTEFACTS[stage]).exists()
     if done and not (again and stage in REPEATABLE):
         return False
-    with run.directory.finishing(stage, fingerprint):
+    with run.directory.finishing(stage, made_from):
         STAGES[stage](run)
     return True
-
-
-def _known_recipe(directory: RunDirectory) -> dict[str, Any]:
-    """The recipe of a run. Options that came after it have their defaults, and its stages stay done."""
-    old = directory.record()["recipe"]
-    known = recipe_to_record(recipe_from_record(old))
-    if known != old:
-        stages = [stage for stage in STAGES if directory.fingerprint(stage) == _fingerprint(old, stage)]
-        directory.update_recipe(known, {stage: _fingerprint(known, stage) for stage in stages})
-    return known
-
-
-def _fingerprint(record: dict[str, Any], stage: str) -> str:
-    """Of the recipe's sections that a stage is made from, and of the formats that it reads and writes."""
-    parts: dict[str, Any] = {section: record[section] for section in SECTIONS[stage]}
-    if formats := [FORMATS[name] for name in FORMATS_OF.get(stage, ())]:
-        parts["formats"] = formats
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _refuse_other_recipe(directory: RunDirectory, known: dict[str, Any], record: dict[str, Any]) -> None:
-    for stage in TRAINING:
-        if directory.fingerprint(stage) is None and not directory.checkpoint(stage).path.exists():
-            continue  # not begun: may still change
-        for section in SECTIONS[stage]:
-            old, new = _flat(known.get(section, {})), _flat(record[section])
-            for key in sorted(old.keys() | new.keys()):
-                if old.get(key) != new.get(key):
-                    raise RunError(
-                        f"{directory.path} was made with {section}.{key} = {old.get(key)}, this recipe says "
-                        f"{new.get(key)}: choose another directory with --out, or delete it"
-                    )
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _add_heads(net: MultiExitNet, heads: HeadSpace) -> None:
@@ -471,18 +487,6 @@ def _gallery(
     samples = [sample for sample in samples if sample.mask.shape == samples[0].mask.shape]
     taken = [row.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
     return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
-
-
-def _expect_sound_data(options: DataOptions) -> None:
-    """Reads every image once before hours are spent on them; generated ones cannot be broken."""
-    train, val = open_dataset(options, "train"), open_dataset(options, "val")
-    if options.source == "scenes":
-        return
-    for split, dataset in (("train", train), ("val", val)):
-        report = check_dataset(dataset, progress=partial(tqdm, desc=f"check {split}", unit="img"))
-        if report.problems:
-            more = f" (and {len(report.problems) - 1} more: `messnet check-data`)" if len(report.problems) > 1 else ""
-            raise DataError(f"{report.problems[0]}{more}")
 
 
 def _start_from(weights: str, net: MultiExitNet, options: ModelOptions) -> None:

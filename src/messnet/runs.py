@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Checkpoint:
     """Where a training stage keeps the state it resumes from."""
 
     path: Path
+    made_from: str = field(default="", kw_only=True)
+    """Fingerprint of the recipe, where a state of another one must not be taken for this one's."""
 
     def load(self) -> dict[str, Any] | None:
         """The last state saved, None if there is none. Raises RunError when it cannot be read."""
@@ -39,11 +41,13 @@ class Checkpoint:
             raise RunError(
                 f"{self.path} cannot be read (damaged, or no checkpoint); delete it to start the stage again"
             ) from error
+        if state.pop("made_from", self.made_from) != self.made_from:
+            raise RunError(f"{self.path} was made from another recipe; delete it to start anew with this one")
         return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the last state. Raises RunError when the disk is full or read-only; the last state is whole then."""
-        _save(self.path, state)
+        _save(self.path, state | ({"made_from": self.made_from} if self.made_from else {}))
 
     def save_best(self, state: dict[str, Any]) -> None:
         """Beside the last state: the best one."""
@@ -60,7 +64,8 @@ class Checkpoint:
         """Raises RunError when no state could be saved here: before hours are spent, not after."""
         probe = self.path.with_name(f".{self.path.name}.probe")
         with writing(self.path):
-            write_atomically(probe, b"probe")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"probe")
             probe.unlink()
 
     def discard(self) -> None:

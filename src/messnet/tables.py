@@ -214,11 +214,14 @@ class ExitTables:
     labelled: NDArray[np.int32]
     """(V, K)"""
     policies: tuple[str, ...]
-    """P names, "<confidence>+<edge refinement>", such as "top1+native"."""
+    """P names, as ``Policy.name`` gives them, such as "top1+native"."""
     pixel_thresholds: FloatArray
     """(T,) ascending."""
     image_confidence: NDArray[np.float32]
-    """(V, H, P, T): c_img of the exit under the policy at the pixel threshold, all pixels counted."""
+    """(V, H, P, T): c_img of the exit under the policy at the pixel threshold, all pixels counted. A policy without
+    pixel threshold repeats its value over T."""
+    origin: str = ""
+    """What the tables were made from, weights, recipe and part of the split; empty where nobody said."""
 
     @property
     def final(self) -> int:
@@ -238,6 +241,7 @@ class ExitTables:
             policies=self.policies,
             pixel_thresholds=self.pixel_thresholds,
             image_confidence=self.image_confidence[images],
+            origin=self.origin,
         )
 
     def halves(self, seed: int = 0) -> tuple[IntArray, IntArray]:
@@ -267,6 +271,7 @@ class ExitTables:
             "class_names": self.class_names,
             "exits": self.exits,
             "policies": self.policies,
+            "origin": self.origin,
         }
         np.savez_compressed(
             buffer,
@@ -286,10 +291,22 @@ class ExitTables:
         with reading("exit tables", made_by="evaluate"), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             meta: dict[str, Any] = json.loads(str(arrays["meta"]))
             expect_schema(meta, SCHEMA_VERSION, "exit tables")
-            return cls(
+            tables = cls(
                 image_names=tuple(meta["image_names"]),
                 class_names=tuple(meta["class_names"]),
                 exits=tuple(Exit(index, head) for index, head in meta["exits"]),
                 policies=tuple(meta["policies"]),
+                origin=str(meta.get("origin", "")),
                 **{name: arrays[name] for name in arrays.files if name != "meta"},
+            )
+            tables._expect_finite()
+            return tables
+
+    def _expect_finite(self) -> None:
+        broken = np.argwhere(~np.isfinite(self.image_confidence))
+        if len(broken):
+            v, h = broken[0, :2]
+            raise RunError(
+                f"exit tables with NaN or infinite confidences, first at exit {self.exits[h].exit_index}, head "
+                f"{self.exits[h].head}, image {self.image_names[v]!r}; make them again with `messnet evaluate`"
             )

@@ -65,13 +65,13 @@ def main(tokens: Sequence[str] | None = None) -> None:
         print(f"messnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("messnet: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("messnet: interrupted; what was finished is kept, and a run goes on by the same command", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Any:
     quieten()
-    from messnet.pipeline import open_run
+    from messnet.opening import open_run
 
     return open_run(target, overrides, out=out)
 

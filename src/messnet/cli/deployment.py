@@ -1,22 +1,24 @@
-"""``messnet export`` and ``messnet predict``."""
+"""``messnet export``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, app, examples, quieten
 
-__all__ = ["export", "predict"]
+__all__ = ["export"]
 
 
 @app.command(
     help_epilogue=examples(
         "export runs/demo --out demo.mess",
         "export runs/demo --instance max-miou --out demo.zip",
+        "export runs/demo --runtime onnx --out demo.mess",
+        "export runs/demo --runtime onnx --no-torch --out demo.zip",
         "export runs/demo --device-table runs/demo/costs/NAME.json --out demo.mess",
     )
 )
@@ -25,6 +27,8 @@ def export(
     *,
     instance: str | None = None,
     out: Path | None = None,
+    runtime: Literal["torch", "onnx"] = "torch",
+    torch: bool = True,
     device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -37,58 +41,53 @@ def export(
         run_directory: A finished run.
         instance: One of the run's instances; by default the cheapest within 1 pp.
         out: A new folder, or a zip if it ends in .zip; by default RUN-INSTANCE.mess.
+        runtime: onnx adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on validation
+            images, or generated ones where the data set is not here.
+        torch: Whether the bundle holds weights for torch.
         device_table: Tables of `profile --measure` that go with it; by default all in RUN/costs.
     """
     quieten()
     from messnet.deployment.export import export as export_bundle
 
-    bundle = export_bundle(run_directory, out, instance=instance, tables=device_table)
+    graphs = runtime == "onnx"
+    images = _validation_images(run_directory) if graphs else None
+    bundle = export_bundle(
+        run_directory, out, instance=instance, tables=device_table, graphs=graphs, weights=torch, images=images
+    )
+    checked = bundle.manifest.runtimes["onnx"].checked if graphs else {}
     files = {name: stored.bytes for name, stored in bundle.manifest.files.items()}
     if as_json:
         print(
             json.dumps(
-                {"bundle": str(bundle.path), "instance": bundle.manifest.instance.name, "files": files}, indent=1
+                {
+                    "bundle": str(bundle.path),
+                    "instance": bundle.manifest.instance.name,
+                    "files": files,
+                    "checked": checked,
+                },
+                indent=1,
             )
         )
         return
     print(
         f"{bundle.manifest.instance.name} in {bundle.path}: {sum(files.values()) / 2**20:.1f} MiB, {', '.join(files)}"
     )
+    if checked:
+        kind = "validation images" if checked["real_images"] else "generated images (the data set is not here)"
+        print(
+            f"graphs against torch on {checked['images']:.0f} {kind}: {checked['equal_decisions']:.1%} of decisions, "
+            f"{checked['equal_pixels']:.3%} of pixels equal, logits differ by {checked['logits_max_abs']:.1e} at most"
+        )
 
 
-@app.command(
-    help_epilogue=examples(
-        "predict runs/demo photo.jpg",
-        "predict demo.mess photo.jpg",
-        "predict runs/camvid ../shared/camvid/val/images --instance drop-0.1pp --out predictions",
-    )
-)
-def predict(
-    target: Path,
-    *images: Path,
-    out: Path = Path("predictions"),
-    instance: str | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Segment images, or all images of folders, each stopping at the first exit that is confident.
+def _validation_images(run_directory: Path, num_images: int = 8) -> list[Any] | None:
+    """Some of the run's validation images; None where its data set cannot be read here."""
+    from messnet.errors import MessError
+    from messnet.opening import open_run
 
-    Writes OUT/masks (class indices, PNG), OUT/overlays, OUT/confidence (0 to 255 for 0 to 1, PNG) and
-    OUT/predictions.json (exit taken, image confidence, latency).
-
-    Args:
-        target: A finished run, or a bundle.
-        images: Image files and folders.
-        out: Where to write.
-        instance: One of the run's instances; by default the cheapest within 1 pp. A bundle has but one.
-        device: Where to compute.
-    """
-    from messnet.deployment.predictions import predict_files
-
-    records = predict_files(target, images, out, instance=instance, device=device)
-    if as_json:
-        print(json.dumps(records, indent=1))
-        return
-    taken = sorted({record["exit_index"] for record in records})
-    shares = ", ".join(f"exit {e}: {sum(r['exit_index'] == e for r in records)}" for e in taken)
-    print(f"{len(records)} images ({shares}) in {out}/")
+    try:
+        val = open_run(run_directory).dataset("val")
+        step = max(1, len(val) // num_images)
+        return [val[v].image for v in range(0, len(val), step)][:num_images]
+    except MessError:
+        return None

@@ -20,6 +20,7 @@ __all__ = ["profile"]
         "profile configs/demo.yaml",
         "profile runs/demo --measure --threads 2",
         "profile demo.mess --measure --out here.json",
+        "profile demo.mess --measure --runtime onnxruntime --threads 2",
         "profile mobilenetv2_fcn --input-size 512 512 --measure --plot cuts.png --out costs.json",
         "profile my_module:my_function --num-classes 19 --model.num_exits 4 --model.exit_cost latency",
     )
@@ -32,6 +33,7 @@ def profile(
     measure: Annotated[bool, Parameter(negative="")] = False,
     device: Literal["cpu", "cuda"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    runtime: Literal["torch", "torch-compiled", "onnxruntime", "openvino"] = "torch",
     batch: int | None = None,
     threads: int | None = None,
     name: str | None = None,
@@ -48,6 +50,7 @@ def profile(
         measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
         device: To measure on; by default cpu.
         dtype: To measure in; by default float32.
+        runtime: Of a bundle, stage by stage; what is not torch needs its graphs, see export.
         batch: Images at a time; by default 1.
         threads: Of the processor; by default torch's choice.
         name: Of a run's measured table; by default it says device, dtype and batch.
@@ -64,6 +67,8 @@ def profile(
     is_model = not bundled and (":" in target or not named)
     if (is_model or bundled) and name:
         raise MessError(f"--name is for a table of a run; that of {target} is written with --out FILE.json")
+    if runtime != "torch" and not (bundled and measure and (batch or 1) == 1):
+        raise MessError(f"--runtime {runtime} measures a bundle, one image at a time: BUNDLE --measure")
     if bundled:
         _expect_no_change(Path(target), overrides, out)
     if not is_model and (num_classes or input_size):
@@ -77,7 +82,7 @@ def profile(
         recipe = _recipe_of_model(target, overrides)
         net, costs = profile_model(recipe.model, recipe.heads, num_classes or 21, input_size or (512, 512), latency)
     elif bundled:
-        net, costs = profile_bundle(Path(target), latency)
+        net, costs = profile_bundle(Path(target), latency, runtime)
     else:
         opened = do_stage("profile", Path(target), overrides, out, quiet=as_json)
         costs = measure_run(opened, latency, plain_name(name or latency.name)) if latency else opened.costs()

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 
-from messnet.cli.app import AsJson, Out, Overrides, Target, app, do_stage, examples, open_target, print_table, say
+from messnet.cli.app import (
+    AsJson,
+    Out,
+    Overrides,
+    Target,
+    app,
+    examples,
+    open_target,
+    print_table,
+    quieten,
+    recipe_of,
+    say,
+)
 
-__all__ = ["distill", "evaluate", "pretrain", "report", "run"]
+__all__ = ["distill", "pretrain", "report", "run"]
 
 
 @app.command(
@@ -37,27 +49,74 @@ def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson 
     )
 )
 def pretrain(target: Target, *overrides: Overrides, out: Out = None) -> None:
-    """Stage 1: exit-aware pre-training of the backbone and the final head."""
-    do_stage("pretrain", target, overrides, out)
+    """Stage 1: train the backbone and the final head, by default with the early exits in turn.
+
+    Under torchrun, or with --compute.devices, the processes share every batch.
+    """
+    _train_stage("pretrain", _open_together(target, overrides, out))
 
 
-@app.command(help_epilogue=examples("distill runs/demo"))
-def distill(target: Target, *overrides: Overrides, out: Out = None) -> None:
-    """Stage 2: train every head of the space on the frozen backbone, by positive filtering distillation."""
-    do_stage("distill", target, overrides, out)
+@app.command(
+    help_epilogue=examples(
+        "distill runs/demo",
+        "distill runs/demo --shard 2/8",
+        "distill runs/demo --merge",
+        "distill configs/other_loss.yaml --pretrained runs/demo",
+    )
+)
+def distill(
+    target: Target,
+    *overrides: Overrides,
+    out: Out = None,
+    shard: Annotated[str | None, Parameter(help="Train this part of the heads, K/N, into RUN/stage2.KofN.")] = None,
+    merge: Annotated[bool, Parameter(negative="", help="Put the parts that shards left together.")] = False,
+    pretrained: Annotated[
+        Path | None, Parameter(help="Take stage 1 from this run; data, model and pretrain sections must agree.")
+    ] = None,
+) -> None:
+    """Stage 2: train every head of the space on the frozen backbone, by default by positive filtering distillation.
 
+    Under torchrun, or with --compute.devices, the processes divide the heads.
+    """
+    from messnet.errors import RecipeError
+    from messnet.training.shards import Shard
 
-@app.command(help_epilogue=examples("evaluate runs/demo", "evaluate runs/demo --json"))
-def evaluate(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
-    """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
-    opened = do_stage("evaluate", target, overrides, out, quiet=as_json)
-    from messnet.report import exit_rows, exits_table
+    if merge and (shard or pretrained):
+        raise RecipeError("--merge puts together what is there: give it without --shard and --pretrained")
+    part = Shard.parse(shard) if shard else None
+    opened = _open_together(target, overrides, out, pretrained)
+    from messnet.pipeline import distill_stage, merge_stage
 
-    tables, costs = opened.tables(), opened.costs()
-    if as_json:
-        print(json.dumps(exit_rows(tables, costs), indent=1))
+    if merge:
+        merge_stage(opened)
+        print("distill: merged")
+    elif part is not None:
+        distill_stage(opened, part)
+        print(f"distill: shard {shard} done; when all are, `messnet distill {opened.directory.path} --merge`")
     else:
-        Console().print(exits_table(tables, costs))
+        _train_stage("distill", opened)
+
+
+def _open_together(target: Path, overrides: Sequence[str], out: Path | None, pretrained: Path | None = None) -> Any:
+    """``open_target``; of processes that train together the first goes first, for it may write the run directory."""
+    quieten()
+    compute = recipe_of(target, overrides).compute
+    with compute.launch().rank_zero_first() if compute.is_parallel else nullcontext():
+        opened = open_target(target, overrides, out)
+        if pretrained is not None:
+            from messnet.pipeline import adopt_pretrained
+
+            adopt_pretrained(opened, pretrained)
+    return opened
+
+
+def _train_stage(stage: str, opened: Any) -> None:
+    from messnet.pipeline import follow_stage, run_stage
+
+    if opened.recipe.compute.is_parallel and opened.recipe.compute.launch().global_rank > 0:
+        follow_stage(opened, stage)
+    else:
+        say(stage, run_stage(opened, stage), False)
 
 
 @app.command(help_epilogue=examples("report runs/demo", "report runs/demo --markdown table.md"))

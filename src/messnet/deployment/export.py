@@ -4,43 +4,73 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import safetensors.torch
+from numpy.typing import NDArray
 
 from messnet import __version__
 from messnet.deployment.bundle import Bundle, Manifest, Preprocessing, Runtime, write_bundle
-from messnet.deployment.loading import COSTS, bundle_tensors, restore_run
+from messnet.deployment.graphs import OUTPUT, make_graphs
+from messnet.deployment.loading import COSTS, GRAPHS, bundle_tensors, restore_run
+from messnet.deployment.runtimes import Graph, GraphRunner, Runner, TorchRunner, load_graph, size_multiple
 from messnet.errors import ModelError, RunError
-from messnet.instance import Exit
+from messnet.exit_policy import Policy
+from messnet.instance import Exit, Instance
+from messnet.network.multi_exit import MultiExitNet
 from messnet.preprocessing import MEAN, STD
 from messnet.runs import RunDirectory
 from messnet.tables import CostTable
 
-__all__ = ["export"]
+__all__ = ["check_graphs", "export"]
 
 _WEIGHTS = "weights.safetensors"
 _WORKLOAD = "workload.json"
+# Of the largest logit: graphs add in another order.
+_TOLERANCE = 1e-3
 
 
 def export(
-    path: Path, out: Path | None = None, *, instance: str | None = None, tables: Sequence[Path] | None = None
+    path: Path,
+    out: Path | None = None,
+    *,
+    instance: str | None = None,
+    tables: Sequence[Path] | None = None,
+    graphs: bool = False,
+    weights: bool = True,
+    images: Sequence[NDArray[np.uint8]] | None = None,
 ) -> Bundle:
     """Writes an instance of the run at ``path`` as a bundle: a folder, or a zip where ``out`` ends in .zip; by default
     RUN-INSTANCE.mess.
 
-    ``instance`` as for ``load``. The measured cost ``tables`` go with it, by default all of the run. Raises RunError
-    when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be cut.
+    ``instance`` as for ``load``. The measured cost ``tables`` go with it, by default all of the run. ``weights`` for
+    torch, ``graphs`` in ONNX for other runtimes: they are checked against torch on ``images``, (H, W, 3) uint8 RGB,
+    generated ones where None are given. Raises RunError when something is missing or does not fit, or ``out`` exists;
+    ModelError for a model that cannot be cut, or graphs that cannot be made or disagree.
     """
     run = RunDirectory(path)
     blueprint, net, chosen = restore_run(path, instance)
     if not net.backbone.exportable:
         raise ModelError(f"{path} cannot be exported: {'; '.join(net.notes)}")
+    if not (weights or graphs):
+        raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: leave one of them in")
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
-    files = {_WEIGHTS: safetensors.torch.save(tensors), **_cost_tables(run, exits, tables)}
+    files, runtimes = _cost_tables(run, exits, tables), {}
+    if weights:
+        tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
+        files[_WEIGHTS] = safetensors.torch.save(tensors)
+        runtimes["torch"] = Runtime(files={"weights": _WEIGHTS})
+    if graphs:
+        made = make_graphs(net, exits, Policy.parse(chosen.policy), blueprint.input_size)
+        checked = check_graphs(net, chosen, made, images or _generated_images(blueprint.input_size))
+        named = {name: f"{GRAPHS}/{name}.onnx" for name in made}
+        files |= {named[name]: data for name, data in made.items()}
+        runtimes[GRAPHS] = Runtime(files=named, checked={**checked, "real_images": float(images is not None)})
     own = ("class_names", "palette", "input_size")  # the manifest's
     network = {name: value for name, value in json.loads(blueprint.to_json()).items() if name not in own}
     manifest = Manifest(
@@ -51,10 +81,99 @@ def export(
         preprocessing=Preprocessing(mean=MEAN, std=STD, input_size=blueprint.input_size),
         instance=chosen,
         network=network,
-        runtimes={"torch": Runtime(files={"weights": _WEIGHTS})},
+        runtimes=runtimes,
         provenance=run.record()["stages"],
     )
     return write_bundle(out or Path(f"{path.resolve().name}-{chosen.name}.mess"), manifest, files)
+
+
+def check_graphs(
+    net: MultiExitNet, instance: Instance, graphs: Mapping[str, bytes], images: Sequence[NDArray[np.uint8]]
+) -> dict[str, float]:
+    """How far the ``graphs`` of an instance agree with torch on ``images``, every exit of each: ``logits_max_abs`` and
+    ``confidence_max_abs``, the largest differences; ``equal_decisions`` and ``equal_pixels``, shares in [0, 1].
+
+    The first image is run once more without its last rows and columns: no size may be fixed. Raises ModelError when
+    they disagree, or no runtime is installed.
+    """
+    exits = tuple(choice.exit for choice in instance.exits)
+    multiple = size_multiple(net)
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime" if find_spec("onnxruntime") else "openvino"
+    output = load_graph(graphs[OUTPUT], runtime, "f32", 1)
+    runners: list[Runner] = [
+        TorchRunner(net, Policy.parse(instance.policy)),
+        GraphRunner(
+            graphs,
+            exits,
+            [point.output_stride for point in net.exit_points],
+            runtime=runtime,
+            size_multiple=multiple,
+        ),
+    ]
+    cut = max(multiple, 27)
+    odd = [image[:-cut, :-cut] for image in images[:1] if min(image.shape[:2]) > 2 * cut]
+    agreements = [_compare(runners, output, instance, image) for image in (*images, *odd)]
+    logits, largest, confidence, decisions, pixels = np.concatenate(agreements).T
+    found = {
+        "images": float(len(agreements)),
+        "logits_max_abs": float(logits.max()),
+        "confidence_max_abs": float(confidence.max()),
+        "equal_decisions": float(decisions.mean()),
+        "equal_pixels": float(pixels.mean()),
+        "size_multiple": float(multiple),
+    }
+    tolerable = found["logits_max_abs"] <= _TOLERANCE * max(1.0, largest.max())
+    if not tolerable or found["equal_pixels"] < 0.999 or found["confidence_max_abs"] > 0.01:
+        figures = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
+        raise ModelError(f"the ONNX graphs do not do what torch does ({figures}): export without --runtime onnx")
+    return found
+
+
+def _compare(
+    runners: Sequence[Runner], output: Graph, instance: Instance, image: NDArray[np.uint8]
+) -> NDArray[np.float64]:
+    """(E, 5): per exit the largest difference of logits, the largest logit, the difference of confidences, whether
+    decisions are equal, the share of equal pixels, labels by the ``output`` graph too."""
+    multiple = runners[0].size_multiple()
+    height, width = (side // multiple * multiple for side in image.shape[:2])
+    lives: list[Any] = [runner.start(image[None, :height, :width]) for runner in runners]
+    rows = []
+    for choice in instance.exits:
+        threshold = 0.9 if choice.pixel_threshold is None else choice.pixel_threshold
+        steps = [
+            runner.advance(live, choice.exit, pixel_threshold=threshold)
+            for runner, live in zip(runners, lives, strict=True)
+        ]
+        lives = [step.live for step in steps]
+        ours, theirs = (np.asarray(step.logits, np.float64) for step in steps)
+        shares = [float(step.confidence[0]) for step in steps if step.confidence is not None]
+        decisions = [share >= choice.image_threshold for share in shares if choice.image_threshold is not None]
+        expected, found = (
+            runner.labels(step.logits, np.ones(1, bool), (height, width))
+            for runner, step in zip(runners, steps, strict=True)
+        )
+        feeds = {"logits": steps[1].logits, "size": np.array([height, width], np.int64)}
+        drawn = output.run(feeds, ["labels"])[0]
+        rows.append(
+            [
+                np.abs(ours - theirs).max(),
+                np.abs(ours).max(),
+                abs(shares[0] - shares[1]),
+                len({*decisions}) < 2,
+                ((expected == found) & (expected == drawn)).mean(),
+            ]
+        )
+    return np.array(rows, np.float64)
+
+
+def _generated_images(size: tuple[int, int], num_images: int = 4) -> list[NDArray[np.uint8]]:
+    """Coloured blocks with noise, where there are no real images."""
+    draw, images = np.random.default_rng(0), []
+    for _ in range(num_images):
+        blocks = draw.integers(0, 256, (size[0] // 16 + 1, size[1] // 16 + 1, 3)).repeat(16, 0).repeat(16, 1)
+        noise = draw.normal(0, 8, (*size, 3))
+        images.append(np.clip(blocks[: size[0], : size[1]] + noise, 0, 255).astype(np.uint8))
+    return images
 
 
 def _cost_tables(run: RunDirectory, exits: Sequence[Exit], measured: Sequence[Path] | None) -> dict[str, bytes]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,15 +12,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from messnet.deployment.inference import Session
+from messnet.deployment.runtimes import Live
 from messnet.instance import Exit, ExitChoice, Instance
 from messnet.latency import LatencyOptions, Stopwatch, device_name, num_threads
 from messnet.measurements import Gallery
 from messnet.metrics import pixel_counts
 from messnet.network.multi_exit import MultiExitNet
-from messnet.tables import CostTable, mean_iou
+from messnet.tables import CostTable, PartCost, mean_iou
 from messnet.workload import copy_module
 
-__all__ = ["Running", "check_additivity", "device_in_words", "make_gallery", "run_side_by_side"]
+__all__ = ["Running", "check_additivity", "device_in_words", "make_gallery", "measure_session", "run_side_by_side"]
 
 WARM_UP_IMAGES = 3
 MAX_EXITS = 4  # of a random instance
@@ -119,6 +121,58 @@ def _random_instance(exits: Sequence[Exit], draw: np.random.Generator) -> tuple[
             )
         )
     return Instance(name="random", setting="input_dependent", exits=tuple(choices)), stop
+
+
+def measure_session(session: Session, workload: CostTable, options: LatencyOptions) -> CostTable:
+    """``workload`` with what the parts of the session's instance take in its runtime, one image at a time.
+
+    A graph holds segments, head and decision of an exit: each is the time with it less the time without it, so that
+    their sums are whole steps. The segments before an exit count as one, with its own; the last exit's head counts with
+    them. The table has the exits of the instance only. ``options`` say how often; the rest is the session's.
+    """
+    draw, size = np.random.default_rng(0), workload.input_size
+    image = draw.integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    watch, runner, exits = Stopwatch(session.device), session.runner, session.instance.exits
+
+    def once() -> None:
+        lives: list[Live | None] = [runner.start(image) for _ in range(3)]
+        for position, choice in enumerate(exits):
+            last = position == len(exits) - 1
+            steps = []
+            for parts, live in enumerate(lives):  # segments, with the head, with the decision
+                assert live is not None
+                threshold = 0.5 if parts == 2 and not last else None
+                with watch.lap((position, parts)):
+                    steps.append(
+                        runner.advance(
+                            live, choice.exit, pixel_threshold=threshold, logits=parts > 0 or last, keep=not last
+                        )
+                    )
+            with watch.lap((position, 3)):
+                runner.labels(steps[2].logits, np.ones(1, bool), size)
+            lives = [step.live for step in steps]
+
+    watch.repeat(once, options, desc="measure")
+
+    def timed(part: PartCost, position: int | None, parts: int) -> PartCost:
+        if position is None:
+            return replace(part, latency_ms=0.0, latency_p95_ms=0.0)
+        before = [of((position, parts - 1)) if parts in (1, 2) else 0.0 for of in (watch.median, watch.p95)]
+        after = [of((position, parts)) for of in (watch.median, watch.p95)]
+        more = [max(0.0, a - b) for a, b in zip(after, before, strict=True)]
+        return replace(part, latency_ms=more[0], latency_p95_ms=more[1])
+
+    at = {choice.exit_index: position for position, choice in enumerate(exits)}
+    return replace(
+        workload,
+        segments=tuple(timed(part, at.get(k), 0) for k, part in enumerate(workload.segments)),
+        heads={choice.exit: timed(workload.heads[choice.exit], p, 1) for p, choice in enumerate(exits)},
+        policies=tuple(timed(part, at.get(k), 2) for k, part in enumerate(workload.policies)),
+        outputs=tuple(timed(part, at.get(k), 3) for k, part in enumerate(workload.outputs)),
+        conditions={**runner.conditions, "batch": 1},
+        additivity={},
+        provenance={**workload.provenance, "policy": session.policy.name, "measured": time.strftime("%Y-%m-%d")},
+    )
 
 
 def make_gallery(

@@ -33,7 +33,9 @@ def load_weights(model: nn.Module, source: str | Path) -> list[str]:
 
     ``source`` is a .safetensors file, a torch state dict (.pt, .pth, alone or in a checkpoint; read as weights only: no
     code of the file runs), or torchvision's name of weights, such as "FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1",
-    downloaded once. Tensors of an auxiliary classifier that the model does not have are left out.
+    downloaded once. Tensors of an auxiliary classifier that the model does not have are left out. Where only the last
+    layer (of the model, and of its auxiliary classifier) differs, and only in the number of classes, that layer keeps
+    its initial weights and the rest is loaded.
 
     Raises ModelError when it cannot be read, or a tensor is missing, unexpected or of another shape; nothing is loaded
     then.
@@ -46,6 +48,8 @@ def load_weights(model: nn.Module, source: str | Path) -> list[str]:
     ]
     adapted = [_adapted(candidate, own) for candidate in renamed]
     fitting, notes = next((pair for pair in adapted if pair[0].keys() == own.keys()), adapted[0])
+    fitting, more = _with_own_classifier(fitting, own, model)
+    notes = [*notes, *more]
     expect_fit(fitting, own, source=str(source))
     model.load_state_dict(fitting)
     return [f"{source}: {note}" for note in notes]
@@ -81,6 +85,29 @@ def _adapted(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[
         notes.append(f"{_COUNTER} of {len(counters)} normalisation layers is not in it and starts as in a new model")
     kept = {name: tensor for name, tensor in state.items() if name not in auxiliary}
     return kept | {name: own[name] for name in counters}, notes
+
+
+def _with_own_classifier(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    """``state`` with the model's own last layers where they tell another number of classes apart; in words."""
+    other = {name: state[name] for name, tensor in own.items() if name in state and state[name].shape != tensor.shape}
+    if not other or other.keys() - _last_layers(model):
+        return state, []
+    counts = {(len(tensor), len(own[name])) for name, tensor in other.items() if tensor.dim() and own[name].dim()}
+    if len(counts) != 1 or any(tensor.shape[1:] != own[name].shape[1:] for name, tensor in other.items()):
+        return state, []
+    ((theirs, ours),) = counts
+    note = f"{', '.join(other)}: of {theirs} classes, the model has {ours}; initialised anew, all else is loaded"
+    return state | {name: own[name] for name in other}, [note]
+
+
+def _last_layers(model: nn.Module) -> set[str]:
+    """Parameters of the last layer of the model, and of the last one of an auxiliary classifier."""
+    layers = [name for name, module in model.named_modules() if [*module.parameters(recurse=False)]]
+    main = [name for name in layers if not name.startswith(_AUXILIARY)][-1:]
+    auxiliary = [name for name in layers if name.startswith(_AUXILIARY)][-1:]
+    return {f"{name}.{kind}".lstrip(".") for name in (*main, *auxiliary) for kind in ("weight", "bias")}
 
 
 def _read(source: str) -> dict[str, Tensor]:

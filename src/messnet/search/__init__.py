@@ -1,14 +1,17 @@
 """Exact search over validation tables and a cost table, and a promise on what it finds; needs no model."""
 
-from messnet.search.engine import Front, FrontPoint, SearchResult, choose, pareto_front, search
+from messnet.search.anytime import AnytimeObjective
 from messnet.search.guarantee import Guarantee, certify
-from messnet.search.space import Grid, Objective, cost_of, route
+from messnet.search.results import Front, FrontPoint, SearchResult, choose, pareto_front, search, search_for
+from messnet.search.space import Grid, Limit, Objective, cost_of, route
 
 __all__ = [
+    "AnytimeObjective",
     "Front",
     "FrontPoint",
     "Grid",
     "Guarantee",
+    "Limit",
     "Objective",
     "SearchResult",
     "certify",
@@ -17,4 +20,5 @@ __all__ = [
     "pareto_front",
     "route",
     "search",
+    "search_for",
 ]

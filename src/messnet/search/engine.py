@@ -1,462 +1,475 @@
-"""Exact search over tables: one enumeration gives the accuracy-cost front, the front answers every question.
+"""Exact search over tables: enumeration up to two exits, branch and bound for three.
 
-An instance of early exits a < b and last exit c sends out the image sets A at a, B \\ A at b, the rest at c. Summed
-pixel counts are linear in these sets, so all pairs (A, B) of two heads are evaluated by matrix products. Before that,
-sets B of similar size are bounded together: images in all of them leave at b, images in none reach c, and the others
-count as whichever is better for each class. A group whose bound does not beat the front at its least cost is done.
+An instance of early exits a < b and last exit c sends the images of a set A out at a, those of B \\ A at b, the rest at
+c. At one exit, head and pixel threshold the sets of all image thresholds are nested, so that running sums of pixel
+counts over the images, the most confident first, give the mIoU at every threshold. All instances of one and two exits
+are evaluated in this way, and all of one choice of three exits in little more: see ``kernels``.
 
-Instances are taken in the order of ties: fewer exits first, then the shallower last exit, then the shallower middle,
-then the shallower first. So an instance enters the front only when it is strictly better than all before it.
+Of three exits there are too many choices of heads (1.8 million at 5 early exits x 56 heads). Each is bounded:
+
+- *Tangent.* With r_k, U0_k the IoU and union of class k in some good instance, R the mean of r_k, and, for any other,
+  l_k = (I_k - r_k U_k) / U0_k and u_k = U_k / U0_k - 1:  I_k / U_k = r_k + l_k / (1 + u_k). The mean of l_k is
+  linear in the pixel counts, so it is a sum over images of what each contributes at the exit it takes.
+- *Remainder.* Let p_k = l_k / (1 + u_k). An instance with mIoU >= R + tau has mean p >= tau, so
+  mIoU - R = mean l - mean p u <= mean l + (mean p+ - tau) max u+ + mean p+ max u-: only the upper ends of l and u and
+  the lower ends of u matter, and those are known up to which images leave at b.
+- *Price.* For any mu >= 0 the best of mean l - mu cost over all sets is an upper bound along a line in the plane of
+  cost and mIoU. With g what an image contributes at an exit, less mu times what it costs to leave there, it is at most
+  the best of (b, B, c) alone plus the best over A of the sum of g_a - min(g_b, g_c): both are running sums.
+
+A choice whose line passes below everything that would be news is done; the others are evaluated in full, the most
+promising first. Stopped early, the lines of the choices left are the proved gap.
+
+Ties: of equal instances fewer exits, then the shallower last exit, the shallower middle, the shallower first, then the
+pixel thresholds' order and the fewer images leaving early.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, Literal, NamedTuple
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from messnet.errors import InfeasibleError, RecipeError
-from messnet.instance import ExitChoice, Instance
-from messnet.search.space import ExitSets, Grid, Objective, exit_sets
-from messnet.tables import CostColumn, CostName, CostTable, ExitTables, FloatArray, IntArray
+from messnet.search import kernels
+from messnet.search.problem import MEAN, WHOLE_MAX, WHOLE_SUM, WORST, Found, Problem
+from messnet.tables import FloatArray, IntArray
 
-__all__ = ["Front", "FrontPoint", "SearchResult", "SearchSetting", "choose", "pareto_front", "search"]
+__all__ = ["Engine", "Outcome", "Region", "try_choice"]
 
-SearchSetting = Literal["budgeted", "input_dependent"]
+CAPACITY = 1 << 16  # points of a front
+MARGIN = 2e-5  # mIoU; more than the float32 sums of a bound lose
+NUM_TANGENTS = 8  # of a whole front
+MANY_LEFT = 2000  # choices for which a bound at another price pays
+PER_BATCH = 8  # choices that a worker evaluates between two looks at the clock
 
-GROUP_SIZE = 32  # exit sets bounded together: fewer bound tighter, more cost less
-CHUNK_ROWS = 1024  # first-exit sets at a time, so that their results stay in the cache
-DECIMALS = 12  # at which mIoU is compared: beyond, float sums of equal ratios differ
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Region(NamedTuple):
+    """What is news: points of the front, or the best of one objective within its limits."""
+
+    goal: Literal["front", "cost", "miou"]
+    least_miou: float = -1.0
+    max_cost: float = np.inf
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontPoint:
-    """One optimum: no instance of the grid has a larger mIoU at this cost or less."""
+class Outcome:
+    """What an engine found, and what it proved."""
 
-    miou: float
-    """In [0, 1], over the selection images."""
-    cost: float
-    """Mean over the selection images, in the unit of the cost."""
-    instance: Instance
-
-
-@dataclass(frozen=True, kw_only=True)
-class Front:
-    """The accuracy-cost Pareto front of a declared grid: ``points`` by ascending cost, hence ascending mIoU."""
-
-    points: tuple[FrontPoint, ...]
-    static: tuple[FrontPoint, ...]
-    """The front of the budgeted setting: static truncated models."""
-    setting: SearchSetting
-    cost_name: CostName
-    baseline_miou: float
-    """mIoU of the final exit on the same images."""
-    baseline_cost: float
-    """Cost of the user's whole model."""
-    num_images: int
-    num_declared: int
-    """Instances of the grid, duplicates counted."""
-    num_distinct: int
-    """Instances that route the images differently."""
+    front: Found
+    near: list[tuple[float, float, int]]
+    """(cost, mIoU, key) of the best instance within the limits of every choice of exits that was evaluated."""
     num_evaluated: int
-    """Instances whose mIoU was computed; all others were bounded."""
+    stopped: Literal["", "time limit", "interrupted"]
+    gap_cost: float
+    """Relative: no instance within the limits costs less than (1 - gap) times the best one. 0: optimal."""
+    gap_miou: float
+    """No instance within the limits has a larger mIoU by more; over a front, at any cost. 0: optimal."""
 
-    @property
-    def certificate(self) -> str:
-        return (
-            f"optimal over the declared grid of {_spaced(self.num_declared)} instances "
-            f"({_spaced(self.num_distinct)} distinct): {_spaced(self.num_evaluated)} were evaluated, "
-            f"all others were bounded"
+
+class _Choices(NamedTuple):
+    """Choices of three exits that are not done, and their lines against one tangent."""
+
+    exits: IntArray
+    """(n, 3): last, middle, first."""
+    bounds: FloatArray
+    """(n, prices): largest l - mu cost + remainder."""
+    base: float
+    """The tangent's mIoU."""
+    prices: list[float]
+    """mu, mIoU per unit of the objective's cost."""
+    least: float
+    """The bounds hold for instances of at least this mIoU, and are to settle those below ``most``."""
+    most: float
+
+
+class _OutOfTimeError(Exception):
+    """Time is up."""
+
+
+class Engine:
+    """One search. ``run`` once."""
+
+    def __init__(self, problem: Problem, region: Region, *, max_exits: int, time_limit: float | None, progress: bool):
+        self.problem, self.region, self.max_exits, self.progress = problem, region, max_exits, progress
+        self.arrays = problem.arrays
+        self.deadline = np.inf if time_limit is None else time.monotonic() + time_limit
+        self.found, self.num_evaluated = _nothing(), 0
+        self.near: dict[tuple[int, ...], tuple[float, float, int]] = {}
+        self.static = _nothing()
+        self.stopped: Literal["", "time limit", "interrupted"] = ""
+        self.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        weighted = self.arrays.weights > 0
+        self.priced = bool((self.arrays.kinds[weighted] == MEAN).all())
+        # The mean over devices is at most the largest, and linear.
+        self.parts = (self.arrays.parts * self.arrays.weights[:, None, None])[weighted].mean(0)
+
+    def run(self) -> Outcome:
+        gaps = (0.0, 0.0)
+        try:
+            for position in range(len(self.arrays.exit_index)):
+                kernels.try_single(self.arrays, position, self.found)
+                self.num_evaluated += 1
+            kernels.merge(self.static, self.found)
+            self._note(self.found)
+            if self.max_exits > 1:
+                gaps = (np.inf, np.inf)
+                self._pairs()
+                gaps = (0.0, 0.0)
+            if self.max_exits > 2:
+                gaps = (np.inf, np.inf)
+                gaps = self._triples()
+        except _OutOfTimeError:
+            self.stopped = "time limit"
+        except KeyboardInterrupt:
+            self.stopped = "interrupted"
+        return Outcome(
+            front=self.found,
+            near=sorted(self.near.values(), key=self._rank),
+            num_evaluated=self.num_evaluated,
+            stopped=self.stopped,
+            gap_cost=gaps[0],
+            gap_miou=gaps[1],
         )
 
+    # -- one and two exits ---------------------------------------------------------------------------------------
 
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """What a search answers."""
+    def _pairs(self) -> None:
+        lasts = [p for p in range(len(self.arrays.exit_index)) if self.problem.num_before(p)]
+        for found, (tried, best, keys) in self._each(self._pairs_before, lasts, "two exits"):
+            kernels.merge(self.found, found)
+            self.num_evaluated += tried
+            for (cost, miou), key in zip(best, keys, strict=True):
+                if cost < np.inf:
+                    self._remember(cost, miou, int(key))
 
-    instance: Instance
-    front: list[FrontPoint]
-    """The whole front, by ascending cost."""
-    certificate: str
-    """What was proved, in words."""
-    runners_up: list[FrontPoint]
-    """The next best points of the front that meet the constraints."""
-    verdict: str
-    """Does the instance beat the best static truncated model under the same constraints, and by how much."""
+    def _pairs_before(self, last: int) -> tuple[Found, tuple[int, FloatArray, IntArray]]:
+        found, region = _nothing(), self.region
+        kernels.merge(found, self.static)
+        limits = (region.max_cost, region.least_miou, region.goal != "miou")
+        num = self.problem.num_before(last)
+        return found, kernels.try_pairs_before(self.arrays, last, num, *limits, _nothing(), found)
 
+    # -- three exits ---------------------------------------------------------------------------------------------
 
-def search(
-    tables: ExitTables,
-    costs: CostTable,
-    *,
-    setting: SearchSetting = "input_dependent",
-    minimise: CostName | None = None,
-    maximise: Literal["miou"] | None = None,
-    cost: CostName = "macs",
-    max_drop_pp: float | None = None,
-    min_miou: float | None = None,
-    max_cost: float | None = None,
-    max_cost_ratio: float | None = None,
-    grid: Grid | None = None,
-    name: str = "instance",
-    progress: bool = False,
-) -> SearchResult:
-    """The best instance for one objective, see Objective for its keywords and Grid for what is tried.
+    def _triples(self) -> tuple[float, float]:
+        """Evaluates or rules out every choice of three exits; the gaps (cost, mIoU) that are left."""
+        lasts = [p for p in range(len(self.arrays.exit_index)) if self.arrays.exit_index[p] >= 2]
+        lasts = [p for p in lasts if len(np.unique(self.arrays.exit_index[: self.problem.num_before(p)])) > 1]
+        groups: list[_Choices] = []
+        for steps, most in self._strips():
+            groups.append(self._bound(lasts, steps, most))
+        if self.region.goal == "front":
+            groups.append(self._cheaper_than_all(lasts))
+        done: set[tuple[int, ...]] = set()
+        bar = tqdm(desc="three exits", unit="choice", disable=not self.progress, delay=1)
+        while True:
+            promising = self._promising(groups, done)
+            if not promising:
+                bar.close()
+                return 0.0, 0.0
+            bar.total = len(promising) + len(done)
+            known = len(self.near)
+            batch = promising[: max(self.workers * PER_BATCH, len(promising) // 64)]
+            try:
+                for exits, found, tried in self._each(self._triple, batch, ""):
+                    done.add(exits)
+                    self.num_evaluated += tried
+                    kernels.merge(self.found, found)
+                    self._note(found)
+                    bar.update()
+                if not known and self.near:  # something feasible at last: now the bounds can have a price
+                    groups = [self._bound(lasts, *next(self._strips()), groups[0])]
+            except (_OutOfTimeError, KeyboardInterrupt) as stop:
+                self.stopped = "time limit" if isinstance(stop, _OutOfTimeError) else "interrupted"
+                bar.close()
+                return self._gaps(groups, done)
 
-    For several objectives of one cost call ``pareto_front`` once and ``choose`` for each. Raises InfeasibleError, with
-    the nearest feasible points, when no instance meets the constraints.
-    """
-    objective = Objective(
-        minimise=minimise,
-        maximise=maximise,
-        cost=cost,
-        max_drop_pp=max_drop_pp,
-        min_miou=min_miou,
-        max_cost=max_cost,
-        max_cost_ratio=max_cost_ratio,
-    )
-    front = pareto_front(tables, costs, setting=setting, cost=objective.cost_name, grid=grid, progress=progress)
-    return choose(front, objective, name=name)
+    def _triple(self, exits: tuple[int, ...]) -> tuple[tuple[int, ...], Found, int]:
+        found = _nothing()
+        max_cost, least_miou = self._gate()
+        if self.region.goal == "front":
+            kernels.merge(found, self.found)
+        return exits, found, kernels.try_triple(self.arrays, exits[0], exits[1], exits[2], max_cost, least_miou, found)
 
+    def _gate(self) -> tuple[float, float]:
+        """Largest cost and least mIoU of what is worth evaluating."""
+        best = self._best()
+        if self.region.goal == "cost" and best:
+            return min(best[0], self.region.max_cost), self.region.least_miou
+        if self.region.goal == "miou" and best:
+            return self.region.max_cost, max(best[1], self.region.least_miou)
+        return self.region.max_cost, self.region.least_miou
 
-def choose(front: Front, objective: Objective, *, name: str = "instance") -> SearchResult:
-    """The point of ``front`` that ``objective`` asks for. Raises InfeasibleError when there is none."""
-    if objective.cost_name != front.cost_name:
-        raise RecipeError(f"the front is over {front.cost_name}, the objective asks for {objective.cost_name}")
-    feasible = _feasible(front, front.points, objective)
-    if not feasible:
-        raise InfeasibleError(_nearest(front, objective))
-    best, *others = feasible
-    instance = replace(
-        best.instance,
-        name=name,
-        objective=str(objective),
-        selected_on={
-            "miou": best.miou,
-            front.cost_name: best.cost,
-            "images": front.num_images,
-            "baseline_miou": front.baseline_miou,
-            f"baseline_{front.cost_name}": front.baseline_cost,
-        },
-        certificate=front.certificate,
-    )
-    return SearchResult(
-        instance=instance,
-        front=list(front.points),
-        certificate=front.certificate,
-        runners_up=others[:3],
-        verdict=_verdict(front, objective, best),
-    )
+    def _best(self) -> tuple[float, float, int] | None:
+        """The objective's best so far (cost, mIoU, key), if anything meets its limits."""
+        size = self.found.size[0]
+        costs, mious = self.found.cost[:size], self.found.miou[:size]
+        feasible = np.flatnonzero((costs <= self.region.max_cost) & (mious >= self.region.least_miou))
+        if not len(feasible):
+            return None
+        i = feasible[-1 if self.region.goal == "miou" else 0]
+        return float(costs[i]), float(mious[i]), int(self.found.key[i])
 
+    def _steps(self) -> FloatArray:
+        """(n, 2) of (mIoU, cost): an instance is news if, for one of them, it has at least that mIoU at that cost or
+        less. Ascending."""
+        max_cost, least_miou = self._gate()
+        if self.region.goal != "front":
+            return np.array([[least_miou, min(max_cost, self._largest_cost())]])
+        size = self.found.size[0]
+        if not size:
+            return np.array([[least_miou, self._largest_cost()]])
+        costs = np.append(self.found.cost[1:size], self._largest_cost())
+        return np.stack([self.found.miou[:size], costs], axis=1)
 
-def pareto_front(
-    tables: ExitTables,
-    costs: CostTable,
-    *,
-    setting: SearchSetting = "input_dependent",
-    cost: CostName = "macs",
-    grid: Grid | None = None,
-    progress: bool = False,
-) -> Front:
-    """The exact front of mIoU against one cost over everything ``grid`` declares."""
-    if setting not in ("budgeted", "input_dependent"):
-        raise RecipeError(f"cannot search the setting {setting!r}: expected 'budgeted' or 'input_dependent'")
-    grid = grid or Grid()
-    if not tables.labelled.any():
-        raise RecipeError("the selection images have no labelled pixel: nothing to select on")
-    max_exits = 1 if setting == "budgeted" else grid.max_exits
-    sets = [exit_sets(tables, position, grid) for position in range(tables.final)] if max_exits > 1 else []
+    def _largest_cost(self) -> float:
+        """No instance of three exits costs more."""
+        backbone, head, decision, output = self.parts
+        return float((backbone + output).max() + 3 * (head + decision).max()) if self.priced else 0.0
 
-    enumeration = _Enumeration(tables, costs.column(cost, tables.exits), sets)
-    final = enumeration.try_single_exits()[-1]
-    static = enumeration.best.entries
-    if max_exits > 1:
-        enumeration.try_pairs()
-    if max_exits > 2:
-        enumeration.try_triples(progress)
+    def _strips(self) -> Iterator[tuple[FloatArray, float]]:
+        """Steps close to each other, for one tangent, and the least mIoU of those after them."""
+        steps = self._steps()
+        parts = [steps[-1:]]  # alone: its cost is far from the others
+        if len(steps) > 1:
+            parts = [*np.array_split(steps[:-1], min(len(steps) - 1, NUM_TANGENTS)), *parts]
+        for part, after in zip(parts, [*parts[1:], None], strict=True):
+            yield part, np.inf if after is None else float(after[0, 0])
 
-    def points(entries: Sequence[_Entry], setting: SearchSetting) -> tuple[FrontPoint, ...]:
-        policy = grid.policy_of(tables)
-        return tuple(_point(entry, tables, sets, setting, policy) for entry in entries)
+    def _cheaper_than_all(self, lasts: Sequence[int]) -> _Choices:
+        """Choices that may cost less than every point of the front, where no line can rule them out."""
+        exits = [np.zeros((0, 3), np.int64)]
+        for last in lasts:
+            num = self.problem.num_before(last)
+            least = self._least_cost(last, num)
+            middle, first = np.nonzero(
+                self._wanted(last, num, None) & (least < self.found.cost[: self.found.size[0]].min(initial=np.inf))
+            )
+            exits.append(np.stack([np.full(len(middle), last), middle, first], axis=1))
+        found = np.concatenate(exits)
+        return _Choices(found, np.full((len(found), 1), 9.0), 0.0, [0.0], -np.inf, np.inf)
 
-    return Front(
-        points=points(enumeration.best.entries, setting),
-        static=points(static, "budgeted"),
-        setting=setting,
-        cost_name=cost,
-        baseline_miou=final.miou,
-        baseline_cost=final.cost,
-        num_images=len(tables.image_names),
-        num_declared=_num_instances(tables, [one.num_declared for one in sets], max_exits),
-        num_distinct=_num_instances(tables, [len(one.masks) for one in sets], max_exits),
-        num_evaluated=enumeration.num_evaluated,
-    )
+    def _bound(self, lasts: Sequence[int], steps: FloatArray, most: float, known: _Choices | None = None) -> _Choices:
+        """The choices that may be news to ``steps``, among those ``known`` if given."""
+        key, prices = self._tangent(steps)
+        choices = None if known is None else known._replace(bounds=np.zeros((len(known.exits), 0)), prices=[])
+        for price in prices:
+            if choices is None or not choices.prices or len(choices.exits) > MANY_LEFT:
+                choices = self._bound_at(lasts, key, price, steps, most, choices)
+        assert choices is not None
+        return choices
 
+    def _tangent(self, steps: FloatArray) -> tuple[int, list[float]]:
+        """The key of a good instance near ``steps``, and prices by the slope of the front there."""
+        size = int(self.found.size[0])
+        if not size:
+            return self.problem.key_of_final, [0.0]
+        costs, mious = self.found.cost[:size], self.found.miou[:size]
+        at = min(int(np.searchsorted(mious, steps[len(steps) // 2, 0])), size - 1)
+        if not self.priced or steps[-1, 1] >= self._largest_cost():  # at no known cost
+            return int(self.found.key[at]), [0.0]
+        low, high = (int(np.searchsorted(costs, factor * costs[at])) for factor in (0.95, 1.05))
+        low, high = max(0, min(low, at - 1)), min(size - 1, max(high, at + 1))
+        slope = (mious[high] - mious[low]) / (costs[high] - costs[low]) if costs[high] > costs[low] else 0.0
+        return int(self.found.key[at]), [slope] if self.region.goal == "front" else [slope, 2 * slope, slope / 2]
 
-class _Entry(NamedTuple):
-    """An instance while enumerating: positions in ``tables.exits`` and, for all but the last, the exit set's index."""
+    def _bound_at(
+        self,
+        lasts: Sequence[int],
+        key: int,
+        price: float,
+        steps: FloatArray,
+        most: float,
+        known: _Choices | None,
+    ) -> _Choices:
+        """Lines at one more price, of all choices or of those ``known``."""
+        tangent, x, offsets = self._linear(key)
+        least = float(steps[0, 0])
+        target = float((steps[:, 0] - tangent - price * steps[:, 1]).min()) - MARGIN
+        prices = price * self.parts
 
-    cost: float
-    miou: float
-    positions: tuple[int, ...]
-    sets: tuple[int, ...]
+        def bound(last: int) -> tuple[IntArray, FloatArray]:
+            num = self.problem.num_before(last)
+            wanted = self._wanted(last, num, known)
+            lines = np.where(wanted, np.float32(9), np.float32(-9))
+            kernels.bound_triples(
+                self.arrays, last, num, x, offsets[last], prices, float(least - tangent), target, lines
+            )
+            middle, first = np.nonzero(wanted & (lines > -9))
+            return np.stack([np.full(len(middle), last), middle, first], axis=1), lines[middle, first]
 
+        parts = list(self._each(bound, lasts, "bounds"))
+        exits = np.concatenate([np.zeros((0, 3), np.int64), *(part[0] for part in parts)])
+        lines = np.concatenate([np.zeros(0), *(part[1] for part in parts)]).astype(np.float64)[:, None]
+        if known is None:
+            return _Choices(exits, lines, tangent, [price], least, most)
+        where = {tuple(one): i for i, one in enumerate(known.exits.tolist())}
+        kept = [where[tuple(one)] for one in exits.tolist()]
+        return _Choices(exits, np.hstack([known.bounds[kept], lines]), tangent, [*known.prices, price], least, most)
 
-class _Best:
-    """The front so far: entries by ascending cost, each with a larger mIoU than the one before."""
-
-    def __init__(self) -> None:
-        self.entries: tuple[_Entry, ...] = ()
-        self._costs = np.zeros(0)
-        self._mious = np.array([-np.inf])
-
-    def miou_at(self, cost: FloatArray) -> FloatArray:
-        """The best mIoU so far at each cost or less, -inf where there is none. Only what exceeds it can enter."""
-        best: FloatArray = self._mious[np.searchsorted(self._costs, cost, side="right")]
-        return best
-
-    def add(self, entry: _Entry) -> None:
-        if entry.miou <= self.miou_at(np.array(entry.cost)):
-            return
-        kept = [old for old in self.entries if old.cost < entry.cost or old.miou > entry.miou]
-        self.entries = tuple(sorted([*kept, entry], key=lambda one: one.cost))
-        self._costs = np.array([one.cost for one in self.entries])
-        self._mious = np.array([-np.inf, *(one.miou for one in self.entries)])
-
-
-class _Enumeration:
-    """All instances of the grid against the front so far.
-
-    V images, K classes that occur in the labels, C = 2 K + the other classes, R sets of all early exits in a row.
-    Counts are float64: sums of pixels are exact in it, and its matrix products fast.
-    """
-
-    def __init__(self, tables: ExitTables, column: CostColumn, sets: list[ExitSets]) -> None:
-        self.exits, self.sets, self.num_images = tables.exits, sets, len(tables.image_names)
-        self.best, self.num_evaluated = _Best(), 0
-        self.column, self.prefix = column, np.array([column.prefix(e.exit_index) for e in tables.exits])
-
-        occurs = tables.labelled.any(0)
-        self.num_classes = int(occurs.sum())
-        union = tables.predicted.astype(np.int64) + tables.labelled[:, None] - tables.intersection
-        # (H, V, C): intersections, unions, then unions of classes without labels, which can only add an IoU of 0.
-        counts = np.concatenate([tables.intersection[..., occurs], union[..., occurs], union[..., ~occurs]], axis=2)
-        self.counts: FloatArray = counts.transpose(1, 0, 2).astype(np.float64)
-
-        # One row per exit set: ordered by exit, so that those shallower than an exit come first.
-        sizes = [len(one.masks) for one in sets]
-        self.row_position = np.repeat(np.arange(len(sets)), sizes)
-        self.row_set = np.concatenate([np.arange(size) for size in sizes]) if sizes else np.zeros(0, np.int64)
-        leaves = np.concatenate([one.masks for one in sets]).astype(np.float64) if sets else np.zeros((0, 0))
-        self.stays: FloatArray = 1 - leaves
-        self.row_counts: FloatArray = np.concatenate(
-            [one.masks.astype(np.float64) @ counts for one, counts in zip(sets, self.counts, strict=False)]
-            or [np.zeros((0, 0))]
+    def _linear(self, key: int) -> tuple[float, NDArray[np.float32], NDArray[np.float32]]:
+        """The tangent at an instance: its mIoU R, l and u of every exit and image (H, V, 2 K), and (H, 2 K) of every
+        exit alone, u less 1."""
+        k, counts = self.arrays.num_classes, self.arrays.counts
+        whole = self.problem.counts_of(key).astype(np.float64)
+        union, iou = whole[k : 2 * k], whole[:k] / whole[k : 2 * k]
+        x = np.empty((*counts.shape[:2], 2 * k), np.float32)
+        for h, values in enumerate(counts):
+            x[h, :, :k] = (values[:, :k] - iou * values[:, k : 2 * k]) / union
+            x[h, :, k:] = values[:, k : 2 * k] / union
+        summed = counts.sum(1, dtype=np.int64).astype(np.float64)
+        offsets = np.concatenate(
+            [(summed[:, :k] - iou * summed[:, k : 2 * k]) / union, summed[:, k : 2 * k] / union - 1], 1
         )
-        self.num_left: FloatArray = leaves.sum(1)
+        return float(iou.mean()), x, offsets.astype(np.float32)
 
-    def try_single_exits(self) -> list[_Entry]:
-        mious, costs = self._miou(self.counts.sum(1)), self._costs([np.arange(len(self.exits))], [])
-        entries = [_Entry(float(costs[p]), float(mious[p]), (p,), ()) for p in range(len(self.exits))]
-        self.num_evaluated += len(entries)
-        for entry in entries:
-            self.best.add(entry)
-        return entries
+    def _wanted(self, last: int, num: int, known: _Choices | None) -> NDArray[np.bool_]:
+        """(middle, first) before ``last``: in order, not ruled out by what all their instances cost, and known."""
+        index = self.arrays.exit_index[:num]
+        wanted: NDArray[np.bool_] = index[:, None] > index[None, :]
+        levels = np.diff(self.arrays.first_column)[:num] > 0
+        wanted &= levels[:, None] & levels[None, :]
+        for m in np.flatnonzero(self.arrays.limits < np.inf):
+            wanted &= self._cheapest(int(m), last, num) <= self.arrays.limits[m]
+        max_cost, _ = self._gate()
+        if max_cost < np.inf:
+            wanted &= self._least_cost(last, num) <= max_cost
+        if known is not None:
+            among = np.zeros_like(wanted)
+            here = known.exits[known.exits[:, 0] == last]
+            among[here[:, 1], here[:, 2]] = True
+            wanted &= among
+        return wanted
 
-    def try_pairs(self) -> None:
-        """One early exit, then the last."""
-        for last in range(len(self.exits)):
-            rows = self._num_rows_before(last)
-            mious = self._miou(self.row_counts[:rows] + self.stays[:rows] @ self.counts[last])
-            costs = self._costs([self.row_position[:rows], last], [self.num_left[:rows]])
-            self.num_evaluated += rows
-            for row in _undominated(costs, mious):
-                where = (int(self.row_position[row]), last)
-                self.best.add(_Entry(float(costs[row]), float(mious[row]), where, (int(self.row_set[row]),)))
+    def _least_cost(self, last: int, num: int) -> FloatArray:
+        """(middle, first): no instance of the choice has a smaller objective's cost."""
+        weighted = np.flatnonzero(self.arrays.weights > 0)
+        costs = [self.arrays.weights[m] * self._cheapest(int(m), last, num) for m in weighted]
+        least: FloatArray = np.maximum.reduce(costs)
+        return least
 
-    def try_triples(self, progress: bool) -> None:
-        """Two early exits, then the last."""
-        pairs = [
-            (middle, last)
-            for last in range(len(self.exits))
-            for middle in range(len(self.sets))
-            if self._num_rows_before(middle) and self.exits[middle].exit_index < self.exits[last].exit_index
-        ]
-        for middle, last in tqdm(pairs, desc="search", unit="pair", disable=not progress):
-            for start in range(0, self._num_rows_before(middle), CHUNK_ROWS):
-                stop = min(start + CHUNK_ROWS, self._num_rows_before(middle))
-                self._try_chunk(np.arange(start, stop), middle, last)
+    def _cheapest(self, m: int, last: int, num: int) -> FloatArray:
+        """(middle, first): no instance of the choice has a smaller cost m."""
+        backbone, head, decision, output = self.arrays.parts[m]
+        kind = self.arrays.kinds[m]
+        paid = head[:num] + decision[:num]
+        if kind in (WHOLE_SUM, WHOLE_MAX):
+            join: Any = np.add if kind == WHOLE_SUM else np.maximum
+            early = join(join(head[:num], decision[:num]), output[:num])
+            own = join(join(backbone[last], head[last]), output[last])
+            whole: FloatArray = join(join(early[:, None], early[None, :]), own)
+            return whole
+        first = (backbone + output)[:num] + paid
+        middle = first[:, None] + paid[None, :]
+        end = paid[:, None] + paid[None, :] + backbone[last] + head[last] + output[last]
+        reached: FloatArray = np.minimum(middle, end)
+        anywhere: FloatArray = np.minimum(reached, first[None, :])
+        return reached if kind == WORST else anywhere  # some image reaches the middle exit
 
-    def _try_chunk(self, rows: IntArray, middle: int, last: int) -> None:
-        """The first-exit sets ``rows`` with every set of ``middle``."""
-        masks = self.sets[middle].masks
-        groups = range(0, len(masks), GROUP_SIZE)
-        base = self.row_counts[rows] + self.stays[rows] @ self.counts[last]
-        promising = self._bound_groups(rows, base, middle, last)
-        found: list[tuple[FloatArray, FloatArray, IntArray, IntArray]] = []
-        gain = self.counts[middle] - self.counts[last]
-        for g, start in enumerate(groups):
-            kept = np.flatnonzero(promising[:, g])
-            if not len(kept):
+    def _promising(self, groups: Sequence[_Choices], done: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The choices that may still be news, the most promising first."""
+        steps = self._steps()
+        slacks: dict[tuple[int, ...], float] = {}
+        for choices in groups:
+            for exits, slack in zip(*self._slack(choices, steps), strict=True):
+                one = tuple(exits.tolist())
+                if one not in done:
+                    slacks[one] = max(slack, slacks.get(one, -np.inf))
+        return sorted(slacks, key=lambda one: (-slacks[one], one))
+
+    def _slack(self, choices: _Choices, steps: FloatArray) -> tuple[IntArray, FloatArray]:
+        """The choices whose lines pass above a step, and by how much mIoU."""
+        here = self._own_steps(choices, steps)
+        if not len(here):
+            return choices.exits[:0], np.zeros(0)
+        targets = [float((here[:, 0] - choices.base - price * here[:, 1]).min()) for price in choices.prices]
+        slack = (choices.bounds - np.array(targets)).min(1)
+        kept = slack >= -MARGIN
+        return choices.exits[kept], slack[kept]
+
+    def _own_steps(self, choices: _Choices, steps: FloatArray) -> FloatArray:
+        """Those that these bounds speak of."""
+        return steps[(steps[:, 0] >= choices.least) & (steps[:, 0] < choices.most)]
+
+    def _gaps(self, groups: Sequence[_Choices], done: set[tuple[int, ...]]) -> tuple[float, float]:
+        """What the lines of the choices that are not done leave open: relative cost, mIoU."""
+        steps = self._steps()
+        gap_cost = gap_miou = 0.0
+        for choices in groups:
+            left = np.array([tuple(one) not in done for one in choices.exits.tolist()], bool)
+            here = self._own_steps(choices, steps)
+            if not left.any() or not len(here):
                 continue
-            group = masks[start : start + GROUP_SIZE].T.astype(np.float64)
-            stays = self.stays[rows[kept]]
-            weights = gain[:, :, None] * group[:, None, :]
-            counts = (stays @ weights.reshape(len(gain), -1)).reshape(len(kept), *weights.shape[1:])
-            counts += base[kept, :, None]
-            costs = self._triple_costs(rows[kept], middle, last, stays @ group)
-            self.num_evaluated += costs.size
-            mious = self._miou(counts)
-            i, j = np.nonzero(mious > self.best.miou_at(costs))
-            found.append((costs[i, j], mious[i, j], rows[kept[i]], j + start))
-        if not found:
+            prices = np.array(choices.prices)
+            lines = choices.base + choices.bounds[left][:, None] + prices * here[None, :, 1:]
+            gap_miou = max(gap_miou, float((lines.min(2) - here[:, 0]).max()) + MARGIN)
+            if self.region.goal == "cost" and self._best() and (prices > 0).any():
+                saved = (lines - here[:, :1])[:, 0, prices > 0] / prices[prices > 0]
+                gap_cost = max(gap_cost, float((saved.min(1) + MARGIN / prices.max()).max() / here[0, 1]))
+            else:
+                gap_cost = np.inf
+        return max(gap_cost, 0.0), max(gap_miou, 0.0)
+
+    # -- both ----------------------------------------------------------------------------------------------------
+
+    def _note(self, found: Found) -> None:
+        """Remembers the best of every choice of exits among ``found``, for an objective."""
+        if self.region.goal == "front":
             return
-        costs, mious, first, second = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        order = np.lexsort((second, first))  # ties: the shallower first exit
-        costs, mious, first, second = costs[order], mious[order], first[order], second[order]
-        for k in _undominated(costs, mious):
-            where = (int(self.row_position[first[k]]), middle, last)
-            chosen = (int(self.row_set[first[k]]), int(second[k]))
-            self.best.add(_Entry(float(costs[k]), float(mious[k]), where, chosen))
+        for i in range(int(found.size[0])):
+            cost, miou = float(found.cost[i]), float(found.miou[i])
+            if cost <= self.region.max_cost and miou >= self.region.least_miou:
+                self._remember(cost, miou, int(found.key[i]))
 
-    def _bound_groups(self, rows: IntArray, base: FloatArray, middle: int, last: int) -> NDArray[np.bool_]:
-        """(R, G): can any of a group's sets, after the first-exit set of the row, beat the front?"""
-        masks, k = self.sets[middle].masks, self.num_classes
-        starts = np.arange(0, len(masks), GROUP_SIZE)
-        inner, outer = np.logical_and.reduceat(masks, starts), np.logical_or.reduceat(masks, starts)
-        surely, maybe = inner[:, :, None], (outer & ~inner)[:, :, None]
-        gain = (self.counts[middle] - self.counts[last])[None, :, : 2 * k]
-        best = np.concatenate([np.maximum(gain[..., :k], 0), np.minimum(gain[..., k:], 0)], axis=2)
-        weights = (surely * gain + maybe * best).transpose(1, 0, 2)
-        stays = self.stays[rows]
-        counts = (stays @ weights.reshape(len(weights), -1)).reshape(len(rows), len(starts), 2 * k)
-        counts += base[:, None, : 2 * k]
-        bound = np.minimum(counts[..., :k] / counts[..., k:], 1).sum(2) / k
-        # An output can be dearer than the way on: the more leave, the cheaper or the dearer.
-        least_cost = np.minimum(
-            self._triple_costs(rows, middle, last, stays @ outer.T),
-            self._triple_costs(rows, middle, last, stays @ inner.T),
-        )
-        promising: NDArray[np.bool_] = bound + 10.0**-DECIMALS > self.best.miou_at(least_cost)
-        return promising
+    def _remember(self, cost: float, miou: float, key: int) -> None:
+        positions = self.problem.positions_of(key)
+        old = self.near.get(positions)
+        if old is None or self._rank((cost, miou, key)) < self._rank(old):
+            self.near[positions] = (cost, miou, key)
 
-    def _num_rows_before(self, position: int) -> int:
-        """Exit sets of all exits shallower than this one."""
-        shallower = sum(e.exit_index < self.exits[position].exit_index for e in self.exits)
-        return int(np.searchsorted(self.row_position, shallower))
+    def _rank(self, point: tuple[float, float, int]) -> tuple[float, float, int]:
+        """Best first."""
+        cost, miou, key = point
+        return (-miou, cost, key) if self.region.goal == "miou" else (cost, -miou, key)
 
-    def _triple_costs(self, rows: IntArray, middle: int, last: int, left_at_middle: FloatArray) -> FloatArray:
-        """(R, S) from how many images (R, S) leave at the middle exit."""
-        left = self.num_left[rows, None]
-        return self._costs([self.row_position[rows, None], middle, last], [left, left + left_at_middle])
-
-    def _costs(self, positions: Sequence[IntArray | int], num_left: Sequence[FloatArray]) -> FloatArray:
-        """Mean cost per image when ``num_left[j]`` images in all have left at the first j + 1 exits, all at the last:
-        what ``CostColumn.leaving`` says of each image, for many instances at once."""
-        column, num_images = self.column, self.num_images
-        deciding = positions[:-1]
-        if not column.per_image:
-            parts = [self.prefix[positions[-1]], *(column.policies[p] for p in deciding)]
-            parts += [values[p] for p in positions for values in (column.heads, column.outputs)]
-            whole = reduce(np.add if column.combine == "sum" else np.maximum, parts)
-            return np.broadcast_to(whole, np.broadcast_shapes(whole.shape, *(left.shape for left in num_left)))
-        total: Any = 0.0
-        before: Any = 0.0
-        left: Any = 0
-        for j, (here, left_here) in enumerate(zip(positions, [*num_left, num_images], strict=True)):
-            stage = self.prefix[here] - before + column.heads[here]
-            stage = stage + column.policies[here] if j < len(deciding) else stage
-            total = total + (num_images - left) * stage + (left_here - left) * column.outputs[here]
-            before, left = self.prefix[here], left_here
-        costs: FloatArray = total / num_images
-        return costs
-
-    def _miou(self, counts: FloatArray) -> FloatArray:
-        """(n, ...) mIoU of summed counts (n, C, ...)."""
-        k = self.num_classes
-        num_predicted_only = (counts[:, 2 * k :] > 0).sum(1)
-        miou: FloatArray = (counts[:, :k] / counts[:, k : 2 * k]).sum(1) / (k + num_predicted_only)
-        return np.round(miou, DECIMALS)
+    def _each(self, job: Callable[[Item], Result], items: Iterable[Item], words: str) -> Iterator[Result]:
+        """``job`` of every item, on all cores, in the items' order. Raises _OutOfTimeError when time is up."""
+        pending = list(items)
+        bar = tqdm(total=len(pending), desc=words, unit="exit", disable=not (self.progress and words), delay=1)
+        with ThreadPoolExecutor(self.workers) as pool, bar:
+            futures = [pool.submit(job, item) for item in pending]
+            try:
+                for future in futures:
+                    if time.monotonic() > self.deadline:
+                        raise _OutOfTimeError
+                    yield future.result()
+                    bar.update()
+            finally:
+                for future in futures:
+                    future.cancel()
 
 
-def _undominated(costs: FloatArray, mious: FloatArray) -> IntArray:
-    """Positions of the Pareto front of (n,) costs and mIoUs, by ascending cost; of equal ones the first."""
-    order = np.lexsort((-mious, costs))
-    best_before = np.maximum.accumulate(np.concatenate([[-np.inf], mious[order]]))[:-1]
-    front: IntArray = order[mious[order] > best_before]
-    return front
+def _nothing() -> Found:
+    return Found(np.zeros(CAPACITY), np.zeros(CAPACITY), np.zeros(CAPACITY, np.int64), np.zeros(1, np.int64))
 
 
-def _point(
-    entry: _Entry, tables: ExitTables, sets: Sequence[ExitSets], setting: SearchSetting, policy: str
-) -> FrontPoint:
-    exits = [ExitChoice(exit_index=e.exit_index, head=e.head) for e in (tables.exits[p] for p in entry.positions)]
-    for i, chosen in enumerate(entry.sets):
-        pixel, image = sets[entry.positions[i]].thresholds[chosen]
-        exits[i] = replace(exits[i], pixel_threshold=float(pixel), image_threshold=float(image))
-    instance = Instance(name="front", setting=setting, exits=tuple(exits), policy=policy)
-    return FrontPoint(miou=entry.miou, cost=entry.cost, instance=instance)
-
-
-def _num_instances(tables: ExitTables, num_sets: Sequence[int], max_exits: int) -> int:
-    """Instances of up to ``max_exits`` exits when early exit p has ``num_sets[p]`` exit sets."""
-    indices = [e.exit_index for e in tables.exits]
-    ways = [1] * len(indices)  # to reach each exit by exactly so many early exits
-    total = len(indices)
-    for _ in range(max_exits - 1):
-        ways = [sum(ways[p] * num_sets[p] for p in range(len(num_sets)) if indices[p] < index) for index in indices]
-        total += sum(ways)
-    return total
-
-
-def _feasible(front: Front, points: Iterable[FrontPoint], objective: Objective) -> list[FrontPoint]:
-    """The points that meet the constraints, best first."""
-    least_miou, largest_cost = objective.limits(front.baseline_miou, front.baseline_cost)
-    feasible = [p for p in points if p.miou >= round(least_miou, DECIMALS) and p.cost <= largest_cost]
-    return feasible[::-1] if objective.maximise else feasible
-
-
-def _nearest(front: Front, objective: Objective) -> str:
-    """Why nothing is feasible, in one line."""
-    least_miou, largest_cost = objective.limits(front.baseline_miou, front.baseline_cost)
-    affordable = [p for p in front.points if p.cost <= largest_cost]
-    accurate = [p for p in front.points if p.miou >= round(least_miou, DECIMALS)]
-    nearest = [
-        f"the best mIoU at that cost is {_words(affordable[-1], front)}" if affordable else "",
-        f"the least cost at that mIoU is {_words(accurate[0], front)}" if accurate else "",
-    ]
-    if not affordable:
-        nearest.append(f"the cheapest instance has {_words(front.points[0], front)}")
-    if not accurate:
-        nearest.append(f"the most accurate instance has {_words(front.points[-1], front)}")
-    limits = [f"mIoU >= {least_miou:.4f}"] * (least_miou > -np.inf)
-    limits += [f"{front.cost_name} <= {largest_cost:.4g}"] * (largest_cost < np.inf)
-    return f"no instance has {' and '.join(limits)}: {'; '.join(filter(None, nearest))}; relax a constraint"
-
-
-def _verdict(front: Front, objective: Objective, best: FrontPoint) -> str:
-    static = _feasible(front, front.static, objective)
-    if not static:
-        return "no static truncated model meets the constraints, this instance does"
-    rival = static[0]
-    if (best.miou, best.cost) == (rival.miou, rival.cost):
-        return f"no better than the best static truncated model: {_words(best, front)} both"
-    more = f"{100 * (best.cost / rival.cost - 1):+.1f} %" if rival.cost else f"{best.cost:+.4g}"
-    return (
-        f"beats the best static truncated model: {100 * (best.miou - rival.miou):+.2f} pp mIoU, "
-        f"{more} {front.cost_name}; {_words(best, front)} against {_words(rival, front)}"
-    )
-
-
-def _words(point: FrontPoint, front: Front) -> str:
-    exits = " > ".join(f"{choice.exit_index}:{choice.head}" for choice in point.instance.exits)
-    return f"mIoU {point.miou:.4f} at {point.cost:.4g} {front.cost_name} (exits {exits})"
-
-
-def _spaced(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
+def try_choice(problem: Problem, positions: tuple[int, ...], max_cost: float, least_miou: float) -> Found:
+    """The front of one choice of exits, positions shallow to deep, within the limits."""
+    found, limits = _nothing(), (max_cost, least_miou)
+    if len(positions) == 1:
+        kernels.try_single(problem.arrays, positions[0], found)
+    elif len(positions) == 2:
+        kernels.try_pair(problem.arrays, positions[1], positions[0], *limits, found)
+    else:
+        kernels.try_triple(problem.arrays, positions[2], positions[1], positions[0], *limits, found)
+    return found

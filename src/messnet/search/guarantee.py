@@ -21,11 +21,11 @@ import numpy as np
 
 from messnet.errors import RecipeError
 from messnet.instance import ExitChoice, Instance
-from messnet.search.engine import DECIMALS, SearchResult
+from messnet.search.results import DECIMALS, SearchResult
 from messnet.search.space import Objective, confidence_at, cost_of, image_threshold, route
 from messnet.tables import CostTable, ExitTables, FloatArray, IntArray
 
-__all__ = ["Guarantee", "certify", "images_needed", "loss_of", "p_value", "retreat_path"]
+__all__ = ["Guarantee", "certified_step", "certify", "images_needed", "loss_of", "p_value", "retreat_path"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +74,31 @@ def certify(
 
     path = retreat_path(result.instance, selection, guarantee.num_steps)
     losses = np.array([loss_of(calibration, route(calibration, step)) for step in path])
-    p_values = [0.0, *(p_value(row, guarantee.epsilon) for row in losses[1:])]  # the final exit needs no test
-    failed = next((step for step, p in enumerate(p_values) if p > guarantee.delta), len(path))
-    certified, retreats = failed - 1, failed < len(path)
+    certified, p = certified_step(losses, guarantee)
+    retreats = certified + 1 < len(path)
 
-    certificate = _certificate(guarantee, losses[certified], p_values[certified], certified, len(path) - 1)
+    certificate = _certificate(guarantee, losses[certified], p, certified, len(path) - 1)
     if retreats:
-        certificate += f"; {_shortfall(guarantee, num_images, float(losses[failed:].mean(1).max()))}"
+        certificate += f"; {_shortfall(guarantee, num_images, float(losses[certified + 1 :].mean(1).max()))}"
     measured = result.instance.selected_on | _measure(path[certified], objective, selection, costs)
     instance = replace(path[certified], selected_on=measured, certificate=f"{certificate}; {result.certificate}")
     verdict = _verdict(result.instance, instance, objective) if retreats else result.verdict
     return replace(result, instance=instance, certificate=instance.certificate, verdict=verdict)
+
+
+def certified_step(losses: FloatArray, guarantee: Guarantee) -> tuple[int, float]:
+    """The boldest step of a path that the losses (steps, n) of n calibration images certify, and its p-value.
+
+    Fixed-sequence testing: up to the first step that is not rejected. The first step, the final exit, loses nothing and
+    needs no test.
+    """
+    certified, p = 0, 0.0
+    for step, row in enumerate(losses[1:], start=1):
+        tested = p_value(row, guarantee.epsilon)
+        if tested > guarantee.delta:
+            break
+        certified, p = step, tested
+    return certified, p
 
 
 def loss_of(tables: ExitTables, routing: IntArray) -> FloatArray:

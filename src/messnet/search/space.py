@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,18 @@ from messnet.errors import RecipeError, RunError
 from messnet.instance import ExitChoice, Instance
 from messnet.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
 
-__all__ = ["ExitSets", "Grid", "Objective", "confidence_at", "cost_of", "exit_sets", "image_threshold", "route"]
+__all__ = [
+    "Column",
+    "Grid",
+    "Limit",
+    "Objective",
+    "Statistic",
+    "columns_of",
+    "confidence_at",
+    "cost_of",
+    "image_threshold",
+    "route",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +39,7 @@ class Grid:
     """One of ``tables.policies``; None: the first."""
     pixel_thresholds: tuple[float, ...] | None = None
     """Some of ``tables.pixel_thresholds``; None: all."""
-    num_image_thresholds: int = 32
+    num_image_thresholds: int = 64
     """Image thresholds per exit and pixel threshold, >= 1: quantiles of the image confidences on the selection images.
     With at least as many as there are distinct values the grid is complete: no other threshold routes otherwise."""
 
@@ -47,6 +60,53 @@ class Grid:
         return [_pixel_threshold_index(tables, value) for value in self.pixel_thresholds]
 
 
+Statistic = Literal["mean", "worst", "p95"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A cost that must not be exceeded, on every device asked for."""
+
+    cost: CostName
+    at_most: float
+    """In the unit of the cost, or relative to the user's whole model."""
+    statistic: Statistic = "mean"
+    """Over the images: their mean, the costliest one's (the deepest exit taken), or the least cost that 95 % of them do
+    not exceed. Parameters and memory belong to the instance and are the same for all."""
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cost not in get_args(CostName):
+            raise RecipeError(f"unknown cost {self.cost!r}: expected one of {', '.join(get_args(CostName))}")
+        if self.statistic not in get_args(Statistic):
+            raise RecipeError(f"unknown statistic {self.statistic!r}: expected {', '.join(get_args(Statistic))}")
+        if not self.at_most >= 0:
+            raise RecipeError(f"{self.cost} cannot be at most {self.at_most:g}: costs are >= 0")
+
+    @classmethod
+    def parse(cls, text: str) -> Limit:
+        """Of words such as "parameters<=3e6", "latency_ms.p95<=40" or "macs<=0.5x" (half of the user's model's)."""
+        match = re.fullmatch(r"\s*(\w+)(?:\.(\w+))?\s*<=\s*([0-9.eE+-]+)\s*(x?)\s*", text)
+        try:
+            if match is None:
+                raise ValueError
+            value = float(match[3])
+        except ValueError:
+            raise RecipeError(
+                f"cannot read the limit {text!r}: expected such as parameters<=3e6, latency_ms.p95<=40 or macs<=0.5x"
+            ) from None
+        return cls(
+            cost=cast(CostName, match[1]),
+            at_most=value,
+            statistic=cast(Statistic, match[2] or "mean"),
+            relative=bool(match[4]),
+        )
+
+    def __str__(self) -> str:
+        which = "" if self.statistic == "mean" else f"{self.statistic} "
+        return f"{which}{self.cost} <= {self.at_most:g}{'x the model' if self.relative else ''}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What a search is asked for: the least cost, or the best mIoU, subject to every constraint that is not None."""
@@ -56,6 +116,8 @@ class Objective:
     """Give one of the two; neither: minimise macs."""
     cost: CostName = "macs"
     """The cost that is constrained when mIoU is maximised; ignored otherwise."""
+    statistic: Statistic = "mean"
+    """Of the cost that is minimised or constrained, see Limit."""
     max_drop_pp: float | None = None
     """Largest mIoU drop against the final exit on the same images, percentage points."""
     min_miou: float | None = None
@@ -64,6 +126,10 @@ class Objective:
     """Per image, in the unit of the cost."""
     max_cost_ratio: float | None = None
     """Relative to the user's whole model."""
+    limits_on: tuple[Limit, ...] = ()
+    """Further costs, any mix."""
+    min_class_iou: tuple[tuple[str, float], ...] = ()
+    """(class name, least IoU in [0, 1])."""
 
     def __post_init__(self) -> None:
         if self.minimise and self.maximise:
@@ -72,10 +138,26 @@ class Objective:
             raise RecipeError(f"unknown cost {self.cost_name!r}: expected one of {', '.join(get_args(CostName))}")
         if self.maximise not in (None, "miou"):
             raise RecipeError(f"cannot maximise {self.maximise!r}: only 'miou'")
+        if self.statistic not in get_args(Statistic):
+            raise RecipeError(f"unknown statistic {self.statistic!r}: expected {', '.join(get_args(Statistic))}")
+        for value, name in (
+            (self.min_miou, "min_miou"),
+            (self.max_drop_pp, "max_drop_pp"),
+            (self.max_cost, "max_cost"),
+        ):
+            if value is not None and math.isnan(value):
+                raise RecipeError(f"{name} is not a number")
+        for name, floor in self.min_class_iou:
+            if not 0 <= floor <= 1:
+                raise RecipeError(f"the IoU of {name} cannot be at least {floor:g}: an IoU is in [0, 1]")
 
     @property
     def cost_name(self) -> CostName:
         return self.cost if self.maximise else self.minimise or "macs"
+
+    @property
+    def goal(self) -> Literal["cost", "miou"]:
+        return "miou" if self.maximise else "cost"
 
     def limits(self, baseline_miou: float, baseline_cost: float) -> tuple[float, float]:
         """(least mIoU, largest cost) that the constraints allow; infinite where nothing is constrained."""
@@ -92,36 +174,40 @@ class Objective:
         return max(mious), min(costs)
 
     def __str__(self) -> str:
+        which = "" if self.statistic == "mean" else f"{self.statistic} "
         constraints = [
             (self.max_drop_pp, "<= {} pp drop"),
             (self.min_miou, "mIoU >= {}"),
-            (self.max_cost, "<= {} " + self.cost_name),
-            (self.max_cost_ratio, "<= {}x the model's " + self.cost_name),
+            (self.max_cost, f"<= {{}} {which}{self.cost_name}"),
+            (self.max_cost_ratio, f"<= {{}}x the model's {which}{self.cost_name}"),
         ]
         words = [text.format(f"{value:g}") for value, text in constraints if value is not None]
-        goal = "most accurate" if self.maximise else f"cheapest in {self.cost_name}"
+        words += [str(limit) for limit in self.limits_on]
+        words += [f"IoU of {name} >= {floor:g}" for name, floor in self.min_class_iou]
+        goal = "most accurate" if self.maximise else f"cheapest in {which}{self.cost_name}"
         return f"{goal} at {' and '.join(words)}" if words else goal
 
 
-class ExitSets(NamedTuple):
-    """The distinct sets of images that can leave at one exit."""
+class Column(NamedTuple):
+    """The nested sets of images that can leave at one exit, at one pixel threshold."""
 
-    masks: NDArray[np.bool_]
-    """(S, V), small sets first."""
-    thresholds: FloatArray
-    """(S, 2): a pixel and an image threshold that send exactly this set out."""
-    num_declared: int
-    """Threshold pairs of the grid; S of them are distinct and worth trying."""
+    pixel_threshold: float
+    image_thresholds: FloatArray
+    """(levels,) ascending: the images that reach one leave."""
+    bins: NDArray[np.int32]
+    """(V,): how many of them each image reaches."""
 
 
-def exit_sets(tables: ExitTables, position: int, grid: Grid) -> ExitSets:
-    """All the grid's exit sets at ``tables.exits[position]``.
+def columns_of(tables: ExitTables, position: int, grid: Grid) -> tuple[list[Column], int]:
+    """All that the grid tries at ``tables.exits[position]``, and the number of its threshold pairs.
 
-    Different thresholds often send the same images out: one pair per set is kept. The set of all images is dropped,
-    the model is then cut here and the same instance without later exits costs no more.
+    Of pixel thresholds that route alike the first is kept. The set of all images is dropped: the model is then cut here
+    and the same instance without later exits costs no more.
     """
     policy = _policy_index(tables, grid.policy_of(tables))
-    masks, thresholds, num_declared = [], [], 0
+    columns: list[Column] = []
+    known: set[bytes] = set()
+    num_declared = 0
     for t in grid.pixel_thresholds_of(tables):
         confidence = tables.image_confidence[:, position, policy, t]
         observed = np.unique(confidence)
@@ -130,14 +216,13 @@ def exit_sets(tables: ExitTables, position: int, grid: Grid) -> ExitSets:
             ranks = np.linspace(0, len(confidence) - 1, grid.num_image_thresholds).round().astype(int)
             chosen = np.unique(np.sort(confidence)[ranks])
         num_declared += len(chosen)
-        for value in chosen[chosen > observed[0]]:
-            masks.append(confidence >= value)
-            thresholds.append((float(tables.pixel_thresholds[t]), image_threshold(observed, value)))
-    shape = (len(masks), len(tables.image_names))
-    stacked = np.array(masks, bool).reshape(shape)
-    _, first = np.unique(stacked, axis=0, return_index=True)
-    kept = first[np.lexsort((first, stacked[first].sum(1)))]
-    return ExitSets(stacked[kept], np.array(thresholds, np.float64).reshape(-1, 2)[kept], num_declared)
+        chosen = chosen[chosen > observed[0]]
+        bins = np.searchsorted(chosen, confidence, side="right").astype(np.int32)
+        if len(chosen) and bins.tobytes() not in known:
+            known.add(bins.tobytes())
+            thresholds = np.array([image_threshold(observed, value) for value in chosen])
+            columns.append(Column(float(tables.pixel_thresholds[t]), thresholds, bins))
+    return columns, num_declared
 
 
 def image_threshold(observed: NDArray[np.float32], value: np.float32) -> float:

@@ -1,0 +1,310 @@
+"""What an instance saves where it runs: every runtime, against the original model in the same run and runtime.
+
+    python benchmarks/bench_runtime.py RUN [--instance NAME | --half] [--sizes 360x480 512x512] [--batches 1 8]
+        [--runtimes torch torch-compiled onnxruntime openvino openvino:bf16 openvino:f16] [--threads 2]
+        [--images N] [--rounds 3] [--quick] [--json PATH]
+
+RUN is a finished run whose data set is here; the images are its validation images, resized to each size. --half takes
+thresholds of its own instead of an instance's, so that about half of the images leave at the first of its exits: what
+early stops save when they happen. Original model and instance run in turn, image by image. Goals: 90 % of the workload
+reduction arrives as latency; policy and routing take 3 % of the time; float32 decides as torch does, on every image.
+
+Ends with one line per figure: name value unit goal ok|short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from messnet.deployment.graphs import make_graphs
+from messnet.deployment.inference import Result, Session
+from messnet.deployment.loading import restore_run
+from messnet.deployment.runtimes import GraphRunner, Runner, TorchRunner, size_multiple
+from messnet.exit_policy import Policy
+from messnet.instance import ExitChoice, Instance
+from messnet.latency import device_name
+from messnet.network.multi_exit import MultiExitNet
+from messnet.opening import open_run
+from messnet.tables import CostTable
+from messnet.workload import copy_module
+
+RUNTIMES = ["torch", "torch-compiled", "onnxruntime", "openvino", "openvino:bf16", "openvino:f16"]
+WARM_UP = 3
+
+
+class Figure(NamedTuple):
+    name: str
+    value: float
+    unit: str
+    goal: float | None = None
+    at_least: bool = True
+
+    @property
+    def ok(self) -> bool:
+        return self.goal is None or bool(self.value >= self.goal if self.at_least else self.value <= self.goal)
+
+
+class Graphs:
+    """The graphs of the instances, made once for all runtimes."""
+
+    def __init__(self, net: MultiExitNet, input_size: tuple[int, int]) -> None:
+        self.net, self.size, self.multiple = net, input_size, size_multiple(net)
+        self.made: dict[tuple[Any, ...], dict[str, bytes]] = {}
+
+    def runner(self, instance: Instance, runtime: Any, precision: Any, threads: int) -> Runner:
+        exits = tuple(choice.exit for choice in instance.exits)
+        if exits not in self.made:
+            self.made[exits] = make_graphs(self.net, exits, Policy.parse(instance.policy), self.size)
+        strides = [point.output_stride for point in self.net.exit_points]
+        return GraphRunner(
+            self.made[exits],
+            exits,
+            strides,
+            runtime=runtime,
+            precision=precision,
+            threads=threads,
+            size_multiple=self.multiple,
+        )
+
+
+def sessions(
+    net: MultiExitNet, graphs: Graphs, instances: Sequence[Instance], runtime: str, threads: int
+) -> list[Session]:
+    name, _, precision = runtime.partition(":")
+    found = []
+    for instance in instances:
+        if name.startswith("torch"):
+            dtype = {"": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[precision]
+            copied = copy_module(
+                net, lambda tensor, dtype=dtype: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            )
+            policy = Policy.parse(instance.policy)
+            runner: Runner = TorchRunner(copied, policy, threads=threads, compiled=name == "torch-compiled")
+        else:
+            runner = graphs.runner(instance, name, precision or "f32", threads)
+        found.append(Session(runner, instance))
+    return found
+
+
+def halved(net: MultiExitNet, instance: Instance, images: Sequence[np.ndarray]) -> Instance:
+    """The instance's first exit, with the threshold that half of ``images`` reach, then the original model's."""
+    first, final = instance.exits[0], net.exits[-1]
+    if first.exit == final:
+        raise SystemExit(f"the instance {instance.name} has no early exit: name another with --instance")
+    pixel_threshold = first.pixel_threshold or 0.9
+    probe = replace(first, pixel_threshold=pixel_threshold, image_threshold=None)
+    session = Session(net, Instance(name="probe", setting="budgeted", exits=(probe,), policy=instance.policy))
+    shares = [session.predict([image])[0].image_confidence for image in tqdm(images, desc="thresholds", mininterval=5)]
+    last = ExitChoice(exit_index=final.exit_index, head=final.head)
+    early = replace(first, pixel_threshold=pixel_threshold, image_threshold=float(np.median(shares)))
+    return replace(instance, name="half", setting="input_dependent", exits=(early, last))
+
+
+def in_turn(
+    pair: Sequence[Session], images: Sequence[np.ndarray], batch: int, rounds: int
+) -> list[list[tuple[list[Result], float]]]:
+    """Per session, per batch: the results and the time in ms, as sessions count it: from the normalised images to the
+    last labels; the median of the rounds, in which the sessions run in turn."""
+    batches = [list(images[i : i + batch]) for i in range(0, len(images), batch)]
+    results: list[list[list[Result]]] = [[[] for _ in batches] for _ in pair]
+    laps: list[list[list[float]]] = [[[] for _ in batches] for _ in pair]
+    for session in pair:
+        for warm in batches[:WARM_UP]:
+            session.predict(warm, batch_size=batch)
+    for round in range(rounds):
+        for b, members in enumerate(batches):
+            for turn in range(len(pair)):
+                s = (b + turn + round) % len(pair)
+                found = pair[s].predict(members, batch_size=batch)
+                laps[s][b].append(max(result.latency_ms for result in found))
+                # Of a batch's logits each result would keep all.
+                results[s][b] = [replace(result, logits=torch.empty(0)) for result in found]
+    return [
+        [(found, float(np.median(times))) for found, times in zip(*rows, strict=True)]
+        for rows in zip(results, laps, strict=True)
+    ]
+
+
+def policy_ms(session: Session, image: np.ndarray, repeats: int) -> dict[int, float]:
+    """Median time of one decision at each exit that decides: with it less without it, in turn."""
+    runner, found = session.runner, {}
+    for position, choice in enumerate(session.instance.exits[:-1]):
+        if choice.image_threshold is None:
+            continue
+        laps: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(repeats + 1):
+            for decide in (True, False):
+                live: Any = runner.start(image[None])
+                for before in session.instance.exits[:position]:
+                    live = runner.advance(live, before.exit, logits=False).live
+                start = time.perf_counter()
+                runner.advance(live, choice.exit, pixel_threshold=choice.pixel_threshold if decide else None)
+                laps[decide].append((time.perf_counter() - start) * 1000)
+        found[choice.exit_index] = max(0.0, float(np.median(laps[True][1:]) - np.median(laps[False][1:])))
+    return found
+
+
+def measure(
+    runtime: str,
+    pair: Sequence[Session],
+    images: Sequence[np.ndarray],
+    batch: int,
+    costs: CostTable,
+    expected: Sequence[Result] | None,
+    where: str,
+    rounds: int,
+) -> tuple[list[Figure], list[Result]]:
+    """Original model and instance over the images: the figures, and what the instance gave."""
+    instance = pair[1].instance
+    original, ours = in_turn(pair, images, batch, rounds)
+    results = [result for found, _ in ours for result in found]
+    per_image = [sum(spent for _, spent in taken) / len(images) for taken in (original, ours)]
+    macs = dict(
+        zip(
+            [choice.exit_index for choice in instance.exits],
+            costs.column("macs", [choice.exit for choice in instance.exits]).leaving(),
+            strict=True,
+        )
+    )
+    workload = costs.total_macs() / np.mean([macs[result.exit_index] for result in results])
+    latency = per_image[0] / per_image[1]
+    figures = [
+        Figure(f"{where}_original_ms", per_image[0], "ms"),
+        Figure(f"{where}_instance_ms", per_image[1], "ms"),
+    ]
+    for choice in instance.exits:
+        left = [result for result in results if result.exit_index == choice.exit_index]
+        figures.append(Figure(f"{where}_exit{choice.exit_index}_share", len(left) / len(results), "share"))
+        if left and batch == 1:
+            figures.append(
+                Figure(f"{where}_exit{choice.exit_index}_ms", float(np.median([r.latency_ms for r in left])), "ms")
+            )
+    figures += [
+        Figure(f"{where}_workload_reduction", workload, "x"),
+        Figure(f"{where}_latency_reduction", latency, "x"),
+        Figure(f"{where}_latency_over_workload", latency / workload, "ratio", 0.9),
+    ]
+    if batch == 1:
+        each = policy_ms(pair[1], images[0], 10 * rounds)
+        reached = {e: np.mean([result.exit_index >= e for result in results]) for e in each}
+        deciding = sum(each[e] * reached[e] for e in each)
+        figures.append(Figure(f"{where}_policy_share", deciding / per_image[1], "share", 0.03, at_least=False))
+    if expected is not None:
+        exits = np.mean([one.exit_index == other.exit_index for one, other in zip(results, expected, strict=True)])
+        pixels = np.mean([(one.labels == other.labels).mean() for one, other in zip(results, expected, strict=True)])
+        exact = ":" not in runtime
+        figures.append(Figure(f"{where}_equal_exits", float(exits), "share", 1.0 if exact else None))
+        figures.append(Figure(f"{where}_equal_pixels", float(pixels), "share", 0.999 if exact else None))
+    return figures, results
+
+
+def throughput(runtime: str, pair: Sequence[Session], images: Sequence[np.ndarray]) -> list[Figure]:
+    """Images per second at batch 32 and 1, of the instance and the original model, in turn."""
+    some = list(images[:64])
+    laps: dict[tuple[int, int], float] = {}
+    for s, session in enumerate(pair):
+        for batch in (1, 32):
+            session.predict(some[:batch], batch_size=batch)
+            start = time.perf_counter()
+            session.predict(some, batch_size=batch)
+            laps[s, batch] = len(some) / (time.perf_counter() - start)
+    return [
+        Figure(f"{runtime}_instance_batch32", laps[1, 32], "images/s"),
+        Figure(f"{runtime}_instance_batch32_over_batch1", laps[1, 32] / laps[1, 1], "x"),
+        Figure(f"{runtime}_instance_over_original_batch32", laps[1, 32] / laps[0, 32], "x"),
+    ]
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--instance", help="of the run; by default the cheapest within 1 pp")
+    parser.add_argument(
+        "--half", action="store_true", help="thresholds that half of the images reach at its first exit"
+    )
+    parser.add_argument("--sizes", nargs="+", default=["360x480", "512x512"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument(
+        "--runtimes", nargs="+", choices=RUNTIMES, default=[r for r in RUNTIMES if r != "torch-compiled"]
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, help="of the validation images, at most")
+    parser.add_argument("--rounds", type=int, default=3, help="over the images; the median counts")
+    parser.add_argument("--quick", action="store_true", help="12 images, one round, the first size, batch 1")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(options.threads)
+    cv2.setNumThreads(1)
+    if options.quick:
+        options.sizes, options.batches, options.rounds = options.sizes[:1], [1], 1
+        options.images = options.images or 12
+    blueprint, net, instance = restore_run(options.run, options.instance)
+    costs = CostTable.from_json((options.run / "profile.json").read_text())
+    val = open_run(options.run).dataset("val")
+    raw = [val[v].image for v in range(min(len(val), options.images or len(val)))]
+    if options.half:
+        height, width = (int(side) for side in options.sizes[0].split("x"))
+        instance = halved(net, instance, [cv2.resize(image, (width, height)) for image in raw])
+    final = ExitChoice(exit_index=net.num_exits - 1, head="final")
+    original = Instance(name="original", setting="budgeted", exits=(final,), policy=instance.policy)
+    graphs = Graphs(net, blueprint.input_size)
+    device = device_name(torch.device("cpu"))
+    print(f"{device}, {options.threads} threads; {blueprint.model}, {instance.name}, {len(raw)} images")
+    figures: list[Figure] = []
+    reference: dict[str, list[Result]] = {}
+    for runtime in ["torch", *(r for r in options.runtimes if r != "torch")]:
+        pair = sessions(net, graphs, [original, instance], runtime, options.threads)
+        for size in options.sizes:
+            height, width = (int(side) for side in size.split("x"))
+            images = [cv2.resize(image, (width, height)) for image in raw]
+            for batch in options.batches:
+                where = f"{runtime}_{size}_b{batch}"
+                expected = reference.get(size)
+                found, results = measure(runtime, pair, images, batch, costs, expected, where, options.rounds)
+                reference.setdefault(size, results)
+                figures += found
+                show(found)
+        if not options.quick:
+            found = throughput(runtime, pair, [cv2.resize(image, (480, 360)) for image in raw])
+            figures += found
+            show(found)
+    print()
+    show(figures)
+    if options.json:
+        write(options.json, options, instance, figures)
+
+
+def show(figures: Sequence[Figure]) -> None:
+    for figure in figures:
+        goal = "-" if figure.goal is None else f"{figure.goal:g}"
+        print(f"{figure.name} {figure.value:.6g} {figure.unit} {goal} {'ok' if figure.ok else 'short'}", flush=True)
+
+
+def write(path: Path, options: argparse.Namespace, instance: Instance, figures: Sequence[Figure]) -> None:
+    record: Mapping[str, Any] = {
+        "device": device_name(torch.device("cpu")),
+        "threads": options.threads,
+        "run": str(options.run),
+        "instance": json.loads(instance.to_json()),
+        "figures": [{**figure._asdict(), "value": float(figure.value), "ok": figure.ok} for figure in figures],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""``messnet predict``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from messnet.cli.app import AsJson, app, examples
+from messnet.errors import DataError, RecipeError
+
+__all__ = ["predict"]
+
+
+@app.command(
+    help_epilogue=examples(
+        "predict runs/demo photo.jpg",
+        "predict demo.mess photos/ --batch-size 8 --runtime onnxruntime",
+        "predict runs/camvid ../shared/camvid/val/images --instance drop-0.1pp --out predictions",
+        "predict runs/camvid aerial.tif --tile 512 512 --tile-overlap 64",
+        "predict runs/camvid drive.mp4 --frame-budget-ms 40",
+        "predict demo.mess --camera 0 --fps-budget 15",
+    )
+)
+def predict(
+    target: Path,
+    *images: Path,
+    out: Path = Path("predictions"),
+    instance: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    runtime: Literal["torch", "torch-compiled", "onnxruntime", "openvino"] = "torch",
+    precision: Literal["f32", "bf16", "f16"] = "f32",
+    threads: int | None = None,
+    batch_size: int = 1,
+    deadline_ms: float | None = None,
+    tile: tuple[int, int] | None = None,
+    tile_overlap: int | None = None,
+    camera: int | None = None,
+    frame_budget_ms: float | None = None,
+    fps_budget: float | None = None,
+    hysteresis: float | None = None,
+    masks: Annotated[bool, Parameter(negative="")] = False,
+    max_frames: int | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Segment images, folders of images, videos or a camera, each image stopping at the first exit that is confident.
+
+    Of images: OUT/masks (class indices, PNG), OUT/overlays, OUT/confidence (0 to 255 for 0 to 1, PNG) and
+    OUT/predictions.json (exit taken, image confidence, latency). Of a video: OUT/NAME with overlay.mp4 and
+    timeline.json, .csv and .png; a camera's is OUT/camera0 and ends with Ctrl-C.
+
+    Args:
+        target: A finished run, or a bundle.
+        images: Image files and folders of them, or video files.
+        out: Where to write.
+        instance: One of the run's instances; by default the cheapest within 1 pp. A bundle has but one.
+        device: Where to compute.
+        runtime: What computes. A run's graphs are made anew, which takes seconds an exit; a bundle exported for the
+            runtime has them.
+        precision: Of weights and activations, where the runtime has it.
+        threads: Of the processor, for the network; by default as many as the runtime takes.
+        batch_size: Images of one size, or tiles, that go through the network together.
+        deadline_ms: Time per image: exit after exit while it lasts, the best result is kept.
+        tile: Height and width of overlapping tiles that large images are cut into; each takes its own exit. Adds
+            OUT/exits, a picture of the exit of each tile.
+        tile_overlap: What neighbouring tiles share at least, in pixels; by default an eighth of the shorter side. Given
+            alone: tiles of the size that the network was trained on.
+        camera: Number of a camera, in place of files.
+        frame_budget_ms: Time per frame of a video: the next exit is begun only if it fits.
+        fps_budget: The same as frames per second.
+        hysteresis: Of a video, [0, 1): how much surer than its threshold a frame must be to leave earlier than the one
+            before, as a share of what is above the threshold; by default 0.1, 0 is off.
+        masks: Write a mask of every frame of a video too.
+        max_frames: Stop a video or a camera after so many frames.
+    """
+    from messnet.deployment.loading import load
+    from messnet.deployment.predictions import PredictOptions, image_files, predict_files, torch_device
+
+    def open_session() -> Any:
+        where = torch_device(device)
+        return load(target, instance=instance, device=where, runtime=runtime, precision=precision, threads=threads)
+
+    sources = _videos(images, camera)
+    of_images = {"--batch-size": batch_size if batch_size != 1 else None, "--deadline-ms": deadline_ms, "--tile": tile}
+    of_videos = {"--frame-budget-ms": frame_budget_ms, "--fps-budget": fps_budget, "--hysteresis": hysteresis}
+    if sources:
+        _refuse(of_images | {"--tile-overlap": tile_overlap}, "images", "videos")
+        budget_ms = _budget_ms(frame_budget_ms, fps_budget)
+        given = {"frame_budget_ms": budget_ms, "hysteresis": hysteresis, "max_frames": max_frames, "masks": masks}
+        _predict_videos(open_session(), sources, out, given, as_json=as_json)
+        return
+    _refuse(of_videos | {"--masks": masks or None, "--max-frames": max_frames}, "videos", "images")
+    options = PredictOptions(batch_size=batch_size, deadline_ms=deadline_ms, tile=tile, tile_overlap=tile_overlap)
+    files = image_files(images)  # before the network is loaded
+    done = predict_files(open_session(), files, out, options)
+    if as_json:
+        print(json.dumps(done.records, indent=1))
+    else:
+        taken = sorted({record["exit_index"] for record in done.records})
+        shares = ", ".join(f"exit {e}: {sum(r['exit_index'] == e for r in done.records)}" for e in taken)
+        print(f"{len(done.records)} images ({shares}) in {out}/")
+    if done.failed:
+        for line in done.failed:
+            print(f"messnet: {line}", file=sys.stderr)
+        raise DataError(f"{len(done.failed)} of {len(files)} images were left out, see above; the others are in {out}/")
+
+
+def _predict_videos(
+    session: Any, sources: list[Path | int], out: Path, given: dict[str, Any], *, as_json: bool
+) -> None:
+    """One after the other with the same network. What is damaged is told at the end, when the others are done."""
+    from messnet.deployment.video import VideoOptions, predict_video
+
+    options = VideoOptions(**{name: value for name, value in given.items() if value is not None})
+    summaries, damaged = {}, []
+    for source in sources:
+        folder = out / (f"camera{source}" if isinstance(source, int) else source.stem)
+        try:
+            timeline = predict_video(session, source, folder, options)
+        except DataError as error:
+            damaged.append(str(error))
+            continue
+        summaries[timeline.source] = timeline.summary()
+        if not as_json:
+            print(f"{timeline.describe()}\nin {folder}/")
+        if timeline.interrupted and not isinstance(source, int):
+            raise SystemExit(130)
+        if timeline.damage:
+            damaged.append(f"{source}: {timeline.damage}; what came of it is in {folder}/")
+    if as_json and summaries:
+        print(json.dumps(summaries, indent=1))
+    for line in damaged[:-1]:
+        print(f"messnet: {line}", file=sys.stderr)
+    if damaged:
+        raise DataError(damaged[-1])
+
+
+def _videos(files: tuple[Path, ...], camera: int | None) -> list[Path | int]:
+    """The videos among the arguments; empty when they are images."""
+    from messnet.deployment.video import VIDEO_SUFFIXES
+
+    videos: list[Path | int] = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES and not file.is_dir()]
+    if camera is not None:
+        if files:
+            raise RecipeError(f"a camera or files, not both: leave out --camera {camera} or {files[0]}")
+        if camera < 0:
+            raise RecipeError(f"cameras are numbered from 0, not {camera}")
+        return [camera]
+    if videos and len(videos) < len(files):
+        other = next(file for file in files if file not in videos)
+        raise RecipeError(f"videos and images in one call: leave {other} out, and run it in a call of its own")
+    names = [Path(str(video)).stem for video in videos]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two videos are called {name} and would both be written to one folder: rename one")
+    return videos
+
+
+def _refuse(options: dict[str, Any], what: str, other: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise RecipeError(f"{name} is for {what}, here are {other}: leave it out")
+
+
+def _budget_ms(frame_budget_ms: float | None, fps_budget: float | None) -> float | None:
+    if fps_budget is None:
+        return frame_budget_ms
+    if frame_budget_ms is not None:
+        raise RecipeError("--frame-budget-ms or --fps-budget, not both: they say the same")
+    if not fps_budget > 0:
+        raise RecipeError(f"--fps-budget is a number of frames per second above 0, not {fps_budget:g}")
+    return 1000 / fps_budget

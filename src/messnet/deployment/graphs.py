@@ -1,0 +1,295 @@
+"""The ONNX graphs of an instance: one for each of its exits, and one that turns logits into labels.
+
+    stage i    live tensors of the cut before (the normalised images at first), pixel_threshold (1,)
+               -> next live tensors, logits (N, K, h, w), confidence (N,): c_img at that pixel threshold
+    output     logits, size (2,) -> labels (N, H, W) uint8: bilinear upsampling and argmax, as every exit ends
+
+A stage holds the segments since the exit before, the head and the exit policy; a host that asks for some of the outputs
+only has the rest left out by its runtime. Batch, height and width are free. Segments and heads come from
+``torch.onnx.export``; policy and output are written here, from operators that every runtime has, and give the counts of
+``messnet.exit_policy`` exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from messnet.errors import ModelError
+from messnet.exit_policy import Policy
+from messnet.instance import FINAL_HEAD, Exit
+from messnet.network.backbone import Chain
+from messnet.network.multi_exit import MultiExitNet
+
+__all__ = ["OPSET", "OUTPUT", "make_graphs", "output_graph", "policy_graph", "stage_name"]
+
+OPSET = 20
+IR_VERSION = 10
+OUTPUT = "output"
+
+
+def stage_name(position: int) -> str:
+    return f"stage{position}"
+
+
+def make_graphs(
+    net: MultiExitNet, exits: Sequence[Exit], policy: Policy, input_size: tuple[int, int]
+) -> dict[str, bytes]:
+    """The graphs by name, "stage0" ... and "output", of ``exits``, shallow to deep, of a network on the CPU in float32.
+
+    ``input_size`` is that of the example which is traced. Raises ModelError for a network that has no graphs of its
+    own, a policy that cannot be a graph, or without the packages that write graphs.
+    """
+    onnx, compose = _packages()
+    if not isinstance(net.backbone, Chain):
+        raise ModelError(f"the network cannot be written as ONNX graphs: {'; '.join(net.notes)}")
+    live: tuple[Any, ...] = (torch.zeros(2, 3, *input_size),)
+    decide = onnx.load_from_string(policy_graph(policy, net.num_classes))
+    graphs, start = {}, 0
+    for position, exit in enumerate(exits):
+        stage = _Stage(net, start, exit, last=position == len(exits) - 1).eval()
+        with torch.no_grad():
+            following = stage(*live)[:-1]
+        _expect_tensors(following, exit)
+        try:
+            part = _exported(stage, live, len(following))
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise ModelError(
+                f"exit {exit.exit_index} cannot be written as an ONNX graph "
+                f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}); its weights run with torch"
+            ) from error
+        keep = [output.name for output in part.graph.output]
+        whole = compose.merge_models(
+            compose.add_prefix(part, "net/", rename_inputs=False, rename_outputs=False),
+            compose.add_prefix(decide, "policy/", rename_inputs=False, rename_outputs=False),
+            io_map=[("logits", "logits")],
+            outputs=[*keep, "confidence"],
+        )
+        graphs[stage_name(position)] = _serialised(onnx, whole)
+        live, start = following, exit.exit_index + 1
+    return {**graphs, OUTPUT: output_graph()}
+
+
+class _Stage(nn.Module):
+    """The segments ``start`` to that of an exit, and its head: live tensors -> (live tensors, logits); of the ``last``
+    stage the logits only."""
+
+    def __init__(self, net: MultiExitNet, start: int, exit: Exit, *, last: bool) -> None:
+        super().__init__()
+        assert isinstance(net.backbone, Chain)
+        self.segments = nn.ModuleList(net.backbone.segments[start : exit.exit_index + 1])
+        self.head, self.last = net.head(exit), last
+        self.takes_all = exit.head == FINAL_HEAD
+
+    def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
+        for segment in self.segments:
+            live = segment(*live)
+        logits = self.head(*live) if self.takes_all else self.head(live[0])
+        return (logits,) if self.last else (*live, logits)
+
+
+def _exported(stage: _Stage, live: tuple[Tensor, ...], num_next: int) -> Any:
+    free = torch.export.Dim.AUTO
+    # What is (N, C, h, w) may have any size; of (N, L, C) the length is free.
+    shapes = tuple({0: free, 2: free, 3: free} if one.dim() == 4 else {0: free, 1: free} for one in live)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            stage,
+            live,
+            dynamo=True,
+            dynamic_shapes=(shapes,),
+            opset_version=OPSET,
+            input_names=[f"live{k}" for k in range(len(live))],
+            output_names=[*(f"next{k}" for k in range(num_next)), "logits"],
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    return model
+
+
+def _serialised(onnx: Any, model: Any) -> bytes:
+    del model.graph.value_info[:]  # shapes in between: a third of the file
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where it stood in the source
+        node.doc_string = ""
+    data: bytes = model.SerializeToString()
+    onnx.checker.check_model(data)
+    return data
+
+
+def policy_graph(policy: Policy, num_classes: int) -> bytes:
+    """logits (N, K, h, w), pixel_threshold (1,) -> confidence (N,) float32: ``image_confidence`` at one threshold.
+
+    Raises ModelError for the "paper" form, whose Canny is no graph.
+    """
+    if policy.refinement == "paper":
+        raise ModelError(
+            f"the policy {policy.name} cannot be a graph, for its Canny edges are computed by OpenCV: search with a "
+            f"policy such as {policy.confidence}+native, or run it with torch"
+        )
+    if policy.pooling != "share":
+        raise ModelError(
+            f"the policy {policy.name} has no graph: search with {policy.confidence}+native, or run it with torch"
+        )
+    from onnx import TensorProto, helper
+
+    nodes: list[Any] = []
+
+    def op(kind: str, *inputs: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, [f"{kind}{len(nodes)}"], **attributes))
+        return f"{kind}{len(nodes) - 1}"
+
+    def constant(*values: int) -> str:
+        tensor = helper.make_tensor("", TensorProto.INT64, [len(values)], values)
+        return op("Constant", value=tensor)
+
+    def number(value: float) -> str:
+        return op("Constant", value=helper.make_tensor("", TensorProto.FLOAT, [1], [value]))
+
+    classes = constant(1)
+    largest = op("ReduceMax", "logits", classes, keepdims=1)
+    shifted = op("Sub", "logits", largest)
+    total = op("ReduceSum", op("Exp", shifted), classes, keepdims=1)
+    if policy.confidence == "top1":
+        confidence = op("Reciprocal", total)  # softmax of the largest logit, eq. (1)
+    else:
+        log_sum = op("Log", total)
+        log_p = op("Sub", shifted, log_sum)
+        negative_entropy = op("ReduceSum", op("Mul", op("Exp", log_p), log_p), classes, keepdims=1)
+        relative = op("Div", negative_entropy, number(math.log(num_classes)))
+        confidence = op("Clip", op("Add", number(1.0), relative), _scalar(nodes, 0.0), _scalar(nodes, 1.0))
+    confident = op("Cast", op("GreaterOrEqual", confidence, "pixel_threshold"), to=TensorProto.FLOAT)
+    if policy.refinement == "native":
+        labels = op("Cast", op("ArgMax", "logits", axis=1, keepdims=1), to=TensorProto.FLOAT)
+        near = [_near_edge(op, constant, labels, TensorProto.FLOAT, axis) for axis in (2, 3)]
+        near_edge = op("Greater", op("Max", *near), number(0.5))
+        # More than half of 5 x 5 pixels, the border repeated: 13/25 or more. No rounding brings 12/25 to a half.
+        extended = op("Pad", confident, constant(0, 0, 2, 2, 0, 0, 2, 2), mode="edge")
+        share = op("AveragePool", extended, kernel_shape=[5, 5])
+        majority = op("Cast", op("Greater", share, number(0.5)), to=TensorProto.FLOAT)
+        confident = op("Where", near_edge, majority, confident)
+    # Two whole numbers below 2^24: their float32 quotient is the float64 one, rounded.
+    count = op("ReduceSum", confident, constant(1, 2, 3), keepdims=0)
+    pixels = op("ReduceProd", op("Shape", "logits", start=2), keepdims=0)
+    nodes.append(helper.make_node("Div", [count, op("Cast", pixels, to=TensorProto.FLOAT)], ["confidence"]))
+    inputs = [_value("logits", ["N", "K", "h", "w"]), _value("pixel_threshold", [1])]
+    return _model("policy", nodes, inputs, [_value("confidence", ["N"])])
+
+
+def _near_edge(op: Any, constant: Any, labels: str, to: int, axis: int) -> str:
+    """Pixels within a 3 x 3 window of a pixel whose label changes along ``axis``, as 0 and 1: (N, 1, h, w).
+
+    With the border repeated there are n + 1 steps between n pixels; a pixel is near those from the one before its
+    own two to the one after.
+    """
+    before = [0] * 8
+    before[axis] = before[axis + 4] = 1
+    extended = op("Pad", labels, constant(*before), mode="edge")
+    end = 2**31
+    upper = op("Slice", extended, constant(1), constant(end), constant(axis))
+    lower = op("Slice", extended, constant(0), constant(-1), constant(axis))
+    step = op("Cast", op("Not", op("Equal", upper, lower)), to=to)
+    kernel = [4, 3] if axis == 2 else [3, 4]
+    return op("MaxPool", step, kernel_shape=kernel, pads=[1, 1, 1, 1])  # type: ignore[no-any-return]
+
+
+def output_graph() -> bytes:
+    """logits (N, K, h, w), size (2,) int64 -> labels (N, H, W) uint8.
+
+    Bilinear upsampling is a product with one matrix per axis, the unit matrix upsampled along it: 4 times faster in
+    ONNX Runtime than to resize all classes.
+    """
+    from onnx import TensorProto, helper
+
+    nodes: list[Any] = []
+
+    def op(kind: str, *inputs: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, [f"{kind}{len(nodes)}"], **attributes))
+        return f"{kind}{len(nodes) - 1}"
+
+    def constant(*values: int) -> str:
+        return op("Constant", value=helper.make_tensor("", TensorProto.INT64, [len(values)], values))
+
+    def matrix(axis: int) -> str:
+        """(upsampled, length) of an axis."""
+        length = op("Shape", "logits", start=axis, end=axis + 1)
+        zeros = op("ConstantOfShape", op("Concat", length, length, axis=0))
+        unit = op("Unsqueeze", op("EyeLike", zeros), constant(0, 1))
+        upsampled = op("Slice", "size", constant(axis - 2), constant(axis - 1))
+        to = op("Concat", constant(1, 1), upsampled, length, axis=0)
+        how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+        return op("Squeeze", op("Resize", unit, "", "", to, **how), constant(0, 1))
+
+    across = op("Transpose", matrix(3), perm=[1, 0])
+    upsampled = op("MatMul", matrix(2), op("MatMul", "logits", across))
+    indices = op("ArgMax", upsampled, axis=1, keepdims=0)
+    nodes.append(helper.make_node("Cast", [indices], ["labels"], to=TensorProto.UINT8))
+    inputs = [_value("logits", ["N", "K", "h", "w"]), _value("size", [2], TensorProto.INT64)]
+    return _model(OUTPUT, nodes, inputs, [_value("labels", ["N", "H", "W"], TensorProto.UINT8)])
+
+
+def _scalar(nodes: list[Any], value: float) -> str:
+    from onnx import TensorProto, helper
+
+    name = f"scalar{len(nodes)}"
+    nodes.append(helper.make_node("Constant", [], [name], value=helper.make_tensor("", TensorProto.FLOAT, [], [value])))
+    return name
+
+
+def _value(name: str, shape: Sequence[str | int], kind: int = 1) -> Any:
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _model(name: str, nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> bytes:
+    import onnx
+    from onnx import helper
+
+    graph = helper.make_graph(nodes, name, inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return _serialised(onnx, model)
+
+
+def _expect_tensors(following: Sequence[Any], exit: Exit) -> None:
+    for value in following:
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"at exit {exit.exit_index} the network keeps a {type(value).__name__} for later, which is no tensor "
+                f"that an ONNX graph could pass on: run it with torch"
+            )
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch's exporter needs it
+        from onnx import compose
+    except ImportError as error:
+        raise ModelError(f"ONNX graphs need the package {error.name}: pip install messnet[onnx]") from error
+    return onnx, compose
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's advice to developers."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

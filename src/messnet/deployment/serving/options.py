@@ -1,0 +1,52 @@
+"""What a service listens to, and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from messnet.errors import RecipeError
+
+__all__ = ["ServeOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Memory is bounded by them: ``max_queue`` images of ``max_body_mb`` and ``max_pixels`` may be held at once, and
+    one batch of ``max_pixels`` in total goes through the network at a time."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every one that the machine has."""
+    port: int = 8000
+    """0: any free one."""
+    max_body_mb: float = 16.0
+    """Of a request, in 10^6 bytes; more is 413."""
+    max_pixels: int = 2**22
+    """Of an image, a side shorter than 64 counted as 64; more is 413, before it is decoded."""
+    max_queue: int = 64
+    """Requests in work at once, waiting and arriving ones included; one more is 503."""
+    max_concurrency: int = 32
+    """Of them from one address; one more is 429."""
+    timeout_s: float = 30.0
+    """For a request, from its first byte to its answer; then it is 408 while its body comes in, else 503."""
+    batch_size: int = 8
+    """Requests run together at most."""
+    batch_wait_ms: float = 5.0
+    """How long a batch waits for requests that are on their way."""
+    drain_s: float = 0.5
+    """After SIGTERM: how long connections that stand may bring one more request."""
+
+    def __post_init__(self) -> None:
+        least = {"port": 0, "max_pixels": 1, "max_queue": 1, "max_concurrency": 1, "batch_size": 1}
+        least |= {"batch_wait_ms": 0, "drain_s": 0}
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise RecipeError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        for name in ("max_body_mb", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(self, name)}")
+        if self.port > 65535:
+            raise RecipeError(f"--port must be at most 65535, got {self.port}")
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 1e6)

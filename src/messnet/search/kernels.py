@@ -1,0 +1,507 @@
+"""The search's inner loops, compiled by numba when first called; ``engine`` says what they are for.
+
+V images, H exits (rows of the tables, the final one last), C = 2 K + X count columns: intersections and unions of the
+K classes that have labels, then unions of the X others, which can only add an IoU of 0. A column of thresholds is one
+early exit at one pixel threshold; ``bins[column, v]`` says how many of its image thresholds image v reaches, so that
+the images leaving at level i are those with bins >= i: nested sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+
+from messnet.search.problem import P95, WHOLE_SUM, WORST
+
+__all__ = ["bound_triples", "mean_iou_of", "merge", "try_pair", "try_pairs_before", "try_single", "try_triple"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+QUICK = np.float32(2e-6)  # more than float32 loses of an mIoU
+
+
+def _compiled(fastmath: bool = False) -> Callable[[F], F]:
+    decorate: Any = numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")
+    return cast(Callable[[F], F], decorate)
+
+
+@_compiled()
+def mean_iou_of(counts: Any, num_classes: int, floors: Any) -> float:
+    """mIoU of summed counts (C,) to 12 decimals, or -1 where a class is below its floor."""
+    total, num = 0.0, num_classes
+    for k in range(num_classes):
+        iou = counts[k] / counts[num_classes + k]
+        if iou < floors[k]:
+            return -1.0
+        total += iou
+    for k in range(2 * num_classes, len(counts)):
+        if counts[k] > 0:
+            num += 1
+    return float(np.rint(total / num * 1e12) / 1e12)
+
+
+@_compiled(fastmath=True)
+def _quick_miou(counts: Any, num_classes: int) -> Any:
+    total, num = np.float32(0), num_classes
+    for k in range(num_classes):
+        total += np.float32(counts[k]) / np.float32(counts[num_classes + k])
+    for k in range(2 * num_classes, len(counts)):
+        if counts[k] > 0:
+            num += 1
+    return total / np.float32(num)
+
+
+@_compiled()
+def _leaving(arrays: Any, m: int, positions: Any, out: Any) -> None:
+    """Cost m of an image that leaves at each of an instance's exits, as CostColumn.leaving says it."""
+    parts, last = arrays.parts[m], len(positions) - 1
+    if arrays.kinds[m] >= WHOLE_SUM:
+        whole = parts[0, positions[last]]
+        for e in range(last + 1):
+            for part in range(1, 4):
+                if part == 2 and e == last:
+                    continue
+                more = parts[part, positions[e]]
+                whole = whole + more if arrays.kinds[m] == WHOLE_SUM else max(whole, more)
+        for e in range(last + 1):
+            out[e] = whole
+        return
+    paid = 0.0
+    for e in range(last + 1):
+        p = positions[e]
+        paid += parts[1, p] + (parts[2, p] if e < last else 0.0)
+        out[e] = parts[0, p] + paid + parts[3, p]
+
+
+@_compiled()
+def _statistic(kind: int, leaving: Any, num_left: Any) -> float:
+    """The mean, the largest, or the least cost that 95 % of the images do not exceed, where num_left[e] images leave at
+    exit e."""
+    num_images = 0
+    total = 0.0
+    worst = -np.inf
+    for e in range(len(leaving)):
+        num_images += num_left[e]
+        total += num_left[e] * leaving[e]
+        if num_left[e] > 0:
+            worst = max(worst, leaving[e])
+    if kind == WORST:
+        return worst
+    if kind == P95:
+        best = worst
+        for e in range(len(leaving)):
+            cheaper = 0
+            for other in range(len(leaving)):
+                if leaving[other] <= leaving[e]:
+                    cheaper += num_left[other]
+            if 20 * cheaper >= 19 * num_images:
+                best = min(best, leaving[e])
+        return best
+    return total / num_images
+
+
+@_compiled()
+def _objective(arrays: Any, leaving: Any, num_left: Any) -> float:
+    """The objective's cost from leaving costs (m, exits), infinite where a limit is exceeded."""
+    worst = -np.inf
+    for m in range(len(leaving)):
+        value = _statistic(arrays.kinds[m], leaving[m], num_left)
+        if value > arrays.limits[m]:
+            return np.inf
+        if arrays.weights[m] > 0:
+            worst = max(worst, arrays.weights[m] * value)
+    return worst
+
+
+@_compiled()
+def _place(found: Any, cost: float) -> int:
+    """How many points cost at most this."""
+    low, high = 0, found.size[0]
+    while low < high:
+        middle = (low + high) // 2
+        if found.cost[middle] <= cost:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@_compiled()
+def _insert(found: Any, cost: float, miou: float, key: int) -> None:
+    place, size = _place(found, cost), found.size[0]
+    if place > 0:
+        before = place - 1
+        if found.miou[before] > miou:
+            return
+        if found.miou[before] == miou and (found.cost[before] < cost or found.key[before] < key):
+            return
+        if found.cost[before] == cost:
+            place = before
+    stop = place
+    while stop < size and found.miou[stop] <= miou:
+        stop += 1
+    shift = 1 - (stop - place)
+    if size + shift > len(found.cost):
+        raise MemoryError
+    if shift > 0:
+        for i in range(size - 1, stop - 1, -1):
+            found.cost[i + 1], found.miou[i + 1], found.key[i + 1] = found.cost[i], found.miou[i], found.key[i]
+    elif shift < 0:
+        for i in range(stop, size):
+            found.cost[i + shift], found.miou[i + shift] = found.cost[i], found.miou[i]
+            found.key[i + shift] = found.key[i]
+    found.cost[place], found.miou[place], found.key[place] = cost, miou, key
+    found.size[0] = size + shift
+
+
+@_compiled()
+def _try(arrays: Any, counts: Any, cost: float, key: int, least_miou: float, found: Any) -> None:
+    """Enters one instance, cost <= its limits, if it is as good as the front."""
+    if cost == np.inf:
+        return
+    place = _place(found, cost)
+    least = max(least_miou, found.miou[place - 1]) if place > 0 else least_miou
+    if _quick_miou(counts, arrays.num_classes) < least - QUICK:
+        return
+    miou = mean_iou_of(counts, arrays.num_classes, arrays.floors)
+    if miou >= least_miou and miou >= 0:
+        _insert(found, cost, miou, key)
+
+
+@_compiled()
+def _add_all(counts: Any, out: Any) -> None:
+    """Adds counts (V, C) of all images to ``out`` (C,)."""
+    for v in range(counts.shape[0]):
+        for k in range(counts.shape[1]):
+            out[k] += counts[v, k]
+
+
+@_compiled()
+def _key(arrays: Any, first: int, middle: int, last: int, row: int, second_row: int) -> Any:
+    """Orders instances as ties are resolved: fewer exits, then the shallower last, middle, first, then small sets."""
+    num_exits = 1 + (first >= 0) + (middle >= 0)
+    base = len(arrays.exit_index) + 1
+    key = ((num_exits * base + last) * base + middle + 1) * base + first + 1
+    return (key * arrays.rows_per_exit + row) * arrays.rows_per_exit + second_row
+
+
+@_compiled()
+def merge(found: Any, others: Any) -> None:
+    """Enters all of ``others``."""
+    for i in range(others.size[0]):
+        _insert(found, others.cost[i], others.miou[i], others.key[i])
+
+
+@_compiled()
+def try_single(arrays: Any, position: int, found: Any) -> None:
+    """All images leave at one exit."""
+    leaving = np.zeros((len(arrays.kinds), 1))
+    positions, num_left = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    positions[0], num_left[0] = position, arrays.counts.shape[1]
+    for m in range(len(leaving)):
+        _leaving(arrays, m, positions, leaving[m])
+    summed = np.zeros(arrays.counts.shape[2], arrays.counts.dtype)
+    _add_all(arrays.counts[position], summed)
+    cost = _objective(arrays, leaving, num_left)
+    if cost < np.inf:
+        _try(arrays, summed, cost, _key(arrays, -1, -1, position, 0, 0), -1.0, found)
+
+
+@_compiled()
+def try_pairs_before(
+    arrays: Any, last: int, num: int, max_cost: float, least_miou: float, cheapest: bool, scratch: Any, found: Any
+) -> Any:
+    """Every early exit before ``last``. Returns the number of instances, (num, 2) the best of each early exit within
+    the limits, the ``cheapest`` or the most accurate one: its cost and mIoU, infinite if there is none; and its key."""
+    best, keys = np.zeros((num, 2)), np.zeros(num, np.int64)
+    tried = 0
+    for first in range(num):
+        scratch.size[0] = 0
+        tried += try_pair(arrays, last, first, np.inf, -1.0, scratch)
+        merge(found, scratch)
+        best[first, 0] = best[first, 1] = np.inf
+        for i in range(scratch.size[0]):
+            point = i if cheapest else scratch.size[0] - 1 - i
+            if scratch.miou[point] >= least_miou and scratch.cost[point] <= max_cost:
+                best[first, 0], best[first, 1] = scratch.cost[point], scratch.miou[point]
+                keys[first] = scratch.key[point]
+                break
+    return tried, best, keys
+
+
+@_compiled()
+def try_pair(arrays: Any, last: int, first: int, max_cost: float, least_miou: float, found: Any) -> int:
+    """Every threshold of early exit ``first`` before exit ``last``; returns the number of instances."""
+    num_images, width = arrays.counts.shape[1:]
+    here, there = arrays.counts[first], arrays.counts[last]
+    gain = np.zeros((num_images, width), arrays.counts.dtype)
+    for v in range(num_images):
+        for k in range(width):
+            gain[v, k] = here[v, k] - there[v, k]
+    everything, summed = np.zeros(width, arrays.counts.dtype), np.zeros(width, arrays.counts.dtype)
+    _add_all(arrays.counts[last], everything)
+    positions, num_left = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    positions[0], positions[1] = first, last
+    leaving = np.zeros((len(arrays.kinds), 2))
+    for m in range(len(leaving)):
+        _leaving(arrays, m, positions, leaving[m])
+    tried = 0
+    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
+        order, bins = arrays.order[column], arrays.bins[column]
+        for k in range(width):
+            summed[k] = everything[k]
+        v = num_images - 1
+        row = (column - arrays.first_column[first]) * (num_images + 1)
+        for level in range(arrays.levels[column], 0, -1):
+            while v >= 0 and bins[order[v]] >= level:
+                more = gain[order[v]]
+                for k in range(width):
+                    summed[k] += more[k]
+                v -= 1
+            tried += 1
+            num_left[0], num_left[1] = num_images - 1 - v, v + 1
+            cost = _objective(arrays, leaving, num_left)
+            if cost <= max_cost:
+                key = _key(arrays, first, -1, last, row + num_images - level, 0)
+                _try(arrays, summed, cost, key, least_miou, found)
+    return tried
+
+
+@_compiled()
+def try_triple(arrays: Any, last: int, middle: int, first: int, max_cost: float, least_miou: float, found: Any) -> int:
+    """Every pair of thresholds of early exits ``first`` and ``middle`` before ``last``; the number of instances."""
+    num_images, width = arrays.counts.shape[1:]
+    positions = np.zeros(3, np.int64)
+    positions[0], positions[1], positions[2] = first, middle, last
+    leaving = np.zeros((len(arrays.kinds), 3))
+    for m in range(len(leaving)):
+        _leaving(arrays, m, positions, leaving[m])
+    early = np.zeros(width, arrays.counts.dtype)
+    _add_all(arrays.counts[first], early)
+    tried = 0
+    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
+        row = (column - arrays.first_column[first]) * (num_images + 1)
+        for other in range(arrays.first_column[middle], arrays.first_column[middle + 1]):
+            second = (other - arrays.first_column[middle]) * (num_images + 1)
+            where = (column, other, row, second)
+            tried += _try_columns(arrays, positions, where, leaving, early, max_cost, least_miou, found)
+    return tried
+
+
+@_compiled()
+def _try_columns(
+    arrays: Any, positions: Any, where: Any, leaving: Any, early: Any, max_cost: float, least_miou: float, found: Any
+) -> Any:
+    """One column of thresholds at each of both early exits: as fewer images leave at the first, the others are added to
+    the bin where the middle exit sends them; running over the bins then gives every level of the middle exit."""
+    first, middle, last = positions[0], positions[1], positions[2]
+    column, other, row, second = where
+    num_images, width = arrays.counts.shape[1:]
+    at_first, at_middle, at_last = arrays.counts[first], arrays.counts[middle], arrays.counts[last]
+    order, bins, other_bins = arrays.order[column], arrays.bins[column], arrays.bins[other]
+    levels = arrays.levels[other]
+    gain = np.zeros((levels + 1, width), arrays.counts.dtype)  # of leaving in the middle, by bin
+    reaching = np.zeros(levels + 1, np.int64)
+    base, summed = np.zeros(width, arrays.counts.dtype), np.zeros(width, arrays.counts.dtype)
+    for k in range(width):
+        base[k] = early[k]
+    num_left = np.zeros(3, np.int64)
+    v = 0
+    for level in range(1, arrays.levels[column] + 1):
+        while v < num_images and bins[order[v]] < level:
+            image = order[v]
+            a, b, c, into = at_first[image], at_middle[image], at_last[image], gain[other_bins[image]]
+            for k in range(width):
+                base[k] += c[k] - a[k]
+                into[k] += b[k] - c[k]
+            reaching[other_bins[image]] += 1
+            v += 1
+        for k in range(width):
+            summed[k] = base[k]
+        left = 0
+        for j in range(levels, 0, -1):
+            more = gain[j]
+            if reaching[j] > 0:
+                left += reaching[j]
+                for k in range(width):
+                    summed[k] += more[k]
+            num_left[0], num_left[1], num_left[2] = num_images - v, left, v - left
+            cost = _objective(arrays, leaving, num_left)
+            if cost <= max_cost:
+                key = _key(arrays, first, middle, last, row + num_images - level, second + num_images - j)
+                _try(arrays, summed, cost, key, least_miou, found)
+    return arrays.levels[column] * levels
+
+
+@_compiled(fastmath=True)
+def _spread(x: Any, last: int, num: int, low: Any, high: Any) -> None:
+    """(num, 2 K): how far any set of images that leaves at exit h instead of ``last`` can move each column."""
+    for h in range(num):
+        a, b = low[h], high[h]
+        for v in range(x.shape[1]):
+            mine, theirs = x[h, v], x[last, v]
+            for k in range(x.shape[2]):
+                gain = mine[k] - theirs[k]
+                a[k] += min(gain, np.float32(0))
+                b[k] += max(gain, np.float32(0))
+
+
+@_compiled(fastmath=True)
+def _best_prefix(arrays: Any, h: int, gain: Any) -> Any:
+    """The most that the images leaving at exit h can gain, over all its thresholds; 0 for no image."""
+    best = np.float32(0)
+    for column in range(arrays.first_column[h], arrays.first_column[h + 1]):
+        order, bins, total = arrays.order[column], arrays.bins[column], np.float32(0)
+        v = len(order) - 1
+        for level in range(arrays.levels[column], 0, -1):
+            while v >= 0 and bins[order[v]] >= level:
+                total += gain[order[v]]
+                v -= 1
+            best = max(best, total)
+    return best
+
+
+@_compiled(fastmath=True)
+def _remainder(offset: Any, low: Any, high: Any, num_classes: int, tau: Any) -> Any:
+    """What the linear form can be short of the mIoU of any instance whose mIoU is at least ``tau`` above the tangent's:
+    see ``engine``. ``offset`` + [``low``, ``high``] is the range of its l and u, (2 K,)."""
+    gains, largest, least = np.float32(0), np.float32(0), np.float32(0)
+    for k in range(num_classes):
+        gains += max(np.float32(0), offset[k] + high[k])
+        u = num_classes + k
+        largest = max(largest, offset[u] + high[u])
+        least = max(least, -(offset[u] + low[u]))
+    if least > np.float32(0.9):
+        return np.float32(1e9)
+    gains = gains / num_classes / (np.float32(1) - least)
+    return max(np.float32(0), gains - tau) * largest + gains * least
+
+
+@_compiled(fastmath=True)
+def bound_triples(
+    arrays: Any, last: int, num: int, x: Any, offset: Any, prices: Any, tau: float, target: float, bound: Any
+) -> int:
+    """Bounds every pair of early exits before ``last``; the number of pairs left.
+
+    ``x`` (H, V, 2 K) is l and u of each image at each exit against the tangent, ``offset`` (2 K,) those of ``last`` in
+    all; ``prices`` (4, H) what the parts cost all images, in mIoU. ``bound[middle, first]`` >= ``target`` marks what to
+    bound, and becomes the largest l - price + remainder over all thresholds, or -9 if below ``target``.
+    """
+    num_images, classes = arrays.counts.shape[1], arrays.num_classes
+    low, high = np.zeros((num, 2 * classes), np.float32), np.zeros((num, 2 * classes), np.float32)
+    _spread(x, last, num, low, high)
+    score = np.zeros((num + 1, num_images), np.float32)
+    for h in range(num + 1):
+        for v in range(num_images):
+            total = np.float32(0)
+            for k in range(classes):
+                total += x[h if h < num else last, v, k]
+            score[h, v] = total / classes
+    share = 1 / num_images
+    worse, best_pair = np.zeros((num, num_images), np.float32), np.zeros(num, np.float32)
+    gain, mine = np.zeros(num_images, np.float32), np.zeros(num_images, np.float32)
+    end = np.float32(share * (prices[0, last] + prices[1, last] + prices[3, last]))
+    for h in range(num):
+        entry = np.float32(share * (prices[1, h] + prices[2, h]))
+        out = np.float32(share * (prices[0, h] + prices[3, h]))
+        total = np.float32(0)
+        for v in range(num_images):
+            here, there = score[h, v] - entry - out, score[num, v] - entry - end
+            worse[h, v] = min(here, there)
+            gain[v] = here - there
+            total += there
+        best_pair[h] = total + _best_prefix(arrays, h, gain)
+    left = 0
+    sums = np.zeros((1, 2 * classes), np.float32)
+    wide_low, wide_high = np.zeros(2 * classes, np.float32), np.zeros(2 * classes, np.float32)
+    for first in range(num):
+        out = np.float32(share * (prices[0, first] + prices[3, first]))
+        entry = np.float32(prices[1, first] + prices[2, first])
+        for v in range(num_images):
+            mine[v] = score[first, v] - out
+        known = False
+        for middle in range(num):
+            if arrays.exit_index[middle] <= arrays.exit_index[first] or bound[middle, first] < target:
+                continue
+            # Every image free to choose the first exit: crude, but it settles most pairs.
+            base = best_pair[middle] - entry
+            free, theirs = np.float32(0), worse[middle]
+            for v in range(num_images):
+                free += max(np.float32(0), mine[v] - theirs[v])
+            for k in range(2 * classes):
+                wide_low[k] = low[first, k] + low[middle, k]
+                wide_high[k] = high[first, k] + high[middle, k]
+            wide = _remainder(offset, wide_low, wide_high, classes, tau)
+            if base + free + wide < target:
+                bound[middle, first] = -9
+                continue
+            if not known:
+                sums = _sums(arrays, x, first, last)
+                known = True
+            for v in range(num_images):
+                gain[v] = mine[v] - theirs[v]
+            value = _bound_pair(arrays, first, gain, base, wide, offset, sums, low[middle], high[middle], tau, target)
+            bound[middle, first] = value if value >= target else -9
+            left += value >= target
+    return left
+
+
+@_compiled(fastmath=True)
+def _sums(arrays: Any, x: Any, first: int, last: int) -> Any:
+    """(levels of all columns, 2 K): l and u gained when the images of each level leave at ``first``, not ``last``."""
+    columns = range(arrays.first_column[first], arrays.first_column[first + 1])
+    rows = 0
+    for column in columns:
+        rows += arrays.levels[column]
+    sums = np.zeros((rows, x.shape[2]), np.float32)
+    total = np.zeros(x.shape[2], np.float32)
+    row = 0
+    for column in columns:
+        order, bins = arrays.order[column], arrays.bins[column]
+        for k in range(len(total)):
+            total[k] = 0
+        v = len(order) - 1
+        for level in range(arrays.levels[column], 0, -1):
+            while v >= 0 and bins[order[v]] >= level:
+                mine, theirs = x[first, order[v]], x[last, order[v]]
+                for k in range(len(total)):
+                    total[k] += mine[k] - theirs[k]
+                v -= 1
+            for k in range(len(total)):
+                sums[row, k] = total[k]
+            row += 1
+    return sums
+
+
+@_compiled(fastmath=True)
+def _bound_pair(
+    arrays: Any,
+    first: int,
+    gain: Any,
+    base: Any,
+    wide: Any,
+    offset: Any,
+    sums: Any,
+    low: Any,
+    high: Any,
+    tau: Any,
+    target: Any,
+) -> Any:
+    """The bound over all thresholds of the first exit, its sets known, those of the middle one free."""
+    best, row, classes = np.float32(-9), 0, arrays.num_classes
+    moved = np.zeros(2 * classes, np.float32)
+    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
+        order, bins, total = arrays.order[column], arrays.bins[column], base
+        v = len(order) - 1
+        for level in range(arrays.levels[column], 0, -1):
+            while v >= 0 and bins[order[v]] >= level:
+                total += gain[order[v]]
+                v -= 1
+            if total + wide >= target and total + wide > best:
+                for k in range(2 * classes):
+                    moved[k] = offset[k] + sums[row, k]
+                best = max(best, total + min(wide, _remainder(moved, low, high, classes, tau)))
+            row += 1
+    return best

@@ -1,0 +1,30 @@
+"""Both training stages on one loop (method.md section 6).
+
+Stage 1, ``pretrain``: the backbone and the final head learn, by default with one early exit active at a time.
+Stage 2, ``distill``: both frozen, every head of the overprovisioned network learns from the final exit, independently.
+
+Iteration j draws its images, augmentation and dropout from (seed, j) alone, so that training resumed from a checkpoint
+goes on exactly as it would have.
+"""
+
+from messnet.training.journal import Monitor
+from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions
+from messnet.training.shards import Part, Shard, pack, unpack
+from messnet.training.stage1 import active_exits, pretrain
+from messnet.training.stage2 import distill, space_exits
+
+__all__ = [
+    "ComputeOptions",
+    "DistillOptions",
+    "Monitor",
+    "Part",
+    "PretrainOptions",
+    "Shard",
+    "TrainOptions",
+    "active_exits",
+    "distill",
+    "pack",
+    "pretrain",
+    "space_exits",
+    "unpack",
+]

@@ -1,0 +1,146 @@
+"""What training tells while it goes: losses and mIoU as CSV and to TensorBoard, and a look at validation images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from messnet.data import SegmentationDataset
+from messnet.errors import RecipeError
+from messnet.files import write_atomically
+from messnet.instance import Exit
+from messnet.metrics import pixel_counts
+from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.preprocessing import normalise
+from messnet.runs import writing
+from messnet.tables import mean_iou
+from messnet.training.options import LogKind
+
+__all__ = ["Journal", "Monitor", "Validation", "say"]
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Where training tells how it goes, and on which images it looks."""
+
+    folder: Path
+    """Of the CSV files, NAME.csv, and of TensorBoard's, tensorboard/NAME."""
+    val: SegmentationDataset
+    name: str | None = None
+    """By default the stage's."""
+
+
+def say(line: str) -> None:
+    """A line on stderr that leaves the progress bar whole."""
+    tqdm.write(line, file=sys.stderr)
+
+
+class Journal:
+    """Rows of figures by iteration: NAME.csv and, on request, TensorBoard. Cells of what was not taken are empty.
+
+    A row is on the disk before the checkpoint that follows it. Opened again at iteration ``done`` it drops what lies
+    past that, so that training which was killed and goes on leaves each row once. Raises RunError when the file cannot
+    be written, RecipeError when TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, name: str, columns: Sequence[str], *, kind: LogKind, done: int) -> None:
+        self.columns = ["iteration", "learning_rate", *columns]
+        self.path = folder / f"{name}.csv" if kind in ("csv", "both") else None
+        self._board = (
+            _open_tensorboard(folder / "tensorboard" / name, done) if kind in ("tensorboard", "both") else None
+        )
+        if self.path is not None:
+            with writing(self.path):
+                write_atomically(self.path, self._text(self._kept(self.path, done), header=True))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        if self.path is not None:
+            with writing(self.path), open(self.path, "a") as file:
+                file.write(self._text([row], header=False))
+                file.flush()
+                os.fsync(file.fileno())
+        if self._board is not None:
+            for name in row.keys() - {"iteration"}:
+                self._board.add_scalar(name.replace(".", "/"), row[name], int(row["iteration"]))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _text(self, rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, extrasaction="ignore", lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    @staticmethod
+    def _kept(path: Path, done: int) -> list[dict[str, str]]:
+        """The whole rows up to ``done``; a kill may have torn the last line, which lies past it."""
+        if not done or not path.exists():
+            return []
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+        return [row for row in rows if (row.get("iteration") or "").isdigit() and int(row["iteration"]) <= done]
+
+
+def _open_tensorboard(folder: Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RecipeError(
+            "compute.log asks for TensorBoard, which is not installed: pip install 'messnet[log]', or log 'csv'"
+        ) from error
+    with writing(folder):
+        return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+
+
+class Validation:
+    """The same few images, spread evenly over the split, looked at again and again."""
+
+    def __init__(self, dataset: SegmentationDataset, num_images: int) -> None:
+        indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
+        self.dataset, self.indices = dataset, [int(v) for v in dict.fromkeys(indices.tolist())]
+        self._samples: list[tuple[Tensor, Tensor]] = []
+
+    def look(self, net: MultiExitNet, exits: Sequence[Exit], device: torch.device) -> dict[Exit, ValidationResult]:
+        """What each exit makes of the images; ``net`` is in eval mode. One image at a time, in its own size."""
+        if not self._samples:
+            samples = [self.dataset[v] for v in self.indices]
+            self._samples = [(normalise(s.image)[None], torch.tensor(s.mask)[None]) for s in samples]
+        counts = {exit: torch.zeros(3, net.num_classes, dtype=torch.int64, device=device) for exit in exits}
+        with torch.no_grad():
+            for image, label in self._samples:
+                image = image.to(device, memory_format=torch.channels_last)
+                label = label.to(device)
+                for i, state in enumerate(net.states(image)):
+                    for exit in (exit for exit in exits if exit.exit_index == i):
+                        logits = upsample(net.logits(exit, state).float(), label.shape[-2:])
+                        counted = pixel_counts(logits.argmax(1), label, net.num_classes)
+                        counts[exit] += torch.stack([count[0] for count in counted])
+        return {exit: _result(*count.cpu().numpy()) for exit, count in counts.items()}
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    miou: float
+    """In [0, 1]; over the classes that occur in these few images."""
+    only_class: int | None
+    """The class that every labelled pixel was taken for, None if there are several."""
+
+
+def _result(intersection: Any, predicted: Any, labelled: Any) -> ValidationResult:
+    seen = np.flatnonzero(predicted)
+    return ValidationResult(mean_iou(intersection, predicted, labelled), int(seen[0]) if len(seen) == 1 else None)

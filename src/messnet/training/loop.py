@@ -1,0 +1,283 @@
+"""The loop of both stages: resume, iterate, show, look, save."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from messnet.data import IGNORE_INDEX, SegmentationDataset
+from messnet.data.transforms import TrainingStream, build_augmentation
+from messnet.errors import DataError, MessError, RecipeError
+from messnet.instance import Exit
+from messnet.losses import automatic_class_weights
+from messnet.network.multi_exit import MultiExitNet
+from messnet.runs import Checkpoint
+from messnet.training.journal import Journal, Monitor, Validation, ValidationResult, say
+from messnet.training.options import ComputeOptions, TrainOptions
+
+__all__ = ["Stage", "class_weights", "diverged", "every", "mix", "set_learning_rate", "sgd", "train"]
+
+# Iterations between two looks at the losses: each waits for the device.
+SHOW_EVERY = 10
+# Images whose labels "auto" class weights are counted on: enough for shares, and minutes less on large data sets.
+MAX_COUNTED = 2000
+
+
+class Stage(Protocol):
+    """What a stage does in an iteration, and what of it is kept."""
+
+    fabric: Fabric
+    net: MultiExitNet
+    num_parts: int
+    """Processes that share each batch; 1 where each has all of it."""
+    keeps_best: bool
+    """Whether one state can be the best: not where every head has a best of its own."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Names of the figures that ``show`` and ``summarise`` give."""
+        ...
+
+    @property
+    def shown_exits(self) -> Sequence[Exit]:
+        """The exits to look at validation images with."""
+        ...
+
+    def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
+        """One iteration; the losses, on the device."""
+        ...
+
+    def show(self, iteration: int, losses: Mapping[Exit, float]) -> dict[str, float]:
+        """The figures to tell of an iteration's losses. Raises MessError when there is nothing left to train."""
+        ...
+
+    def summarise(self, results: Mapping[Exit, ValidationResult]) -> dict[str, float]: ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The network in eval mode, then as it was."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def train(
+    name: str,
+    stage: Stage,
+    dataset: SegmentationDataset,
+    options: TrainOptions,
+    compute: ComputeOptions,
+    checkpoint: Checkpoint,
+    monitor: Monitor | None,
+) -> None:
+    """Goes on from ``checkpoint`` if it holds a state, and leaves it at the last one saved; a second file beside it
+    keeps the best state that was validated, where the stage has one best state."""
+    leads = stage.num_parts == 1 or stage.fabric.global_rank == 0
+    if leads:
+        checkpoint.expect_writable()
+    done, best = 0, -math.inf
+    if saved := checkpoint.load():
+        stage.load_state_dict(saved["stage"])
+        done, best = int(saved["iteration"]), float(saved.get("best", -math.inf))
+    recorder = _Recorder(name, stage, options, compute, monitor if leads else None, done)
+    batch = options.batch_size
+    with (
+        recorder,
+        tqdm(
+            total=options.iterations * batch,
+            initial=done * batch,
+            desc=name,
+            unit="img",
+            mininterval=2,
+            dynamic_ncols=True,
+            disable=not leads,
+        ) as bar,
+    ):
+        for iteration, (images, labels) in _batches(dataset, options, compute, stage, done):
+            learning_rate = _learning_rate(options, iteration)
+            losses = stage.step(iteration, learning_rate, images, labels)
+            bar.update(batch)
+            saves = iteration % options.checkpoint_every == 0
+            if not (saves or recorder.is_due(iteration) or iteration % SHOW_EVERY == 0):
+                continue
+            shown, score = recorder.record(iteration, learning_rate, losses)
+            bar.set_postfix({"iteration": iteration} | {key: f"{value:.3f}" for key, value in shown.items()})
+            improves, best = stage.keeps_best and score > best, max(best, score)
+            if leads and (saves or improves):
+                state = {"stage": stage.state_dict(), "iteration": iteration, "best": best}
+                if improves:
+                    checkpoint.save_best(state)
+                if saves:
+                    checkpoint.save(state)
+
+
+class _Recorder:
+    """Takes the losses from the device, looks at validation images where that is due, writes both down, and warns."""
+
+    def __init__(
+        self,
+        name: str,
+        stage: Stage,
+        options: TrainOptions,
+        compute: ComputeOptions,
+        monitor: Monitor | None,
+        done: int,
+    ) -> None:
+        self.stage, self.options, self.name = stage, options, name
+        self.every = options.checkpoint_every if compute.validate_every is None else compute.validate_every
+        self.validation = Validation(monitor.val, compute.validate_images) if monitor and self.every else None
+        self.journal = None
+        if monitor is not None and compute.log != "none":
+            self.journal = Journal(monitor.folder, monitor.name or name, stage.columns, kind=compute.log, done=done)
+        self.uniform: set[Exit] = set()
+        self.has_warned = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.journal is not None:
+            self.journal.close()
+
+    def is_due(self, iteration: int) -> bool:
+        return iteration == self.options.iterations or (self.every > 0 and iteration % self.every == 0)
+
+    def record(
+        self, iteration: int, learning_rate: float, losses: Mapping[Exit, Tensor]
+    ) -> tuple[dict[str, float], float]:
+        """The losses in words, and how good the network is: the mean mIoU of its exits, -inf if none was looked at."""
+        values = torch.stack([*losses.values()]).tolist()
+        shown = self.stage.show(iteration, dict(zip(losses, values, strict=True)))
+        row = {f"loss.{key}": value for key, value in shown.items()}
+        score = -math.inf
+        if self.validation is not None and self.is_due(iteration):
+            with self.stage.evaluating(), self.stage.fabric.autocast():
+                results = self.validation.look(self.stage.net, self.stage.shown_exits, self.stage.fabric.device)
+            score = float(np.nan_to_num(np.mean([result.miou for result in results.values()]), nan=-math.inf))
+            row |= {f"miou.{key}": value for key, value in self.stage.summarise(results).items()}
+            self._warn(iteration, results)
+        if self.journal is not None:
+            self.journal.write({"iteration": iteration, "learning_rate": learning_rate, **row})
+        return shown, score
+
+    def _warn(self, iteration: int, results: Mapping[Exit, ValidationResult]) -> None:
+        """Once, of exits that were blind at two looks in a row: at the very first one many are."""
+        uniform = {exit for exit, result in results.items() if result.only_class is not None}
+        lasting, self.uniform = sorted(uniform & self.uniform), uniform
+        if lasting and not self.has_warned:
+            self.has_warned = True
+            exit = lasting[0]
+            others = f" (and {len(lasting) - 1} more)" if len(lasting) > 1 else ""
+            say(
+                f"{self.name}: at iteration {iteration} exit {exit.exit_index} ({exit.head}){others} still takes every "
+                f"validation pixel for class {results[exit].only_class}: look at the masks (`messnet check-data`) and "
+                f"at {self.name}.learning_rate"
+            )
+
+
+def _batches(
+    dataset: SegmentationDataset, options: TrainOptions, compute: ComputeOptions, stage: Stage, done: int
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Iterations from ``done`` + 1 with their images and labels; of parts that share a batch, this process's."""
+    fabric, parts, batch = stage.fabric, stage.num_parts, options.batch_size
+    if batch % parts or batch // parts < 2:
+        raise RecipeError(
+            f"{options.section}.batch_size {batch} cannot be shared by {parts} processes: expected a multiple of "
+            f"{parts} that leaves each 2 images or more"
+        )
+    stream = TrainingStream(
+        dataset,
+        build_augmentation(options.augment),
+        iterations=options.iterations,
+        batch_size=batch,
+        seed=options.seed,
+    )
+    rank = fabric.global_rank if parts > 1 else 0
+    loader = DataLoader(
+        stream,
+        batch_size=batch // parts,
+        sampler=range(done * batch + rank, len(stream), parts),
+        num_workers=compute.num_workers,
+        pin_memory=fabric.device.type == "cuda",
+    )
+    batches = enumerate(loader, start=done + 1)
+    while True:
+        try:
+            iteration, (images, labels) = next(batches)
+        except StopIteration:
+            return
+        except DataError as error:  # a worker's traceback is wrapped around the one line that matters
+            raise DataError(str(error).strip().splitlines()[-1].partition("DataError: ")[2] or str(error)) from None
+        images = images.to(fabric.device, non_blocking=True).to(memory_format=torch.channels_last)
+        yield iteration, (images, labels.to(fabric.device, non_blocking=True))
+
+
+def sgd(module: nn.Module, options: TrainOptions, *, fused: bool = False) -> torch.optim.SGD:
+    """``fused``: an update in one pass over memory; for modules all of whose parameters have a part in every loss."""
+    return torch.optim.SGD(
+        module.parameters(),
+        lr=options.learning_rate,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        fused=fused,
+    )
+
+
+def _learning_rate(options: TrainOptions, iteration: int) -> float:
+    peak = options.learning_rate * options.batch_size / 16
+    poly: float = (1 - (iteration - 1) / options.iterations) ** 0.9
+    return peak * poly * min(1.0, iteration / max(options.warmup, 1))
+
+
+def class_weights(
+    options: TrainOptions, dataset: SegmentationDataset, num_classes: int, device: torch.device
+) -> Tensor | None:
+    """(K,) weights of the classes, None where all weigh 1. Prints the ones it works out."""
+    if options.class_weights is None:
+        return None
+    if options.class_weights == "auto":
+        counted = np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_COUNTED)).round().astype(int)
+        pixels = np.zeros(num_classes, np.int64)
+        for v in tqdm(counted.tolist(), desc="class weights", unit="img", mininterval=2, dynamic_ncols=True):
+            mask = dataset[v].mask
+            pixels += np.bincount(mask[mask != IGNORE_INDEX], minlength=num_classes)[:num_classes]
+        weights = automatic_class_weights(pixels)
+        words = ", ".join(f"{name} {w:.2f}" for name, w in zip(dataset.class_names, weights, strict=True))
+        say(f"{options.section}.class_weights auto, from {len(counted)} images: {words}")
+        return torch.tensor(weights, dtype=torch.float32, device=device)
+    if len(options.class_weights) != num_classes:
+        given = len(options.class_weights)
+        raise RecipeError(f"{options.section}.class_weights has {given} values for {num_classes} classes")
+    return torch.tensor(options.class_weights, device=device)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def every(labels: Tensor, stride: int) -> Tensor:
+    """Labels at the centres of stride x stride cells, whole cells only."""
+    height, width = (length // stride * stride for length in labels.shape[-2:])
+    return labels[..., stride // 2 : height : stride, stride // 2 : width : stride]
+
+
+def mix(seed: int, *parts: object) -> int:
+    return zlib.crc32("/".join(map(str, (seed, *parts))).encode())
+
+
+def diverged(name: str, iteration: int, loss: float) -> MessError:
+    return MessError(
+        f"the loss of {name} is {loss} at iteration {iteration}: lower {name}.learning_rate and start again"
+    )

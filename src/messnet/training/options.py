@@ -1,0 +1,161 @@
+"""What both training stages are told: the recipe's sections ``pretrain``, ``distill`` and ``compute``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
+
+from messnet.data.transforms import AugmentOptions
+from messnet.errors import RecipeError
+from messnet.losses import DistillationLoss
+
+__all__ = ["ComputeOptions", "DistillOptions", "LogKind", "PretrainOptions", "Schedule", "Scheme", "TrainOptions"]
+
+Schedule = Literal["alternating", "modulo"]
+Scheme = Literal["exit_aware", "baseline", "end_to_end"]
+LogKind = Literal["csv", "tensorboard", "both", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Where and how to compute; changes no result that is compared, so a run may go on with others."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" (an accelerator if there is one), "cpu" or "cuda"."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """"auto": bf16 autocast on an accelerator, float32 on a CPU, where depthwise backward passes are slower in bf16."""
+    num_workers: int = 1
+    """Processes that load and augment images; 0: the training process itself."""
+    devices: int = 1
+    """Processes that train together on this machine, each with a device; torchrun says it itself and goes before."""
+    log: LogKind = "csv"
+    """Where losses and mIoU go, below RUN/logs: "csv", "tensorboard" (needs the extra "log"), "both" or "none"."""
+    validate_every: int | None = None
+    """Iterations between two looks at validation images; None: with every checkpoint; 0: never."""
+    validate_images: int = 16
+    """How many, spread evenly over the split: enough to see whether training goes wrong, not to rank."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("devices", 1), ("validate_every", 0), ("validate_images", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f"compute.{name} must be at least {least}, got {value}")
+
+    def fabric(self) -> Fabric:
+        """The device and the precision; no other process is started or waited for."""
+        accelerator = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
+        accelerator = "cpu" if accelerator == "auto" else accelerator
+        if accelerator == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("compute.device is 'cuda' but torch sees no CUDA device; use 'auto' or 'cpu'")
+        if accelerator not in ("cpu", "cuda"):
+            raise RecipeError(f"compute.device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
+        automatic: Literal["32-true", "bf16-mixed"] = "bf16-mixed" if accelerator == "cuda" else "32-true"
+        precision = automatic if self.precision == "auto" else self.precision
+        if not self.is_parallel:
+            return Fabric(accelerator=accelerator, devices=1, precision=precision)
+        # Most plain heads of stage 1 have no part in an iteration's loss.
+        strategy = DDPStrategy(find_unused_parameters=True)
+        if not TorchElasticEnvironment.detect():
+            return Fabric(accelerator=accelerator, devices=self.devices, strategy=strategy, precision=precision)
+        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return Fabric(
+            accelerator=accelerator,
+            devices=local,
+            num_nodes=world // local,
+            strategy=strategy,
+            precision=precision,
+            plugins=[TorchElasticEnvironment()],
+        )
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether several processes train together."""
+        if TorchElasticEnvironment.detect():
+            return int(os.environ["WORLD_SIZE"]) > 1
+        return self.devices > 1
+
+    def launch(self) -> Fabric:
+        """``fabric``, with the other processes started (unless torchrun did) and met; once is as good as twice."""
+        fabric = self.fabric()
+        if self.is_parallel:
+            fabric.launch()
+        return fabric
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What both stages share; defaults from torchvision's segmentation reference."""
+
+    section: ClassVar[str] = "training"
+
+    iterations: int = 10_000
+    batch_size: int = 16
+    """At least 2: normalisation over a globally pooled feature needs two values."""
+    learning_rate: float = 0.01
+    """For a batch of 16, scaled in proportion to the batch; falls to 0 by the poly 0.9 rule."""
+    warmup: int = 0
+    """First iterations over which the learning rate rises from 0."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    augment: AugmentOptions = AugmentOptions()
+    loss_stride: int = 1
+    """The loss is taken at every n-th pixel in both directions; 1: all of them. Saves time where heads are light."""
+    class_weights: tuple[float, ...] | Literal["auto"] | None = None
+    """Weight of each class in the loss; None: all 1; "auto": 1 / log(1.02 + share of the class in the training labels),
+    scaled to mean 1 over the pixels (ENet, Paszke et al. 2016)."""
+    checkpoint_every: int = 200
+    """Iterations between two checkpoints: the most that a kill can lose."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("iterations", 1), ("batch_size", 2), ("loss_stride", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{self.section}.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainOptions):
+    """Stage 1: how the backbone and the final head learn."""
+
+    section = "pretrain"
+
+    scheme: Scheme = "exit_aware"
+    """Which early exits' losses join the final one's: "exit_aware", those of ``schedule``; "baseline", none;
+    "end_to_end", all, in every iteration."""
+    schedule: Schedule = "alternating"
+    """Of "exit_aware". "alternating" (poster 1): one early exit is active per iteration, in turn. "modulo" (poster 2):
+    exit i is active when i divides the iteration."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights the stage hands on: the last ones, or of those validated (compute.validate_every) the ones with
+    the best mean mIoU over the exits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scheme not in ("exit_aware", "baseline", "end_to_end"):
+            raise RecipeError(f"pretrain.scheme must be 'exit_aware', 'baseline' or 'end_to_end', got {self.scheme!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(TrainOptions):
+    """Stage 2, frozen-backbone distillation."""
+
+    section = "distill"
+
+    loss: DistillationLoss = "pfd"
+    """"pfd": positive filtering distillation; "kd": unfiltered; "self_distillation": from the next deeper exit too;
+    "ce": labels alone. (The posters' "exits only" is "ce" after pretrain.scheme "baseline".)"""
+    alpha: float = 0.5
+    """Weight of the labels against the teachers' distributions, [0, 1]."""
+    filter_kl: bool = False
+    """Of "pfd": filter the KL term too, so that only pixels that the final exit gets right pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in ("pfd", "kd", "self_distillation", "ce"):
+            raise RecipeError(f"distill.loss must be 'pfd', 'kd', 'self_distillation' or 'ce', got {self.loss!r}")

@@ -1,0 +1,182 @@
+"""Stage 1, ``pretrain``: the backbone and the final head learn with none, one or all of the early exits active."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from messnet.data import SegmentationDataset
+from messnet.errors import RecipeError
+from messnet.instance import FINAL_HEAD, Exit
+from messnet.losses import cross_entropy, pixel_weight
+from messnet.network.exit_head import plain_head_config
+from messnet.network.multi_exit import MultiExitNet
+from messnet.runs import Checkpoint
+from messnet.training.journal import Monitor, ValidationResult
+from messnet.training.loop import class_weights, diverged, every, mix, set_learning_rate, sgd, train
+from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
+
+__all__ = ["active_exits", "pretrain"]
+
+
+def active_exits(schedule: Schedule, iteration: int, num_early: int) -> tuple[int, ...]:
+    """Indices (from 0) of the early exits whose loss counts in ``iteration`` = 1, 2, ...
+
+    In the posters' numbering from 1: i = 1 + (j mod (N-1)) alone, or every i with j mod i = 0.
+    """
+    match schedule:
+        case "alternating":
+            return (iteration % num_early,) if num_early else ()
+        case "modulo":
+            return tuple(i for i in range(num_early) if iteration % (i + 1) == 0)
+
+
+def pretrain(
+    net: MultiExitNet,
+    dataset: SegmentationDataset,
+    options: PretrainOptions,
+    compute: ComputeOptions,
+    checkpoint: Checkpoint,
+    monitor: Monitor | None = None,
+) -> None:
+    """Stage 1: ``L = CE(y_N) + sum_i a_i(j) CE(y_i)`` in iteration j (posters; method.md section 6). Changes ``net`` in
+    place.
+
+    ``options.scheme`` says what a_i(j) is: "exit_aware", that of the schedule (``active_exits``); "baseline", 0, so
+    that the backbone never sees an early exit; "end_to_end", 1. Every early exit of the scheme gets a plain FCN head
+    for the time of the stage. Goes on from ``checkpoint`` if it holds a state. Where several processes train together
+    (compute.devices, torchrun), each takes its share of every batch; gradients are averaged, normalisation statistics
+    are each process's own. Raises MessError when the loss is not finite.
+    """
+    if options.keep == "best" and (monitor is None or compute.validate_every == 0):
+        raise RecipeError(
+            "pretrain.keep is 'best' but nothing is validated: set compute.validate_every, or keep 'last'"
+        )
+    fabric = compute.launch()
+    weights = class_weights(options, dataset, net.num_classes, fabric.device)
+    net.drop_heads()
+    early = range(0 if options.scheme == "baseline" else net.num_exits - 1)
+    plain = [net.add_head(i, plain_head_config(), seed=options.seed) for i in early]
+    stage = _Pretraining(net, plain, options, fabric, weights)
+    train("pretrain", stage, dataset, options, compute, checkpoint, monitor)
+    if options.keep == "best" and fabric.global_rank == 0 and (best := checkpoint.load_best()):
+        stage.load_state_dict(best["stage"])
+    net.drop_heads()
+
+
+class _Pretraining:
+    """One optimiser for the backbone, the final head and the plain heads."""
+
+    keeps_best = True
+
+    def __init__(
+        self,
+        net: MultiExitNet,
+        plain: Sequence[Exit],
+        options: PretrainOptions,
+        fabric: Fabric,
+        class_weights: Tensor | None,
+    ) -> None:
+        self.options, self.fabric, self.net, self.class_weights = options, fabric, net, class_weights
+        self.num_parts = fabric.world_size
+        module = _ExitAware(net, plain).train().to(memory_format=torch.channels_last)
+        self.module, self.optimizer = fabric.setup(module, sgd(module, options))
+        self.exits = (*plain, net.exits[-1])
+
+    @property
+    def columns(self) -> list[str]:
+        names = [_name(exit) for exit in self.exits]
+        return [*(f"loss.{name}" for name in names), *(f"miou.{name}" for name in names)]
+
+    @property
+    def shown_exits(self) -> Sequence[Exit]:
+        return self.exits
+
+    def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
+        set_learning_rate(self.optimizer, learning_rate)
+        rank = (self.fabric.global_rank,) if self.num_parts > 1 else ()
+        torch.manual_seed(mix(self.options.seed, "pretrain", iteration, *rank))
+        active = self._active(iteration)
+        size = [length // self.options.loss_stride for length in labels.shape[-2:]]
+        labels = every(labels, self.options.loss_stride)
+        normaliser = self._normaliser(labels)
+        losses = [
+            cross_entropy(logits, labels, self.class_weights, normaliser=normaliser)
+            for logits in self.module(images, active, size)
+        ]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(torch.stack(losses).sum())
+        self.optimizer.step()
+        shown = torch.stack(losses).detach()
+        if self.num_parts > 1:
+            shown = _mean_over_processes(self.fabric, shown)
+        return dict(zip([*(self.exits[i] for i in active), self.exits[-1]], shown, strict=True))
+
+    def _active(self, iteration: int) -> tuple[int, ...]:
+        num_early = len(self.exits) - 1
+        match self.options.scheme:
+            case "exit_aware":
+                return active_exits(self.options.schedule, iteration, num_early)
+            case "baseline" | "end_to_end":  # a baseline has no early exit
+                return tuple(range(num_early))
+
+    def _normaliser(self, labels: Tensor) -> Tensor | None:
+        """Of a shared batch: the weight of all its pixels, over the number of shares, which averaging divides by."""
+        if self.num_parts == 1:
+            return None
+        return _mean_over_processes(self.fabric, pixel_weight(labels, self.class_weights).float())
+
+    def show(self, iteration: int, losses: Mapping[Exit, float]) -> dict[str, float]:
+        for loss in losses.values():
+            if not math.isfinite(loss):
+                raise diverged("pretrain", iteration, loss)
+        return {_name(exit): loss for exit, loss in losses.items()}
+
+    def summarise(self, results: Mapping[Exit, ValidationResult]) -> dict[str, float]:
+        return {_name(exit): result.miou for exit, result in results.items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.net.eval()
+        yield
+        self.net.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class _ExitAware(nn.Module):
+    """The forward pass of stage 1, in one call so that a data-parallel wrapper sees it."""
+
+    def __init__(self, net: MultiExitNet, plain: Sequence[Exit]) -> None:
+        super().__init__()
+        self.net = net
+        self.plain = tuple(plain)
+
+    def forward(self, images: Tensor, active: Sequence[int], size: Sequence[int]) -> list[Tensor]:
+        """Logits (N, K, *size) of the active early exits, then of the final one."""
+        exits = {i: self.plain[i] for i in active} | {self.net.num_exits - 1: self.net.exits[-1]}
+        states = enumerate(self.net.states(images))
+        logits = [self.net.logits(exits[i], state) for i, state in states if i in exits]
+        return [F.interpolate(y, size=tuple(size), mode="bilinear", align_corners=False) for y in logits]
+
+
+def _mean_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
+    mean = fabric.all_reduce(tensor, reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    return mean
+
+
+def _name(exit: Exit) -> str:
+    return FINAL_HEAD if exit.head == FINAL_HEAD else f"exit{exit.exit_index}"

@@ -1,0 +1,246 @@
+"""Stage 2, ``distill``: backbone and final head frozen, every head learns from the final exit, independently."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from messnet.data import SegmentationDataset
+from messnet.errors import RunError
+from messnet.instance import Exit
+from messnet.losses import Teacher, distillation_loss, teach
+from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
+from messnet.network.multi_exit import MultiExitNet
+from messnet.runs import Checkpoint
+from messnet.training.journal import Monitor, ValidationResult, say
+from messnet.training.loop import class_weights, diverged, every, mix, set_learning_rate, sgd, train
+from messnet.training.options import ComputeOptions, DistillOptions
+
+__all__ = ["distill", "space_exits"]
+
+
+def space_exits(net: MultiExitNet, space: HeadSpace) -> tuple[Exit, ...]:
+    """Every head of the space at every early exit point: what the overprovisioned network is made of."""
+    points = enumerate(net.exit_points[:-1])
+    return tuple(Exit(i, config.name) for i, point in points for config in space.configs(point.channels))
+
+
+def distill(
+    net: MultiExitNet,
+    dataset: SegmentationDataset,
+    space: HeadSpace,
+    options: DistillOptions,
+    compute: ComputeOptions,
+    checkpoint: Checkpoint,
+    monitor: Monitor | None = None,
+    *,
+    exits: Sequence[Exit] | None = None,
+) -> dict[Exit, int]:
+    """Stage 2: attaches every head of ``space`` at every exit point, or ``exits`` of them, and trains them on the
+    frozen backbone, each on its own (method.md section 6; the losses: ``messnet.losses.teach``). Changes ``net`` in
+    place; backbone, final head and their statistics stay as they are.
+
+    The weights of a head are the same to the bit whichever heads are trained beside it, here or elsewhere (same kind of
+    device, same number of threads). "self_distillation" keeps that too: the next deeper exit that teaches exit i is the
+    plain head there (1, 0, no, fcn), trained by the same rule. Where it is not among ``exits`` it is trained along and
+    dropped, N - 2 heads at most.
+
+    A head whose loss is no longer finite is stopped, told on stderr, and dropped; the answer says which and in which
+    iteration it was found. Goes on from ``checkpoint`` if it holds a state. Raises MessError when all heads diverge.
+    """
+    fabric = compute.launch()
+    weights = class_weights(options, dataset, net.num_classes, fabric.device)
+    wanted = space_exits(net, space) if exits is None else tuple(exits)
+    teachers = _teachers(net, wanted) if options.loss == "self_distillation" else ()
+    net.drop_heads()
+    for exit in (*wanted, *(exit for exit in teachers if exit not in wanted)):
+        net.add_head(exit.exit_index, HeadConfig.parse(exit.head), seed=options.seed)
+    stage = _Distillation(net, wanted, options, fabric, weights)
+    train("distill", stage, dataset, options, compute, checkpoint, monitor)
+    stage.stop_broken_heads()
+    net.drop_heads(keep=[exit for exit in wanted if exit not in stage.stopped])
+    return {exit: iteration for exit, iteration in stage.stopped.items() if exit in wanted}
+
+
+def _teachers(net: MultiExitNet, wanted: Sequence[Exit]) -> tuple[Exit, ...]:
+    """The plain heads that teach the exits before them, from the shallowest of ``wanted`` on."""
+    shallowest = min((exit.exit_index for exit in wanted), default=net.num_exits)
+    return tuple(Exit(i, plain_head_config().name) for i in range(shallowest + 1, net.num_exits - 1))
+
+
+class _Distillation:
+    """An optimiser for each head. One backbone pass and one teacher serve all; a head's graph and its gradients are
+    freed before the next head runs."""
+
+    num_parts = 1
+    keeps_best = False
+
+    def __init__(
+        self,
+        net: MultiExitNet,
+        wanted: Sequence[Exit],
+        options: DistillOptions,
+        fabric: Fabric,
+        class_weights: Tensor | None,
+    ) -> None:
+        self.options, self.fabric, self.class_weights = options, fabric, class_weights
+        self.net = net.eval().to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.requires_grad_(False)
+        net.heads.train().requires_grad_(True)
+        self.wanted = frozenset(wanted)
+        self.optimizers = {exit: sgd(net.head(exit), options, fused=True) for exit in net.exits[:-1]}
+        self.points = sorted({exit.exit_index for exit in self.optimizers})
+        self.stopped: dict[Exit, int] = {}
+        self._iteration = 0
+
+    @property
+    def columns(self) -> list[str]:
+        points = sorted({exit.exit_index for exit in self.wanted})
+        return [f"{figure}.exit{i}" for figure in ("loss", "miou") for i in points]
+
+    @property
+    def shown_exits(self) -> Sequence[Exit]:
+        return [exit for exit in self.optimizers if exit in self.wanted]
+
+    def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
+        self._iteration = iteration
+        size = [length // self.options.loss_stride for length in labels.shape[-2:]]
+        features, final = self._observe(images, size)
+        labels = every(labels, self.options.loss_stride)
+        teacher = self._teach(final, labels, None)
+        losses: dict[Exit, Tensor] = {}
+        for i in reversed(self.points):  # a deeper exit teaches the one before it
+            deeper = None
+            for exit in [exit for exit in self.optimizers if exit.exit_index == i]:
+                loss, logits = self._train_head(exit, iteration, learning_rate, features[i], teacher, size)
+                losses[exit] = loss
+                if self.options.loss == "self_distillation" and exit.head == plain_head_config().name:
+                    deeper = logits
+            del features[i]
+            if self.options.loss == "self_distillation" and i != self.points[0]:
+                teacher = self._teach(final, labels, deeper)
+        return losses
+
+    def _observe(self, images: Tensor, size: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """The features at every exit point that has a head, and the final logits (N, K, *size); for labels alone
+        nothing past the deepest head runs, and the logits are zeros."""
+        features: dict[int, Tensor] = {}
+        with torch.no_grad(), self.fabric.autocast():
+            if self.options.loss == "ce" and self.points:
+                for i, state in enumerate(self.net.states(images)):
+                    features[i] = state.features
+                    if i == self.points[-1]:
+                        break
+                final = images.new_zeros(len(images), self.net.num_classes, *size)
+            else:
+                for i, state in enumerate(self.net.states(images)):
+                    features[i] = state.features
+                final = self.net.logits(self.net.exits[-1], state)
+        final = F.interpolate(final.float(), size=tuple(size), mode="bilinear", align_corners=False)
+        return {i: features[i] for i in self.points}, final
+
+    def _teach(self, final: Tensor, labels: Tensor, deeper: Tensor | None) -> Teacher:
+        return teach(
+            final,
+            labels,
+            loss=self.options.loss,
+            alpha=self.options.alpha,
+            filter_kl=self.options.filter_kl,
+            class_weights=self.class_weights,
+            deeper_logits=deeper,
+        )
+
+    def _train_head(
+        self,
+        exit: Exit,
+        iteration: int,
+        learning_rate: float,
+        features: Tensor,
+        teacher: Teacher,
+        size: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """One step of one head; its loss, and its logits before the step."""
+        optimizer = self.optimizers[exit]
+        # dropout of a head must not depend on the heads beside it
+        torch.manual_seed(mix(self.options.seed, *exit, iteration))
+        with self.fabric.autocast():
+            logits: Tensor = self.net.head(exit)(features)
+        logits = F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+        loss = distillation_loss(logits, teacher)
+        loss.backward()
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), logits.detach()
+
+    def show(self, iteration: int, losses: Mapping[Exit, float]) -> dict[str, float]:
+        """Mean loss of the heads of each exit point; the heads whose loss is not finite are stopped."""
+        broken = {exit: loss for exit, loss in losses.items() if not math.isfinite(loss)}
+        if broken:
+            self._stop(broken)
+        return self._by_point({exit: loss for exit, loss in losses.items() if exit in self.shown_exits})
+
+    def stop_broken_heads(self) -> None:
+        """After the last step, whose loss says nothing of what it made."""
+        heads = {exit: self.net.head(exit).state_dict().values() for exit in self.optimizers}
+        broken = [exit for exit, tensors in heads.items() if not all(bool(t.isfinite().all()) for t in tensors)]
+        if broken:
+            self._stop(dict.fromkeys(broken, math.nan))
+
+    def _stop(self, broken: Mapping[Exit, float]) -> None:
+        if all(exit in broken for exit in self.shown_exits):
+            raise diverged("distill", self._iteration, next(iter(broken.values())))
+        words = ", ".join(f"exit {exit.exit_index} ({exit.head})" for exit in sorted(broken))
+        say(
+            f"distill: stopped at iteration {self._iteration} and left out, for their loss is not finite: {words}; a "
+            f"lower distill.learning_rate may save them"
+        )
+        for exit in broken:
+            self.stopped[exit] = self._iteration
+            del self.optimizers[exit]
+        self.net.drop_heads(keep=[*self.optimizers])
+
+    def summarise(self, results: Mapping[Exit, ValidationResult]) -> dict[str, float]:
+        return self._by_point({exit: result.miou for exit, result in results.items()})
+
+    @staticmethod
+    def _by_point(values: Mapping[Exit, float]) -> dict[str, float]:
+        points: dict[int, list[float]] = {}
+        for exit in sorted(values):
+            points.setdefault(exit.exit_index, []).append(values[exit])
+        return {f"exit{i}": sum(found) / len(found) for i, found in points.items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.net.heads.eval()
+        yield
+        self.net.heads.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "heads": self.net.heads.state_dict(),
+            "exits": [list(exit) for exit in self.optimizers],
+            "stopped": [[*exit, iteration] for exit, iteration in self.stopped.items()],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.values()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        stopped = {Exit(i, head): iteration for i, head, iteration in state.get("stopped", ())}
+        saved = [Exit(i, head) for i, head in state.get("exits", self.optimizers)]
+        if {*saved, *stopped} != {*self.optimizers}:
+            raise RunError(
+                "the checkpoint of stage 2 holds other heads than are to be trained: delete it to train these anew"
+            )
+        self.stopped = stopped
+        self.optimizers = {exit: self.optimizers[exit] for exit in saved}
+        self.net.drop_heads(keep=saved)
+        self.net.heads.load_state_dict(state["heads"])
+        for optimizer, values in zip(self.optimizers.values(), state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
