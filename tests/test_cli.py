@@ -231,7 +231,7 @@ def test_bad_searches(tiny_run: Path, fails: Callable[..., str]) -> None:
     assert "add --name" in fails("search", tiny_run, "--max-drop-pp", "1")
     assert "plain file name" in fails("search", tiny_run, "--name", "../../outside")
     assert "not both" in fails("search", tiny_run, "--name", "x", "--minimise", "macs", "--maximise", "miou")
-    assert "anytime" in fails("search", tiny_run, "--name", "x", "--setting", "anytime")
+    assert "has no meaning" in fails("search", tiny_run, "--name", "x", "--max-first-ratio", "0.5")
     assert snapshot(tiny_run) == before
 
 

@@ -1,6 +1,6 @@
 """The pages in docs/ do what they say: their Python runs, their commands run, their links lead somewhere.
 
-A block marked ``sh`` runs line by line, all of a page in one folder with a finished run, a recipe, a photograph and a film;
+A block marked ``sh`` runs line by line, all of a page in one folder with a finished run, a recipe, a photo and a film;
 ``sh fails`` must end with exit code 2; blocks without a mark are not run.
 """
 

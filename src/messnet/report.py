@@ -228,7 +228,7 @@ def _title(row: Measurement, baseline: Measurement) -> str:
 def _warnings(measurements: Measurements) -> list[str]:
     return [
         f"{row.instance.name}: the running instance has mIoU {row.miou:.6f}, the tables say "
-        f"{row.miou_from_tables:.6f}; the two should be equal, some image took another exit than in the search"
+        f"{row.miou_from_tables:.6f}; equal they would be on the same device with the same number of threads"
         for row in measurements.rows
         if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE
     ]

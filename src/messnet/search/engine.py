@@ -38,15 +38,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from messnet.search import kernels
+from messnet.search.bounds import MARGIN, bound_triples
 from messnet.search.problem import MEAN, WHOLE_MAX, WHOLE_SUM, WORST, Found, Problem
+from messnet.search.tangent import NO_TANGENT, tangent_at
 from messnet.tables import FloatArray, IntArray
 
 __all__ = ["Engine", "Outcome", "Region", "try_choice"]
 
 CAPACITY = 1 << 16  # points of a front
-MARGIN = 2e-5  # mIoU; more than the float32 sums of a bound lose
 NUM_TANGENTS = 8  # of a whole front
-MANY_LEFT = 2000  # choices for which a bound at another price pays
+MANY_LEFT = 20_000  # choices for which a bound at another price pays
+NUM_SEEDS = 256  # choices evaluated before any is bounded
 PER_BATCH = 8  # choices that a worker evaluates between two looks at the clock
 
 Item = TypeVar("Item")
@@ -106,6 +108,7 @@ class Engine:
         self.found, self.num_evaluated = _nothing(), 0
         self.near: dict[tuple[int, ...], tuple[float, float, int]] = {}
         self.static = _nothing()
+        self.tangent, self.tangent_key = NO_TANGENT, -1
         self.stopped: Literal["", "time limit", "interrupted"] = ""
         self.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         weighted = self.arrays.weights > 0
@@ -165,6 +168,7 @@ class Engine:
         """Evaluates or rules out every choice of three exits; the gaps (cost, mIoU) that are left."""
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.arrays.exit_index[p] >= 2]
         lasts = [p for p in lasts if len(np.unique(self.arrays.exit_index[: self.problem.num_before(p)])) > 1]
+        self._seed(lasts)
         groups: list[_Choices] = []
         for steps, most in self._strips():
             groups.append(self._bound(lasts, steps, most))
@@ -194,12 +198,37 @@ class Engine:
                 bar.close()
                 return self._gaps(groups, done)
 
+    def _seed(self, lasts: Sequence[int]) -> None:
+        """Evaluates the choices of the best two exits that share their last one: the better the best instance so far,
+        the more the bounds settle."""
+        if not self.near or self.region.goal == "front":
+            return
+        self._move_tangent(self._tangent(self._steps())[0])
+        ranks: dict[int, list[int]] = {last: [] for last in lasts}  # early exits, the best first
+        seeds: list[tuple[int, int, int]] = []
+        for first, last in sorted((p for p in self.near if len(p) == 2), key=lambda p: self._rank(self.near[p])):
+            for other in ranks.get(last, []):
+                low, high = sorted((first, other))
+                if self.arrays.exit_index[low] < self.arrays.exit_index[high]:
+                    seeds.append((last, high, low))
+            ranks.setdefault(last, []).append(first)
+            if len(seeds) >= NUM_SEEDS:
+                break
+        for _, found, tried in self._each(self._triple, seeds[:NUM_SEEDS], ""):
+            self.num_evaluated += tried
+            kernels.merge(self.found, found)
+            self._note(found)
+
     def _triple(self, exits: tuple[int, ...]) -> tuple[tuple[int, ...], Found, int]:
         found = _nothing()
         max_cost, least_miou = self._gate()
-        if self.region.goal == "front":
+        tangent = self.tangent
+        if self.region.goal == "front":  # its least mIoU is another at each cost
             kernels.merge(found, self.found)
-        return exits, found, kernels.try_triple(self.arrays, exits[0], exits[1], exits[2], max_cost, least_miou, found)
+            tangent = NO_TANGENT
+        last, middle, first = exits
+        tried = kernels.try_triple(self.arrays, last, middle, first, max_cost, least_miou, tangent, found)
+        return exits, found, tried
 
     def _gate(self) -> tuple[float, float]:
         """Largest cost and least mIoU of what is worth evaluating."""
@@ -264,8 +293,13 @@ class Engine:
         key, prices = self._tangent(steps)
         choices = None if known is None else known._replace(bounds=np.zeros((len(known.exits), 0)), prices=[])
         for price in prices:
-            if choices is None or not choices.prices or len(choices.exits) > MANY_LEFT:
+            if choices is None or not choices.prices:
                 choices = self._bound_at(lasts, key, price, steps, most, choices)
+            elif len(choices.exits) > MANY_LEFT:
+                try:
+                    choices = self._bound_at(lasts, key, price, steps, most, choices)
+                except _OutOfTimeError:
+                    break  # the lines so far hold
         assert choices is not None
         return choices
 
@@ -293,17 +327,18 @@ class Engine:
         known: _Choices | None,
     ) -> _Choices:
         """Lines at one more price, of all choices or of those ``known``."""
-        tangent, x, offsets = self._linear(key)
+        self._move_tangent(key)
+        tangent = self.tangent
         least = float(steps[0, 0])
-        target = float((steps[:, 0] - tangent - price * steps[:, 1]).min()) - MARGIN
+        target = float((steps[:, 0] - tangent.miou - price * steps[:, 1]).min()) - MARGIN
         prices = price * self.parts
 
         def bound(last: int) -> tuple[IntArray, FloatArray]:
             num = self.problem.num_before(last)
             wanted = self._wanted(last, num, known)
             lines = np.where(wanted, np.float32(9), np.float32(-9))
-            kernels.bound_triples(
-                self.arrays, last, num, x, offsets[last], prices, float(least - tangent), target, lines
+            bound_triples(
+                self.arrays, last, num, tangent.x, tangent.offsets[last], prices, least - tangent.miou, target, lines
             )
             middle, first = np.nonzero(wanted & (lines > -9))
             return np.stack([np.full(len(middle), last), middle, first], axis=1), lines[middle, first]
@@ -312,26 +347,15 @@ class Engine:
         exits = np.concatenate([np.zeros((0, 3), np.int64), *(part[0] for part in parts)])
         lines = np.concatenate([np.zeros(0), *(part[1] for part in parts)]).astype(np.float64)[:, None]
         if known is None:
-            return _Choices(exits, lines, tangent, [price], least, most)
+            return _Choices(exits, lines, tangent.miou, [price], least, most)
         where = {tuple(one): i for i, one in enumerate(known.exits.tolist())}
         kept = [where[tuple(one)] for one in exits.tolist()]
-        return _Choices(exits, np.hstack([known.bounds[kept], lines]), tangent, [*known.prices, price], least, most)
+        bounds, prices_known = np.hstack([known.bounds[kept], lines]), [*known.prices, price]
+        return _Choices(exits, bounds, tangent.miou, prices_known, least, most)
 
-    def _linear(self, key: int) -> tuple[float, NDArray[np.float32], NDArray[np.float32]]:
-        """The tangent at an instance: its mIoU R, l and u of every exit and image (H, V, 2 K), and (H, 2 K) of every
-        exit alone, u less 1."""
-        k, counts = self.arrays.num_classes, self.arrays.counts
-        whole = self.problem.counts_of(key).astype(np.float64)
-        union, iou = whole[k : 2 * k], whole[:k] / whole[k : 2 * k]
-        x = np.empty((*counts.shape[:2], 2 * k), np.float32)
-        for h, values in enumerate(counts):
-            x[h, :, :k] = (values[:, :k] - iou * values[:, k : 2 * k]) / union
-            x[h, :, k:] = values[:, k : 2 * k] / union
-        summed = counts.sum(1, dtype=np.int64).astype(np.float64)
-        offsets = np.concatenate(
-            [(summed[:, :k] - iou * summed[:, k : 2 * k]) / union, summed[:, k : 2 * k] / union - 1], 1
-        )
-        return float(iou.mean()), x, offsets.astype(np.float32)
+    def _move_tangent(self, key: int) -> None:
+        if key != self.tangent_key:
+            self.tangent, self.tangent_key = tangent_at(self.problem, key), key
 
     def _wanted(self, last: int, num: int, known: _Choices | None) -> NDArray[np.bool_]:
         """(middle, first) before ``last``: in order, not ruled out by what all their instances cost, and known."""
@@ -471,5 +495,5 @@ def try_choice(problem: Problem, positions: tuple[int, ...], max_cost: float, le
     elif len(positions) == 2:
         kernels.try_pair(problem.arrays, positions[1], positions[0], *limits, found)
     else:
-        kernels.try_triple(problem.arrays, positions[2], positions[1], positions[0], *limits, found)
+        kernels.try_triple(problem.arrays, positions[2], positions[1], positions[0], *limits, NO_TANGENT, found)
     return found

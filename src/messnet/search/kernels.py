@@ -8,26 +8,19 @@ the images leaving at level i are those with bins >= i: nested sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 
-from messnet.search.problem import P95, WHOLE_SUM, WORST
+from messnet.search.bounds import MARGIN, compiled, remainder, spread, sums_at
+from messnet.search.problem import MEAN, P95, WHOLE_SUM, WORST
 
-__all__ = ["bound_triples", "mean_iou_of", "merge", "try_pair", "try_pairs_before", "try_single", "try_triple"]
+__all__ = ["mean_iou_of", "merge", "try_pair", "try_pairs_before", "try_single", "try_triple"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 QUICK = np.float32(2e-6)  # more than float32 loses of an mIoU
 
 
-def _compiled(fastmath: bool = False) -> Callable[[F], F]:
-    decorate: Any = numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")
-    return cast(Callable[[F], F], decorate)
-
-
-@_compiled()
+@compiled()
 def mean_iou_of(counts: Any, num_classes: int, floors: Any) -> float:
     """mIoU of summed counts (C,) to 12 decimals, or -1 where a class is below its floor."""
     total, num = 0.0, num_classes
@@ -42,7 +35,7 @@ def mean_iou_of(counts: Any, num_classes: int, floors: Any) -> float:
     return float(np.rint(total / num * 1e12) / 1e12)
 
 
-@_compiled(fastmath=True)
+@compiled(fastmath=True)
 def _quick_miou(counts: Any, num_classes: int) -> Any:
     total, num = np.float32(0), num_classes
     for k in range(num_classes):
@@ -53,7 +46,7 @@ def _quick_miou(counts: Any, num_classes: int) -> Any:
     return total / np.float32(num)
 
 
-@_compiled()
+@compiled()
 def _leaving(arrays: Any, m: int, positions: Any, out: Any) -> None:
     """Cost m of an image that leaves at each of an instance's exits, as CostColumn.leaving says it."""
     parts, last = arrays.parts[m], len(positions) - 1
@@ -75,7 +68,7 @@ def _leaving(arrays: Any, m: int, positions: Any, out: Any) -> None:
         out[e] = parts[0, p] + paid + parts[3, p]
 
 
-@_compiled()
+@compiled()
 def _statistic(kind: int, leaving: Any, num_left: Any) -> float:
     """The mean, the largest, or the least cost that 95 % of the images do not exceed, where num_left[e] images leave at
     exit e."""
@@ -102,7 +95,7 @@ def _statistic(kind: int, leaving: Any, num_left: Any) -> float:
     return total / num_images
 
 
-@_compiled()
+@compiled()
 def _objective(arrays: Any, leaving: Any, num_left: Any) -> float:
     """The objective's cost from leaving costs (m, exits), infinite where a limit is exceeded."""
     worst = -np.inf
@@ -115,7 +108,7 @@ def _objective(arrays: Any, leaving: Any, num_left: Any) -> float:
     return worst
 
 
-@_compiled()
+@compiled()
 def _place(found: Any, cost: float) -> int:
     """How many points cost at most this."""
     low, high = 0, found.size[0]
@@ -128,7 +121,7 @@ def _place(found: Any, cost: float) -> int:
     return low
 
 
-@_compiled()
+@compiled()
 def _insert(found: Any, cost: float, miou: float, key: int) -> None:
     place, size = _place(found, cost), found.size[0]
     if place > 0:
@@ -156,7 +149,7 @@ def _insert(found: Any, cost: float, miou: float, key: int) -> None:
     found.size[0] = size + shift
 
 
-@_compiled()
+@compiled()
 def _try(arrays: Any, counts: Any, cost: float, key: int, least_miou: float, found: Any) -> None:
     """Enters one instance, cost <= its limits, if it is as good as the front."""
     if cost == np.inf:
@@ -170,7 +163,7 @@ def _try(arrays: Any, counts: Any, cost: float, key: int, least_miou: float, fou
         _insert(found, cost, miou, key)
 
 
-@_compiled()
+@compiled()
 def _add_all(counts: Any, out: Any) -> None:
     """Adds counts (V, C) of all images to ``out`` (C,)."""
     for v in range(counts.shape[0]):
@@ -178,7 +171,7 @@ def _add_all(counts: Any, out: Any) -> None:
             out[k] += counts[v, k]
 
 
-@_compiled()
+@compiled()
 def _key(arrays: Any, first: int, middle: int, last: int, row: int, second_row: int) -> Any:
     """Orders instances as ties are resolved: fewer exits, then the shallower last, middle, first, then small sets."""
     num_exits = 1 + (first >= 0) + (middle >= 0)
@@ -187,14 +180,14 @@ def _key(arrays: Any, first: int, middle: int, last: int, row: int, second_row: 
     return (key * arrays.rows_per_exit + row) * arrays.rows_per_exit + second_row
 
 
-@_compiled()
+@compiled()
 def merge(found: Any, others: Any) -> None:
     """Enters all of ``others``."""
     for i in range(others.size[0]):
         _insert(found, others.cost[i], others.miou[i], others.key[i])
 
 
-@_compiled()
+@compiled()
 def try_single(arrays: Any, position: int, found: Any) -> None:
     """All images leave at one exit."""
     leaving = np.zeros((len(arrays.kinds), 1))
@@ -209,7 +202,7 @@ def try_single(arrays: Any, position: int, found: Any) -> None:
         _try(arrays, summed, cost, _key(arrays, -1, -1, position, 0, 0), -1.0, found)
 
 
-@_compiled()
+@compiled()
 def try_pairs_before(
     arrays: Any, last: int, num: int, max_cost: float, least_miou: float, cheapest: bool, scratch: Any, found: Any
 ) -> Any:
@@ -231,7 +224,7 @@ def try_pairs_before(
     return tried, best, keys
 
 
-@_compiled()
+@compiled()
 def try_pair(arrays: Any, last: int, first: int, max_cost: float, least_miou: float, found: Any) -> int:
     """Every threshold of early exit ``first`` before exit ``last``; returns the number of instances."""
     num_images, width = arrays.counts.shape[1:]
@@ -269,33 +262,128 @@ def try_pair(arrays: Any, last: int, first: int, max_cost: float, least_miou: fl
     return tried
 
 
-@_compiled()
-def try_triple(arrays: Any, last: int, middle: int, first: int, max_cost: float, least_miou: float, found: Any) -> int:
-    """Every pair of thresholds of early exits ``first`` and ``middle`` before ``last``; the number of instances."""
+@compiled()
+def try_triple(
+    arrays: Any, last: int, middle: int, first: int, max_cost: float, least_miou: float, tangent: Any, found: Any
+) -> int:
+    """Every pair of thresholds of early exits ``first`` and ``middle`` before ``last``; the number of instances whose
+    mIoU was computed. ``tangent`` (see ``tangent``) rules out what cannot have the least mIoU."""
     num_images, width = arrays.counts.shape[1:]
     positions = np.zeros(3, np.int64)
     positions[0], positions[1], positions[2] = first, middle, last
     leaving = np.zeros((len(arrays.kinds), 3))
     for m in range(len(leaving)):
         _leaving(arrays, m, positions, leaving[m])
+    price = _price(arrays, leaving, max_cost)
     early = np.zeros(width, arrays.counts.dtype)
     _add_all(arrays.counts[first], early)
-    tried = 0
+    lines, least = _lines(arrays, positions, least_miou, tangent)
+    columns = (arrays.first_column[middle], arrays.first_column[middle + 1])
+    most = 0
+    for other in range(columns[0], columns[1]):
+        most = max(most, arrays.levels[other])
+    tried, done = 0, 0
     for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
         row = (column - arrays.first_column[first]) * (num_images + 1)
-        for other in range(arrays.first_column[middle], arrays.first_column[middle + 1]):
-            second = (other - arrays.first_column[middle]) * (num_images + 1)
-            where = (column, other, row, second)
-            tried += _try_columns(arrays, positions, where, leaving, early, max_cost, least_miou, found)
+        own = least[done : done + arrays.levels[column]]
+        keep = np.zeros((arrays.levels[column] + 1, most + 1), np.bool_)
+        for other in range(columns[0], columns[1]):
+            kept = _sift(arrays, column, other, lines, own, price, keep)
+            if kept > 0:
+                second = (other - columns[0]) * (num_images + 1)
+                where = (column, other, row, second)
+                tried += kept
+                _try_columns(arrays, positions, where, leaving, early, max_cost, least_miou, keep, found)
+        done += arrays.levels[column]
     return tried
 
 
-@_compiled()
+@compiled()
+def _price(arrays: Any, leaving: Any, max_cost: float) -> Any:
+    """(3,) what an image costs at each exit, and the most that all of them may cost in all: no instance within
+    ``max_cost`` costs more, whatever else it costs."""
+    price = np.zeros(4)
+    price[3] = np.inf
+    for m in range(len(leaving)):
+        if arrays.kinds[m] == MEAN and arrays.weights[m] > 0:
+            for e in range(3):
+                price[e] = leaving[m, e]
+            price[3] = max_cost / arrays.weights[m] * arrays.counts.shape[1] * (1 + 1e-9)
+            return price
+    return price
+
+
+@compiled()
+def _lines(arrays: Any, positions: Any, least_miou: float, tangent: Any) -> Any:
+    """(3, V) the tangent's linear form of every image at each exit, and its least value of an instance with the least
+    mIoU, at each level of each column of the first exit: their remainder bounds the rest."""
+    first, middle, last = positions[0], positions[1], positions[2]
+    rows = 0
+    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
+        rows += arrays.levels[column]
+    lines, least = np.zeros((3, arrays.counts.shape[1])), np.full(rows, -np.inf)
+    if len(tangent.scores) == 0:
+        return lines, least
+    for e in range(3):
+        lines[e] = tangent.scores[positions[e]]
+    x, width, tau = tangent.x, tangent.x.shape[2], least_miou - tangent.miou
+    low, high = np.zeros(width, np.float32), np.zeros(width, np.float32)
+    moved = np.zeros(width, np.float32)
+    spread(x[middle], x[last], low, high)
+    sums = sums_at(arrays, x, first, last)
+    at = 0
+    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
+        for level in range(arrays.levels[column], 0, -1):
+            for k in range(width):
+                moved[k] = tangent.offsets[last, k] + sums[at, k]
+            short = remainder(moved, low, high, arrays.num_classes, np.float32(tau))
+            least[at - arrays.levels[column] + 2 * level - 1] = tau - short - MARGIN  # ascending levels
+            at += 1
+    return lines, least
+
+
+@compiled()
+def _sift(arrays: Any, column: int, other: int, lines: Any, least: Any, price: Any, keep: Any) -> int:
+    """Marks in ``keep`` (levels + 1, levels + 1) the pairs of levels that may have the cost and the mIoU: both are sums
+    of one number per image and exit. The number of pairs."""
+    order, bins, other_bins = arrays.order[column], arrays.bins[column], arrays.bins[other]
+    num_images, levels = len(order), arrays.levels[other]
+    gain, reaching = np.zeros(levels + 1), np.zeros(levels + 1)
+    line, kept, v = 0.0, 0, 0
+    for image in range(num_images):
+        line += lines[0, image]
+    for level in range(1, arrays.levels[column] + 1):
+        while v < num_images and bins[order[v]] < level:
+            image = order[v]
+            line += lines[2, image] - lines[0, image]
+            gain[other_bins[image]] += lines[1, image] - lines[2, image]
+            reaching[other_bins[image]] += 1
+            v += 1
+        total, bound = line, least[level - 1]
+        cost, saved = (num_images - v) * price[0] + v * price[2], price[1] - price[2]
+        for j in range(levels, 0, -1):
+            total += gain[j]
+            cost += reaching[j] * saved
+            keep[level, j] = total >= bound and cost <= price[3]
+            kept += keep[level, j]
+    return kept
+
+
+@compiled()
 def _try_columns(
-    arrays: Any, positions: Any, where: Any, leaving: Any, early: Any, max_cost: float, least_miou: float, found: Any
-) -> Any:
+    arrays: Any,
+    positions: Any,
+    where: Any,
+    leaving: Any,
+    early: Any,
+    max_cost: float,
+    least_miou: float,
+    keep: Any,
+    found: Any,
+) -> None:
     """One column of thresholds at each of both early exits: as fewer images leave at the first, the others are added to
-    the bin where the middle exit sends them; running over the bins then gives every level of the middle exit."""
+    the bin where the middle exit sends them; running over the bins then gives every level of the middle exit. Only
+    levels to ``keep`` are evaluated."""
     first, middle, last = positions[0], positions[1], positions[2]
     column, other, row, second = where
     num_images, width = arrays.counts.shape[1:]
@@ -318,190 +406,24 @@ def _try_columns(
                 into[k] += b[k] - c[k]
             reaching[other_bins[image]] += 1
             v += 1
+        lowest = 1
+        while lowest <= levels and not keep[level, lowest]:
+            lowest += 1
+        if lowest > levels:
+            continue
         for k in range(width):
             summed[k] = base[k]
         left = 0
-        for j in range(levels, 0, -1):
+        for j in range(levels, lowest - 1, -1):
             more = gain[j]
             if reaching[j] > 0:
                 left += reaching[j]
                 for k in range(width):
                     summed[k] += more[k]
+            if not keep[level, j]:
+                continue
             num_left[0], num_left[1], num_left[2] = num_images - v, left, v - left
             cost = _objective(arrays, leaving, num_left)
             if cost <= max_cost:
                 key = _key(arrays, first, middle, last, row + num_images - level, second + num_images - j)
                 _try(arrays, summed, cost, key, least_miou, found)
-    return arrays.levels[column] * levels
-
-
-@_compiled(fastmath=True)
-def _spread(x: Any, last: int, num: int, low: Any, high: Any) -> None:
-    """(num, 2 K): how far any set of images that leaves at exit h instead of ``last`` can move each column."""
-    for h in range(num):
-        a, b = low[h], high[h]
-        for v in range(x.shape[1]):
-            mine, theirs = x[h, v], x[last, v]
-            for k in range(x.shape[2]):
-                gain = mine[k] - theirs[k]
-                a[k] += min(gain, np.float32(0))
-                b[k] += max(gain, np.float32(0))
-
-
-@_compiled(fastmath=True)
-def _best_prefix(arrays: Any, h: int, gain: Any) -> Any:
-    """The most that the images leaving at exit h can gain, over all its thresholds; 0 for no image."""
-    best = np.float32(0)
-    for column in range(arrays.first_column[h], arrays.first_column[h + 1]):
-        order, bins, total = arrays.order[column], arrays.bins[column], np.float32(0)
-        v = len(order) - 1
-        for level in range(arrays.levels[column], 0, -1):
-            while v >= 0 and bins[order[v]] >= level:
-                total += gain[order[v]]
-                v -= 1
-            best = max(best, total)
-    return best
-
-
-@_compiled(fastmath=True)
-def _remainder(offset: Any, low: Any, high: Any, num_classes: int, tau: Any) -> Any:
-    """What the linear form can be short of the mIoU of any instance whose mIoU is at least ``tau`` above the tangent's:
-    see ``engine``. ``offset`` + [``low``, ``high``] is the range of its l and u, (2 K,)."""
-    gains, largest, least = np.float32(0), np.float32(0), np.float32(0)
-    for k in range(num_classes):
-        gains += max(np.float32(0), offset[k] + high[k])
-        u = num_classes + k
-        largest = max(largest, offset[u] + high[u])
-        least = max(least, -(offset[u] + low[u]))
-    if least > np.float32(0.9):
-        return np.float32(1e9)
-    gains = gains / num_classes / (np.float32(1) - least)
-    return max(np.float32(0), gains - tau) * largest + gains * least
-
-
-@_compiled(fastmath=True)
-def bound_triples(
-    arrays: Any, last: int, num: int, x: Any, offset: Any, prices: Any, tau: float, target: float, bound: Any
-) -> int:
-    """Bounds every pair of early exits before ``last``; the number of pairs left.
-
-    ``x`` (H, V, 2 K) is l and u of each image at each exit against the tangent, ``offset`` (2 K,) those of ``last`` in
-    all; ``prices`` (4, H) what the parts cost all images, in mIoU. ``bound[middle, first]`` >= ``target`` marks what to
-    bound, and becomes the largest l - price + remainder over all thresholds, or -9 if below ``target``.
-    """
-    num_images, classes = arrays.counts.shape[1], arrays.num_classes
-    low, high = np.zeros((num, 2 * classes), np.float32), np.zeros((num, 2 * classes), np.float32)
-    _spread(x, last, num, low, high)
-    score = np.zeros((num + 1, num_images), np.float32)
-    for h in range(num + 1):
-        for v in range(num_images):
-            total = np.float32(0)
-            for k in range(classes):
-                total += x[h if h < num else last, v, k]
-            score[h, v] = total / classes
-    share = 1 / num_images
-    worse, best_pair = np.zeros((num, num_images), np.float32), np.zeros(num, np.float32)
-    gain, mine = np.zeros(num_images, np.float32), np.zeros(num_images, np.float32)
-    end = np.float32(share * (prices[0, last] + prices[1, last] + prices[3, last]))
-    for h in range(num):
-        entry = np.float32(share * (prices[1, h] + prices[2, h]))
-        out = np.float32(share * (prices[0, h] + prices[3, h]))
-        total = np.float32(0)
-        for v in range(num_images):
-            here, there = score[h, v] - entry - out, score[num, v] - entry - end
-            worse[h, v] = min(here, there)
-            gain[v] = here - there
-            total += there
-        best_pair[h] = total + _best_prefix(arrays, h, gain)
-    left = 0
-    sums = np.zeros((1, 2 * classes), np.float32)
-    wide_low, wide_high = np.zeros(2 * classes, np.float32), np.zeros(2 * classes, np.float32)
-    for first in range(num):
-        out = np.float32(share * (prices[0, first] + prices[3, first]))
-        entry = np.float32(prices[1, first] + prices[2, first])
-        for v in range(num_images):
-            mine[v] = score[first, v] - out
-        known = False
-        for middle in range(num):
-            if arrays.exit_index[middle] <= arrays.exit_index[first] or bound[middle, first] < target:
-                continue
-            # Every image free to choose the first exit: crude, but it settles most pairs.
-            base = best_pair[middle] - entry
-            free, theirs = np.float32(0), worse[middle]
-            for v in range(num_images):
-                free += max(np.float32(0), mine[v] - theirs[v])
-            for k in range(2 * classes):
-                wide_low[k] = low[first, k] + low[middle, k]
-                wide_high[k] = high[first, k] + high[middle, k]
-            wide = _remainder(offset, wide_low, wide_high, classes, tau)
-            if base + free + wide < target:
-                bound[middle, first] = -9
-                continue
-            if not known:
-                sums = _sums(arrays, x, first, last)
-                known = True
-            for v in range(num_images):
-                gain[v] = mine[v] - theirs[v]
-            value = _bound_pair(arrays, first, gain, base, wide, offset, sums, low[middle], high[middle], tau, target)
-            bound[middle, first] = value if value >= target else -9
-            left += value >= target
-    return left
-
-
-@_compiled(fastmath=True)
-def _sums(arrays: Any, x: Any, first: int, last: int) -> Any:
-    """(levels of all columns, 2 K): l and u gained when the images of each level leave at ``first``, not ``last``."""
-    columns = range(arrays.first_column[first], arrays.first_column[first + 1])
-    rows = 0
-    for column in columns:
-        rows += arrays.levels[column]
-    sums = np.zeros((rows, x.shape[2]), np.float32)
-    total = np.zeros(x.shape[2], np.float32)
-    row = 0
-    for column in columns:
-        order, bins = arrays.order[column], arrays.bins[column]
-        for k in range(len(total)):
-            total[k] = 0
-        v = len(order) - 1
-        for level in range(arrays.levels[column], 0, -1):
-            while v >= 0 and bins[order[v]] >= level:
-                mine, theirs = x[first, order[v]], x[last, order[v]]
-                for k in range(len(total)):
-                    total[k] += mine[k] - theirs[k]
-                v -= 1
-            for k in range(len(total)):
-                sums[row, k] = total[k]
-            row += 1
-    return sums
-
-
-@_compiled(fastmath=True)
-def _bound_pair(
-    arrays: Any,
-    first: int,
-    gain: Any,
-    base: Any,
-    wide: Any,
-    offset: Any,
-    sums: Any,
-    low: Any,
-    high: Any,
-    tau: Any,
-    target: Any,
-) -> Any:
-    """The bound over all thresholds of the first exit, its sets known, those of the middle one free."""
-    best, row, classes = np.float32(-9), 0, arrays.num_classes
-    moved = np.zeros(2 * classes, np.float32)
-    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
-        order, bins, total = arrays.order[column], arrays.bins[column], base
-        v = len(order) - 1
-        for level in range(arrays.levels[column], 0, -1):
-            while v >= 0 and bins[order[v]] >= level:
-                total += gain[order[v]]
-                v -= 1
-            if total + wide >= target and total + wide > best:
-                for k in range(2 * classes):
-                    moved[k] = offset[k] + sums[row, k]
-                best = max(best, total + min(wide, _remainder(moved, low, high, classes, tau)))
-            row += 1
-    return best
