@@ -1,0 +1,45 @@
+"""What lies in examples/ runs as its README says, and is as good as its card says."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import smooth_image
+
+import messnet
+from messnet.cli import main
+from messnet.deployment.loading import load_instance
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BUNDLE = EXAMPLES / "camvid_mobilenetv2.mess"
+CAMVID = EXAMPLES.parent.parent / "shared" / "camvid" / "val"
+
+
+def test_the_bundle_runs_alike_in_torch_and_without() -> None:
+    image = smooth_image(180, 240)
+    torch_result, onnx_result = (
+        messnet.load(BUNDLE, runtime=runtime).predict([image])[0] for runtime in ("torch", "onnxruntime")
+    )
+    assert torch_result.exit_index == onnx_result.exit_index
+    assert (torch_result.labels == onnx_result.labels).mean() > 0.999
+
+
+def test_the_run_can_be_searched_again(tmp_path: Path) -> None:
+    run = shutil.copytree(EXAMPLES / "camvid_mobilenetv2", tmp_path / "run")
+    main(["search", str(run), "--name", "half", "--maximise", "miou", "--max-cost-ratio", "0.5"])
+    found = load_instance(run, "half").selected_on
+    assert found["macs"] <= 0.5 * found["baseline_macs"]
+
+
+@pytest.mark.skipif(not CAMVID.exists(), reason="CamVid is not here")
+def test_the_bundle_is_as_good_as_its_card(capsys: pytest.CaptureFixture[str]) -> None:
+    stated = re.search(r"\| mIoU \| ([\d.]+) % on all 101", (EXAMPLES / "README.md").read_text())
+    assert stated
+    runpy.run_path(str(EXAMPLES / "score.py"))["main"](str(BUNDLE), str(CAMVID))
+    measured = re.search(r"mIoU ([\d.]+) on 101 images", capsys.readouterr().out)
+    assert measured
+    assert 100 * float(measured[1]) == pytest.approx(float(stated[1]), abs=0.02)  # another processor rounds otherwise
