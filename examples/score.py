@@ -1,4 +1,4 @@
-"""mIoU and work of a bundle on labelled images: `python examples/score.py examples/camvid_mobilenetv2.mess ../shared/camvid/val`.
+"""mIoU of a bundle on labelled images: `python score.py camvid_mobilenetv2.mess ../../shared/camvid/val`.
 
 The folder holds images/ and masks/ of the same names; pixels with an id that is no class are left out.
 """
