@@ -219,7 +219,8 @@ def main() -> None:
     for name, value, unit, goal, reached_goal in figures:
         print(f"{name} {value:.6g} {unit} {'-' if goal is None else f'{goal:g}'} {'ok' if reached_goal else 'short'}")
     if options.json:
-        record = [dict(zip(("name", "value", "unit", "goal", "ok"), figure, strict=True)) for figure in figures]
+        keys = ("name", "value", "unit", "goal", "ok")
+        record = [dict(zip(keys, (*figure[:4], bool(figure[4])), strict=True)) for figure in figures]
         options.json.write_text(json.dumps({"size": size._asdict(), "figures": record}, indent=1) + "\n")
 
 
