@@ -26,7 +26,16 @@ from messnet.runs import RunDirectory
 from messnet.tables import COSTS_SCHEMA_VERSION, SCHEMA_VERSION, CostTable, ExitTables
 from messnet.training import Monitor
 
-__all__ = ["ARTEFACTS", "SECTIONS", "Run", "expect_same", "fingerprint", "open_run"]
+__all__ = [
+    "ARTEFACTS",
+    "SECTIONS",
+    "Run",
+    "expect_same",
+    "fingerprint",
+    "open_run",
+    "parts_fingerprint",
+    "tables_origin",
+]
 
 # The sections of the recipe that a stage's artefact depends on.
 SECTIONS = {
@@ -140,6 +149,20 @@ def fingerprint(record: dict[str, Any], stage: str) -> str:
     if formats := [FORMATS[name] for name in FORMATS_OF.get(stage, ())]:
         parts["formats"] = formats
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parts_fingerprint(run: Run) -> str:
+    """What parts must have been made from to belong together: the recipe, and stage 1 to the bit."""
+    stage1 = hashlib.sha256(run.directory.read("stage1.safetensors", made_by="pretrain")).hexdigest()[:16]
+    return f"{fingerprint(recipe_to_record(run.recipe), 'distill')}-{stage1}"
+
+
+def tables_origin(run: Run) -> str:
+    """What tables are made from: the recipe, and the weights to the bit."""
+    digest = hashlib.sha256(fingerprint(recipe_to_record(run.recipe), "evaluate").encode())
+    for name, verb in (("stage1", "pretrain"), ("stage2", "distill")):
+        digest.update(hashlib.sha256(run.directory.read(f"{name}.safetensors", made_by=verb)).digest())
+    return digest.hexdigest()[:16]
 
 
 def _refuse_other_recipe(directory: RunDirectory, known: dict[str, Any], record: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_weights
 from messnet.network.zoo import build_model
-from messnet.opening import ARTEFACTS, Run, expect_same, fingerprint
+from messnet.opening import ARTEFACTS, Run, expect_same, fingerprint, parts_fingerprint, tables_origin
 from messnet.profiling import profile
 from messnet.report import ReportInputs, render_report
 from messnet.runs import RunDirectory, writing
@@ -185,7 +184,7 @@ def distill_stage(run: Run, shard: Shard | None = None) -> None:
     """Stage 2: every head of the space on the frozen backbone, or a ``shard`` of them, which then is in
     RUN/stage2.KofN.safetensors. Heads that such a part holds already are not trained again; processes that train
     together (torchrun) divide the heads among them."""
-    recipe, made_from = run.recipe, _parts_fingerprint(run)
+    recipe, made_from = run.recipe, parts_fingerprint(run)
     net, fabric = run.pretrained(), recipe.compute.launch()
     heads, finished = space_exits(net, recipe.heads), read_parts(run.directory, made_from)
     own = (shard or Shard(1, 1)).divided(fabric.global_rank, fabric.world_size) if fabric.world_size > 1 else shard
@@ -217,16 +216,10 @@ def merge_stage(run: Run) -> None:
 
 
 def _merge_parts(run: Run, heads: Sequence[Exit]) -> None:
-    whole = read_parts(run.directory, _parts_fingerprint(run))
+    whole = read_parts(run.directory, parts_fingerprint(run))
     expect_whole(whole, heads, run.directory)
     write_part(run.directory, None, whole)
     discard_parts(run.directory)
-
-
-def _parts_fingerprint(run: Run) -> str:
-    """What parts must have been made from to belong together: the recipe, and stage 1 to the bit."""
-    stage1 = hashlib.sha256(run.directory.read("stage1.safetensors", made_by="pretrain")).hexdigest()[:16]
-    return f"{fingerprint(recipe_to_record(run.recipe), 'distill')}-{stage1}"
 
 
 def adopt_pretrained(run: Run, source: Path) -> None:
@@ -268,7 +261,7 @@ def evaluate_stage(run: Run, shard: Shard | None = None) -> None:
     net.heads.load_state_dict(heads.tensors)
     name = f"tables.{shard}" if shard else "tables"
     checkpoint, part = run.directory.checkpoint(name), (shard.index, shard.count) if shard else (1, 1)
-    origin = _tables_origin(run)
+    origin = tables_origin(run)
     tables = evaluate(
         net, run.dataset("val"), run.recipe.evaluate, run.device, part=part, origin=origin, checkpoint=checkpoint
     )
@@ -284,17 +277,9 @@ def merge_tables(run: Run) -> None:
         part = Shard.parse(path.name.split(".")[1].replace("of", "/"))
         shards[part.index, part.count] = ExitTables.from_bytes(path.read_bytes())
     with run.directory.finishing("evaluate", fingerprint(recipe_to_record(run.recipe), "evaluate")):
-        run.directory.write("tables.npz", merge_shards(shards, _tables_origin(run)).to_bytes())
+        run.directory.write("tables.npz", merge_shards(shards, tables_origin(run)).to_bytes())
     for path in paths:
         path.unlink()
-
-
-def _tables_origin(run: Run) -> str:
-    """What tables are made from: the recipe, and the weights to the bit."""
-    digest = hashlib.sha256(fingerprint(recipe_to_record(run.recipe), "evaluate").encode())
-    for name, verb in (("stage1", "pretrain"), ("stage2", "distill")):
-        digest.update(hashlib.sha256(run.directory.read(f"{name}.safetensors", made_by=verb)).digest())
-    return digest.hexdigest()[:16]
 
 
 def search_stage(run: Run) -> None:

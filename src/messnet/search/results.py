@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -12,8 +12,11 @@ from messnet.errors import InfeasibleError, RecipeError
 from messnet.instance import Instance, Setting
 from messnet.search.anytime import AnytimeObjective, search_anytime
 from messnet.search.problem import DECIMALS, Found, Problem, cost_rows
-from messnet.search.space import Grid, Limit, Objective, Statistic
+from messnet.search.space import Grid, Limit, Objective, Statistic, route
 from messnet.tables import CostName, CostTable, ExitTables
+
+if TYPE_CHECKING:
+    from messnet.search.engine import Engine, Outcome
 
 __all__ = [
     "DECIMALS",
@@ -161,20 +164,7 @@ def search_for(
     region = Region(objective.goal, max(-1.0, round(least_miou, DECIMALS)), max_cost)
     engine = Engine(problem, region, max_exits=max_exits, time_limit=time_limit, progress=progress)
     outcome = engine.run()
-    front = Front(
-        points=_points(problem, outcome.front, setting),
-        static=_points(problem, engine.static, "budgeted"),
-        setting=setting,
-        cost_name=objective.cost_name,
-        baseline_miou=baseline_miou,
-        baseline_cost=baseline_cost,
-        num_images=problem.num_images,
-        num_declared=problem.declared(max_exits),
-        num_evaluated=outcome.num_evaluated,
-        gap_miou=outcome.gap_miou,
-        stopped=outcome.stopped,
-        problem=problem,
-    )
+    front = _front_of(engine, outcome, setting, objective, (baseline_miou, baseline_cost))
     if not outcome.near:
         raise InfeasibleError(_explain(tables, devices, objective, setting, grid, baseline_miou, baseline_cost))
     gaps = outcome.gap_cost if objective.goal == "cost" else None
@@ -233,16 +223,23 @@ def _front(
     problem = _problem(tables, devices, objective, grid)
     engine = Engine(problem, Region("front"), max_exits=max_exits, time_limit=time_limit, progress=progress)
     outcome = engine.run()
-    baseline_miou, baseline_cost = _baseline(tables, devices, objective)
+    return _front_of(engine, outcome, setting, objective, _baseline(tables, devices, objective))
+
+
+def _front_of(
+    engine: Engine, outcome: Outcome, setting: SearchSetting, objective: Objective, baseline: tuple[float, float]
+) -> Front:
+    """What an engine found; ``baseline`` is the user's model's mIoU and cost."""
+    problem = engine.problem
     return Front(
         points=_points(problem, outcome.front, setting),
         static=_points(problem, engine.static, "budgeted"),
         setting=setting,
         cost_name=objective.cost_name,
-        baseline_miou=baseline_miou,
-        baseline_cost=baseline_cost,
+        baseline_miou=baseline[0],
+        baseline_cost=baseline[1],
         num_images=problem.num_images,
-        num_declared=problem.declared(max_exits),
+        num_declared=problem.declared(engine.max_exits),
         num_evaluated=outcome.num_evaluated,
         gap_miou=outcome.gap_miou,
         stopped=outcome.stopped,
@@ -416,8 +413,6 @@ def _explain(
 
 
 def _class_iou(front: Front, point: FrontPoint, name: str) -> float:
-    from messnet.search.space import route
-
     assert front.problem is not None
     tables = front.problem.tables
     intersection, predicted, labelled = tables.counts(route(tables, point.instance))
