@@ -203,7 +203,11 @@ def _draw(path: Path, fronts: dict[str, list[tuple[float, float]]], instances: l
 
     from matplotlib.figure import Figure
 
-    scale, label = (1e9, f"G{unit} per image") if unit in ("macs", "macs_paper") else (1.0, unit)
+    scale, label = (
+        (1e9, unit.replace("macs", "GMACs", 1).replace("_paper", ", paper") + " per image")
+        if unit in ("macs", "macs_paper")
+        else (1.0, unit)
+    )
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(label)
