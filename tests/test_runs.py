@@ -1,6 +1,7 @@
 """Files are whole or not there, and a run directory knows what it is."""
 
 import json
+import time
 import os
 from pathlib import Path
 
@@ -95,11 +96,16 @@ def test_a_stage_is_finished_only_when_it_succeeds(tmp_path: Path) -> None:
         assert (run.path / "run.json").read_bytes() == before
     assert run.fingerprint("pretrain") is None
 
+    began = time.process_time()
     with run.finishing("pretrain", "abc"):
         assert run.fingerprint("pretrain") is None  # not before the end
+        while time.process_time() - began < 0.2:
+            pass
+        time.sleep(0.2)
     assert run.fingerprint("pretrain") == "abc"
     entry = json.loads((run.path / "run.json").read_text())["stages"]["pretrain"]
-    assert entry["seconds"] >= 0
+    assert entry["seconds"] >= 0.4  # of the clock
+    assert 0.2 <= entry["cpu_seconds"] <= entry["seconds"] - 0.1  # not what was slept
     assert torch.__version__.startswith(entry["torch"])
     run.update_recipe({"seed": 2})
     assert run.record()["recipe"] == {"seed": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -136,13 +137,15 @@ class RunDirectory:
 
     @contextmanager
     def finishing(self, stage: str, fingerprint: str) -> Iterator[None]:
-        """Records ``stage`` as finished, with its time and provenance, when the block ends without an error."""
-        start = time.perf_counter()
+        """Records ``stage`` as finished, with its time, on the clock and of processors (this process and those that it
+        waited for), and its provenance, when the block ends without an error."""
+        start, start_cpu = time.perf_counter(), sum(os.times()[:4])
         yield
         record = self.record()
         record["stages"][stage] = {
             "fingerprint": fingerprint,
             "seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(sum(os.times()[:4]) - start_cpu, 1),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S%z"),
             **provenance(),
         }

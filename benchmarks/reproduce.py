@@ -1,0 +1,313 @@
+"""The posters' tables on any recipe, each training done once and shared by all tables.
+
+    python benchmarks/reproduce.py RECIPE TABLE [TABLE ...] [--seeds 0 1 2] [--out FOLDER] [--set --data.root X]
+
+initialisations  per-exit mIoU of backbones from "baseline", "end_to_end" and "exit_aware" pre-training
+losses           per-exit mIoU of the stage 2 losses; "exits only" is CE on a backbone that never saw an early exit
+instances        what MESS finds against the original network, a narrower one (--width), the best static cut of the same
+                 network and uniform heads: searched on one half of the validation images, reported on the other
+cost             what training took: one MESS network for all operating points against one network for each
+
+Each variant is a run of its own, FOLDER/VARIANT-SEED; what is finished is not done again, an interrupted one goes on.
+``--set`` comes last and passes recipe values on to all runs. Tables go to the screen, and to FOLDER/TABLE.md.
+The tables of policies are ``bench_policies.py``; the figures are on the page of ``messnet report FOLDER/exit_aware-0``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from messnet.cli.app import quieten
+from messnet.errors import MessError
+from messnet.evaluation import evaluate
+from messnet.files import write_atomically
+from messnet.instance import FINAL_HEAD, Instance
+from messnet.network.exit_head import plain_head_config
+from messnet.opening import Run, open_run
+from messnet.pipeline import adopt_pretrained, run_stage
+from messnet.search import FrontPoint, cost_of, pareto_front, route
+from messnet.tables import CostTable, ExitTables
+
+
+class Variant(NamedTuple):
+    """What differs from the recipe, and the variant whose stage 1 is the same."""
+
+    overrides: tuple[str, ...] = ()
+    shares: str | None = None
+
+
+BASELINE = ("--pretrain.scheme", "baseline")
+VARIANTS = {
+    "exit_aware": Variant(),  # the recipe as it is: MESS
+    "baseline": Variant(BASELINE),
+    "end_to_end": Variant(("--pretrain.scheme", "end_to_end")),
+    "exit_aware-ce": Variant(("--distill.loss", "ce"), "exit_aware"),
+    "exit_aware-kd": Variant(("--distill.loss", "kd"), "exit_aware"),
+    "exit_aware-self_distillation": Variant(("--distill.loss", "self_distillation"), "exit_aware"),
+    "exit_aware-pfd_filtered": Variant(("--distill.filter_kl", "true"), "exit_aware"),
+    "baseline-ce": Variant((*BASELINE, "--distill.loss", "ce"), "baseline"),
+}
+INITIALISATIONS = {"baseline": "baseline", "end to end": "end_to_end", "exit-aware": "exit_aware"}
+LOSSES = {
+    "exits only (CE, baseline backbone)": "baseline-ce",
+    "CE": "exit_aware-ce",
+    "KD": "exit_aware-kd",
+    "self-distillation": "exit_aware-self_distillation",
+    "PFD": "exit_aware",
+    "PFD, KL filtered too": "exit_aware-pfd_filtered",
+}
+OBJECTIVES = {"most accurate at <= 1x": None, "cheapest at <= 0.1 pp": 0.1, "cheapest at <= 1 pp": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A recipe, where its runs are, and the recipe values that hold for all of them."""
+
+    recipe: Path
+    folder: Path
+    seeds: Sequence[int]
+    overrides: Sequence[str] = ()
+
+    def opened(self, variant: str, seed: int, width: float | None = None) -> Run:
+        narrow = ["--model.width", f"{width:g}"] if width else []
+        seeds = ["--pretrain.seed", str(seed), "--distill.seed", str(seed)]
+        name = f"{variant}-{f'{width:g}-' if width else ''}{seed}"
+        overrides = [*self.overrides, *VARIANTS[variant].overrides, *narrow, *seeds]
+        return open_run(self.recipe, overrides, out=self.folder / name)
+
+    def trained(self, variant: str, seed: int) -> Run:
+        """The run with its tables, trained if it is not yet."""
+        run = self.opened(variant, seed)
+        if shares := VARIANTS[variant].shares:
+            advance(self.opened(shares, seed), "profile", "pretrain")
+            adopt_pretrained(run, self.folder / f"{shares}-{seed}")
+        advance(run, "profile", "pretrain", "distill", "evaluate")
+        return run
+
+    def static(self, seed: int, width: float | None = None) -> tuple[ExitTables, CostTable]:
+        """The network itself, trained without exits, at another ``width`` if that is given: its final exit's tables."""
+        run = self.opened("baseline", seed, width)
+        advance(run, "profile", "pretrain")
+        path = run.directory.path / "final.npz"
+        if not path.exists():
+            tables = evaluate(run.pretrained(), run.dataset("val"), run.recipe.evaluate, run.device)
+            run.directory.write(path.name, tables.to_bytes())
+        return ExitTables.from_bytes(path.read_bytes()), run.costs()
+
+
+def advance(run: Run, *stages: str) -> None:
+    for stage in stages:
+        if run_stage(run, stage):
+            print(f"{run.directory.path}: {stage} done", flush=True)
+
+
+def cell(values: Sequence[float], digits: int = 2, sign: str = "", unit: str = "") -> str:
+    """Mean, with the standard deviation where there are several."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.{digits}f}{spread}{unit}"
+
+
+def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+
+
+def mious(tables: ExitTables) -> list[dict[str, float]]:
+    """mIoU in percent over all images, of each head of each exit point."""
+    found: dict[int, dict[str, float]] = {}
+    for h, exit in enumerate(tables.exits):
+        found.setdefault(exit.exit_index, {})[exit.head] = 100 * tables.miou(np.full(len(tables.image_names), h))
+    return [heads for _, heads in sorted(found.items())]
+
+
+def per_exit(experiment: Experiment, variants: dict[str, str], title: str) -> str:
+    found = {
+        label: [mious(experiment.trained(variant, seed).tables()) for seed in experiment.seeds]
+        for label, variant in variants.items()
+    }
+    plain, parts = plain_head_config().name, []
+    for which in ("plain head", "best head"):
+        rows = {}
+        for label, seeds in found.items():
+            exits = zip(*seeds, strict=True)
+            wanted = {plain, FINAL_HEAD} if which == "plain head" else {name for one in seeds[0] for name in one}
+            rows[label] = [
+                cell([max(miou for name, miou in heads.items() if name in wanted) for heads in one]) for one in exits
+            ]
+        names = [f"exit {i}" for i in range(len(seeds[0]) - 1)]
+        parts.append(markdown([f"{title}: mIoU %, {which}", *names, "final"], rows))
+    return "\n\n".join(parts)
+
+
+def uniform(tables: ExitTables) -> Iterator[ExitTables]:
+    """The tables with one and the same head at every early exit point, for each head that every point has."""
+    points = {exit.exit_index for exit in tables.exits[:-1]}
+    for head in dict.fromkeys(exit.head for exit in tables.exits[:-1]):
+        kept = [h for h, exit in enumerate(tables.exits) if exit.head in (head, FINAL_HEAD)]
+        if len(kept) == len(points) + 1:
+            yield replace(
+                tables,
+                exits=tuple(tables.exits[h] for h in kept),
+                intersection=tables.intersection[:, kept],
+                predicted=tables.predicted[:, kept],
+                image_confidence=tables.image_confidence[:, kept],
+            )
+
+
+def pick(points: Sequence[FrontPoint], drop_pp: float | None, miou: float, max_cost: float) -> tuple[Instance, bool]:
+    """The most accurate point at ``max_cost`` at most, or the cheapest that loses ``drop_pp`` against ``miou`` at most;
+    where there is none, the most accurate at any cost, and False."""
+    if drop_pp is None:
+        feasible = [point for point in points if point.cost <= max_cost]
+        best = max(feasible, key=lambda point: (point.miou, -point.cost), default=None)
+    else:
+        feasible = [point for point in points if point.miou >= miou - drop_pp / 100]
+        best = min(feasible, key=lambda point: (point.cost, -point.miou), default=None)
+    return (best or max(points, key=lambda point: point.miou)).instance, best is not None
+
+
+class Reported(NamedTuple):
+    """On the images that were not selected on, against the original network on the same."""
+
+    gain_pp: float
+    reduction: float
+    is_feasible: bool
+
+
+class Trained(NamedTuple):
+    """One seed's networks: tables of the same images, in the same order."""
+
+    mess: ExitTables
+    costs: CostTable
+    baseline: ExitTables
+    narrow: ExitTables
+    narrow_macs: float
+
+
+def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) -> dict[tuple[str, str], Reported]:
+    """By kind of network and objective."""
+    macs = nets.costs.total("macs")
+
+    def final(tables: ExitTables, images: np.ndarray) -> float:
+        return tables.subset(images).miou(np.full(len(images), tables.final))
+
+    there, base = nets.mess.subset(reported), final(nets.baseline, reported)
+    front = pareto_front(nets.mess.subset(selection), nets.costs)
+    alike = [pareto_front(tables.subset(selection), nets.costs) for tables in uniform(nets.mess)]
+    kinds = {
+        "MESS": front.points,
+        "best static cut": front.static,
+        "uniform heads": [point for one in alike for point in one.points],
+    }
+    lost = 100 * (final(nets.narrow, reported) - base)
+    found = {("narrower network", ""): Reported(lost, macs / nets.narrow_macs, True)}
+    for kind, points in kinds.items():
+        for name, drop in OBJECTIVES.items():
+            instance, is_feasible = pick(points, drop, final(nets.baseline, selection), macs)
+            miou = there.miou(route(there, instance))
+            spent = float(cost_of(there, nets.costs, instance).mean())
+            found[kind, name] = Reported(100 * (miou - base), macs / spent, is_feasible)
+    return found
+
+
+def instances(experiment: Experiment, width: float, halvings: int) -> str:
+    found: dict[tuple[str, str], list[Reported]] = {}
+    base = []
+    for seed in experiment.seeds:
+        run = experiment.trained("exit_aware", seed)
+        baseline, _ = experiment.static(seed)
+        narrow, costs = experiment.static(seed, width)
+        nets = Trained(run.tables(), run.costs(), baseline, narrow, costs.total("macs"))
+        for draw in range(halvings):
+            halves = nets.mess.halves(draw)
+            for selection, reported in (halves, halves[::-1]):
+                base.append(100 * baseline.subset(reported).miou(np.full(len(reported), baseline.final)))
+                for key, one in one_selection(nets, selection, reported).items():
+                    found.setdefault(key, []).append(one)
+    rows = {f"original network: {cell(base)} %": ["0", "1", ""]}
+    for (kind, name), ones in found.items():
+        met = np.mean([one.is_feasible for one in ones])
+        rows[f"{kind}{', ' if name else ''}{name}"] = [
+            cell([one.gain_pp for one in ones], sign="+"),
+            cell([one.reduction for one in ones], unit="x"),
+            "" if met == 1 else f"{met:.0%}",
+        ]
+    columns = ["on the images not selected on", "mIoU, pp", "less work", "limit could be met in"]
+    note = (
+        f"Mean ± standard deviation over {len(base)} selections ({len(experiment.seeds)} seeds, {halvings} halvings, "
+        f"both ways round; they overlap). Limits are against the original network, trained by the same schedule "
+        f"without exits. Where no instance met a limit, the most accurate one was taken. The narrower network has "
+        f"width {width:g}."
+    )
+    return f"{markdown(columns, rows)}\n\n{note}"
+
+
+def cost(experiment: Experiment, width: float, num_points: int = 3) -> str:
+    """Minutes of processor time, where the run recorded them, else of the clock."""
+
+    def minutes(run: Run, *stages: str) -> float:
+        entries = [run.directory.record()["stages"][stage] for stage in stages]
+        return sum(float(entry.get("cpu_seconds", entry["seconds"])) for entry in entries) / 60
+
+    rows: dict[str, list[float]] = {}
+    for seed in experiment.seeds:
+        mess = experiment.trained("exit_aware", seed)
+        advance(mess, "search")
+        experiment.static(seed), experiment.static(seed, width)
+        stage1 = minutes(mess, "profile", "pretrain")
+        stage2, search = minutes(mess, "distill"), minutes(mess, "evaluate", "search")
+        original, narrow = (
+            minutes(experiment.opened("baseline", seed, w), "profile", "pretrain") for w in (None, width)
+        )
+        for name, value in {
+            "MESS, stage 1": stage1,
+            "MESS, stage 2": stage2,
+            "MESS, tables and search": search,
+            "MESS, all operating points": stage1 + stage2 + search,
+            "original network": original,
+            f"narrower network (width {width:g})": narrow,
+            f"original and {num_points} narrower networks, one for each operating point": original
+            + num_points * narrow,
+        }.items():
+            rows.setdefault(name, []).append(value)
+    return markdown(["training", "minutes"], {name: [cell(values, 1)] for name, values in rows.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "tables", nargs="+", choices=("initialisations", "losses", "instances", "cost"), metavar="TABLE"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, help="by default runs/RECIPE-NAME")
+    parser.add_argument("--width", type=float, default=0.35, help="of the narrower static network")
+    parser.add_argument("--halvings", type=int, default=5)
+    parser.add_argument("--set", nargs=argparse.REMAINDER, default=[], help="recipe values for all runs")
+    options = parser.parse_args()
+    quieten()
+    folder = options.out or Path("runs") / options.recipe.stem
+    experiment = Experiment(recipe=options.recipe, folder=folder, seeds=options.seeds, overrides=options.set)
+    make = {
+        "initialisations": lambda: per_exit(experiment, INITIALISATIONS, "stage 1"),
+        "losses": lambda: per_exit(experiment, LOSSES, "stage 2 loss"),
+        "instances": lambda: instances(experiment, options.width, options.halvings),
+        "cost": lambda: cost(experiment, options.width),
+    }
+    try:
+        for name in options.tables:
+            text = make[name]()
+            print(f"\n{text}\n", flush=True)
+            write_atomically(folder / f"{name}.md", text + "\n")
+    except MessError as error:
+        raise SystemExit(f"reproduce: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
