@@ -1,0 +1,74 @@
+"""benchmarks/reproduce.py: the parts that choose; its trainings are the pipeline's."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from messnet.instance import FINAL_HEAD
+from messnet.opening import open_run
+from messnet.search import cost_of, pareto_front, route
+from messnet.tables import CostTable, ExitTables
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "reproduce.py"
+
+
+@pytest.fixture(scope="module")
+def reproduce() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reproduce", PATH)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reproduce"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tables(tiny_run: Path) -> tuple[ExitTables, CostTable]:
+    run = open_run(tiny_run)
+    return run.tables(), run.costs()
+
+
+def test_uniform_tables_have_one_head_everywhere(reproduce: ModuleType, tables: tuple[ExitTables, CostTable]) -> None:
+    whole, _ = tables
+    alike = list(reproduce.uniform(whole))
+    assert len(alike) == 2  # fcn and deeplabv3
+    for one in alike:
+        heads = {exit.head for exit in one.exits[:-1]}
+        assert len(heads) == 1
+        assert one.exits[-1].head == FINAL_HEAD
+        assert [exit.exit_index for exit in one.exits] == [0, 1, 2, 3]
+        for h, exit in enumerate(one.exits):
+            before = whole.exits.index(exit)
+            routes = [np.full(len(whole.image_names), at) for at in (h, before)]
+            assert one.miou(routes[0]) == whole.miou(routes[1])
+            assert np.array_equal(one.image_confidence[:, h], whole.image_confidence[:, before])
+
+
+def test_pick_is_the_best_of_all_points(reproduce: ModuleType, tables: tuple[ExitTables, CostTable]) -> None:
+    whole, costs = tables
+    points = pareto_front(whole, costs).points
+    macs = costs.total("macs")
+    mious = sorted(point.miou for point in points)
+    for drop in (0.0, 0.5, 2.0):
+        instance, met = reproduce.pick(points, drop, mious[-1], macs)
+        assert met
+        assert whole.miou(route(whole, instance)) >= mious[-1] - drop / 100 - 1e-11
+        cheaper = [point for point in points if point.cost < cost_of(whole, costs, instance).mean() * (1 - 1e-9)]
+        assert all(point.miou < mious[-1] - drop / 100 for point in cheaper)
+
+    instance, met = reproduce.pick(points, None, 1.0, 0.5 * macs)
+    assert met
+    assert cost_of(whole, costs, instance).mean() <= 0.5 * macs * (1 + 1e-9)
+    within = max(point.miou for point in points if point.cost <= 0.5 * macs)  # rounded to 12 digits
+    assert whole.miou(route(whole, instance)) == pytest.approx(within, abs=1e-11)
+
+    instance, met = reproduce.pick(points, 0.1, 1.0, macs)  # nobody has an mIoU of 99.9 %
+    assert not met
+    assert whole.miou(route(whole, instance)) == pytest.approx(mious[-1], abs=1e-11)
