@@ -7,9 +7,10 @@ to the decision, against that of the segment and the head before it, 512 x 512, 
 3 %. The head is the plain FCN one (r = 1); the lightest one (r = 8) is reported too. Segment, head and decision take
 turns in the order in which they run. The figure is the ratio of the lower quartiles: on a machine that others use too,
 medians measure the others. Then, apart from any network:
-Logits of 21 classes, 64 x 64, for a 512 x 512 input (output stride 8). The baseline is the posters' literal form, Canny
-and a median over 33 x 33 input pixels, measured in the same run, interleaved. One line per figure:
-``name value unit goal ok|short``.
+Logits of 21 classes, 64 x 64, for a 512 x 512 input (output stride 8). The baselines are the posters' literal form,
+Canny and a median over 33 x 33 input pixels, and the native form by tensor operators instead of the compiled pass,
+measured in the same run, interleaved. ``doubtful`` is the share of images that the pass leaves to the operators. One
+line per figure: ``name value unit goal ok|short``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from messnet import exit_policy
 from messnet.edges import label_boundary, thicken
+from messnet.exit_kernel import confident_share
 from messnet.exit_policy import Policy, image_confidence, refined_confidence_map, should_exit
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import convert
@@ -61,6 +64,16 @@ def literal(logits: Tensor, policy: Policy) -> Tensor:
 def counted(logits: Tensor, policy: Policy, num_thresholds: int = 1) -> Tensor:
     thresholds = torch.linspace(0.7, 0.95, num_thresholds)
     return image_confidence(logits, OUTPUT_STRIDE, INPUT_SIZE, thresholds, policy)
+
+
+def by_operators(logits: Tensor) -> Tensor:
+    """The native form's c_img as accelerators and graphs compute it."""
+    return exit_policy._shares(logits, OUTPUT_STRIDE, INPUT_SIZE, torch.tensor([0.7]), NATIVE)
+
+
+def doubtful(num_images: int) -> float:
+    logits = smooth_logits(num_images, seed=1).numpy()
+    return 1 - confident_share(logits, np.array([0.7], np.float32), entropy=False, refine=True)[1].mean()
 
 
 def interleaved_ms(forms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -160,6 +173,7 @@ def main() -> None:
     ms = interleaved_ms(
         {
             "native": lambda: counted(logits, NATIVE),
+            "native_by_operators": lambda: by_operators(logits),
             "native_20_thresholds": lambda: counted(logits, NATIVE, 20),
             "native_literal_median": lambda: literal(logits, NATIVE),
             "paper": lambda: counted(logits, PAPER),
@@ -173,6 +187,8 @@ def main() -> None:
     figures: list[Figure] = [figure for name in options.models for figure in shares_of_parts(name, options.rounds)]
     figures += [(f"policy_{name}", v, "ms", None) for name, v in ms.items()]
     figures += [
+        ("native_vs_operators", ms["native_by_operators"] / ms["native"], "x", 3.0),
+        ("doubtful", doubtful(200), "share", None),
         ("pixels_near_edges", shares["near_edge"], "share", None),
         ("native_vs_literal_paper", ms["paper_literal_median"] / ms["native"], "x", 100.0),
         ("native_vs_paper", ms["paper"] / ms["native"], "x", OUTPUT_STRIDE**2 / 2),

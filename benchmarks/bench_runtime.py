@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from messnet.deployment.graphs import make_graphs
+from messnet.deployment.graphs import make_graphs, policy_graph
 from messnet.deployment.inference import Result, Session
 from messnet.deployment.loading import restore_run
-from messnet.deployment.runtimes import GraphRunner, Runner, TorchRunner, size_multiple
+from messnet.deployment.measurement import measure_session
+from messnet.deployment.runtimes import GraphRunner, Runner, TorchRunner, load_graph, size_multiple
 from messnet.exit_policy import Policy
 from messnet.instance import ExitChoice, Instance
-from messnet.latency import device_name
+from messnet.latency import LatencyOptions, device_name
 from messnet.network.multi_exit import MultiExitNet
 from messnet.opening import open_run
 from messnet.tables import CostTable
@@ -111,14 +112,21 @@ def halved(net: MultiExitNet, instance: Instance, images: Sequence[np.ndarray]) 
     return replace(instance, name="half", setting="input_dependent", exits=(early, last))
 
 
-def in_turn(
-    pair: Sequence[Session], images: Sequence[np.ndarray], batch: int, rounds: int
-) -> list[list[tuple[list[Result], float]]]:
-    """Per session, per batch: the results and the time in ms, as sessions count it: from the normalised images to the
-    last labels; the median of the rounds, in which the sessions run in turn."""
+class Lap(NamedTuple):
+    """One batch through a session: the median of the rounds."""
+
+    results: list[Result]
+    ms: float
+    """As sessions count it, from the normalised images to the last labels."""
+    cpu_ms: float
+    """Of all the processor's threads, normalising included: other work on the machine hardly changes it."""
+
+
+def in_turn(pair: Sequence[Session], images: Sequence[np.ndarray], batch: int, rounds: int) -> list[list[Lap]]:
+    """Per session, per batch. The sessions run in turn, each batch and round beginning with another one."""
     batches = [list(images[i : i + batch]) for i in range(0, len(images), batch)]
     results: list[list[list[Result]]] = [[[] for _ in batches] for _ in pair]
-    laps: list[list[list[float]]] = [[[] for _ in batches] for _ in pair]
+    laps: list[list[list[tuple[float, float]]]] = [[[] for _ in batches] for _ in pair]
     for session in pair:
         for warm in batches[:WARM_UP]:
             session.predict(warm, batch_size=batch)
@@ -126,33 +134,50 @@ def in_turn(
         for b, members in enumerate(batches):
             for turn in range(len(pair)):
                 s = (b + turn + round) % len(pair)
+                start = time.process_time()
                 found = pair[s].predict(members, batch_size=batch)
-                laps[s][b].append(max(result.latency_ms for result in found))
+                cpu_ms = (time.process_time() - start) * 1000
+                laps[s][b].append((max(result.latency_ms for result in found), cpu_ms))
                 # Of a batch's logits each result would keep all.
                 results[s][b] = [replace(result, logits=torch.empty(0)) for result in found]
     return [
-        [(found, float(np.median(times))) for found, times in zip(*rows, strict=True)]
+        [Lap(found, *map(float, np.median(times, 0))) for found, times in zip(*rows, strict=True)]
         for rows in zip(results, laps, strict=True)
     ]
 
 
 def policy_ms(session: Session, image: np.ndarray, repeats: int) -> dict[int, float]:
-    """Median time of one decision at each exit that decides: with it less without it, in turn."""
+    """Median time of one decision at each exit that decides: with it less without it, in turn; where a runtime always
+    runs it, that of the decision's own graph on the exit's logits."""
     runner, found = session.runner, {}
     for position, choice in enumerate(session.instance.exits[:-1]):
         if choice.image_threshold is None:
             continue
+        live: Any = runner.start(image[None])
+        for before in session.instance.exits[:position]:
+            live = runner.advance(live, before.exit, logits=False).live
         laps: dict[bool, list[float]] = {True: [], False: []}
+        values = live.values
+        alone = _decision(session, runner.advance(live, choice.exit).logits, choice)
         for _ in range(repeats + 1):
             for decide in (True, False):
-                live: Any = runner.start(image[None])
-                for before in session.instance.exits[:position]:
-                    live = runner.advance(live, before.exit, logits=False).live
                 start = time.perf_counter()
-                runner.advance(live, choice.exit, pixel_threshold=choice.pixel_threshold if decide else None)
+                if alone is None:
+                    threshold = choice.pixel_threshold if decide else None
+                    runner.advance(replace(live, values=values), choice.exit, pixel_threshold=threshold)
+                elif decide:
+                    alone()
                 laps[decide].append((time.perf_counter() - start) * 1000)
         found[choice.exit_index] = max(0.0, float(np.median(laps[True][1:]) - np.median(laps[False][1:])))
     return found
+
+
+def _decision(session: Session, logits: Any, choice: ExitChoice) -> Any:
+    if session.runtime != "onnxruntime":
+        return None
+    graph = load_graph(policy_graph(session.policy, logits.shape[1]), "onnxruntime", "f32", session.runner.threads)
+    feeds = {"logits": logits, "pixel_threshold": np.array([choice.pixel_threshold], np.float32)}
+    return lambda: graph.run(feeds, ["confidence"])
 
 
 def measure(
@@ -161,15 +186,16 @@ def measure(
     images: Sequence[np.ndarray],
     batch: int,
     costs: CostTable,
-    expected: Sequence[Result] | None,
+    expected: Sequence[Result],
     where: str,
     rounds: int,
-) -> tuple[list[Figure], list[Result]]:
-    """Original model and instance over the images: the figures, and what the instance gave."""
+) -> list[Figure]:
+    """Original model and instance over the images."""
     instance = pair[1].instance
     original, ours = in_turn(pair, images, batch, rounds)
-    results = [result for found, _ in ours for result in found]
-    per_image = [sum(spent for _, spent in taken) / len(images) for taken in (original, ours)]
+    results = [result for lap in ours for result in lap.results]
+    per_image = [sum(lap.ms for lap in taken) / len(images) for taken in (original, ours)]
+    cpu = [sum(lap.cpu_ms for lap in taken) / len(images) for taken in (original, ours)]
     macs = dict(
         zip(
             [choice.exit_index for choice in instance.exits],
@@ -194,19 +220,47 @@ def measure(
         Figure(f"{where}_workload_reduction", workload, "x"),
         Figure(f"{where}_latency_reduction", latency, "x"),
         Figure(f"{where}_latency_over_workload", latency / workload, "ratio", 0.9),
+        Figure(f"{where}_original_cpu_ms", cpu[0], "ms"),
+        Figure(f"{where}_instance_cpu_ms", cpu[1], "ms"),
+        Figure(f"{where}_cpu_over_workload", cpu[0] / cpu[1] / workload, "ratio"),
     ]
     if batch == 1:
         each = policy_ms(pair[1], images[0], 10 * rounds)
         reached = {e: np.mean([result.exit_index >= e for result in results]) for e in each}
         deciding = sum(each[e] * reached[e] for e in each)
         figures.append(Figure(f"{where}_policy_share", deciding / per_image[1], "share", 0.03, at_least=False))
-    if expected is not None:
-        exits = np.mean([one.exit_index == other.exit_index for one, other in zip(results, expected, strict=True)])
-        pixels = np.mean([(one.labels == other.labels).mean() for one, other in zip(results, expected, strict=True)])
-        exact = ":" not in runtime
-        figures.append(Figure(f"{where}_equal_exits", float(exits), "share", 1.0 if exact else None))
-        figures.append(Figure(f"{where}_equal_pixels", float(pixels), "share", 0.999 if exact else None))
-    return figures, results
+    exits = np.mean([one.exit_index == other.exit_index for one, other in zip(results, expected, strict=True)])
+    pixels = np.mean([(one.labels == other.labels).mean() for one, other in zip(results, expected, strict=True)])
+    exact = ":" not in runtime
+    figures.append(Figure(f"{where}_equal_exits", float(exits), "share", 1.0 if exact else None))
+    figures.append(Figure(f"{where}_equal_pixels", float(pixels), "share", 0.999 if exact else None))
+    return figures
+
+
+def by_torch(net: MultiExitNet, instance: Instance, images: Sequence[np.ndarray]) -> list[Result]:
+    """What every runtime is compared with: torch, float32, image by image."""
+    session = Session(net, instance)
+    found = (session.predict([image])[0] for image in tqdm(images, desc="reference", mininterval=5))
+    return [replace(result, logits=torch.empty(0)) for result in found]
+
+
+def parts(runtime: str, session: Session, costs: CostTable, repeats: int) -> list[Figure]:
+    """At what rate the parts of the instance run, at the run's own image size: why less work is not as much less time.
+    A last stage's head counts with its segments; output and decisions have no multiply-accumulates."""
+    table = measure_session(session, costs, LatencyOptions(threads=session.runner.threads, repeats=repeats))
+    figures, begin = [], 0
+    for position, choice in enumerate(session.instance.exits):
+        segments, begin = table.segments[begin : choice.exit_index + 1], choice.exit_index + 1
+        head, last = table.heads[choice.exit], position == len(session.instance.exits) - 1
+        macs = [sum(part.macs for part in segments) + (head.macs if last else 0), head.macs]
+        times = [sum(part.latency_ms or 0.0 for part in segments), head.latency_ms or 0.0]
+        for name, work, ms in zip(("segments", "head"), macs, times, strict=True):
+            if ms:
+                figures.append(Figure(f"{runtime}_part_{name}{choice.exit_index}", work / ms / 1e6, "GMAC/s"))
+                figures.append(Figure(f"{runtime}_part_{name}{choice.exit_index}_ms", ms, "ms"))
+        output_ms = table.outputs[choice.exit_index].latency_ms or 0.0
+        figures.append(Figure(f"{runtime}_part_output{choice.exit_index}_ms", output_ms, "ms"))
+    return figures
 
 
 def throughput(runtime: str, pair: Sequence[Session], images: Sequence[np.ndarray]) -> list[Figure]:
@@ -254,8 +308,8 @@ def main() -> None:
         options.sizes, options.batches, options.rounds = options.sizes[:1], [1], 1
         options.images = options.images or 12
     blueprint, net, instance = restore_run(options.run, options.instance)
-    costs = CostTable.from_json((options.run / "profile.json").read_text())
-    val = open_run(options.run).dataset("val")
+    run = open_run(options.run)
+    costs, val = run.costs(), run.dataset("val")
     raw = [val[v].image for v in range(min(len(val), options.images or len(val)))]
     if options.half:
         height, width = (int(side) for side in options.sizes[0].split("x"))
@@ -267,20 +321,21 @@ def main() -> None:
     print(f"{device}, {options.threads} threads; {blueprint.model}, {instance.name}, {len(raw)} images")
     figures: list[Figure] = []
     reference: dict[str, list[Result]] = {}
-    for runtime in ["torch", *(r for r in options.runtimes if r != "torch")]:
+    for runtime in sorted(options.runtimes, key=lambda name: name.startswith("torch")):
         pair = sessions(net, graphs, [original, instance], runtime, options.threads)
         for size in options.sizes:
             height, width = (int(side) for side in size.split("x"))
             images = [cv2.resize(image, (width, height)) for image in raw]
+            if size not in reference:
+                reference[size] = by_torch(net, instance, images)
             for batch in options.batches:
                 where = f"{runtime}_{size}_b{batch}"
-                expected = reference.get(size)
-                found, results = measure(runtime, pair, images, batch, costs, expected, where, options.rounds)
-                reference.setdefault(size, results)
+                found = measure(runtime, pair, images, batch, costs, reference[size], where, options.rounds)
                 figures += found
                 show(found)
         if not options.quick:
-            found = throughput(runtime, pair, [cv2.resize(image, (480, 360)) for image in raw])
+            found = parts(runtime, pair[1], costs, 10 * options.rounds)
+            found += throughput(runtime, pair, [cv2.resize(image, (480, 360)) for image in raw])
             figures += found
             show(found)
     print()

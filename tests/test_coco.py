@@ -170,7 +170,9 @@ def test_damaged_annotations(root: Path) -> None:
         dataset[1]
     with pytest.raises(DataError, match=r"000000000003\.jpg: an annotation is 4 x 4 pixels but its image 60 x 40"):
         dataset[0]
-    for text in ("{", "[]", '{"images": [{}]}'):
+    whole = json.dumps(record)
+    cut = [whole[: len(whole) * k // 7] for k in range(1, 7)]
+    for text in ("{", "[]", '{"images": [{}]}', '{"images": []}', whole.replace("},", "}", 1), *cut):
         listing.write_text(text)
         with pytest.raises(DataError, match=r"cannot read .*instances_val2017\.json .* annotations_trainval2017\.zip"):
             open_coco(root, "val", is_training=False)
@@ -194,3 +196,15 @@ def test_what_is_missing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(DataError, match=r"drawn with pycocotools: pip install 'messnet\[data\]'"):
         open_coco(root, "train", is_training=True)
+
+
+def test_the_annotation_file_is_read_however_it_is_laid_out(root: Path) -> None:
+    listing = root / "annotations/instances_val2017.json"
+    plain = open_coco(root, "val", is_training=False)
+    record = json.loads(listing.read_text())
+    record = {"info": {"year": [2017]}, "licenses": [], **dict(reversed(record.items()))}
+    for indent, separators in ((None, (",", ":")), (3, (" ,", "\t: "))):
+        listing.write_text(f"\n {json.dumps(record, indent=indent, separators=separators)} \n")
+        other = open_coco(root, "val", is_training=False)
+        assert len(other) == len(plain)
+        assert all(np.array_equal(a.mask, b.mask) for a, b in zip(other, plain, strict=True))

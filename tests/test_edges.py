@@ -141,6 +141,6 @@ def test_opencv_counts_as_the_tensor_operators(radius: int, monkeypatch: pytest.
     mask[0, 0] = False
     views = (mask, mask[0], mask[..., 5:, ::2], mask.to(memory_format=torch.channels_last))
     by_opencv = [operator(view, radius) for view in views for operator in (thicken, window_majority)]
-    monkeypatch.setattr(edges, "_opencv_reads", lambda mask: False)
+    monkeypatch.setattr(edges, "on_processor", lambda tensor: False)
     by_tensors = [operator(view, radius) for view in views for operator in (thicken, window_majority)]
     assert all(torch.equal(a, b) for a, b in zip(by_opencv, by_tensors, strict=True))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -99,61 +100,122 @@ def certified(seed: int, epsilon: float, delta: float, num_calibration: int = 80
     return after, path.index(after.instance.exits), len(path) - 1
 
 
-@pytest.mark.parametrize("num_images", [1, 2, 7, 50, 333, 5000])
-def test_p_values_equal_scipy(num_images: int) -> None:
+def promise(epsilon: float, delta: float = 0.1) -> Guarantee:
+    return Guarantee(epsilon=epsilon, delta=delta)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 7, 50, 333])
+def test_p_values_by_the_gamblers_hand(num_images: int) -> None:
+    """Image by image as Bates et al. write it, in Python, the means and variances by NumPy from scratch."""
     draw = np.random.default_rng(num_images)
-    for epsilon in (0.001, 0.01, 0.1, 0.5, 0.97):
+    for epsilon, delta in ((0.001, 0.5), (0.01, 0.1), (0.1, 0.01), (0.5, 0.1), (0.97, 0.1)):
         for losses in (np.zeros(num_images), draw.beta(0.1, 2, num_images), draw.random(num_images) < epsilon / 2):
-            mean = np.mean(losses)
-            below = min(mean, epsilon)
-            hoeffding = np.exp(-num_images * (rel_entr(below, epsilon) + rel_entr(1 - below, 1 - epsilon)))
-            bentkus = np.e * binom.cdf(np.ceil(np.sum(losses)), num_images, epsilon)
-            expected = min(1, hoeffding, bentkus)
-            assert p_value(losses.astype(float), epsilon) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+            capital = richest = 1.0
+            means: list[float] = []
+            variance = 0.25
+            for i, loss in enumerate(losses.astype(float)):
+                bet = min(1.0, math.sqrt(2 * math.log(1 / delta) / (num_images * variance)))
+                capital *= 1 - bet * (loss - epsilon)
+                richest = max(richest, capital)
+                means.append(np.mean([0.5, *losses[: i + 1]]))
+                variance = np.mean([0.25, *(losses[: i + 1] - means) ** 2])
+            assert p_value(losses.astype(float), promise(epsilon, delta)) == pytest.approx(1 / richest, rel=1e-9)
 
 
 def test_p_values_in_closed_form() -> None:
-    assert p_value(np.zeros(100), 0.05) == pytest.approx(0.95**100, rel=1e-12)
-    assert p_value(np.ones(10), 0.3) == 1
-    assert p_value(np.full(10, 0.3), 0.3) == 1
-    assert p_value(np.array([0, 0, 0.5]), 0.6) == pytest.approx((0.6 * 6) ** 0.5 * (0.4 * 6 / 5) ** 2.5, rel=1e-12)
-    tail = sum(math.comb(100, k) * 0.2**k * 0.8 ** (100 - k) for k in range(11))
-    assert p_value(np.repeat([1.0, 0.0], [10, 90]), 0.2) == pytest.approx(math.e * tail, rel=1e-12)
+    for loss in (0, 0.3, 1):  # one image: all is staked
+        assert p_value(np.array([loss]), promise(0.4)) == pytest.approx(min(1, 1 / (1.4 - loss)), rel=1e-12)
+    second = math.sqrt(2 * math.log(10) / 2 / ((0.25 + (0.2 - 0.35) ** 2) / 2))
+    assert second > 1
+    assert p_value(np.array([0.2, 0.1]), promise(0.4)) == pytest.approx(1 / (1.2 * 1.3), rel=1e-12)
+    bets = np.array(_bets_without_loss(40, 40))  # they grow up to 1
+    assert bets[0] == math.sqrt(2 * math.log(10) / 40 / 0.25) < 1 == bets[-1]
+    expected = 1 / np.prod(1 + 0.05 * bets)
+    assert p_value(np.zeros(40), promise(0.05)) == pytest.approx(expected, rel=1e-12)
+    assert p_value(np.ones(10), promise(0.3)) == 1
+    assert p_value(np.full(10, 0.3), promise(0.3)) == 1
+    largest = np.prod(1 + 0.2 * np.array(_bets_without_loss(20, 100)))  # on the way, not at the end, counts
+    assert p_value(np.repeat([0.0, 1.0], [20, 80]), promise(0.2)) == pytest.approx(1 / largest, rel=1e-12)
 
 
-@pytest.mark.parametrize("num_images", [1, 5, 40, 200])
+def _bets_without_loss(seen: int, num_images: int) -> list[float]:
+    variances = [sum(0.25 / j**2 for j in range(1, i + 2)) / (i + 1) for i in range(seen)]
+    return [min(1, math.sqrt(2 * math.log(10) / num_images / v)) for v in variances]
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("delta", [0.05, 0.1, 0.5])
+def test_a_p_value_is_valid_exactly(epsilon: float, delta: float) -> None:
+    """P(p <= u) <= u for every u, over all 2^11 sequences of losses of 0 and 1 whose expectation is just epsilon, and
+    over all 3^7 of losses of 0, 2 epsilon and 1."""
+    for values, chances, n in (
+        ([0, 1], [1 - epsilon, epsilon], 11),
+        ([0, 2 * epsilon, 1], [0.5 - epsilon / 4, 0.5 - epsilon / 4, epsilon / 2], 7),
+    ):
+        chances = np.array(chances) / np.sum(chances)
+        index = np.array(list(product(range(len(values)), repeat=n)))
+        expected = float(chances @ values)
+        found = np.array([p_value(np.array(values, float)[row], promise(expected, delta)) for row in index])
+        order = np.argsort(found)
+        mass = chances[index].prod(1)[order].cumsum()
+        last_of_equals = np.append(np.diff(found[order]) > 0, True)
+        assert (mass <= found[order] * (1 + 1e-9))[last_of_equals].all()
+
+
+@pytest.mark.parametrize("num_images", [40, 300])
 @pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.4])
 def test_a_p_value_is_valid(num_images: int, epsilon: float) -> None:
-    """P(p <= u) <= u for every u when the expected loss is just epsilon: exactly for losses of 0 and 1, and drawn."""
-    num_lost = np.arange(num_images + 1)
-    values = np.array([p_value(np.arange(num_images) < k, epsilon) for k in num_lost])
-    assert (np.diff(values) >= 0).all()
-    chances = binom.cdf(num_lost, num_images, epsilon)  # of a p-value this small
-    assert (chances <= values * (1 + 1e-9)).all()
+    """The same, drawn, for more images: losses that spread widely, hardly, and hardly but for rare losses of 1."""
+    draw, num_draws = np.random.default_rng(0), 1000
+    for spread in (1, 50):
+        a, b = spread * epsilon, spread * (1 - epsilon)
+        values = np.array([p_value(draw.beta(a, b, num_images), promise(epsilon)) for _ in range(num_draws)])
+        for u in (0.01, 0.05, 0.1, 0.3):
+            assert (values <= u).sum() <= binom.ppf(0.9999, num_draws, u)
+    rare = np.where(draw.random((num_draws, num_images)) < epsilon / 3, 1, epsilon * 2 / 3 / (1 - epsilon / 3))
+    values = np.array([p_value(row, promise(epsilon)) for row in rare])
+    assert (values <= 0.1).sum() <= binom.ppf(0.9999, num_draws, 0.1)
 
-    draw, num_draws = np.random.default_rng(0), 2000
-    values = np.array([p_value(draw.beta(epsilon, 1 - epsilon, num_images), epsilon) for _ in range(num_draws)])
-    for u in (0.01, 0.05, 0.1, 0.3):
-        assert (values <= u).sum() <= binom.ppf(0.9999, num_draws, u)
+
+def test_it_certifies_more_than_hoeffding_and_bentkus_where_losses_are_small() -> None:
+    draw, guarantee = np.random.default_rng(0), promise(0.05)
+    won = lost = 0
+    for _ in range(200):
+        losses = draw.beta(0.5, 0.5 / 0.02 - 0.5, 100)
+        ours, theirs = p_value(losses, guarantee) <= 0.1, _hoeffding_bentkus(losses, 0.05) <= 0.1
+        won, lost = won + (ours and not theirs), lost + (theirs and not ours)
+    assert won > 100
+    assert lost == 0
 
 
-def test_p_values_are_monotone() -> None:
+def _hoeffding_bentkus(losses: NDArray, epsilon: float) -> float:
+    num_images, mean = len(losses), min(losses.mean(), epsilon)
+    hoeffding = np.exp(-num_images * (rel_entr(mean, epsilon) + rel_entr(1 - mean, 1 - epsilon)))
+    return float(min(1, hoeffding, np.e * binom.cdf(np.ceil(losses.sum()), num_images, epsilon)))
+
+
+def test_p_values_fall_with_epsilon() -> None:
     losses = np.random.default_rng(0).beta(0.2, 3, 60)
-    in_epsilon = [p_value(losses, epsilon) for epsilon in np.linspace(0.01, 0.99, 50)]
-    assert all(a >= b for a, b in pairwise(in_epsilon))
-    in_loss = [p_value(np.minimum(losses * scale, 1), 0.2) for scale in np.linspace(0, 5, 50)]
-    assert all(a <= b for a, b in pairwise(in_loss))
+    values = [p_value(losses, promise(epsilon)) for epsilon in np.linspace(0.01, 0.99, 50)]
+    assert all(a >= b for a, b in pairwise(values))
+    assert values[0] == 1
+    assert values[-1] < 1e-6
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.01, 0.1), (0.05, 0.05), (0.3, 0.001)])
 def test_images_needed(epsilon: float, delta: float) -> None:
-    guarantee = Guarantee(epsilon=epsilon, delta=delta)
-    least = images_needed(0.0, guarantee)
-    assert p_value(np.zeros(least), epsilon) <= delta < p_value(np.zeros(least - 1), epsilon)
-    assert 1 - delta ** (1 / least) <= epsilon < 1 - delta ** (1 / (least - 1))
-    more = images_needed(epsilon / 3, guarantee)
-    assert p_value(np.full(more, epsilon / 3), epsilon) <= delta
+    guarantee = promise(epsilon, delta)
+    least = images_needed(np.zeros(1), guarantee)
+    assert least is not None
+    assert p_value(np.zeros(least), guarantee) <= delta < p_value(np.zeros(least - 1), guarantee)
+    all_staked = -math.log(delta) / math.log1p(epsilon)
+    assert all_staked <= least <= 1.05 * all_staked + 1
+    losses = np.array([0, 0.2, 1]) * epsilon  # mean 0.4 epsilon
+    more = images_needed(losses, guarantee)
+    assert more is not None
     assert more > least
+    assert p_value(np.resize(losses, more), guarantee) <= delta < p_value(np.resize(losses, more - 1), guarantee)
+    assert images_needed(np.full(3, epsilon * 0.9999999), guarantee) is None
 
 
 def test_the_certified_step_stops_at_the_first_that_is_not_rejected() -> None:
@@ -161,9 +223,9 @@ def test_the_certified_step_stops_at_the_first_that_is_not_rejected() -> None:
     means = [0.0, 0.001, 0.02, 0.2, 0.001]  # the last would pass, but is never tested
     losses = np.array([draw.beta(1, 1 / m - 1, 200) if m else np.zeros(200) for m in means])
     step, p = certified_step(losses, guarantee)
-    assert (step, p) == (2, p_value(losses[2], 0.1))
-    assert p_value(losses[4], 0.1) < 0.1 < p_value(losses[3], 0.1)
-    assert certified_step(losses[:, :20], guarantee) == (0, 0.0)  # 0.9^20 > 0.1
+    assert (step, p) == (2, p_value(losses[2], guarantee))
+    assert p_value(losses[4], guarantee) < 0.1 < p_value(losses[3], guarantee)
+    assert certified_step(losses[:, :20], guarantee) == (0, 0.0)  # 1.1^-20 > 0.1
 
 
 def test_losses_equal_those_of_images() -> None:
@@ -290,7 +352,7 @@ def test_what_is_certified_is_told() -> None:
     instance, (_, costs) = result.instance, population()
     assert 0 < step < length
     losses = loss_of(calibration, route(calibration, instance))
-    p = p_value(losses, 0.06)
+    p = p_value(np.random.default_rng(0).permutation(losses), Guarantee(epsilon=0.06, delta=0.1))
     assert p <= 0.1
     for words in (
         "expected loss of correct pixels against the final exit is <= 0.06 with probability >= 0.9",
@@ -316,9 +378,9 @@ def test_too_few_images_fall_back_to_the_final_exit() -> None:
     assert [choice.exit for choice in result.instance.exits] == [Exit(2, "final")]
     assert result.instance.selected_on["loss"] == 0
     assert "runs to the final exit and loses nothing" in result.certificate
-    assert f"no epsilon below {1 - 0.1 ** (1 / 30):.3g}" in result.certificate
-    assert "0.01 takes at least 230" in result.certificate
-    assert math.ceil(math.log(0.1) / math.log(0.99)) == 230
+    least = float(re.findall(r"30 calibration images can certify no epsilon below (0\.\d+)", result.certificate)[0])
+    assert p_value(np.zeros(30), promise(least + 0.001)) <= 0.1 < p_value(np.zeros(30), promise(least - 0.001))
+    assert f"0.01 takes at least {images_needed(np.zeros(1), promise(0.01))}," in result.certificate.replace(";", ",")
 
 
 def test_a_retreat_that_breaks_the_objective_says_so() -> None:
@@ -357,7 +419,7 @@ def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         return capsys.readouterr().out
 
     written = run / "instances" / "safe.json"
-    assert "at least 230" in search("--guarantee", "0.01", "0.1")
+    assert "at least 238" in search("--guarantee", "0.01", "0.1")
     assert [choice.head for choice in Instance.from_json(written.read_text()).exits] == ["final"]
     (lax,) = json.loads(search("--guarantee", "0.9", "0.5", "--json"))
     assert "<= 0.9 with probability >= 0.5 over the draw of 8 calibration images" in lax["certificate"]

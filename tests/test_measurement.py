@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from messnet.deployment import measurement
 from messnet.deployment.inference import Session
-from messnet.deployment.measurement import check_additivity, measure_session
+from messnet.deployment.measurement import check_additivity, measure_heads, measure_session
 from messnet.deployment.runtimes import TorchRunner
 from messnet.exit_policy import Policy
 from messnet.instance import Exit, ExitChoice, Instance
@@ -115,3 +115,40 @@ def test_a_session_is_measured_step_by_step(
     assert table.conditions == {**session.runner.conditions, "batch": 1}
     assert [part.macs for part in table.segments] == [part.macs for part in costs.segments]
     assert set(table.heads) == {choice.exit for choice in choices}
+
+
+def test_every_head_is_measured_in_a_runtime_of_graphs(
+    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only the parts move: segments take 10 ms, a decision 1, labels 2, each head its own time."""
+    now, asked = [0.0], []
+    monkeypatch.setattr("messnet.latency.time.perf_counter", lambda: now[0])
+    takes = {exit: 3.0 + number for number, exit in enumerate(small_net.exits)}
+
+    class Timed(TorchRunner):
+        def advance(self, live: Any, exit: Exit, **how: Any) -> Any:
+            now[0] += (10 + takes[exit] * how["logits"] + (how["pixel_threshold"] is not None)) / 1000
+            return super().advance(live, exit, **how)
+
+        def labels(self, *given: Any) -> Any:
+            now[0] += 0.002
+            return super().labels(*given)
+
+    def runner(net: MultiExitNet, instance: Instance, size: tuple[int, int], **how: Any) -> TorchRunner:
+        asked.append((size, how))
+        return Timed(net, Policy.parse(instance.policy))
+
+    monkeypatch.setattr(measurement, "graph_runner", runner)
+    table = measure_heads(small_net, costs, OPTIONS, runtime="onnxruntime", policy="entropy+native")
+    assert set(asked[0][1].items()) == {("runtime", "onnxruntime"), ("precision", "f32"), ("threads", 1)}
+    assert asked[0][0] == SIZE
+    final = small_net.exits[-1]
+    assert len(small_net.exits) > len(small_net.exit_points)  # several heads at an exit point
+    assert {exit: part.latency_ms for exit, part in table.heads.items()} == pytest.approx(
+        {exit: 0.0 if exit == final else ms for exit, ms in takes.items()}, abs=1e-6
+    )
+    segments = [part.latency_ms for part in table.segments]
+    assert segments == pytest.approx([10.0] * (len(segments) - 1) + [10 + takes[final]])
+    assert [part.latency_ms for part in table.policies] == pytest.approx([1.0] * len(table.policies))
+    assert [part.latency_ms for part in table.outputs] == pytest.approx([2.0] * len(table.outputs))
+    assert [part.macs for part in table.heads.values()] == [costs.heads[exit].macs for exit in table.heads]

@@ -1,8 +1,8 @@
 """Files are whole or not there, and a run directory knows what it is."""
 
 import json
-import time
 import os
+import time
 from pathlib import Path
 
 import pytest

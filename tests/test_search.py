@@ -19,6 +19,7 @@ from messnet.search.space import columns_of
 from messnet.tables import CostName, CostTable, ExitTables, PartCost
 
 ENGINE = importlib.import_module("messnet.search.engine")  # by attribute, messnet.search is the function
+FRONT = importlib.import_module("messnet.search.front")
 COST_NAMES: tuple[CostName, ...] = get_args(CostName)
 COMPLETE = Grid(num_image_thresholds=1000)
 
@@ -196,8 +197,8 @@ def test_tangents_and_batches_do_not_change_the_front(seed: int, monkeypatch: py
         costs = replace(costs, outputs=tuple(replace(part, macs=10 * part.macs) for part in costs.outputs))
     front = pareto_front(tables, costs, cost=cost, grid=COMPLETE)
     assert front.gap_miou == 0
-    for num_tangents, per_batch in ((1, 1), (3, 2), (100, 100)):
-        monkeypatch.setattr(ENGINE, "NUM_TANGENTS", num_tangents)
+    for bend, per_batch in ((1.0, 1), (0.01, 2), (0.0, 100)):
+        monkeypatch.setattr(FRONT, "BEND", bend)
         monkeypatch.setattr(ENGINE, "PER_BATCH", per_batch)
         assert pareto_front(tables, costs, cost=cost, grid=COMPLETE).points == front.points
 

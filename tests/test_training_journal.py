@@ -51,6 +51,7 @@ def test_a_resumed_curve_is_the_uninterrupted_one(tmp_path: Path, stage: str) ->
     assert iterations == {"pretrain": [2, 4, 6], "distill": [2, 4]}[stage]
     final = "final" if stage == "pretrain" else "exit1"
     assert all(0 <= float(row[f"miou.{final}"]) <= 1 and float(row[f"loss.{final}"]) > 0 for row in rows(path))
+    assert all(all(row.values()) for row in rows(path))  # the exits that had their turn between two rows too
 
 
 def test_the_curves_exits_are_the_schemes(tmp_path: Path) -> None:

@@ -18,10 +18,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["canny_edges", "label_boundary", "thicken", "window_majority", "window_median", "window_sum"]
+__all__ = [
+    "canny_edges",
+    "label_boundary",
+    "on_processor",
+    "thicken",
+    "window_majority",
+    "window_median",
+    "window_sum",
+]
 
 MEDIAN_CHUNK = 1 << 22
 """Window elements that ``window_median`` sorts at once: 16 MiB of float32."""
+
+
+def on_processor(tensor: Tensor) -> bool:
+    """Whether NumPy may read it: a plain tensor of the CPU, and no graph is being recorded."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def label_boundary(labels: Tensor) -> Tensor:
@@ -52,7 +65,7 @@ def canny_edges(labels: Tensor) -> Tensor:
 
 def thicken(mask: Tensor, radius: int) -> Tensor:
     """Dilation by a square of side ``2 * radius + 1``. ``mask`` bool (..., H, W) -> bool; nothing beyond the border."""
-    if _opencv_reads(mask):
+    if on_processor(mask):
         square = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
         return _map_by_map(mask, lambda one: cv2.dilate(one, square))
     # A pixel is set where its window counts anything: the sum costs the same for any radius, max_pool2d does not.
@@ -70,7 +83,7 @@ def window_majority(mask: Tensor, radius: int) -> Tensor:
     exactly, ties included, for every c and th (method.md section 7).
     """
     side, half = 2 * radius + 1, (2 * radius + 1) ** 2 // 2
-    if _opencv_reads(mask):
+    if on_processor(mask):
         return _map_by_map(mask, lambda one: _box_count(one, side) > half)
     return window_sum(mask.float(), radius) > half
 
@@ -116,11 +129,6 @@ def _window_sum(counts: Tensor, radius: int) -> Tensor:
     rows = running[..., side:] - running[..., :-side]
     running = F.pad(rows.cumsum(-2), (0, 0, 1, 0))
     return running[..., side:, :] - running[..., :-side, :]
-
-
-def _opencv_reads(mask: Tensor) -> bool:
-    """A plain tensor of the CPU, and no graph is being recorded."""
-    return type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _map_by_map(mask: Tensor, operator: Callable[[NDArray[np.uint8]], Any]) -> Tensor:

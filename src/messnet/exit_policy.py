@@ -8,6 +8,9 @@
 The posters write M = erode(cannyEdge(y), s_i). Eroding lines one pixel thin leaves nothing; eroding their complement
 is meant, so here the edges are thickened. Evaluation and the running network call the same functions.
 
+Tensor operators define every form. On the processor the native one is counted in one compiled pass (``exit_kernel``),
+and by tensor operators where that pass cannot tell how they would decide: the counts are equal, always.
+
 Rivals, to compare with, make c_img of the map otherwise, without a pixel threshold and without edge refinement: see
 ``Pooling``.
 """
@@ -19,13 +22,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never, cast, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from messnet.edges import canny_edges, label_boundary, thicken, window_majority, window_median, window_sum
+from messnet.edges import (
+    canny_edges,
+    label_boundary,
+    on_processor,
+    thicken,
+    window_majority,
+    window_median,
+    window_sum,
+)
 from messnet.errors import RecipeError
+from messnet.exit_kernel import confident_share
 
 __all__ = [
     "Confidence",
@@ -124,19 +137,19 @@ def image_confidence(
     """
     if policy.pooling != "share":
         return _pooled(logits, output_stride, policy)[:, None].repeat(1, len(pixel_thresholds))
-    confidence, near_edge, radius = _map_and_edges(logits, output_stride, input_size, policy)
-    thresholds = torch.as_tensor(pixel_thresholds, dtype=torch.float32, device=logits.device)
-    # Input-resolution maps are os_i^2 times larger: one threshold at a time bounds the memory.
-    groups = torch.split(thresholds, 1) if policy.refinement == "paper" else (thresholds,)
-    shares = []
-    for group in groups:
-        confident = confidence[:, None] >= group[:, None, None]  # (N, T, h, w)
-        if near_edge is not None:
-            refined = near_edge[:, None]  # by logic: ONNX Runtime has no torch.where of booleans
-            confident = (refined & window_majority(confident, radius)) | (~refined & confident)
-        # An integer count and a division in float64 give every device, batch and runtime the same float32.
-        shares.append((confident.sum((2, 3)).double() / confidence[0].numel()).float())
-    return torch.cat(shares, 1)
+    if policy.refinement == "paper" or not on_processor(logits):
+        return _shares(logits, output_stride, input_size, pixel_thresholds, policy)
+    found, certain = confident_share(
+        logits.detach().float().numpy(),
+        np.ascontiguousarray(pixel_thresholds, np.float32),
+        entropy=policy.confidence == "entropy",
+        refine=policy.refinement == "native",
+    )
+    shares = torch.from_numpy(found)
+    if not all(certain.tolist()):
+        doubtful = torch.from_numpy(~certain)
+        shares[doubtful] = _shares(logits[doubtful], output_stride, input_size, pixel_thresholds, policy)
+    return shares
 
 
 def refined_confidence_map(
@@ -154,10 +167,37 @@ def refined_confidence_map(
 def should_exit(image_confidence: Tensor, image_threshold: float) -> Tensor:
     """c_img >= th_img: (N,) float32 -> (N,) bool.
 
-    Compared in float64, as NumPy compares a float32 table with float64 thresholds. PyTorch, and NumPy with a Python
-    float, would round the threshold to float32 first, and an image just below it might exit here but not in the search.
+    Compared as float64, as NumPy compares a float32 table with float64 thresholds: with the least float32 that reaches
+    the threshold. PyTorch, and NumPy with a Python float, would round the threshold to the nearest, and an image just
+    below it might exit here but not in the search.
     """
-    return image_confidence.double() >= image_threshold
+    least = np.float32(image_threshold)
+    if float(least) < image_threshold:
+        least = np.nextafter(least, np.float32(np.inf))
+    return image_confidence >= float(least)
+
+
+def _shares(
+    logits: Tensor,
+    output_stride: int,
+    input_size: tuple[int, int],
+    pixel_thresholds: Tensor | NDArray[Any] | Sequence[float],
+    policy: Policy,
+) -> Tensor:
+    """``image_confidence`` of the share of confident pixels, by tensor operators."""
+    thresholds = torch.as_tensor(pixel_thresholds, dtype=torch.float32, device=logits.device)
+    confidence, near_edge, radius = _map_and_edges(logits, output_stride, input_size, policy)
+    # Input-resolution maps are os_i^2 times larger: one threshold at a time bounds the memory.
+    groups = torch.split(thresholds, 1) if policy.refinement == "paper" else (thresholds,)
+    shares = []
+    for group in groups:
+        confident = confidence[:, None] >= group[:, None, None]  # (N, T, h, w)
+        if near_edge is not None:
+            refined = near_edge[:, None]  # by logic: ONNX Runtime has no torch.where of booleans
+            confident = (refined & window_majority(confident, radius)) | (~refined & confident)
+        # An integer count and a division in float64 give every device, batch and runtime the same float32.
+        shares.append((confident.sum((2, 3)).double() / confidence[0].numel()).float())
+    return torch.cat(shares, 1)
 
 
 def _map_and_edges(

@@ -9,7 +9,8 @@ out. Unlike there, crowd regions are void by default: inside of them nobody drew
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ __all__ = ["COCO_CATEGORIES", "CocoOptions", "decode_rle", "open_coco"]
 
 COCO_CATEGORIES = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 """COCO's category ids of VOC's classes 1 to 20."""
+_SPACES = re.compile(r"\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +49,23 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
     base = find_root(
         root, ("", "coco", "COCO"), listing, download=f"it from annotations_trainval2017.zip beside {split}2017/"
     )
+    images: dict[int, str] = {}
+    kept: dict[int, list[bytes]] = {}
+    areas: dict[int, float] = {}
+    missing = {"images", "annotations"}
     try:
-        with open(base / listing, "rb") as file:
-            record = json.load(file)
-        images = {int(image["id"]): str(image["file_name"]) for image in record["images"]}
-        kept: dict[int, list[Any]] = {}
-        areas: dict[int, float] = {}
-        for annotation in record["annotations"]:
-            _keep(annotation, options, kept, areas)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, entry in _entries((base / listing).read_text(encoding="utf-8")):
+            missing.discard(name)
+            if name == "images":
+                images[int(entry["id"])] = str(entry["file_name"])
+            elif name == "annotations":
+                _keep(entry, options, kept, areas)
+        if missing:
+            raise KeyError(*sorted(missing))
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"cannot read {base / listing} ({error!r}): unpack annotations_trainval2017.zip again"
         ) from error
-    del record
     ids = sorted(images)
     if is_training:
         ids = [key for key in ids if areas.get(key, 0) > options.min_pixels]
@@ -69,15 +75,44 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
     if folder is None:
         raise DataError(f"no folder {base / f'{split}2017'}: expected the images, from {split}2017.zip")
     paths = expect_files("image", [images[key] for key in ids], list_files(folder), folder)
-    # Bytes: a hundred thousand nested lists would be copied page by page into every worker.
-    labels = [json.dumps(kept.get(key, []), separators=(",", ":")).encode() for key in ids]
+    labels = [b"[%s]" % b",".join(kept.pop(key, ())) for key in ids]
     return FileDataset(list(zip(paths, labels, strict=True)), draw, class_names=VOC_CLASSES, palette=voc_palette())
 
 
+def _entries(text: str) -> Iterator[tuple[str, Any]]:
+    """(name, element) of the lists in a JSON object, and (name, value) of the rest, one after the other: read at once,
+    COCO's file takes several times its size in memory. Raises ValueError or IndexError when it is no JSON object."""
+    decode = json.JSONDecoder().raw_decode
+    k = _past("{", text, 0)
+    while text[k] != "}":
+        name, k = decode(text, k)
+        k = _past(":", text, k)
+        if text[k] != "[":
+            value, k = decode(text, k)
+            yield name, value
+        else:
+            k = _past("[", text, k)
+            while text[k] != "]":
+                value, k = decode(text, k)
+                yield name, value
+                k = _past(",]", text, k, stay_at="]")
+            k += 1
+        k = _past(",}", text, k, stay_at="}")
+
+
+def _past(marks: str, text: str, k: int, stay_at: str = "") -> int:
+    """Where ``text`` goes on after one of ``marks``, which may stand in spaces; at it if it is ``stay_at``."""
+    k = _SPACES.match(text, k).end()  # type: ignore[union-attr]
+    if text[k] not in marks:
+        raise ValueError(f"expected one of {marks!r} at character {k}, got {text[k]!r}")
+    return k if text[k] == stay_at else _SPACES.match(text, k + 1).end()  # type: ignore[union-attr]
+
+
 def _keep(
-    annotation: dict[str, Any], options: CocoOptions, kept: dict[int, list[Any]], areas: dict[int, float]
+    annotation: dict[str, Any], options: CocoOptions, kept: dict[int, list[bytes]], areas: dict[int, float]
 ) -> None:
-    """Adds [class index, segmentation] to what the image has, if VOC knows the category."""
+    """Adds [class index, segmentation] to what the image has, if VOC knows the category. As JSON: a hundred thousand
+    nested lists would be copied page by page into every worker."""
     if annotation["category_id"] not in COCO_CATEGORIES:
         return
     label = 1 + COCO_CATEGORIES.index(annotation["category_id"])
@@ -86,7 +121,8 @@ def _keep(
     else:
         image = int(annotation["image_id"])
         areas[image] = areas.get(image, 0) + float(annotation["area"])
-    kept.setdefault(int(annotation["image_id"]), []).append([label, annotation["segmentation"]])
+    region = json.dumps([label, annotation["segmentation"]], separators=(",", ":")).encode()
+    kept.setdefault(int(annotation["image_id"]), []).append(region)
 
 
 def draw(annotations: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:

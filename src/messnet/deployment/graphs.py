@@ -17,9 +17,11 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +31,12 @@ from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet
 
-__all__ = ["OPSET", "OUTPUT", "make_graphs", "output_graph", "policy_graph", "stage_name"]
+__all__ = ["OPSET", "OUTPUT", "leading_to", "make_graphs", "output_graph", "policy_graph", "stage_name"]
 
 OPSET = 20
 IR_VERSION = 10
 OUTPUT = "output"
+_BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others have
 
 
 def stage_name(position: int) -> str:
@@ -67,6 +70,7 @@ def make_graphs(
                 f"exit {exit.exit_index} cannot be written as an ONNX graph "
                 f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}); its weights run with torch"
             ) from error
+        _widen_thin_maps(part.graph)
         keep = [output.name for output in part.graph.output]
         whole = compose.merge_models(
             compose.add_prefix(part, "net/", rename_inputs=False, rename_outputs=False),
@@ -77,6 +81,28 @@ def make_graphs(
         graphs[stage_name(position)] = _serialised(onnx, whole)
         live, start = following, exit.exit_index + 1
     return {**graphs, OUTPUT: output_graph()}
+
+
+def leading_to(graph: bytes, outputs: Sequence[str]) -> bytes:
+    """The part of a graph that ``outputs`` come from, nothing else. Raises ModelError without the package onnx."""
+    onnx, _ = _packages()
+    model = onnx.load_from_string(graph)
+    needed, kept = {*outputs}, []
+    for node in reversed(model.graph.node):
+        if needed & {*node.output}:
+            needed |= {name for name in node.input if name}
+            kept.append(node)
+    parts = (
+        (model.graph.node, kept[::-1]),
+        (model.graph.input, [one for one in model.graph.input if one.name in needed]),
+        (model.graph.initializer, [one for one in model.graph.initializer if one.name in needed]),
+        (model.graph.output, [one for one in model.graph.output if one.name in outputs]),
+    )
+    for field, left in parts:
+        del field[:]
+        field.extend(left)
+    data: bytes = model.SerializeToString()
+    return data
 
 
 class _Stage(nn.Module):
@@ -116,6 +142,38 @@ def _exported(stage: _Stage, live: tuple[Tensor, ...], num_next: int) -> Any:
     model = program.model_proto
     model.ir_version = IR_VERSION
     return model
+
+
+def _widen_thin_maps(graph: Any) -> None:
+    """Gives maps between two convolutions zero channels up to ``_BLOCK``; what comes of them is the same.
+
+    ONNX Runtime computes in blocks of so many channels, and takes 3 to 10 times as long for a map of fewer.
+    """
+    from onnx import numpy_helper
+
+    weights = {one.name: one for one in graph.initializer}
+    outputs = {output.name for output in graph.output}
+    users: dict[str, list[Any]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            users[name].append(node)
+    for node in graph.node:
+        made, following = node.output[0], users[node.output[0]]
+        between = all(_is_plain_convolution(one, weights) for one in (node, *following)) and following
+        if not between or made in outputs or (channels := weights[node.input[1]].dims[0]) >= _BLOCK:
+            continue
+        widened = [(name, 0) for name in node.input[1:]] + [(one.input[1], 1) for one in following]
+        if any(len(users[name]) > 1 for name, _ in widened):
+            continue
+        for name, axis in widened:
+            values = numpy_helper.to_array(weights[name])
+            margins = [(0, _BLOCK - channels if k == axis else 0) for k in range(values.ndim)]
+            weights[name].CopyFrom(numpy_helper.from_array(np.pad(values, margins), name))
+
+
+def _is_plain_convolution(node: Any, weights: Mapping[str, Any]) -> bool:
+    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    return node.op_type == "Conv" and groups == 1 and all(name in weights for name in node.input[1:])
 
 
 def _serialised(onnx: Any, model: Any) -> bytes:

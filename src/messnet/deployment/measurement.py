@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from messnet.deployment.inference import Session
-from messnet.deployment.runtimes import Live
+from messnet.deployment.loading import graph_runner
+from messnet.deployment.runtimes import DTYPES, Live, RuntimeName
 from messnet.instance import Exit, ExitChoice, Instance
 from messnet.latency import LatencyOptions, Stopwatch, device_name, num_threads
 from messnet.measurements import Gallery
@@ -21,7 +22,15 @@ from messnet.network.multi_exit import MultiExitNet
 from messnet.tables import CostTable, PartCost, mean_iou
 from messnet.workload import copy_module
 
-__all__ = ["Running", "check_additivity", "device_in_words", "make_gallery", "measure_session", "run_side_by_side"]
+__all__ = [
+    "Running",
+    "check_additivity",
+    "device_in_words",
+    "make_gallery",
+    "measure_heads",
+    "measure_session",
+    "run_side_by_side",
+]
 
 WARM_UP_IMAGES = 3
 MAX_EXITS = 4  # of a random instance
@@ -172,6 +181,41 @@ def measure_session(session: Session, workload: CostTable, options: LatencyOptio
         conditions={**runner.conditions, "batch": 1},
         additivity={},
         provenance={**workload.provenance, "policy": session.policy.name, "measured": time.strftime("%Y-%m-%d")},
+    )
+
+
+def measure_heads(
+    net: MultiExitNet, workload: CostTable, options: LatencyOptions, *, runtime: RuntimeName, policy: str
+) -> CostTable:
+    """``workload`` with what every part of ``net`` takes in a runtime of graphs, so that a search can read it.
+
+    Instances that hold a head of every exit point each are measured as ``measure_session`` does, until all heads have
+    been; graphs are made of each, which takes seconds an exit. What they share is the mean over them. ``net`` is on the
+    processor in float32. Raises ModelError for a network or ``policy`` without graphs, or without the runtime.
+    """
+    heads = [[exit for exit in net.exits if exit.exit_index == index] for index in range(net.num_exits)]
+    precision = next(name for name, dtype in DTYPES.items() if dtype == options.dtype)
+    tables = []
+    for turn in range(max(map(len, heads))):
+        exits = [ofone[turn % len(ofone)] for ofone in heads if ofone]
+        choices = tuple(ExitChoice(exit_index=exit.exit_index, head=exit.head) for exit in exits)
+        instance = Instance(name="every exit", setting="anytime", exits=choices, policy=policy)
+        runner = graph_runner(
+            net, instance, workload.input_size, runtime=runtime, precision=precision, threads=options.threads
+        )
+        tables.append(measure_session(Session(runner, instance), workload, options))
+
+    def mean(parts: Sequence[PartCost]) -> PartCost:
+        times = np.array([(part.latency_ms, part.latency_p95_ms) for part in parts], np.float64).mean(0)
+        return replace(parts[0], latency_ms=float(times[0]), latency_p95_ms=float(times[1]))
+
+    measured = {exit: [table.heads[exit] for table in tables if exit in table.heads] for exit in net.exits}
+    return replace(
+        tables[0],
+        segments=tuple(map(mean, zip(*(table.segments for table in tables), strict=True))),
+        heads={exit: mean(parts) for exit, parts in measured.items()},
+        policies=tuple(map(mean, zip(*(table.policies for table in tables), strict=True))),
+        outputs=tuple(map(mean, zip(*(table.outputs for table in tables), strict=True))),
     )
 
 

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from messnet.deployment.graphs import stage_name
+from messnet.deployment.graphs import leading_to, stage_name
+from messnet.deployment.planes import normalised_planes
 from messnet.deployment.upsampling import upsampled_labels
 from messnet.errors import ModelError, RecipeError
 from messnet.exit_policy import Policy, image_confidence
@@ -306,7 +307,7 @@ class GraphRunner:
         return self._multiple
 
     def start(self, images: NDArray[np.uint8]) -> Live:
-        return Live((normalise(images).numpy(),), (images.shape[1], images.shape[2]))
+        return Live((normalised_planes(images),), (images.shape[1], images.shape[2]))
 
     def advance(
         self, live: Live, exit: Exit, *, pixel_threshold: float | None = None, logits: bool = True, keep: bool = True
@@ -360,24 +361,34 @@ class Graph(Protocol):
 
 
 class _OnnxRuntimeGraph:
+    """ONNX Runtime runs a graph whole, whatever is asked for (its ``only_execute_path_to_fetches`` left nothing out in
+    1.31), so segments that are wanted without their head are a graph of their own, loaded when first asked for."""
+
     def __init__(self, data: bytes, threads: int) -> None:
-        ort = _onnxruntime()
-        self.version: str = ort.__version__
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        self._ort = _onnxruntime()
+        self.version: str = self._ort.__version__
+        self._data, self._threads = data, threads
+        self._whole = self._session(data)
+        self._headless: Any = None
+        self._lock = threading.Lock()
+        self.outputs = tuple(one.name for one in self._whole.get_outputs())
+
+    def _session(self, data: bytes) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
         options.log_severity_level = 3
         # Threads of several sessions that wait for work by spinning take each other's processors.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        self._options = ort.RunOptions()
-        self._options.only_execute_path_to_fetches = True
-        self._inputs = [one.name for one in self._session.get_inputs()]
-        self.outputs = tuple(one.name for one in self._session.get_outputs())
+        return self._ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(self, feeds: Mapping[str, NDArray[Any]], wanted: Sequence[str]) -> list[NDArray[Any]]:
-        given = {name: feeds[name] for name in self._inputs}
+        session = self._whole
+        if all(name.startswith("next") for name in wanted):
+            with self._lock:
+                self._headless = session = self._headless or self._session(leading_to(self._data, wanted))
+        given = {one.name: feeds[one.name] for one in session.get_inputs()}
         try:
-            found: list[NDArray[Any]] = self._session.run(list(wanted), given, self._options)
+            found: list[NDArray[Any]] = session.run(list(wanted), given)
         except Exception as error:
             raise _graph_error("ONNX Runtime", error, given) from error
         return found

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,14 +39,15 @@ from tqdm import tqdm
 
 from messnet.search import kernels
 from messnet.search.bounds import MARGIN, bound_triples
-from messnet.search.problem import MEAN, WHOLE_MAX, WHOLE_SUM, WORST, Found, Problem
+from messnet.search.cells import FINE, Form, bound_choices, classes_of, fill_ranges, form_at, look_at
+from messnet.search.choices import Choices, nothing, try_choice, wanted
+from messnet.search.front import sweep
+from messnet.search.problem import MEAN, Found, Problem
 from messnet.search.tangent import NO_TANGENT, tangent_at
 from messnet.tables import FloatArray, IntArray
 
 __all__ = ["Engine", "Outcome", "Region", "try_choice"]
 
-CAPACITY = 1 << 16  # points of a front
-NUM_TANGENTS = 8  # of a whole front
 MANY_LEFT = 20_000  # choices for which a bound at another price pays
 NUM_SEEDS = 256  # choices evaluated before any is bounded
 PER_BATCH = 8  # choices that a worker evaluates between two looks at the clock
@@ -76,39 +77,39 @@ class Outcome:
     """Relative: no instance within the limits costs less than (1 - gap) times the best one. 0: optimal."""
     gap_miou: float
     """No instance within the limits has a larger mIoU by more; over a front, at any cost. 0: optimal."""
+    exact_from: float = -1.0
+    """A front is exact at this mIoU and above."""
 
 
-class _Choices(NamedTuple):
-    """Choices of three exits that are not done, and their lines against one tangent."""
-
-    exits: IntArray
-    """(n, 3): last, middle, first."""
-    bounds: FloatArray
-    """(n, prices): largest l - mu cost + remainder."""
-    base: float
-    """The tangent's mIoU."""
-    prices: list[float]
-    """mu, mIoU per unit of the objective's cost."""
-    least: float
-    """The bounds hold for instances of at least this mIoU, and are to settle those below ``most``."""
-    most: float
-
-
-class _OutOfTimeError(Exception):
+class OutOfTimeError(Exception):
     """Time is up."""
 
 
 class Engine:
     """One search. ``run`` once."""
 
-    def __init__(self, problem: Problem, region: Region, *, max_exits: int, time_limit: float | None, progress: bool):
+    def __init__(
+        self,
+        problem: Problem,
+        region: Region,
+        *,
+        max_exits: int,
+        time_limit: float | None,
+        progress: bool,
+        precision: float = 0.0,
+    ):
+        self.precision = precision  # mIoU; what is above a front by less need not be found
         self.problem, self.region, self.max_exits, self.progress = problem, region, max_exits, progress
         self.arrays = problem.arrays
         self.deadline = np.inf if time_limit is None else time.monotonic() + time_limit
-        self.found, self.num_evaluated = _nothing(), 0
+        self.found, self.num_evaluated = nothing(), 0
         self.near: dict[tuple[int, ...], tuple[float, float, int]] = {}
-        self.static = _nothing()
-        self.tangent, self.tangent_key = NO_TANGENT, -1
+        self.static = nothing()
+        self.tangent, self.tangent_key, self.slope = NO_TANGENT, -1, 0.0
+        self.form: Form | None = None
+        self.filled: set[tuple[int, int]] = set()
+        self.costs, self.exact_from = (-np.inf, np.inf), -1.0
+        self.incumbents: list[tuple[float, float, float]] = []  # (time, mIoU, cost), of an objective
         self.stopped: Literal["", "time limit", "interrupted"] = ""
         self.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         weighted = self.arrays.weights > 0
@@ -123,7 +124,8 @@ class Engine:
                 kernels.try_single(self.arrays, position, self.found)
                 self.num_evaluated += 1
             kernels.merge(self.static, self.found)
-            self._note(self.found)
+            kernels.merge(self.static, self.found)
+            self._learn(self.static, 0)
             if self.max_exits > 1:
                 gaps = (np.inf, np.inf)
                 self._pairs()
@@ -131,7 +133,7 @@ class Engine:
             if self.max_exits > 2:
                 gaps = (np.inf, np.inf)
                 gaps = self._triples()
-        except _OutOfTimeError:
+        except OutOfTimeError:
             self.stopped = "time limit"
         except KeyboardInterrupt:
             self.stopped = "interrupted"
@@ -142,25 +144,26 @@ class Engine:
             stopped=self.stopped,
             gap_cost=gaps[0],
             gap_miou=gaps[1],
+            exact_from=self.exact_from,
         )
 
     # -- one and two exits ---------------------------------------------------------------------------------------
 
     def _pairs(self) -> None:
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.problem.num_before(p)]
+        lasts.reverse()  # the final exit first: it is in most good instances
         for found, (tried, best, keys) in self._each(self._pairs_before, lasts, "two exits"):
-            kernels.merge(self.found, found)
-            self.num_evaluated += tried
+            self._learn(found, tried)
             for (cost, miou), key in zip(best, keys, strict=True):
                 if cost < np.inf:
                     self._remember(cost, miou, int(key))
 
     def _pairs_before(self, last: int) -> tuple[Found, tuple[int, FloatArray, IntArray]]:
-        found, region = _nothing(), self.region
+        found, region = nothing(), self.region
         kernels.merge(found, self.static)
         limits = (region.max_cost, region.least_miou, region.goal != "miou")
         num = self.problem.num_before(last)
-        return found, kernels.try_pairs_before(self.arrays, last, num, *limits, _nothing(), found)
+        return found, kernels.try_pairs_before(self.arrays, last, num, *limits, nothing(), found)
 
     # -- three exits ---------------------------------------------------------------------------------------------
 
@@ -168,42 +171,53 @@ class Engine:
         """Evaluates or rules out every choice of three exits; the gaps (cost, mIoU) that are left."""
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.arrays.exit_index[p] >= 2]
         lasts = [p for p in lasts if len(np.unique(self.arrays.exit_index[: self.problem.num_before(p)])) > 1]
-        self._seed(lasts)
-        groups: list[_Choices] = []
-        for steps, most in self._strips():
-            groups.append(self._bound(lasts, steps, most))
+        self.sets = classes_of(self.arrays)
         if self.region.goal == "front":
-            groups.append(self._cheaper_than_all(lasts))
-        done: set[tuple[int, ...]] = set()
+            return sweep(self, lasts)
+        self._seed(lasts)
+        choices = self.bound(lasts, (-np.inf, np.inf))
+        left = self.settle(choices, lasts)
+        return self.gaps(left) if self.stopped else (0.0, 0.0)
+
+    def settle(self, choices: Choices, lasts: Sequence[int]) -> Choices:
+        """Evaluates ``choices``, the most promising first, while they may be news; what is left when stopped."""
+        done = np.zeros(len(choices.exits), bool)
         bar = tqdm(desc="three exits", unit="choice", disable=not self.progress, delay=1)
-        while True:
-            promising = self._promising(groups, done)
-            if not promising:
-                bar.close()
-                return 0.0, 0.0
-            bar.total = len(promising) + len(done)
-            known = len(self.near)
-            batch = promising[: max(self.workers * PER_BATCH, len(promising) // 64)]
-            try:
-                for exits, found, tried in self._each(self._triple, batch, ""):
-                    done.add(exits)
-                    self.num_evaluated += tried
-                    kernels.merge(self.found, found)
-                    self._note(found)
-                    bar.update()
+        try:
+            while len(promising := self._promising(choices, done)):
+                bar.total = len(promising) + int(done.sum())
+                known = len(self.near)
+                batch = promising[: max(self.workers * PER_BATCH, len(promising) // 64)]
+                size = 1 if self.region.goal != "front" else min(16, -(-len(batch) // (2 * self.workers)))
+                jobs = [batch[i : i + size] for i in range(0, len(batch), size)]
+                self.fill(choices.exits[batch])
+                each = self._each(self._triple, [choices.exits[job] for job in jobs], "")
+                for job, (found, tried) in zip(jobs, each, strict=True):
+                    done[job] = True
+                    self._learn(found, tried)
+                    bar.update(len(job))
                 if not known and self.near:  # something feasible at last: now the bounds can have a price
-                    groups = [self._bound(lasts, *next(self._strips()), groups[0])]
-            except (_OutOfTimeError, KeyboardInterrupt) as stop:
-                self.stopped = "time limit" if isinstance(stop, _OutOfTimeError) else "interrupted"
-                bar.close()
-                return self._gaps(groups, done)
+                    choices = self.bound(lasts, choices.costs, choices._replace(exits=choices.exits[~done]))
+                    done = np.zeros(len(choices.exits), bool)
+        except (OutOfTimeError, KeyboardInterrupt) as stop:
+            self.stopped = "time limit" if isinstance(stop, OutOfTimeError) else "interrupted"
+        bar.close()
+        return choices._replace(exits=choices.exits[~done], bounds=choices.bounds[~done])
+
+    def _learn(self, found: Found, tried: int) -> None:
+        self.num_evaluated += tried
+        kernels.merge(self.found, found)
+        self._note(found)
+        best = None if self.region.goal == "front" else self._best()
+        if best and (not self.incumbents or (best[1], best[0]) != self.incumbents[-1][1:]):
+            self.incumbents.append((time.monotonic(), best[1], best[0]))
 
     def _seed(self, lasts: Sequence[int]) -> None:
         """Evaluates the choices of the best two exits that share their last one: the better the best instance so far,
         the more the bounds settle."""
-        if not self.near or self.region.goal == "front":
+        if not self.near:
             return
-        self._move_tangent(self._tangent(self._steps())[0])
+        self.aim(self.costs)
         ranks: dict[int, list[int]] = {last: [] for last in lasts}  # early exits, the best first
         seeds: list[tuple[int, int, int]] = []
         for first, last in sorted((p for p in self.near if len(p) == 2), key=lambda p: self._rank(self.near[p])):
@@ -214,21 +228,40 @@ class Engine:
             ranks.setdefault(last, []).append(first)
             if len(seeds) >= NUM_SEEDS:
                 break
-        for _, found, tried in self._each(self._triple, seeds[:NUM_SEEDS], ""):
-            self.num_evaluated += tried
-            kernels.merge(self.found, found)
-            self._note(found)
+        self.try_all(np.array(seeds[:NUM_SEEDS], np.int64).reshape(-1, 3))
 
-    def _triple(self, exits: tuple[int, ...]) -> tuple[tuple[int, ...], Found, int]:
-        found = _nothing()
+    def try_all(self, exits: IntArray) -> None:
+        """Evaluates these choices (n, 3)."""
+        self.fill(exits)
+        for found, tried in self._each(self._triple, [exits[i : i + 1] for i in range(len(exits))], ""):
+            self._learn(found, tried)
+
+    def try_fully(self, exits: IntArray) -> None:
+        """Evaluates every instance of these choices (n, 3)."""
+
+        def every(one: IntArray) -> tuple[Found, int]:
+            found = try_choice(self.problem, tuple(one[::-1].tolist()), *self._gate())
+            return found, int(found.size[0])
+
+        for found, tried in self._each(every, exits, ""):
+            self._learn(found, tried)
+
+    def _triple(self, exits: IntArray) -> tuple[Found, int]:
+        """The news of some choices."""
+        found, tried, tangent = nothing(), 0, self.tangent
         max_cost, least_miou = self._gate()
-        tangent = self.tangent
         if self.region.goal == "front":  # its least mIoU is another at each cost
             kernels.merge(found, self.found)
-            tangent = NO_TANGENT
-        last, middle, first = exits
-        tried = kernels.try_triple(self.arrays, last, middle, first, max_cost, least_miou, tangent, found)
-        return exits, found, tried
+        steps = self.steps_within(self.costs) - np.array([tangent.miou, 0.0])
+        target = float((steps[:, 0] - self.slope * steps[:, 1]).min(initial=np.inf)) - MARGIN
+        need, line = np.empty((FINE, FINE), np.float32), np.array([self.slope, target])
+        for one in exits:
+            last, middle, first = (int(position) for position in one)
+            value = look_at(self.arrays, self.sets, self.form, last, middle, first, float(steps[0, 0]), target, need)
+            if value >= target:
+                limits = (max_cost, least_miou, need, tangent.scores, line, steps)
+                tried += kernels.try_triple(self.arrays, self.sets.fine, (last, middle, first), *limits, found)
+        return found, tried
 
     def _gate(self) -> tuple[float, float]:
         """Largest cost and least mIoU of what is worth evaluating."""
@@ -263,45 +296,91 @@ class Engine:
 
     def _largest_cost(self) -> float:
         """No instance of three exits costs more."""
-        backbone, head, decision, output = self.parts
-        return float((backbone + output).max() + 3 * (head + decision).max()) if self.priced else 0.0
+        if not self.priced:
+            return 0.0
+        weighted = self.arrays.weights > 0
+        backbone, head, decision, output = (self.arrays.parts * self.arrays.weights[:, None, None])[weighted].max(0)
+        return float((backbone + output).max() + 3 * (head + decision).max())
 
-    def _strips(self) -> Iterator[tuple[FloatArray, float]]:
-        """Steps close to each other, for one tangent, and the least mIoU of those after them."""
+    def steps_within(self, costs: tuple[float, float]) -> FloatArray:
+        """Those that instances between two costs, the larger one included, can take; they end at that cost."""
         steps = self._steps()
-        parts = [steps[-1:]]  # alone: its cost is far from the others
-        if len(steps) > 1:
-            parts = [*np.array_split(steps[:-1], min(len(steps) - 1, NUM_TANGENTS)), *parts]
-        for part, after in zip(parts, [*parts[1:], None], strict=True):
-            yield part, np.inf if after is None else float(after[0, 0])
+        if self.region.goal != "front":
+            return steps
+        starts = self.found.cost[: len(steps)]
+        here = (starts < costs[1]) & (steps[:, 1] > costs[0])
+        own: FloatArray = np.minimum(steps[here], [np.inf, costs[1]]) + np.array([self.precision, 0.0])
+        return own
 
-    def _cheaper_than_all(self, lasts: Sequence[int]) -> _Choices:
-        """Choices that may cost less than every point of the front, where no line can rule them out."""
-        exits = [np.zeros((0, 3), np.int64)]
-        for last in lasts:
-            num = self.problem.num_before(last)
-            least = self._least_cost(last, num)
-            middle, first = np.nonzero(
-                self._wanted(last, num, None) & (least < self.found.cost[: self.found.size[0]].min(initial=np.inf))
-            )
-            exits.append(np.stack([np.full(len(middle), last), middle, first], axis=1))
-        found = np.concatenate(exits)
-        return _Choices(found, np.full((len(found), 1), 9.0), 0.0, [0.0], -np.inf, np.inf)
-
-    def _bound(self, lasts: Sequence[int], steps: FloatArray, most: float, known: _Choices | None = None) -> _Choices:
-        """The choices that may be news to ``steps``, among those ``known`` if given."""
-        key, prices = self._tangent(steps)
-        choices = None if known is None else known._replace(bounds=np.zeros((len(known.exits), 0)), prices=[])
-        for price in prices:
-            if choices is None or not choices.prices:
-                choices = self._bound_at(lasts, key, price, steps, most, choices)
-            elif len(choices.exits) > MANY_LEFT:
+    def bound(self, lasts: Sequence[int], costs: tuple[float, float], known: Choices | None = None) -> Choices:
+        """The choices that may be news between two costs, among those ``known`` if given."""
+        prices = self.aim(costs)
+        steps = self.steps_within(costs)
+        choices = self._bound_at(lasts, prices[0], steps, known)
+        for price in prices[1:]:
+            if len(choices.exits) > MANY_LEFT:
                 try:
-                    choices = self._bound_at(lasts, key, price, steps, most, choices)
-                except _OutOfTimeError:
+                    choices = self._bound_at(lasts, price, steps, choices)
+                except OutOfTimeError:
                     break  # the lines so far hold
-        assert choices is not None
-        return choices
+        return self._divide(choices, steps)
+
+    def aim(self, costs: tuple[float, float]) -> list[float]:
+        """Looks for news between two costs from now on; the prices that suit."""
+        self.costs = costs
+        key, prices = self._tangent(self.steps_within(costs))
+        self.move(key, prices[0])
+        return prices
+
+    def _divide(self, choices: Choices, steps: FloatArray) -> Choices:
+        """Bounds by cells, at the first price."""
+        target = self._target(choices, steps, 0)
+        lines = {}
+        for last in np.unique(choices.exits[:, 0]).tolist():
+            here = choices.exits[:, 0] == last
+            lines[last] = np.full((self.problem.num_before(last),) * 2, np.float32(-9))
+            lines[last][choices.exits[here, 1], choices.exits[here, 2]] = choices.bounds[here, 0]
+        jobs = [
+            (last, part)
+            for last, line in lines.items()
+            for part in np.array_split(np.flatnonzero((line > -9).any(1)), 8)
+            if len(part)
+        ]
+        exact = self.region.goal != "front" or len(choices.exits) <= MANY_LEFT
+        tau = float(steps[0, 0]) - choices.base
+
+        def divide(job: tuple[int, IntArray]) -> None:
+            bound_choices(self.arrays, self.sets, self.form, *job, tau, target, exact, lines[job[0]])
+
+        try:
+            self.fill(choices.exits)
+            for _ in self._each(divide, jobs, "cells"):
+                pass
+        except OutOfTimeError:
+            pass  # the lines so far hold
+        line = np.array([lines[last][middle, first] for last, middle, first in choices.exits.tolist()])
+        bounds = choices.bounds.copy()
+        bounds[:, 0] = line
+        return choices._replace(exits=choices.exits[line > -9], bounds=bounds[line > -9])
+
+    def fill(self, exits: IntArray) -> None:
+        """What the cells of these choices need to know of pairs of exits."""
+        pairs = np.concatenate([exits[:, [0, 1]], exits[:, [0, 2]], exits[:, [1, 2]]])
+        needed = {(later, before) for later, before in np.unique(pairs, axis=0).tolist()}
+        befores: dict[int, list[int]] = {}
+        for later, before in sorted(needed - self.filled):
+            befores.setdefault(later, []).append(before)
+
+        def fill_one(later: int) -> None:
+            fill_ranges(self.arrays, self.sets, self.form, later, np.array(befores[later]))
+            self.filled.update((later, before) for before in befores[later])
+
+        for _ in self._each(fill_one, list(befores), "ranges"):
+            pass
+
+    def _target(self, choices: Choices, steps: FloatArray, number: int) -> float:
+        """What a line must reach to be news, of the price of this number."""
+        return float((steps[:, 0] - choices.base - choices.prices[number] * steps[:, 1]).min(initial=np.inf)) - MARGIN
 
     def _tangent(self, steps: FloatArray) -> tuple[int, list[float]]:
         """The key of a good instance near ``steps``, and prices by the slope of the front there."""
@@ -312,136 +391,73 @@ class Engine:
         at = min(int(np.searchsorted(mious, steps[len(steps) // 2, 0])), size - 1)
         if not self.priced or steps[-1, 1] >= self._largest_cost():  # at no known cost
             return int(self.found.key[at]), [0.0]
+        if self.region.goal == "front" and len(steps) > 2:
+            slope = (steps[-1, 0] - steps[0, 0]) / (steps[-1, 1] - steps[0, 1])
+            return int(self.found.key[at]), [float(slope)]
         low, high = (int(np.searchsorted(costs, factor * costs[at])) for factor in (0.95, 1.05))
         low, high = max(0, min(low, at - 1)), min(size - 1, max(high, at + 1))
         slope = (mious[high] - mious[low]) / (costs[high] - costs[low]) if costs[high] > costs[low] else 0.0
         return int(self.found.key[at]), [slope] if self.region.goal == "front" else [slope, 2 * slope, slope / 2]
 
-    def _bound_at(
-        self,
-        lasts: Sequence[int],
-        key: int,
-        price: float,
-        steps: FloatArray,
-        most: float,
-        known: _Choices | None,
-    ) -> _Choices:
+    def _bound_at(self, lasts: Sequence[int], price: float, steps: FloatArray, known: Choices | None) -> Choices:
         """Lines at one more price, of all choices or of those ``known``."""
-        self._move_tangent(key)
         tangent = self.tangent
-        least = float(steps[0, 0])
-        target = float((steps[:, 0] - tangent.miou - price * steps[:, 1]).min()) - MARGIN
+        tau = float(steps[0, 0]) - tangent.miou
+        choices = Choices(np.zeros((0, 3), np.int64), np.zeros((0, 1)), tangent.miou, [price], self.costs)
+        target = self._target(choices, steps, 0)
         prices = price * self.parts
 
         def bound(last: int) -> tuple[IntArray, FloatArray]:
             num = self.problem.num_before(last)
-            wanted = self._wanted(last, num, known)
-            lines = np.where(wanted, np.float32(9), np.float32(-9))
-            bound_triples(
-                self.arrays, last, num, tangent.x, tangent.offsets[last], prices, least - tangent.miou, target, lines
-            )
-            middle, first = np.nonzero(wanted & (lines > -9))
+            marked = wanted(self.arrays, last, num, self._gate()[0], known)
+            lines = np.where(marked, np.float32(9), np.float32(-9))
+            bound_triples(self.arrays, last, num, tangent.x, tangent.offsets[last], prices, tau, target, lines)
+            middle, first = np.nonzero(marked & (lines > -9))
             return np.stack([np.full(len(middle), last), middle, first], axis=1), lines[middle, first]
 
         parts = list(self._each(bound, lasts, "bounds"))
-        exits = np.concatenate([np.zeros((0, 3), np.int64), *(part[0] for part in parts)])
+        exits = np.concatenate([choices.exits, *(part[0] for part in parts)])
         lines = np.concatenate([np.zeros(0), *(part[1] for part in parts)]).astype(np.float64)[:, None]
-        if known is None:
-            return _Choices(exits, lines, tangent.miou, [price], least, most)
+        if known is None or known.base != tangent.miou:
+            return choices._replace(exits=exits, bounds=lines)
         where = {tuple(one): i for i, one in enumerate(known.exits.tolist())}
         kept = [where[tuple(one)] for one in exits.tolist()]
         bounds, prices_known = np.hstack([known.bounds[kept], lines]), [*known.prices, price]
-        return _Choices(exits, bounds, tangent.miou, prices_known, least, most)
+        return choices._replace(exits=exits, bounds=bounds, prices=prices_known)
 
-    def _move_tangent(self, key: int) -> None:
+    def move(self, key: int, price: float) -> None:
+        """The tangent to the instance with this key, and its form at a price."""
         if key != self.tangent_key:
-            self.tangent, self.tangent_key = tangent_at(self.problem, key), key
+            self.tangent, self.tangent_key, self.form = tangent_at(self.problem, key), key, None
+        if self.form is None or price != self.slope:
+            self.form = form_at(self.arrays, self.sets, self.tangent, price * self.parts)
+            self.slope = price
+            self.filled.clear()
 
-    def _wanted(self, last: int, num: int, known: _Choices | None) -> NDArray[np.bool_]:
-        """(middle, first) before ``last``: in order, not ruled out by what all their instances cost, and known."""
-        index = self.arrays.exit_index[:num]
-        wanted: NDArray[np.bool_] = index[:, None] > index[None, :]
-        levels = np.diff(self.arrays.first_column)[:num] > 0
-        wanted &= levels[:, None] & levels[None, :]
-        for m in np.flatnonzero(self.arrays.limits < np.inf):
-            wanted &= self._cheapest(int(m), last, num) <= self.arrays.limits[m]
-        max_cost, _ = self._gate()
-        if max_cost < np.inf:
-            wanted &= self._least_cost(last, num) <= max_cost
-        if known is not None:
-            among = np.zeros_like(wanted)
-            here = known.exits[known.exits[:, 0] == last]
-            among[here[:, 1], here[:, 2]] = True
-            wanted &= among
-        return wanted
-
-    def _least_cost(self, last: int, num: int) -> FloatArray:
-        """(middle, first): no instance of the choice has a smaller objective's cost."""
-        weighted = np.flatnonzero(self.arrays.weights > 0)
-        costs = [self.arrays.weights[m] * self._cheapest(int(m), last, num) for m in weighted]
-        least: FloatArray = np.maximum.reduce(costs)
-        return least
-
-    def _cheapest(self, m: int, last: int, num: int) -> FloatArray:
-        """(middle, first): no instance of the choice has a smaller cost m."""
-        backbone, head, decision, output = self.arrays.parts[m]
-        kind = self.arrays.kinds[m]
-        paid = head[:num] + decision[:num]
-        if kind in (WHOLE_SUM, WHOLE_MAX):
-            join: Any = np.add if kind == WHOLE_SUM else np.maximum
-            early = join(join(head[:num], decision[:num]), output[:num])
-            own = join(join(backbone[last], head[last]), output[last])
-            whole: FloatArray = join(join(early[:, None], early[None, :]), own)
-            return whole
-        first = (backbone + output)[:num] + paid
-        middle = first[:, None] + paid[None, :]
-        end = paid[:, None] + paid[None, :] + backbone[last] + head[last] + output[last]
-        reached: FloatArray = np.minimum(middle, end)
-        anywhere: FloatArray = np.minimum(reached, first[None, :])
-        return reached if kind == WORST else anywhere  # some image reaches the middle exit
-
-    def _promising(self, groups: Sequence[_Choices], done: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def _promising(self, choices: Choices, done: NDArray[np.bool_]) -> IntArray:
         """The choices that may still be news, the most promising first."""
-        steps = self._steps()
-        slacks: dict[tuple[int, ...], float] = {}
-        for choices in groups:
-            for exits, slack in zip(*self._slack(choices, steps), strict=True):
-                one = tuple(exits.tolist())
-                if one not in done:
-                    slacks[one] = max(slack, slacks.get(one, -np.inf))
-        return sorted(slacks, key=lambda one: (-slacks[one], one))
-
-    def _slack(self, choices: _Choices, steps: FloatArray) -> tuple[IntArray, FloatArray]:
-        """The choices whose lines pass above a step, and by how much mIoU."""
-        here = self._own_steps(choices, steps)
-        if not len(here):
-            return choices.exits[:0], np.zeros(0)
-        targets = [float((here[:, 0] - choices.base - price * here[:, 1]).min()) for price in choices.prices]
+        steps = self.steps_within(choices.costs)
+        targets = [self._target(choices, steps, number) for number in range(len(choices.prices))]
         slack = (choices.bounds - np.array(targets)).min(1)
-        kept = slack >= -MARGIN
-        return choices.exits[kept], slack[kept]
+        slack[done] = -np.inf
+        order: IntArray = np.argsort(-slack, kind="stable")[: int((slack >= 0).sum())]
+        return order
 
-    def _own_steps(self, choices: _Choices, steps: FloatArray) -> FloatArray:
-        """Those that these bounds speak of."""
-        return steps[(steps[:, 0] >= choices.least) & (steps[:, 0] < choices.most)]
-
-    def _gaps(self, groups: Sequence[_Choices], done: set[tuple[int, ...]]) -> tuple[float, float]:
-        """What the lines of the choices that are not done leave open: relative cost, mIoU."""
-        steps = self._steps()
-        gap_cost = gap_miou = 0.0
-        for choices in groups:
-            left = np.array([tuple(one) not in done for one in choices.exits.tolist()], bool)
-            here = self._own_steps(choices, steps)
-            if not left.any() or not len(here):
-                continue
-            prices = np.array(choices.prices)
-            lines = choices.base + choices.bounds[left][:, None] + prices * here[None, :, 1:]
-            gap_miou = max(gap_miou, float((lines.min(2) - here[:, 0]).max()) + MARGIN)
-            if self.region.goal == "cost" and self._best() and (prices > 0).any():
-                saved = (lines - here[:, :1])[:, 0, prices > 0] / prices[prices > 0]
-                gap_cost = max(gap_cost, float((saved.min(1) + MARGIN / prices.max()).max() / here[0, 1]))
-            else:
-                gap_cost = np.inf
+    def gaps(self, left: Choices) -> tuple[float, float]:
+        """What the lines of the choices that are ``left`` leave open: relative cost, mIoU."""
+        here, gap_cost = self.steps_within(left.costs), 0.0
+        if not len(left.exits) or not len(here):
+            return 0.0, 0.0
+        prices = np.array(left.prices)
+        gap_miou = max(
+            float((left.base + left.bounds + prices * cost).min(1).max() - miou) + MARGIN for miou, cost in here
+        )
+        if self.region.goal == "cost" and self._best() and (prices > 0).any():
+            lines = left.base + left.bounds + prices * here[0, 1]
+            saved = (lines - here[0, 0])[:, prices > 0] / prices[prices > 0]
+            gap_cost = float((saved.min(1) + MARGIN / prices.max()).max() / here[0, 1])
+        else:
+            gap_cost = np.inf
         return max(gap_cost, 0.0), max(gap_miou, 0.0)
 
     # -- both ----------------------------------------------------------------------------------------------------
@@ -467,7 +483,7 @@ class Engine:
         return (-miou, cost, key) if self.region.goal == "miou" else (cost, -miou, key)
 
     def _each(self, job: Callable[[Item], Result], items: Iterable[Item], words: str) -> Iterator[Result]:
-        """``job`` of every item, on all cores, in the items' order. Raises _OutOfTimeError when time is up."""
+        """``job`` of every item, on all cores, in the items' order. Raises OutOfTimeError when time is up."""
         pending = list(items)
         bar = tqdm(total=len(pending), desc=words, unit="exit", disable=not (self.progress and words), delay=1)
         with ThreadPoolExecutor(self.workers) as pool, bar:
@@ -475,25 +491,9 @@ class Engine:
             try:
                 for future in futures:
                     if time.monotonic() > self.deadline:
-                        raise _OutOfTimeError
+                        raise OutOfTimeError
                     yield future.result()
                     bar.update()
             finally:
                 for future in futures:
                     future.cancel()
-
-
-def _nothing() -> Found:
-    return Found(np.zeros(CAPACITY), np.zeros(CAPACITY), np.zeros(CAPACITY, np.int64), np.zeros(1, np.int64))
-
-
-def try_choice(problem: Problem, positions: tuple[int, ...], max_cost: float, least_miou: float) -> Found:
-    """The front of one choice of exits, positions shallow to deep, within the limits."""
-    found, limits = _nothing(), (max_cost, least_miou)
-    if len(positions) == 1:
-        kernels.try_single(problem.arrays, positions[0], found)
-    elif len(positions) == 2:
-        kernels.try_pair(problem.arrays, positions[1], positions[0], *limits, found)
-    else:
-        kernels.try_triple(problem.arrays, positions[2], positions[1], positions[0], *limits, NO_TANGENT, found)
-    return found

@@ -15,6 +15,7 @@ they helped to choose the step. Each certificate holds for itself, not for the b
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,19 @@ from messnet.search.results import DECIMALS, SearchResult
 from messnet.search.space import Objective, confidence_at, cost_of, image_threshold, route
 from messnet.tables import CostTable, ExitTables, FloatArray, IntArray
 
-__all__ = ["Guarantee", "certified_step", "certify", "images_needed", "loss_of", "p_value", "retreat_path"]
+__all__ = [
+    "MOST_IMAGES",
+    "Guarantee",
+    "certified_step",
+    "certify",
+    "images_needed",
+    "loss_of",
+    "p_value",
+    "retreat_path",
+]
+
+MOST_IMAGES = 1 << 20
+"""``images_needed`` counts no further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +87,14 @@ def certify(
 
     path = retreat_path(result.instance, selection, guarantee.num_steps)
     losses = np.array([loss_of(calibration, route(calibration, step)) for step in path])
+    # p_value bets on one image after the other: a trend in the order of the files is no loss of their source.
+    losses = losses[:, np.random.default_rng(0).permutation(num_images)]
     certified, p = certified_step(losses, guarantee)
     retreats = certified + 1 < len(path)
 
     certificate = _certificate(guarantee, losses[certified], p, certified, len(path) - 1)
     if retreats:
-        certificate += f"; {_shortfall(guarantee, num_images, float(losses[certified + 1 :].mean(1).max()))}"
+        certificate += f"; {_shortfall(guarantee, losses[certified + 1 :])}"
     measured = result.instance.selected_on | _measure(path[certified], objective, selection, costs)
     instance = replace(path[certified], selected_on=measured, certificate=f"{certificate}; {result.certificate}")
     verdict = _verdict(result.instance, instance, objective) if retreats else result.verdict
@@ -94,7 +109,7 @@ def certified_step(losses: FloatArray, guarantee: Guarantee) -> tuple[int, float
     """
     certified, p = 0, 0.0
     for step, row in enumerate(losses[1:], start=1):
-        tested = p_value(row, guarantee.epsilon)
+        tested = p_value(row, guarantee)
         if tested > guarantee.delta:
             break
         certified, p = step, tested
@@ -116,26 +131,46 @@ def loss_of(tables: ExitTables, routing: IntArray) -> FloatArray:
     return loss
 
 
-def p_value(losses: FloatArray, epsilon: float) -> float:
-    """Hoeffding-Bentkus p-value of "the expected loss exceeds epsilon" from the losses (n,) in [0, 1] of n >= 1 images.
+def p_value(losses: FloatArray, guarantee: Guarantee) -> float:
+    """p-value of "the expected loss exceeds epsilon" from the losses (n,) in [0, 1] of n >= 1 images, in random order.
 
-    Valid at every n: the smaller of two bounds on the probability of so small a mean, exp(-n KL(mean, epsilon)) and
-    e P(Binomial(n, epsilon) <= ceil(n mean)) (Bates et al., "Distribution-Free, Risk-Controlling Prediction Sets",
-    2021, theorem 7; "Learn then Test", proposition 4). Without any loss it is (1 - epsilon)^n.
+    By betting against it. A capital of 1 is multiplied by ``1 + bet_i (epsilon - loss_i)`` image after image; if the
+    expected loss is epsilon or more, no such bets make it grow on average, and the chance that it ever reaches 1 / u is
+    at most u, at every n (Ville's inequality). So p is 1 over the largest capital on the way. Each bet looks at the
+    images before it only,
+
+        bet_i = min(1, sqrt(2 log(1 / delta) / (n variance_(i-1))))
+
+    and is high where losses spread little, as drops of accuracy do; bounds by Hoeffding and Bentkus take the spread for
+    as large as the mean allows. delta sets the bets, p is valid for any (Waudby-Smith and Ramdas, "Estimating means of
+    bounded random variables by betting", 2024; these bets: Bates et al., "Distribution-Free, Risk-Controlling
+    Prediction Sets", 2021).
     """
-    num_images, total = len(losses), math.fsum(losses)
-    hoeffding = math.exp(-num_images * _divergence(min(total / num_images, epsilon), epsilon))
-    bentkus = math.e * _binomial_cdf(math.ceil(total), num_images, epsilon)
-    return min(1.0, hoeffding, bentkus)
+    num_images = len(losses)
+    seen = np.arange(2, num_images + 2)  # and one image made up, of loss 1/2 and variance 1/4
+    mean = (0.5 + losses.cumsum()) / seen
+    variance = (0.25 + ((losses - mean) ** 2).cumsum()) / seen
+    before = np.concatenate([[0.25], variance[:-1]])
+    bets = np.minimum(1, np.sqrt(-2 * math.log(guarantee.delta) / (num_images * before)))
+    capital = np.log1p(bets * (guarantee.epsilon - losses)).cumsum().max()
+    return math.exp(-max(0.0, float(capital)))
 
 
-def images_needed(mean_loss: float, guarantee: Guarantee) -> int:
-    """The calibration images that would certify a step of this mean loss, which must be below epsilon.
+def images_needed(losses: FloatArray, guarantee: Guarantee) -> int | None:
+    """The calibration images, with losses like these (n,) over and over, that would certify a step; exact for no loss.
 
-    By the Hoeffding bound alone, so somewhat fewer may do; exact for a mean loss of 0: 1 - delta^(1/n) is the smallest
-    epsilon that n images can certify.
+    None where more than ``MOST_IMAGES`` would not do.
     """
-    return math.ceil(-math.log(guarantee.delta) / _divergence(mean_loss, guarantee.epsilon))
+
+    def certify_it(num_images: int) -> bool:
+        return p_value(np.resize(losses, num_images), guarantee) <= guarantee.delta
+
+    enough = 1
+    while not certify_it(enough):
+        if enough >= MOST_IMAGES:
+            return None
+        enough *= 2
+    return bisect_left(range(enough), True, lo=enough // 2 + 1, key=certify_it)
 
 
 def retreat_path(instance: Instance, selection: ExitTables, num_steps: int = 100) -> list[Instance]:
@@ -204,19 +239,35 @@ def _certificate(guarantee: Guarantee, losses: FloatArray, p: float, position: i
     )
 
 
-def _shortfall(guarantee: Guarantee, num_images: int, loss_ahead: float) -> str:
-    """Why the path was not walked to its end; ``loss_ahead`` is the largest mean loss of a step not certified."""
-    least = images_needed(0.0, guarantee)
-    if num_images < least:
-        possible = 1 - guarantee.delta ** (1 / num_images)
+def _shortfall(guarantee: Guarantee, ahead: FloatArray) -> str:
+    """Why the path was not walked to its end; ``ahead`` are the losses (steps, n) of the steps not certified."""
+    num_images = ahead.shape[1]
+    least = images_needed(np.zeros(1), guarantee)
+    if least is None or num_images < least:
+        takes = f"more than {MOST_IMAGES}" if least is None else f"at least {least}"
         return (
-            f"{num_images} calibration images can certify no epsilon below {possible:.3g}, even without any loss; "
-            f"{guarantee.epsilon:g} takes at least {least}"
+            f"{num_images} calibration images can certify no epsilon below {_least_epsilon(num_images, guarantee):.3g}"
+            f", even without any loss; {guarantee.epsilon:g} takes {takes}"
         )
-    ahead = f"the steps ahead have mean losses up to {loss_ahead:.3g}"
-    if loss_ahead < guarantee.epsilon:
-        return f"{ahead}: about {images_needed(loss_ahead, guarantee)} images would certify the searched thresholds"
-    return f"{ahead}: more images would not certify the searched thresholds"
+    worst = ahead[ahead.mean(1).argmax()]
+    words = f"the steps ahead have mean losses up to {worst.mean():.3g}"
+    if worst.mean() >= guarantee.epsilon:
+        return f"{words}: more images would not certify the searched thresholds"
+    needed = images_needed(worst, guarantee)
+    if needed is None:
+        return f"{words}: more than {MOST_IMAGES} images would be needed to certify the searched thresholds"
+    return f"{words}: about {needed} images like these would certify the searched thresholds"
+
+
+def _least_epsilon(num_images: int, guarantee: Guarantee) -> float:
+    """The smallest epsilon, to 6 decimals, that so many images without any loss certify; at most 1."""
+    millionths, none = range(1, 1_000_000), np.zeros(num_images)
+    place = bisect_left(
+        millionths,
+        True,
+        key=lambda m: p_value(none, replace(guarantee, epsilon=m / 1e6)) <= guarantee.delta,
+    )
+    return (place + 1) / 1e6
 
 
 def _verdict(searched: Instance, retreated: Instance, objective: Objective) -> str:
@@ -229,16 +280,3 @@ def _verdict(searched: Instance, retreated: Instance, objective: Objective) -> s
         f"{after[cost]:.4g} {cost} (the model itself: {after['baseline_miou']:.4f} at "
         f"{after[f'baseline_{cost}']:.4g})" + ("" if holds else ": no longer what was asked for")
     )
-
-
-def _divergence(a: float, b: float) -> float:
-    """Kullback-Leibler divergence of coin a from coin b, in nats; a in [0, 1], b in (0, 1)."""
-    return sum(p * math.log(p / q) for p, q in ((a, b), (1 - a, 1 - b)) if p)
-
-
-def _binomial_cdf(k: int, n: int, probability: float) -> float:
-    """P(Binomial(n, probability) <= k), the sum of its terms; probability in (0, 1), 0 <= k <= n."""
-    i = np.arange(1, k + 1)
-    odds = math.log(probability) - math.log1p(-probability)
-    log_terms = n * math.log1p(-probability) + np.concatenate([[0.0], np.cumsum(np.log((n + 1 - i) / i) + odds)])
-    return min(1.0, math.fsum(np.exp(log_terms)))

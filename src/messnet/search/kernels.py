@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from messnet.search.bounds import MARGIN, compiled, remainder, spread, sums_at
+from messnet.search.bounds import MARGIN, compiled
 from messnet.search.problem import MEAN, P95, WHOLE_SUM, WORST
 
 __all__ = ["mean_iou_of", "merge", "try_pair", "try_pairs_before", "try_single", "try_triple"]
@@ -264,108 +264,144 @@ def try_pair(arrays: Any, last: int, first: int, max_cost: float, least_miou: fl
 
 @compiled()
 def try_triple(
-    arrays: Any, last: int, middle: int, first: int, max_cost: float, least_miou: float, tangent: Any, found: Any
+    arrays: Any,
+    fine: Any,
+    exits: Any,
+    max_cost: float,
+    least_miou: float,
+    need: Any,
+    scores: Any,
+    line: Any,
+    steps: Any,
+    found: Any,
 ) -> int:
-    """Every pair of thresholds of early exits ``first`` and ``middle`` before ``last``; the number of instances whose
-    mIoU was computed. ``tangent`` (see ``tangent``) rules out what cannot have the least mIoU."""
+    """Every pair of thresholds of a choice (last, middle, first); the number of instances whose mIoU was computed.
+
+    What cannot be news is ruled out by the tangent's mean of l, ``scores`` (H, V), and the remainder that each cell
+    ``need``s (see ``cells``, of which ``fine`` are the classes): l - slope cost is at least the target of ``line``, a
+    pair, and l at least the first of the first of ``steps`` (n, 2) whose second the cost does not exceed.
+    """
     num_images, width = arrays.counts.shape[1:]
+    last, middle, first = exits
     positions = np.zeros(3, np.int64)
     positions[0], positions[1], positions[2] = first, middle, last
     leaving = np.zeros((len(arrays.kinds), 3))
     for m in range(len(leaving)):
         _leaving(arrays, m, positions, leaving[m])
-    price = _price(arrays, leaving, max_cost)
+    price = _price(arrays, leaving)
     early = np.zeros(width, arrays.counts.dtype)
     _add_all(arrays.counts[first], early)
-    lines, least = _lines(arrays, positions, least_miou, tangent)
+    own = np.zeros((3, num_images))
+    if len(scores):
+        for e in range(3):
+            own[e] = scores[positions[e]]
     columns = (arrays.first_column[middle], arrays.first_column[middle + 1])
     most = 0
     for other in range(columns[0], columns[1]):
         most = max(most, arrays.levels[other])
-    tried, done = 0, 0
+    ends = np.zeros((2, len(need)), np.int64)
+    tried = 0
     for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
         row = (column - arrays.first_column[first]) * (num_images + 1)
-        own = least[done : done + arrays.levels[column]]
         keep = np.zeros((arrays.levels[column] + 1, most + 1), np.bool_)
         for other in range(columns[0], columns[1]):
-            kept = _sift(arrays, column, other, lines, own, price, keep)
+            if not _ends(arrays, fine, column, other, need, ends):
+                continue
+            kept = _sift(arrays, fine, column, other, own, need, ends, price, line, steps, keep)
             if kept > 0:
                 second = (other - columns[0]) * (num_images + 1)
                 where = (column, other, row, second)
                 tried += kept
                 _try_columns(arrays, positions, where, leaving, early, max_cost, least_miou, keep, found)
-        done += arrays.levels[column]
     return tried
 
 
 @compiled()
-def _price(arrays: Any, leaving: Any, max_cost: float) -> Any:
-    """(3,) what an image costs at each exit, and the most that all of them may cost in all: no instance within
-    ``max_cost`` costs more, whatever else it costs."""
-    price = np.zeros(4)
-    price[3] = np.inf
+def _ends(arrays: Any, fine: Any, column: int, other: int, need: Any, ends: Any) -> bool:
+    """``ends[:, r]``: the least and the largest level of the other column that may be news beside class r of the first
+    one; False if there is none."""
+    some = False
+    ends[0] = 1
+    ends[1] = 0
+    known = -1
+    for level in range(1, arrays.levels[column] + 1):
+        r = fine[column, level]
+        if r == known:
+            continue
+        known = r
+        for j in range(1, arrays.levels[other] + 1):
+            if need[r, fine[other, j]] >= 0:
+                if ends[1, r] == 0:
+                    ends[0, r] = j
+                ends[1, r] = j
+                some = True
+    return some
+
+
+@compiled()
+def _price(arrays: Any, leaving: Any) -> Any:
+    """(3,) what an image adds to the objective's cost at each exit, or, on several devices, on one of them; zeros where
+    it is no mean."""
+    price = np.zeros(3)
     for m in range(len(leaving)):
         if arrays.kinds[m] == MEAN and arrays.weights[m] > 0:
             for e in range(3):
-                price[e] = leaving[m, e]
-            price[3] = max_cost / arrays.weights[m] * arrays.counts.shape[1] * (1 + 1e-9)
+                price[e] = leaving[m, e] * arrays.weights[m] / arrays.counts.shape[1] * (1 - 1e-9)
             return price
     return price
 
 
 @compiled()
-def _lines(arrays: Any, positions: Any, least_miou: float, tangent: Any) -> Any:
-    """(3, V) the tangent's linear form of every image at each exit, and its least value of an instance with the least
-    mIoU, at each level of each column of the first exit: their remainder bounds the rest."""
-    first, middle, last = positions[0], positions[1], positions[2]
-    rows = 0
-    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
-        rows += arrays.levels[column]
-    lines, least = np.zeros((3, arrays.counts.shape[1])), np.full(rows, -np.inf)
-    if len(tangent.scores) == 0:
-        return lines, least
-    for e in range(3):
-        lines[e] = tangent.scores[positions[e]]
-    x, width, tau = tangent.x, tangent.x.shape[2], least_miou - tangent.miou
-    low, high = np.zeros(width, np.float32), np.zeros(width, np.float32)
-    moved = np.zeros(width, np.float32)
-    spread(x[middle], x[last], low, high)
-    sums = sums_at(arrays, x, first, last)
-    at = 0
-    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
-        for level in range(arrays.levels[column], 0, -1):
-            for k in range(width):
-                moved[k] = tangent.offsets[last, k] + sums[at, k]
-            short = remainder(moved, low, high, arrays.num_classes, np.float32(tau))
-            least[at - arrays.levels[column] + 2 * level - 1] = tau - short - MARGIN  # ascending levels
-            at += 1
-    return lines, least
-
-
-@compiled()
-def _sift(arrays: Any, column: int, other: int, lines: Any, least: Any, price: Any, keep: Any) -> int:
-    """Marks in ``keep`` (levels + 1, levels + 1) the pairs of levels that may have the cost and the mIoU: both are sums
-    of one number per image and exit. The number of pairs."""
+def _sift(
+    arrays: Any,
+    fine: Any,
+    column: int,
+    other: int,
+    scores: Any,
+    need: Any,
+    ends: Any,
+    price: Any,
+    line: Any,
+    steps: Any,
+    keep: Any,
+) -> int:
+    """Marks in ``keep`` (levels + 1, levels + 1) the pairs of levels that may be news: cost and linear form are sums of
+    one number per image and exit. The number of pairs."""
     order, bins, other_bins = arrays.order[column], arrays.bins[column], arrays.bins[other]
     num_images, levels = len(order), arrays.levels[other]
     gain, reaching = np.zeros(levels + 1), np.zeros(levels + 1)
-    line, kept, v = 0.0, 0, 0
+    whole, kept, v, saved = 0.0, 0, 0, price[1] - price[2]
     for image in range(num_images):
-        line += lines[0, image]
+        whole += scores[0, image]
+    keep[:] = False
     for level in range(1, arrays.levels[column] + 1):
         while v < num_images and bins[order[v]] < level:
             image = order[v]
-            line += lines[2, image] - lines[0, image]
-            gain[other_bins[image]] += lines[1, image] - lines[2, image]
+            whole += scores[2, image] - scores[0, image]
+            gain[other_bins[image]] += scores[1, image] - scores[2, image]
             reaching[other_bins[image]] += 1
             v += 1
-        total, bound = line, least[level - 1]
-        cost, saved = (num_images - v) * price[0] + v * price[2], price[1] - price[2]
-        for j in range(levels, 0, -1):
+        r = fine[column, level]
+        low, high = ends[0, r], ends[1, r]
+        if low > high:
+            continue
+        total, left = whole, 0.0
+        for j in range(high + 1, levels + 1):
             total += gain[j]
-            cost += reaching[j] * saved
-            keep[level, j] = total >= bound and cost <= price[3]
-            kept += keep[level, j]
+            left += reaching[j]
+        for j in range(high, low - 1, -1):
+            total += gain[j]
+            left += reaching[j]
+            short = need[r, fine[other, j]]
+            cost = (num_images - v) * price[0] + v * price[2] + left * saved
+            if short < 0 or total - line[0] * cost < line[1] - short - MARGIN:
+                continue
+            step = 0
+            while step < len(steps) and steps[step, 1] < cost:
+                step += 1
+            if step < len(steps) and total >= steps[step, 0] - short - MARGIN:
+                keep[level, j] = True
+                kept += 1
     return kept
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from messnet.instance import Instance, Setting
 from messnet.search.anytime import AnytimeObjective, search_anytime
 from messnet.search.problem import DECIMALS, Found, Problem, cost_rows
 from messnet.search.space import Grid, Limit, Objective, Statistic, route
+from messnet.search.words import certificate_of, difference, words
 from messnet.tables import CostName, CostTable, ExitTables
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ __all__ = [
     "DECIMALS",
     "Front",
     "FrontPoint",
+    "Incumbent",
     "SearchResult",
     "SearchSetting",
     "choose",
@@ -65,13 +68,27 @@ class Front:
     """Instances whose mIoU was computed; all others were bounded."""
     gap_miou: float = 0.0
     """No instance of the grid has a larger mIoU than the front at its cost by more than this. 0: the front is exact."""
+    exact_from: float = -1.0
+    """Stopped early, the front is proved at this mIoU and above, exact or to ``precision``; infinite: nowhere."""
+    precision: float = 0.0
+    """What was asked for, see ``pareto_front``."""
     stopped: str = ""
     """Why the search ended before that was 0: "time limit" or "interrupted"."""
     problem: Problem | None = field(default=None, repr=False, compare=False)
 
     @property
     def certificate(self) -> str:
-        return _certificate(self.num_declared, self.num_evaluated, self.stopped, self.gap_miou, None)
+        proved = (self.num_declared, self.num_evaluated, self.stopped)
+        return certificate_of(*proved, gap_miou=self.gap_miou, exact_from=self.exact_from, precision=self.precision)
+
+
+class Incumbent(NamedTuple):
+    """A best instance so far, of a search for one objective."""
+
+    seconds: float
+    """Since the search began."""
+    miou: float
+    cost: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +109,8 @@ class SearchResult:
     """Minimised: no instance costs less than (1 - gap) of this one. None: nothing is proved. 0: optimal."""
     gap_miou: float | None = 0.0
     """No instance within the limits has a larger mIoU by more than this. None: nothing is proved. 0: optimal."""
+    incumbents: tuple[Incumbent, ...] = ()
+    """The best so far over time, where the search was for this objective alone."""
 
 
 def search(
@@ -156,7 +175,7 @@ def search_for(
     """As ``search``, for an Objective."""
     from messnet.search.engine import Engine, Region
 
-    devices, grid = _devices(costs), grid or Grid()
+    begun, devices, grid = time.monotonic(), _devices(costs), grid or Grid()
     max_exits = _max_exits(setting, grid)
     problem = _problem(tables, devices, objective, grid)
     baseline_miou, baseline_cost = _baseline(tables, devices, objective)
@@ -168,14 +187,16 @@ def search_for(
     if not outcome.near:
         raise InfeasibleError(_explain(tables, devices, objective, setting, grid, baseline_miou, baseline_cost))
     gaps = outcome.gap_cost if objective.goal == "cost" else None
-    certificate = _certificate(front.num_declared, front.num_evaluated, outcome.stopped, outcome.gap_miou, gaps)
+    proved = (front.num_declared, front.num_evaluated, outcome.stopped)
+    certificate = certificate_of(*proved, gap_miou=outcome.gap_miou, gap_cost=gaps)
     near = [
         FrontPoint(miou=miou, cost=cost, instance=problem.instance_of(key, setting=setting))
         for cost, miou, key in outcome.near[:4]
     ]
     result = _answer(front, objective, near[0], near[1:], name, certificate)
     finite = [gap if gap < np.inf else None for gap in (outcome.gap_cost, outcome.gap_miou)]
-    return replace(result, gap_cost=finite[0], gap_miou=finite[1])
+    incumbents = tuple(Incumbent(now - begun, miou, cost) for now, miou, cost in engine.incumbents)
+    return replace(result, gap_cost=finite[0], gap_miou=finite[1], incumbents=incumbents)
 
 
 def choose(front: Front, objective: Objective, *, name: str = "instance") -> SearchResult:
@@ -200,11 +221,14 @@ def pareto_front(
     cost: CostName = "macs",
     grid: Grid | None = None,
     time_limit: float | None = None,
+    precision: float = 0.0,
     progress: bool = False,
 ) -> Front:
     """The front of mIoU against one mean cost over everything ``grid`` declares: exact, or, stopped by ``time_limit``
-    (seconds) or Ctrl-C, with its proved gap."""
-    return _front(tables, _devices(costs), Objective(minimise=cost), setting, grid or Grid(), time_limit, progress)
+    (seconds) or Ctrl-C, with its proved gap. With a ``precision`` (mIoU) of three exits only what is above the front by
+    more is sure to be found: faster, and the gap is proved to be no larger."""
+    objective = Objective(minimise=cost)
+    return _front(tables, _devices(costs), objective, setting, grid or Grid(), time_limit, progress, precision)
 
 
 def _front(
@@ -215,13 +239,15 @@ def _front(
     grid: Grid,
     time_limit: float | None,
     progress: bool = False,
+    precision: float = 0.0,
 ) -> Front:
     """Of everything within the objective's further limits and floors."""
     from messnet.search.engine import Engine, Region
 
     max_exits = _max_exits(setting, grid)
     problem = _problem(tables, devices, objective, grid)
-    engine = Engine(problem, Region("front"), max_exits=max_exits, time_limit=time_limit, progress=progress)
+    how: dict[str, Any] = {"time_limit": time_limit, "progress": progress, "precision": precision}
+    engine = Engine(problem, Region("front"), max_exits=max_exits, **how)
     outcome = engine.run()
     return _front_of(engine, outcome, setting, objective, _baseline(tables, devices, objective))
 
@@ -242,6 +268,8 @@ def _front_of(
         num_declared=problem.declared(engine.max_exits),
         num_evaluated=outcome.num_evaluated,
         gap_miou=outcome.gap_miou,
+        exact_from=outcome.exact_from,
+        precision=engine.precision,
         stopped=outcome.stopped,
         problem=problem,
     )
@@ -326,19 +354,6 @@ def _answer(
     )
 
 
-def _certificate(declared: int, evaluated: int, stopped: str, gap_miou: float, gap_cost: float | None) -> str:
-    grid = f"the declared grid of {_spaced(declared)} instances"
-    if not gap_miou and not gap_cost:
-        return f"optimal over {grid}: {_spaced(evaluated)} were evaluated, all others were bounded"
-    why = f"stopped ({stopped}) after {_spaced(evaluated)} of {grid}"
-    if gap_miou == np.inf:
-        return f"{why}: the best of those, nothing is proved of the others"
-    proved = f"no other has a larger mIoU at its cost by more than {100 * gap_miou:.2g} pp"
-    if gap_cost is not None and gap_cost < np.inf:
-        proved = f"within {100 * gap_cost:.2g} % of the least cost; {proved}"
-    return f"{why}: {proved}"
-
-
 def _feasible(front: Front, points: Sequence[FrontPoint], objective: Objective) -> list[FrontPoint]:
     """The points that meet the constraints, best first."""
     least_miou, largest_cost = _limits_of(front, objective)
@@ -360,13 +375,13 @@ def _nearest(front: Front, objective: Objective) -> str:
     affordable = [p for p in front.points if p.cost <= largest_cost]
     accurate = [p for p in front.points if p.miou >= round(least_miou, DECIMALS)]
     nearest = [
-        f"the best mIoU at that cost is {_words(affordable[-1], front)}" if affordable else "",
-        f"the least cost at that mIoU is {_words(accurate[0], front)}" if accurate else "",
+        f"the best mIoU at that cost is {words(affordable[-1], front)}" if affordable else "",
+        f"the least cost at that mIoU is {words(accurate[0], front)}" if accurate else "",
     ]
     if not affordable:
-        nearest.append(f"the cheapest instance has {_words(front.points[0], front)}")
+        nearest.append(f"the cheapest instance has {words(front.points[0], front)}")
     if not accurate:
-        nearest.append(f"the most accurate instance has {_words(front.points[-1], front)}")
+        nearest.append(f"the most accurate instance has {words(front.points[-1], front)}")
     limits = [f"mIoU >= {least_miou:.4f}"] * (least_miou > -np.inf)
     limits += [f"{front.cost_name} <= {largest_cost:.4g}"] * (largest_cost < np.inf)
     return f"no instance has {' and '.join(limits)}: {'; '.join(filter(None, nearest))}; relax a constraint"
@@ -392,8 +407,8 @@ def _explain(
         return _nearest(front, objective)
     notes = []
     if front.points:
-        notes.append(f"the most accurate within the further limits has {_words(front.points[-1], front)}")
-        notes.append(f"the cheapest has {_words(front.points[0], front)}")
+        notes.append(f"the most accurate within the further limits has {words(front.points[-1], front)}")
+        notes.append(f"the cheapest has {words(front.points[0], front)}")
     least_miou, _ = _limits(objective, baseline_miou, baseline_cost, devices)
     for limit in objective.limits_on:
         others = tuple(one for one in objective.limits_on if one is not limit)
@@ -426,17 +441,17 @@ def _verdict(front: Front, objective: Objective, best: FrontPoint) -> str:
         return "no static truncated model meets the constraints, this instance does"
     rival = static[0]
     if (best.miou, best.cost) == (rival.miou, rival.cost):
-        return f"no better than the best static truncated model: {_words(best, front)} both"
+        return f"no better than the best static truncated model: {words(best, front)} both"
     return (
-        f"beats the best static truncated model: {_difference(front, best, rival)}; "
-        f"{_words(best, front)} against {_words(rival, front)}"
+        f"beats the best static truncated model: {difference(front, best, rival)}; "
+        f"{words(best, front)} against {words(rival, front)}"
     )
 
 
 def _against_uniform(front: Front, objective: Objective, best: FrontPoint) -> str:
     """Against the best instance with one head config at all exits of ``best`` (the final exit keeps its own), its
     thresholds free, under the same constraints."""
-    from messnet.search.engine import try_choice
+    from messnet.search.choices import try_choice
 
     assert front.problem is not None
     tables, final = front.problem.tables, front.problem.tables.exits[-1]
@@ -461,21 +476,7 @@ def _against_uniform(front: Front, objective: Objective, best: FrontPoint) -> st
     head = rival.instance.exits[0].head
     if (best.miou, best.cost) == (rival.miou, rival.cost):
         return f"no better than uniform heads ({head})"
-    return f"against uniform heads ({head}) {_difference(front, best, rival)}"
-
-
-def _difference(front: Front, best: FrontPoint, rival: FrontPoint) -> str:
-    more = f"{100 * (best.cost / rival.cost - 1):+.1f} %" if rival.cost else f"{best.cost:+.4g}"
-    return f"{100 * (best.miou - rival.miou):+.2f} pp mIoU, {more} {front.cost_name}"
-
-
-def _words(point: FrontPoint, front: Front) -> str:
-    exits = " > ".join(f"{choice.exit_index}:{choice.head}" for choice in point.instance.exits)
-    return f"mIoU {point.miou:.4f} at {point.cost:.4g} {front.cost_name} (exits {exits})"
-
-
-def _spaced(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
+    return f"against uniform heads ({head}) {difference(front, best, rival)}"
 
 
 def _anytime(

@@ -123,7 +123,7 @@ class Validation:
         counts = {exit: torch.zeros(3, net.num_classes, dtype=torch.int64, device=device) for exit in exits}
         with torch.no_grad():
             for image, label in self._samples:
-                image = image.to(device, memory_format=torch.channels_last)
+                image = image.to(device)
                 label = label.to(device)
                 for i, state in enumerate(net.states(image)):
                     for exit in (exit for exit in exits if exit.exit_index == i):

@@ -19,8 +19,9 @@ from messnet.losses import cross_entropy, pixel_weight
 from messnet.network.exit_head import plain_head_config
 from messnet.network.multi_exit import MultiExitNet
 from messnet.runs import Checkpoint
+from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, ValidationResult
-from messnet.training.loop import class_weights, diverged, every, mix, set_learning_rate, sgd, train
+from messnet.training.loop import class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
 from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
 
 __all__ = ["active_exits", "pretrain"]
@@ -86,7 +87,8 @@ class _Pretraining:
     ) -> None:
         self.options, self.fabric, self.net, self.class_weights = options, fabric, net, class_weights
         self.num_parts = fabric.world_size
-        module = _ExitAware(net, plain).train().to(memory_format=torch.channels_last)
+        self.layout = layout(net, fabric.device)
+        module = _ExitAware(net, plain).train().to(memory_format=self.layout)
         self.module, self.optimizer = fabric.setup(module, sgd(module, options))
         self.exits = (*plain, net.exits[-1])
 
@@ -107,10 +109,9 @@ class _Pretraining:
         size = [length // self.options.loss_stride for length in labels.shape[-2:]]
         labels = every(labels, self.options.loss_stride)
         normaliser = self._normaliser(labels)
-        losses = [
-            cross_entropy(logits, labels, self.class_weights, normaliser=normaliser)
-            for logits in self.module(images, active, size)
-        ]
+        with fast_dilation(images.device):
+            outputs = self.module(images.contiguous(memory_format=self.layout), active, size)
+        losses = [cross_entropy(logits, labels, self.class_weights, normaliser=normaliser) for logits in outputs]
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(torch.stack(losses).sum())
         self.optimizer.step()

@@ -19,8 +19,9 @@ from messnet.losses import Teacher, distillation_loss, teach
 from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import MultiExitNet
 from messnet.runs import Checkpoint
+from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, ValidationResult, say
-from messnet.training.loop import class_weights, diverged, every, mix, set_learning_rate, sgd, train
+from messnet.training.loop import class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
 from messnet.training.options import ComputeOptions, DistillOptions
 
 __all__ = ["distill", "space_exits"]
@@ -91,7 +92,8 @@ class _Distillation:
         class_weights: Tensor | None,
     ) -> None:
         self.options, self.fabric, self.class_weights = options, fabric, class_weights
-        self.net = net.eval().to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = layout(net, fabric.device)
+        self.net = net.eval().to(fabric.device, memory_format=self.layout)  # type: ignore[call-overload]
         net.requires_grad_(False)
         net.heads.train().requires_grad_(True)
         self.wanted = frozenset(wanted)
@@ -112,7 +114,7 @@ class _Distillation:
     def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
         self._iteration = iteration
         size = [length // self.options.loss_stride for length in labels.shape[-2:]]
-        features, final = self._observe(images, size)
+        features, final = self._observe(images.contiguous(memory_format=self.layout), size)
         labels = every(labels, self.options.loss_stride)
         teacher = self._teach(final, labels, None)
         losses: dict[Exit, Tensor] = {}
@@ -170,7 +172,7 @@ class _Distillation:
         optimizer = self.optimizers[exit]
         # dropout of a head must not depend on the heads beside it
         torch.manual_seed(mix(self.options.seed, *exit, iteration))
-        with self.fabric.autocast():
+        with self.fabric.autocast(), fast_dilation(features.device):
             logits: Tensor = self.net.head(exit)(features)
         logits = F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
         loss = distillation_loss(logits, teacher)

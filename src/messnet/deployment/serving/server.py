@@ -6,7 +6,7 @@ import io
 import socket
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from PIL import Image
 
@@ -29,22 +29,25 @@ MAX_SAMPLES = 12
 _EXTRA = "the service needs FastAPI, uvicorn and prometheus_client: pip install 'messnet[serve]'"
 
 
-def serve(
-    path: Path,
-    options: ServeOptions,
-    *,
-    instance: str | None = None,
-    device: str = "auto",
-    runtime: RuntimeName = "torch",
-    precision: Precision = "f32",
-    threads: int | None = None,
-    samples: Path | None = None,
-) -> None:
+class ModelOptions(TypedDict, total=False):
+    """What a service runs."""
+
+    instance: str | None
+    """As for ``load``, and so are the other three."""
+    runtime: RuntimeName
+    precision: Precision
+    threads: int | None
+    device: str
+    """auto (the default), cpu or cuda."""
+    samples: Path | None
+    """A folder of images that the page offers; by default those of a run's gallery."""
+
+
+def serve(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> None:
     """Serves a run's instance, or a bundle, until SIGTERM or SIGINT; then answers every request that it has accepted.
 
-    ``instance``, ``runtime``, ``precision`` and ``threads`` are as for ``load``; ``device`` is auto, cpu or cuda;
-    ``samples`` is a folder of images that the page offers; by default those of a run's gallery. Raises MessError, one
-    line, when the model cannot be loaded, the address cannot be listened to, or the extra "serve" is not installed.
+    Raises MessError, one line, when the model cannot be loaded, the address cannot be listened to, or the extra "serve"
+    is not installed.
     """
     try:
         from messnet.deployment.serving.draining import run_until_stopped
@@ -54,16 +57,7 @@ def serve(
     # Pillow warns of what the service refuses.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     with _listening(options) as sock:  # before the model is loaded: a port that is taken is known at once
-        service = open_service(
-            path,
-            options,
-            instance=instance,
-            device=device,
-            runtime=runtime,
-            precision=precision,
-            threads=threads,
-            samples=samples,
-        )
+        service = open_service(path, options, **model)
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{service.session.instance.name} of {path}: http://{shown}:{port}/ (ctrl-c stops it)", flush=True)
@@ -71,26 +65,23 @@ def serve(
     print(f"stopped: {service.gate.accepted} requests accepted, {service.gate.answered} answered", flush=True)
 
 
-def open_service(
-    path: Path,
-    options: ServeOptions,
-    *,
-    instance: str | None = None,
-    device: str = "auto",
-    runtime: RuntimeName = "torch",
-    precision: Precision = "f32",
-    threads: int | None = None,
-    samples: Path | None = None,
-) -> Service:
+def open_service(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> Service:
     """The service that ``serve`` runs. Raises as it does."""
     try:
         from messnet.deployment.serving.app import Service
     except ImportError as error:
         raise MessError(f"{_EXTRA} ({error})") from error
 
-    chosen = None if samples is None else _samples_of(samples, options)
-    where = torch_device(device) if runtime.startswith("torch") or device == "cuda" else "cpu"
-    session = load(path, instance=instance, device=where, runtime=runtime, precision=precision, threads=threads)
+    folder, device, runtime = model.get("samples"), model.get("device", "auto"), model.get("runtime", "torch")
+    chosen = None if folder is None else _samples_of(folder, options)
+    session = load(
+        path,
+        instance=model.get("instance"),
+        device=torch_device(device) if runtime.startswith("torch") or device == "cuda" else "cpu",
+        runtime=runtime,
+        precision=model.get("precision", "f32"),
+        threads=model.get("threads"),
+    )
     found = _gallery_of(path) if chosen is None else chosen
     return Service(session, options, samples=found, info=describe(path, session))
 

@@ -1,0 +1,106 @@
+"""The whole front over three exits: strips of cost, the dearest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from messnet.search.cheapest import least_cost
+from messnet.search.choices import wanted
+from messnet.tables import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from messnet.search.choices import Choices
+    from messnet.search.engine import Engine
+
+__all__ = ["sweep"]
+
+BEND = 2e-3  # mIoU; of the front within a strip, which has one tangent and one price
+
+
+def sweep(engine: Engine, lasts: Sequence[int]) -> tuple[float, float]:
+    """Evaluates or rules out every choice of three exits; the gaps (cost, mIoU) that are left.
+
+    Each strip's instances are news if they are above the front at their cost; a front that rises later makes no news of
+    what was none. Its seeds are the choices on the front of the strip before.
+    """
+    from messnet.search.engine import OutOfTimeError
+
+    edges, high = _edges(engine), np.inf
+    left: Choices | None = None
+    engine.exact_from = np.inf
+    try:
+        engine.try_fully(_cheaper_than_all(engine, lasts))
+        seeds: IntArray = np.zeros((0, 3), np.int64)
+        for low, high in zip(edges[-2::-1], edges[:0:-1], strict=True):
+            left = None
+            if len(engine.steps_within((low, high))):
+                engine.aim((low, high))
+                engine.try_all(seeds)
+                left = engine.settle(engine.bound(lasts, (low, high)), lasts)
+                if engine.stopped:
+                    break
+                seeds = _choices_between(engine, low, high)
+            engine.exact_from = _miou_at(engine, low)
+    except (OutOfTimeError, KeyboardInterrupt) as stop:
+        engine.stopped = "time limit" if isinstance(stop, OutOfTimeError) else "interrupted"
+    if not engine.stopped:
+        engine.exact_from = -1.0
+        return (np.inf, engine.precision) if engine.precision else (0.0, 0.0)
+    if left is not None and high == edges[1]:  # the last strip
+        return np.inf, engine.gaps(left)[1] + engine.precision
+    return np.inf, engine.exact_from - _miou_at(engine, -np.inf) + engine.precision
+
+
+def _edges(engine: Engine) -> list[float]:
+    """Ascending costs between the strips: within each the steps are within ``BEND`` of a line."""
+    size = int(engine.found.size[0])
+    if not (size and engine.priced):
+        return [-np.inf, np.inf]
+    costs, mious = engine.found.cost[:size], engine.found.miou[:size]
+    edges, stop = [float(costs[-1]), np.inf], size - 1  # steps before this one are yet to be taken
+    while stop > 0:
+        start = stop - 1
+        while start > 0 and _bend(mious[start - 1 : stop], costs[start : stop + 1]) <= BEND:
+            start -= 1
+        edges.insert(0, float(costs[start]))
+        stop = start
+    return [-np.inf, *edges[1:]] if len(edges) > 2 else [-np.inf, *edges]
+
+
+def _bend(mious: FloatArray, costs: FloatArray) -> float:
+    """How far steps are from the line through the first and the last one, mIoU."""
+    slope = (mious[-1] - mious[0]) / (costs[-1] - costs[0])
+    return float(np.ptp(mious - slope * costs))
+
+
+def _miou_at(engine: Engine, cost: float) -> float:
+    """Of the front; at a smaller cost than it begins at, its smallest."""
+    size = int(engine.found.size[0])
+    if not size:
+        return -1.0
+    return float(engine.found.miou[max(0, int(np.searchsorted(engine.found.cost[:size], cost, side="right")) - 1)])
+
+
+def _choices_between(engine: Engine, low: float, high: float) -> IntArray:
+    """(n, 3) choices of three exits on the front, of a cost between two."""
+    size = int(engine.found.size[0])
+    costs = engine.found.cost[:size]
+    positions = {
+        engine.problem.positions_of(int(key)) for key in engine.found.key[:size][(costs > low) & (costs <= high)]
+    }
+    return np.array(sorted(one[::-1] for one in positions if len(one) == 3), np.int64).reshape(-1, 3)
+
+
+def _cheaper_than_all(engine: Engine, lasts: Sequence[int]) -> IntArray:
+    """(n, 3) choices that may cost less than every point of the front, where no line can rule them out."""
+    exits = [np.zeros((0, 3), np.int64)]
+    cheapest = engine.found.cost[: engine.found.size[0]].min(initial=np.inf)
+    for last in lasts:
+        num = engine.problem.num_before(last)
+        cheaper = least_cost(engine.arrays, last, num) < cheapest
+        middle, first = np.nonzero(wanted(engine.arrays, last, num, np.inf, None) & cheaper)
+        exits.append(np.stack([np.full(len(middle), last), middle, first], axis=1))
+    return np.concatenate(exits)

@@ -1,0 +1,118 @@
+"""Bounds by cells and the sieve of thresholds against the enumeration of the same choices of exits."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from test_search_objectives import larger
+
+from messnet.search import Grid, Objective, pareto_front, search
+from messnet.search.problem import Problem, cost_rows
+
+ENGINE = importlib.import_module("messnet.search.engine")
+CELLS = importlib.import_module("messnet.search.cells")
+
+
+def engine_at(seed: int, drop: float) -> Any:
+    """An engine for the least workload, aimed at the best static model or one early exit, and all its choices."""
+    tables, costs = larger(seed)
+    problem = Problem(tables, cost_rows(Objective(), [costs], tables), Grid(num_image_thresholds=12))
+    least = tables.miou(np.full(len(tables.image_names), tables.final)) - drop
+    engine = ENGINE.Engine(problem, ENGINE.Region("cost", least), max_exits=2, time_limit=None, progress=False)
+    engine.run()
+    engine.sets = CELLS.classes_of(problem.arrays)
+    engine.aim((-np.inf, np.inf))
+    index = problem.arrays.exit_index
+    exits = np.array([one[::-1] for one in combinations(range(len(index)), 3) if len(set(index[list(one)])) == 3])
+    engine.fill(exits)
+    return engine, exits
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("drop", [0.005, 0.06])
+def test_the_sieve_loses_no_news(seed: int, drop: float) -> None:
+    engine, exits = engine_at(70_000 + seed, drop)
+    sieved_of_all = all_of_all = 0
+    for one in exits:
+        sieved, tried = engine._triple(one[None])
+        full = ENGINE.try_choice(engine.problem, tuple(one[::-1].tolist()), *engine._gate())
+        size = int(full.size[0])
+        assert int(sieved.size[0]) == size
+        np.testing.assert_array_equal(sieved.cost[:size], full.cost[:size])
+        np.testing.assert_array_equal(sieved.miou[:size], full.miou[:size])
+        np.testing.assert_array_equal(sieved.key[:size], full.key[:size])
+        levels = [engine.problem.num_declared[position] for position in one[1:]]
+        sieved_of_all, all_of_all = sieved_of_all + tried, all_of_all + levels[0] * levels[1]
+    assert sieved_of_all < all_of_all / 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("tau", [-0.05, -0.002])
+def test_no_instance_is_above_the_bound_of_its_cells(seed: int, tau: float) -> None:
+    engine, exits = engine_at(80_000 + seed, 0.02)
+    arrays, base, need = engine.arrays, engine.tangent.miou, np.zeros((CELLS.FINE, CELLS.FINE), np.float32)
+    slacks = []
+    for last, middle, first in exits.tolist():
+        bound = CELLS.look_at(arrays, engine.sets, engine.form, last, middle, first, tau, -8.0, need)
+        found = ENGINE.try_choice(engine.problem, (first, middle, last), np.inf, base + tau)
+        size = int(found.size[0])
+        if size:
+            best = float((found.miou[:size] - base - engine.slope * found.cost[:size]).max())
+            slacks.append(bound - best)
+    assert slacks
+    assert min(slacks) >= -ENGINE.MARGIN
+    assert np.median(slacks) < 0.1
+
+
+def test_a_front_stopped_early_says_from_where_it_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, costs = larger(90_000)
+    grid = Grid(num_image_thresholds=12)
+    exact = pareto_front(tables, costs, grid=grid)
+    assert (exact.gap_miou, exact.exact_from) == (0, -1)
+    original, calls = ENGINE.Engine.settle, iter(range(100))
+
+    def settle(self: Any, *arguments: Any) -> Any:
+        if next(calls) == 8:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ENGINE.Engine, "settle", settle)
+    stopped = pareto_front(tables, costs, grid=grid)
+    assert stopped.stopped == "interrupted"
+    assert f"exact at mIoU >= {stopped.exact_from:.4f}" in stopped.certificate
+    assert exact.points[0].miou < stopped.exact_from < exact.points[-1].miou
+    sure = [(point.cost, point.miou) for point in stopped.points if point.miou > stopped.exact_from]
+    assert sure == [(point.cost, point.miou) for point in exact.points if point.miou > stopped.exact_from]
+    for point in exact.points:
+        here = max(one.miou for one in stopped.points if one.cost <= point.cost)
+        assert here >= point.miou - stopped.gap_miou
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_front_to_a_precision_is_within_it(seed: int) -> None:
+    tables, costs = larger(91_000 + seed)
+    grid = Grid(num_image_thresholds=12)
+    exact, close = pareto_front(tables, costs, grid=grid), pareto_front(tables, costs, grid=grid, precision=0.004)
+    assert close.gap_miou == 0.004
+    assert close.certificate.startswith("no instance of the declared grid")
+    assert "by more than 0.4 pp" in close.certificate
+    assert close.num_evaluated < exact.num_evaluated
+    for point in exact.points:
+        here = max((one.miou for one in close.points if one.cost <= point.cost), default=-1.0)
+        assert here >= point.miou - 0.004
+
+
+def test_incumbents_get_better_and_end_with_the_answer() -> None:
+    tables, costs = larger(90_001)
+    result = search(tables, costs, max_drop_pp=2, grid=Grid(num_image_thresholds=12))
+    spent = [one.cost for one in result.incumbents]
+    assert spent == sorted(spent, reverse=True)
+    assert (result.incumbents[-1].cost, result.incumbents[-1].miou) == (
+        result.instance.selected_on["macs"],
+        result.instance.selected_on["miou"],
+    )
+    assert 0 <= result.incumbents[0].seconds <= result.incumbents[-1].seconds
