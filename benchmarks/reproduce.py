@@ -5,7 +5,8 @@
 initialisations  per-exit mIoU of backbones from "baseline", "end_to_end" and "exit_aware" pre-training
 losses           per-exit mIoU of the stage 2 losses; "exits only" is CE on a backbone that never saw an early exit
 instances        what MESS finds against the original network, a narrower one (--width), the best static cut of the same
-                 network and uniform heads: searched on one half of the validation images, reported on the other
+                 network and uniform heads: searched on one half of the validation images, reported on the other;
+                 ``--mess exit_aware-ce`` takes the heads of another stage 2
 cost             what training took: one MESS network for all operating points against one network for each
 
 Each variant is a run of its own, FOLDER/VARIANT-SEED; what is finished is not done again, an interrupted one goes on.
@@ -216,11 +217,11 @@ def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) ->
     return found
 
 
-def instances(experiment: Experiment, width: float, halvings: int) -> str:
+def instances(experiment: Experiment, variant: str, width: float, halvings: int) -> str:
     found: dict[tuple[str, str], list[Reported]] = {}
     base = []
     for seed in experiment.seeds:
-        run = experiment.trained("exit_aware", seed)
+        run = experiment.trained(variant, seed)
         baseline, _ = experiment.static(seed)
         narrow, costs = experiment.static(seed, width)
         nets = Trained(run.tables(), run.costs(), baseline, narrow, costs.total("macs"))
@@ -287,6 +288,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, help="by default runs/RECIPE-NAME")
+    parser.add_argument("--mess", choices=VARIANTS, default="exit_aware", help="whose heads are searched in instances")
     parser.add_argument("--width", type=float, default=0.35, help="of the narrower static network")
     parser.add_argument("--halvings", type=int, default=5)
     parser.add_argument("--set", nargs=argparse.REMAINDER, default=[], help="recipe values for all runs")
@@ -297,14 +299,15 @@ def main() -> None:
     make = {
         "initialisations": lambda: per_exit(experiment, INITIALISATIONS, "stage 1"),
         "losses": lambda: per_exit(experiment, LOSSES, "stage 2 loss"),
-        "instances": lambda: instances(experiment, options.width, options.halvings),
+        "instances": lambda: instances(experiment, options.mess, options.width, options.halvings),
         "cost": lambda: cost(experiment, options.width),
     }
     try:
         for name in options.tables:
             text = make[name]()
             print(f"\n{text}\n", flush=True)
-            write_atomically(folder / f"{name}.md", text + "\n")
+            of = f"-{options.mess}" if name == "instances" and options.mess != "exit_aware" else ""
+            write_atomically(folder / f"{name}{of}.md", text + "\n")
     except MessError as error:
         raise SystemExit(f"reproduce: {error}") from None
 
