@@ -296,6 +296,18 @@ def test_measured_tables_of_a_run(
     assert snapshot(run)["profile.json"] == before["profile.json"]
 
 
+def test_a_run_measured_in_a_runtime_of_graphs(
+    tiny_run: Path, tmp_path: Path, says: Callable[..., str], quick: None
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    how = ("--measure", "--runtime", "onnxruntime", "--threads", "1", "--json")
+    table = strict_json(says("profile", run, *how))
+    assert strict_json((run / "costs/onnxruntime-cpu-1threads-float32-b1.json").read_text()) == table
+    assert len(table["heads"]) == 7
+    assert all(part["latency_ms"] >= 0 for _, _, part in table["heads"])
+    assert table["conditions"]["runtime"].startswith("onnxruntime ")
+
+
 def test_exits_by_measured_latency(tiny_recipe: Path, tmp_path: Path, says: Callable[..., str]) -> None:
     says(
         "profile",
@@ -317,6 +329,9 @@ def test_bad_profiles(tiny_run: Path, tmp_path: Path, fails: Callable[..., str])
     before = snapshot(tiny_run)
     assert "--threads is for measuring: add --measure" in fails("profile", tiny_run, "--threads", "2")
     assert "--name is for measuring" in fails("profile", tiny_run, "--name", "x")
+    assert "a run: torch, onnxruntime" in fails("profile", tiny_run, "--measure", "--runtime", "torch-compiled")
+    assert "one image at a time" in fails("profile", tiny_run, "--measure", "--runtime", "openvino", "--batch", "2")
+    assert "a run or a bundle" in fails("profile", "mobilenetv2_fcn", "--measure", "--runtime", "openvino")
     assert "plain file name" in fails("profile", tiny_run, "--measure", "--name", "../x")
     assert "--out FILE.json" in fails("profile", "mobilenetv2_fcn", "--measure", "--name", "x")
     assert "are for a model" in fails("profile", tiny_run, "--num-classes", "3")

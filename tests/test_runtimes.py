@@ -462,3 +462,8 @@ def test_the_reader_refuses_what_is_not_whole(bundle: Path, tmp_path: Path, monk
         with pytest.raises(reader.BundleError, match=words):
             reader.load(path)
     assert reader.main([str(damaged), "x.png"]) == 2
+
+
+def test_a_graph_runs_in_no_runtime_but_the_one_asked_for() -> None:
+    with pytest.raises(ModelError, match="torch-compiled runs no graphs"):
+        load_graph(output_graph(), "torch-compiled", "f32", 1)

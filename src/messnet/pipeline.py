@@ -24,6 +24,7 @@ from messnet.deployment.measurement import (
     check_additivity,
     device_in_words,
     make_gallery,
+    measure_heads,
     measure_session,
     run_side_by_side,
 )
@@ -138,12 +139,17 @@ def profile_bundle(
     return net, measure_session(session, profile(net, blueprint.input_size, model=model), latency)
 
 
-def measure_run(run: Run, latency: LatencyOptions, name: str) -> CostTable:
-    """What the run's network costs on this device: RUN/costs/NAME.json. Latency asks for no training."""
+def measure_run(run: Run, latency: LatencyOptions, name: str, runtime: RuntimeName = "torch") -> CostTable:
+    """What the run's network costs on this device, every head of it: RUN/costs/NAME.json. Latency asks for no training.
+    In a ``runtime`` of graphs, those of all heads are made, and decisions are of the recipe's first policy."""
     blueprint = run.blueprint()
     net = blueprint.build()
     _add_heads(net, run.recipe.heads)
-    costs = _measure_costs(net, blueprint.input_size, latency, model=blueprint.model)
+    if runtime == "torch":
+        costs = _measure_costs(net, blueprint.input_size, latency, model=blueprint.model)
+    else:
+        workload = profile(net, blueprint.input_size, model=blueprint.model)
+        costs = measure_heads(net.eval(), workload, latency, runtime=runtime, policy=run.recipe.evaluate.policies[0])
     run.directory.write(f"{COSTS}/{name}.json", costs.to_json())
     return costs
 

@@ -19,6 +19,7 @@ __all__ = ["profile"]
     help_epilogue=examples(
         "profile configs/demo.yaml",
         "profile runs/demo --measure --threads 2",
+        "profile runs/demo --measure --runtime onnxruntime",
         "profile demo.mess --measure --out here.json",
         "profile demo.mess --measure --runtime onnxruntime --threads 2",
         "profile mobilenetv2_fcn --input-size 512 512 --measure --plot cuts.png --out costs.json",
@@ -50,7 +51,7 @@ def profile(
         measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
         device: To measure on; by default cpu.
         dtype: To measure in; by default float32.
-        runtime: Of a bundle, stage by stage; what is not torch needs its graphs, see export.
+        runtime: Of a bundle, which needs its graphs (see export), or of a run, whose heads all get some first.
         batch: Images at a time; by default 1.
         threads: Of the processor; by default torch's choice.
         name: Of a run's measured table; by default it says device, dtype and batch.
@@ -67,8 +68,10 @@ def profile(
     is_model = not bundled and (":" in target or not named)
     if (is_model or bundled) and name:
         raise MessError(f"--name is for a table of a run; that of {target} is written with --out FILE.json")
-    if runtime != "torch" and not (bundled and measure and (batch or 1) == 1):
-        raise MessError(f"--runtime {runtime} measures a bundle, one image at a time: BUNDLE --measure")
+    if runtime != "torch" and (is_model or not measure or (batch or 1) > 1):
+        raise MessError(f"--runtime {runtime} measures a run or a bundle, one image at a time: RUN --measure")
+    if runtime == "torch-compiled" and not bundled:
+        raise MessError("--runtime torch-compiled measures a bundle; a run: torch, onnxruntime or openvino")
     if bundled:
         _expect_no_change(Path(target), overrides, out)
     if not is_model and (num_classes or input_size):
@@ -85,7 +88,10 @@ def profile(
         net, costs = profile_bundle(Path(target), latency, runtime)
     else:
         opened = do_stage("profile", Path(target), overrides, out, quiet=as_json)
-        costs = measure_run(opened, latency, plain_name(name or latency.name)) if latency else opened.costs()
+        costs = opened.costs()
+        if latency:
+            stated = latency.name if runtime == "torch" else f"{runtime}-{latency.name}"
+            costs = measure_run(opened, latency, plain_name(name or stated), runtime)
         net = opened.blueprint().build()
     if out is not None and (is_model or bundled):
         costs.to_json(out)

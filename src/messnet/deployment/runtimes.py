@@ -435,7 +435,9 @@ def load_graph(data: bytes, runtime: str, precision: Precision, threads: int) ->
     try:
         if runtime == "onnxruntime":
             return _OnnxRuntimeGraph(data, threads)
-        return _OpenVinoGraph(data, precision, threads)
+        if runtime == "openvino":
+            return _OpenVinoGraph(data, precision, threads)
+        raise ModelError(f"{runtime} runs no graphs: expected onnxruntime or openvino")
     except ModelError:
         raise
     except Exception as error:  # of the runtime's own kinds
