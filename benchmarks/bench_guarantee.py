@@ -34,7 +34,7 @@ from scipy.special import rel_entr
 from scipy.stats import binom
 
 from messnet.search import Grid, Guarantee, cost_of, pareto_front, route
-from messnet.search.guarantee import certified_step, images_needed, loss_of, retreat_path
+from messnet.search.guarantee import certified_step, images_needed, loss_of, no_dearer, retreat_path
 from messnet.tables import CostTable, ExitTables
 
 EPSILONS, DELTA, SELECTIONS = (0.005, 0.01, 0.02, 0.05, 0.1), 0.1, 20
@@ -55,7 +55,7 @@ def path_of(tables: ExitTables, costs: CostTable, selection: NDArray) -> tuple[N
     chosen = tables.subset(selection)
     front = pareto_front(chosen, costs, grid=Grid(policy="top1+native", max_exits=2, num_image_thresholds=16))
     best = front.points[0].instance
-    path = retreat_path(best, chosen)
+    path = no_dearer(retreat_path(best, chosen), "macs", chosen, costs)
     losses = np.array([loss_of(tables, route(tables, step)) for step in path])
     return losses, np.array([cost_of(tables, costs, step) for step in path]) / costs.total("macs")
 

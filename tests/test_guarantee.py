@@ -79,6 +79,11 @@ def split(seed: int, num_calibration: int = 80, harsh: bool = False) -> tuple[Ex
     return tables.subset(order[:60]), tables.subset(rest[:num_calibration]), rest
 
 
+def mean_cost(instance: Instance, tables: ExitTables) -> float:
+    """MACs; the final exit alone costs 3 segments, a head, and 3 for its output: 306."""
+    return float(cost_of(tables, population()[1], instance).mean())
+
+
 def searched(selection: ExitTables, objective: Objective = BOLD, **grid: int) -> SearchResult:
     front = pareto_front(selection, population()[1], grid=Grid(**({"num_image_thresholds": 6, "max_exits": 2} | grid)))
     return choose(front, objective, name="safe")
@@ -96,7 +101,7 @@ def certified(seed: int, epsilon: float, delta: float, num_calibration: int = 80
         calibration=calibration,
         costs=population()[1],
     )
-    path = [step.exits for step in retreat_path(before.instance, selection)]
+    path = [step.exits for step in retreat_path(before.instance, selection) if mean_cost(step, selection) <= 306]
     return after, path.index(after.instance.exits), len(path) - 1
 
 
@@ -370,6 +375,33 @@ def test_what_is_certified_is_told() -> None:
     assert result.verdict.startswith("retreated from mIoU")
     assert (instance.name, instance.objective) == ("safe", str(BOLD))
     assert Instance.from_json(instance.to_json()) == instance
+
+
+def test_a_certified_step_costs_no_more_than_the_model() -> None:
+    """Where heads are dear, the first steps of the path, at which few images leave, cost more than the final exit."""
+    (_, costs), (selection, calibration, _) = population(), split(1)
+    dear, useless = (
+        replace(costs, heads=costs.heads | {Exit(0, "a"): replace(costs.heads[Exit(0, "a")], macs=macs)})
+        for macs in (60, 300)
+    )
+    exits = (
+        ExitChoice(exit_index=0, head="a", pixel_threshold=0.5, image_threshold=0.6),
+        ExitChoice(exit_index=2, head="final"),
+    )
+    before = searched(selection)
+    before = replace(before, instance=replace(before.instance, exits=exits))
+    path = retreat_path(before.instance, selection)
+    means = [cost_of(selection, dear, step).mean() for step in path]
+    assert means[1] > means[0] > means[-1]
+    given = {"selection": selection, "calibration": calibration}
+    after = certify(before, BOLD, Guarantee(epsilon=0.05, delta=0.1), **given, costs=dear).instance
+    assert cost_of(selection, dear, after).mean() <= means[0]
+    bold = certify(before, BOLD, Guarantee(epsilon=0.5, delta=0.1), **given, costs=dear)
+    assert bold.instance.exits == exits
+    assert f"step {sum(mean <= means[0] for mean in means) - 1} of" in bold.certificate
+    asked = certify(before, BOLD, Guarantee(epsilon=0.5, delta=0.1), **given, costs=useless)
+    assert asked.instance.exits == exits  # the searched thresholds themselves stay
+    assert "step 1 of 1 " in asked.certificate
 
 
 def test_too_few_images_fall_back_to_the_final_exit() -> None:

@@ -24,7 +24,7 @@ from messnet.errors import RecipeError
 from messnet.instance import ExitChoice, Instance
 from messnet.search.results import DECIMALS, SearchResult
 from messnet.search.space import Objective, confidence_at, cost_of, image_threshold, route
-from messnet.tables import CostTable, ExitTables, FloatArray, IntArray
+from messnet.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
 
 __all__ = [
     "MOST_IMAGES",
@@ -33,6 +33,7 @@ __all__ = [
     "certify",
     "images_needed",
     "loss_of",
+    "no_dearer",
     "p_value",
     "retreat_path",
 ]
@@ -73,7 +74,8 @@ def certify(
 ) -> SearchResult:
     """``result`` with the boldest instance of its path that the calibration images certify, at worst the final exit.
 
-    ``selection`` are the tables that ``result`` was searched on. The new certificate says in words what is promised
+    Steps that cost more than the final exit alone are left out, by the selection images too. ``selection`` are the
+    tables that ``result`` was searched on. The new certificate says in words what is promised
     and, where the path was not walked to its end, how many images would do. Raises RecipeError for a budgeted
     instance, which has no thresholds, and for calibration images that are none or were selected on.
     """
@@ -86,6 +88,7 @@ def certify(
         )
 
     path = retreat_path(result.instance, selection, guarantee.num_steps)
+    path = no_dearer(path, objective.cost_name, selection, costs)
     losses = np.array([loss_of(calibration, route(calibration, step)) for step in path])
     # p_value bets on one image after the other: a trend in the order of the files is no loss of their source.
     losses = losses[:, np.random.default_rng(0).permutation(num_images)]
@@ -190,6 +193,13 @@ def retreat_path(instance: Instance, selection: ExitTables, num_steps: int = 100
         if step != path[-1]:
             path.append(step)
     return path if path[-1] == instance else [*path, instance]
+
+
+def no_dearer(path: list[Instance], cost: CostName, selection: ExitTables, costs: CostTable) -> list[Instance]:
+    """The path without the steps that cost more than the final exit alone: where few images leave, their heads cost
+    more than they save. The searched instance stays: it is what was asked for."""
+    means = [float(cost_of(selection, costs, step, cost).mean()) for step in path]
+    return [step for step, mean in zip(path, means, strict=True) if mean <= means[0] or step is path[-1]]
 
 
 def _with_thresholds(choice: ExitChoice, instance: Instance, selection: ExitTables) -> ExitChoice:
