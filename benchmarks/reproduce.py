@@ -4,9 +4,9 @@
 
 initialisations  per-exit mIoU of backbones from "baseline", "end_to_end" and "exit_aware" pre-training
 losses           per-exit mIoU of the stage 2 losses; "exits only" is CE on a backbone that never saw an early exit
-instances        what MESS finds against the original network, a narrower one (--width), the best static cut of the same
-                 network and uniform heads: searched on one half of the validation images, reported on the other;
-                 ``--mess exit_aware-ce`` takes the heads of another stage 2
+instances        what MESS finds against the original network, a narrower one (--width; 0: none), the best static cut of
+                 the same network and uniform heads: searched on one half of the validation images, reported on the
+                 other; ``--mess exit_aware-ce`` takes the heads of another stage 2
 cost             what training took: one MESS network for all operating points against one network for each
 
 Each variant is a run of its own, FOLDER/VARIANT-SEED; what is finished is not done again, an interrupted one goes on.
@@ -187,7 +187,7 @@ class Trained(NamedTuple):
     mess: ExitTables
     costs: CostTable
     baseline: ExitTables
-    narrow: ExitTables
+    narrow: ExitTables | None
     narrow_macs: float
 
 
@@ -206,8 +206,10 @@ def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) ->
         "best static cut": front.static,
         "uniform heads": [point for one in alike for point in one.points],
     }
-    lost = 100 * (final(nets.narrow, reported) - base)
-    found = {("narrower network", ""): Reported(lost, macs / nets.narrow_macs, True)}
+    found = {}
+    if nets.narrow:
+        lost = 100 * (final(nets.narrow, reported) - base)
+        found["narrower network", ""] = Reported(lost, macs / nets.narrow_macs, True)
     for kind, points in kinds.items():
         for name, drop in OBJECTIVES.items():
             instance, is_feasible = pick(points, drop, final(nets.baseline, selection), macs)
@@ -223,7 +225,7 @@ def instances(experiment: Experiment, variant: str, width: float, halvings: int)
     for seed in experiment.seeds:
         run = experiment.trained(variant, seed)
         baseline, _ = experiment.static(seed)
-        narrow, costs = experiment.static(seed, width)
+        narrow, costs = experiment.static(seed, width) if width else (None, run.costs())
         nets = Trained(run.tables(), run.costs(), baseline, narrow, costs.total("macs"))
         for draw in range(halvings):
             halves = nets.mess.halves(draw)
@@ -243,8 +245,8 @@ def instances(experiment: Experiment, variant: str, width: float, halvings: int)
     note = (
         f"Mean ± standard deviation over {len(base)} selections ({len(experiment.seeds)} seeds, {halvings} halvings, "
         f"both ways round; they overlap). Limits are against the original network, trained by the same schedule "
-        f"without exits. Where no instance met a limit, the most accurate one was taken. The narrower network has "
-        f"width {width:g}."
+        f"without exits. Where no instance met a limit, the most accurate one was taken."
+        + (f" The narrower network has width {width:g}." if width else "")
     )
     return f"{markdown(columns, rows)}\n\n{note}"
 
@@ -260,22 +262,24 @@ def cost(experiment: Experiment, width: float, num_points: int = 3) -> str:
     for seed in experiment.seeds:
         mess = experiment.trained("exit_aware", seed)
         advance(mess, "search")
-        experiment.static(seed), experiment.static(seed, width)
+        widths = (None, width) if width else (None,)
+        for one in widths:
+            experiment.static(seed, one)
         stage1 = minutes(mess, "profile", "pretrain")
         stage2, search = minutes(mess, "distill"), minutes(mess, "evaluate", "search")
-        original, narrow = (
-            minutes(experiment.opened("baseline", seed, w), "profile", "pretrain") for w in (None, width)
-        )
-        for name, value in {
+        original, *narrow = (minutes(experiment.opened("baseline", seed, w), "profile", "pretrain") for w in widths)
+        figures = {
             "MESS, stage 1": stage1,
             "MESS, stage 2": stage2,
             "MESS, tables and search": search,
             "MESS, all operating points": stage1 + stage2 + search,
             "original network": original,
-            f"narrower network (width {width:g})": narrow,
-            f"original and {num_points} narrower networks, one for each operating point": original
-            + num_points * narrow,
-        }.items():
+        }
+        for one in narrow:
+            figures[f"narrower network (width {width:g})"] = one
+            together = f"original and {num_points} narrower networks, one for each operating point"
+            figures[together] = original + num_points * one
+        for name, value in figures.items():
             rows.setdefault(name, []).append(value)
     return markdown(["training", "minutes"], {name: [cell(values, 1)] for name, values in rows.items()})
 
