@@ -6,7 +6,8 @@ initialisations  per-exit mIoU of backbones from "baseline", "end_to_end" and "e
 losses           per-exit mIoU of the stage 2 losses; "exits only" is CE on a backbone that never saw an early exit
 instances        what MESS finds against the original network, a narrower one (--width; 0: none), the best static cut of
                  the same network and uniform heads: searched on one half of the validation images, reported on the
-                 other; ``--mess exit_aware-ce`` takes the heads of another stage 2
+                 other; ``--mess exit_aware-ce`` takes the heads of another stage 2, ``--against own`` compares with the
+                 network's own final exit and trains no other
 cost             what training took: one MESS network for all operating points against one network for each
 
 Each variant is a run of its own, FOLDER/VARIANT-SEED; what is finished is not done again, an interrupted one goes on.
@@ -48,6 +49,7 @@ VARIANTS = {
     "exit_aware": Variant(),  # the recipe as it is: MESS
     "baseline": Variant(BASELINE),
     "end_to_end": Variant(("--pretrain.scheme", "end_to_end")),
+    "exit_aware-pfd": Variant(("--distill.loss", "pfd"), "exit_aware"),
     "exit_aware-ce": Variant(("--distill.loss", "ce"), "exit_aware"),
     "exit_aware-kd": Variant(("--distill.loss", "kd"), "exit_aware"),
     "exit_aware-self_distillation": Variant(("--distill.loss", "self_distillation"), "exit_aware"),
@@ -219,12 +221,13 @@ def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) ->
     return found
 
 
-def instances(experiment: Experiment, variant: str, width: float, halvings: int) -> str:
+def instances(experiment: Experiment, variant: str, against: str, width: float, halvings: int) -> str:
+    width = 0 if against == "own" else width
     found: dict[tuple[str, str], list[Reported]] = {}
     base = []
     for seed in experiment.seeds:
         run = experiment.trained(variant, seed)
-        baseline, _ = experiment.static(seed)
+        baseline = run.tables() if against == "own" else experiment.static(seed)[0]
         narrow, costs = experiment.static(seed, width) if width else (None, run.costs())
         nets = Trained(run.tables(), run.costs(), baseline, narrow, costs.total("macs"))
         for draw in range(halvings):
@@ -233,10 +236,11 @@ def instances(experiment: Experiment, variant: str, width: float, halvings: int)
                 base.append(100 * baseline.subset(reported).miou(np.full(len(reported), baseline.final)))
                 for key, one in one_selection(nets, selection, reported).items():
                     found.setdefault(key, []).append(one)
-    rows = {f"original network: {cell(base)} %": ["0", "1", ""]}
-    for (kind, name), ones in found.items():
+    name = "own final exit" if against == "own" else "original network"
+    rows = {f"{name}: {cell(base)} %": ["0", "1", ""]}
+    for (kind, objective), ones in found.items():
         met = np.mean([one.is_feasible for one in ones])
-        rows[f"{kind}{', ' if name else ''}{name}"] = [
+        rows[f"{kind}{', ' if objective else ''}{objective}"] = [
             cell([one.gain_pp for one in ones], sign="+"),
             cell([one.reduction for one in ones], unit="x"),
             "" if met == 1 else f"{met:.0%}",
@@ -244,8 +248,9 @@ def instances(experiment: Experiment, variant: str, width: float, halvings: int)
     columns = ["on the images not selected on", "mIoU, pp", "less work", "limit could be met in"]
     note = (
         f"Mean ± standard deviation over {len(base)} selections ({len(experiment.seeds)} seeds, {halvings} halvings, "
-        f"both ways round; they overlap). Limits are against the original network, trained by the same schedule "
-        f"without exits. Where no instance met a limit, the most accurate one was taken."
+        f"both ways round; they overlap). Limits are against the {name}"
+        + (". " if against == "own" else ", trained by the same schedule without exits. ")
+        + "Where no instance met a limit, the most accurate one was taken."
         + (f" The narrower network has width {width:g}." if width else "")
     )
     return f"{markdown(columns, rows)}\n\n{note}"
@@ -293,6 +298,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, help="by default runs/RECIPE-NAME")
     parser.add_argument("--mess", choices=VARIANTS, default="exit_aware", help="whose heads are searched in instances")
+    parser.add_argument("--against", choices=("original", "own"), default="original", help="what instances gain on")
     parser.add_argument("--width", type=float, default=0.35, help="of the narrower static network")
     parser.add_argument("--halvings", type=int, default=5)
     parser.add_argument("--set", nargs=argparse.REMAINDER, default=[], help="recipe values for all runs")
@@ -303,14 +309,15 @@ def main() -> None:
     make = {
         "initialisations": lambda: per_exit(experiment, INITIALISATIONS, "stage 1"),
         "losses": lambda: per_exit(experiment, LOSSES, "stage 2 loss"),
-        "instances": lambda: instances(experiment, options.mess, options.width, options.halvings),
+        "instances": lambda: instances(experiment, options.mess, options.against, options.width, options.halvings),
         "cost": lambda: cost(experiment, options.width),
     }
     try:
         for name in options.tables:
             text = make[name]()
             print(f"\n{text}\n", flush=True)
-            of = f"-{options.mess}" if name == "instances" and options.mess != "exit_aware" else ""
+            given = [options.mess] * (options.mess != "exit_aware") + ["own"] * (options.against == "own")
+            of = "".join(f"-{one}" for one in given) if name == "instances" else ""
             write_atomically(folder / f"{name}{of}.md", text + "\n")
     except MessError as error:
         raise SystemExit(f"reproduce: {error}") from None
