@@ -189,8 +189,7 @@ class Trained(NamedTuple):
     mess: ExitTables
     costs: CostTable
     baseline: ExitTables
-    narrow: ExitTables | None
-    narrow_macs: float
+    narrow: tuple[ExitTables, CostTable] | None
 
 
 def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) -> dict[tuple[str, str], Reported]:
@@ -210,8 +209,10 @@ def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) ->
     }
     found = {}
     if nets.narrow:
-        lost = 100 * (final(nets.narrow, reported) - base)
-        found["narrower network", ""] = Reported(lost, macs / nets.narrow_macs, True)
+        tables, costs = nets.narrow
+        found["narrower network", ""] = Reported(
+            100 * (final(tables, reported) - base), macs / costs.total("macs"), True
+        )
     for kind, points in kinds.items():
         for name, drop in OBJECTIVES.items():
             instance, is_feasible = pick(points, drop, final(nets.baseline, selection), macs)
@@ -228,15 +229,15 @@ def instances(experiment: Experiment, variant: str, against: str, width: float, 
     for seed in experiment.seeds:
         run = experiment.trained(variant, seed)
         baseline = run.tables() if against == "own" else experiment.static(seed)[0]
-        narrow, costs = experiment.static(seed, width) if width else (None, run.costs())
-        nets = Trained(run.tables(), run.costs(), baseline, narrow, costs.total("macs"))
+        narrow = experiment.static(seed, width) if width else None
+        nets = Trained(run.tables(), run.costs(), baseline, narrow)
         for draw in range(halvings):
             halves = nets.mess.halves(draw)
             for selection, reported in (halves, halves[::-1]):
                 base.append(100 * baseline.subset(reported).miou(np.full(len(reported), baseline.final)))
                 for key, one in one_selection(nets, selection, reported).items():
                     found.setdefault(key, []).append(one)
-    name = "own final exit" if against == "own" else "original network"
+    name = "network's own final exit" if against == "own" else "original network"
     rows = {f"{name}: {cell(base)} %": ["0", "1", ""]}
     for (kind, objective), ones in found.items():
         met = np.mean([one.is_feasible for one in ones])

@@ -74,10 +74,10 @@ def certify(
 ) -> SearchResult:
     """``result`` with the boldest instance of its path that the calibration images certify, at worst the final exit.
 
-    Steps that cost more than the final exit alone are left out, by the selection images too. ``selection`` are the
-    tables that ``result`` was searched on. The new certificate says in words what is promised
-    and, where the path was not walked to its end, how many images would do. Raises RecipeError for a budgeted
-    instance, which has no thresholds, and for calibration images that are none or were selected on.
+    ``selection`` are the tables that ``result`` was searched on; by them, too, steps that cost more than the final exit
+    alone are left out. The new certificate says in words what is promised and, where the path was not walked to its
+    end, how many images would do. Raises RecipeError for a budgeted instance, which has no thresholds, and for
+    calibration images that are none or were selected on.
     """
     if result.instance.setting != "input_dependent":
         raise RecipeError("a guarantee moves image thresholds, a budgeted instance has none: search input_dependent")
