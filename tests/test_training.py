@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
@@ -164,6 +164,26 @@ def test_interrupted_distillation_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert_equal(tensors(net), tensors(whole))
 
 
+def test_heads_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    once = replace(PRETRAIN, iterations=1)
+    before = tensors(build())
+    same, faster = (
+        pretrained(tmp_path / str(rate), replace(once, head_learning_rate=rate))
+        for rate in (None, 10 * once.learning_rate)
+    )
+    for name, _ in build().named_parameters():
+        is_head = name.startswith("backbone.final_head.")
+        steps = (same[name] - before[name], faster[name] - before[name])
+        torch.testing.assert_close(steps[1], (10 if is_head else 1) * steps[0], rtol=1e-3, atol=1e-6)
+
+
+def test_a_rate_for_heads_needs_a_final_head() -> None:
+    net = build()
+    net.backbone.final_head = nn.Identity()
+    with pytest.raises(RecipeError, match="a final head with parameters of its own"):
+        pretrain(net, Noise(), replace(PRETRAIN, head_learning_rate=1.0), HERE, Checkpoint(Path("c")))
+
+
 def stall_in_the_second_save(path: Path, stalled: Path) -> None:
     """Runs in a process of its own, which is killed with a checkpoint half written."""
     fsync, calls = os.fsync, iter(range(100))
@@ -179,13 +199,10 @@ def stall_in_the_second_save(path: Path, stalled: Path) -> None:
     pretrained(path)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     path, stalled = tmp_path / "c", tmp_path / "stalled"
-    # A fork saves ten seconds of imports; it must not copy a pool of threads.
-    can_fork = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    context = multiprocessing.get_context("fork" if can_fork else "spawn")
-    process = context.Process(target=stall_in_the_second_save, args=(path, stalled))
+    # Spawned: a fork of a process whose autograd has threads cannot train.
+    process = multiprocessing.get_context("spawn").Process(target=stall_in_the_second_save, args=(path, stalled))
     process.start()
     while not stalled.exists() and process.is_alive():
         time.sleep(0.1)

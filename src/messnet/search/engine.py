@@ -108,6 +108,7 @@ class Engine:
         self.tangent, self.tangent_key, self.slope = NO_TANGENT, -1, 0.0
         self.form: Form | None = None
         self.filled: set[tuple[int, int]] = set()
+        self.sets = classes_of(self.arrays)
         self.costs, self.exact_from = (-np.inf, np.inf), -1.0
         self.incumbents: list[tuple[float, float, float]] = []  # (time, mIoU, cost), of an objective
         self.stopped: Literal["", "time limit", "interrupted"] = ""
@@ -123,7 +124,6 @@ class Engine:
             for position in range(len(self.arrays.exit_index)):
                 kernels.try_single(self.arrays, position, self.found)
                 self.num_evaluated += 1
-            kernels.merge(self.static, self.found)
             kernels.merge(self.static, self.found)
             self._learn(self.static, 0)
             if self.max_exits > 1:
@@ -152,11 +152,14 @@ class Engine:
     def _pairs(self) -> None:
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.problem.num_before(p)]
         lasts.reverse()  # the final exit first: it is in most good instances
-        for found, (tried, best, keys) in self._each(self._pairs_before, lasts, "two exits"):
-            self._learn(found, tried)
-            for (cost, miou), key in zip(best, keys, strict=True):
-                if cost < np.inf:
-                    self._remember(cost, miou, int(key))
+        for some in lasts[:1], lasts[1:]:
+            for found, (tried, best, keys) in self._each(self._pairs_before, some, "two exits"):
+                self._learn(found, tried)
+                for (cost, miou), key in zip(best, keys, strict=True):
+                    if cost < np.inf:
+                        self._remember(cost, miou, int(key))
+            if self.max_exits > 2 and some == lasts[:1] and self.region.goal != "front":
+                self._seed(some, NUM_SEEDS // 8)  # good instances within the first second
 
     def _pairs_before(self, last: int) -> tuple[Found, tuple[int, FloatArray, IntArray]]:
         found, region = nothing(), self.region
@@ -171,10 +174,9 @@ class Engine:
         """Evaluates or rules out every choice of three exits; the gaps (cost, mIoU) that are left."""
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.arrays.exit_index[p] >= 2]
         lasts = [p for p in lasts if len(np.unique(self.arrays.exit_index[: self.problem.num_before(p)])) > 1]
-        self.sets = classes_of(self.arrays)
         if self.region.goal == "front":
             return sweep(self, lasts)
-        self._seed(lasts)
+        self._seed(lasts, NUM_SEEDS)
         choices = self.bound(lasts, (-np.inf, np.inf))
         left = self.settle(choices, lasts)
         return self.gaps(left) if self.stopped else (0.0, 0.0)
@@ -212,7 +214,7 @@ class Engine:
         if best and (not self.incumbents or (best[1], best[0]) != self.incumbents[-1][1:]):
             self.incumbents.append((time.monotonic(), best[1], best[0]))
 
-    def _seed(self, lasts: Sequence[int]) -> None:
+    def _seed(self, lasts: Sequence[int], num: int) -> None:
         """Evaluates the choices of the best two exits that share their last one: the better the best instance so far,
         the more the bounds settle."""
         if not self.near:
@@ -226,9 +228,9 @@ class Engine:
                 if self.arrays.exit_index[low] < self.arrays.exit_index[high]:
                     seeds.append((last, high, low))
             ranks.setdefault(last, []).append(first)
-            if len(seeds) >= NUM_SEEDS:
+            if len(seeds) >= num:
                 break
-        self.try_all(np.array(seeds[:NUM_SEEDS], np.int64).reshape(-1, 3))
+        self.try_all(np.array(seeds[:num], np.int64).reshape(-1, 3))
 
     def try_all(self, exits: IntArray) -> None:
         """Evaluates these choices (n, 3)."""
@@ -288,8 +290,7 @@ class Engine:
         max_cost, least_miou = self._gate()
         if self.region.goal != "front":
             return np.array([[least_miou, min(max_cost, self._largest_cost())]])
-        size = self.found.size[0]
-        if not size:
+        if not (size := self.found.size[0]):
             return np.array([[least_miou, self._largest_cost()]])
         costs = np.append(self.found.cost[1:size], self._largest_cost())
         return np.stack([self.found.miou[:size], costs], axis=1)

@@ -23,7 +23,7 @@ import numpy as np
 from messnet.errors import RecipeError
 from messnet.instance import ExitChoice, Instance
 from messnet.search.results import DECIMALS, SearchResult
-from messnet.search.space import Objective, confidence_at, cost_of, image_threshold, route
+from messnet.search.space import Objective, confidence_at, cost_of, image_thresholds, route
 from messnet.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
 
 __all__ = [
@@ -222,7 +222,10 @@ def _keep(choice: ExitChoice, policy: str, selection: ExitTables, k: int, num_st
     assert choice.image_threshold is not None
     observed = np.sort(confidence_at(selection, choice, policy))
     num_kept = int((observed >= np.float64(choice.image_threshold)).sum()) * k // num_steps
-    return replace(choice, image_threshold=image_threshold(observed, observed[-num_kept])) if num_kept else None
+    if not num_kept:
+        return None
+    (threshold,) = image_thresholds(observed, observed[[-num_kept]])
+    return replace(choice, image_threshold=float(threshold))
 
 
 def _measure(instance: Instance, objective: Objective, selection: ExitTables, costs: CostTable) -> dict[str, float]:

@@ -23,7 +23,7 @@ __all__ = [
     "columns_of",
     "confidence_at",
     "cost_of",
-    "image_threshold",
+    "image_thresholds",
     "route",
 ]
 
@@ -220,22 +220,21 @@ def columns_of(tables: ExitTables, position: int, grid: Grid) -> tuple[list[Colu
         bins = np.searchsorted(chosen, confidence, side="right").astype(np.int32)
         if len(chosen) and bins.tobytes() not in known:
             known.add(bins.tobytes())
-            thresholds = np.array([image_threshold(observed, value) for value in chosen])
-            columns.append(Column(float(tables.pixel_thresholds[t]), thresholds, bins))
+            columns.append(Column(float(tables.pixel_thresholds[t]), image_thresholds(observed, chosen), bins))
     return columns, num_declared
 
 
-def image_threshold(observed: NDArray[np.float32], value: np.float32) -> float:
-    """The image threshold that the confidence ``value``, one of ``observed`` (ascending), just reaches.
+def image_thresholds(observed: NDArray[np.float32], values: NDArray[np.float32]) -> FloatArray:
+    """The image thresholds that the confidences ``values``, of those ``observed`` (ascending), just reach.
 
     Midway to the next smaller one, if there is one: far from the images it must tell apart, on either side.
     """
-    i = int(np.searchsorted(observed, value))
-    if i == 0:
-        return float(value)
+    positions = np.searchsorted(observed, values)
+    before = observed[np.maximum(positions - 1, 0)]
     # Kept in float32, the tables' type, so that no later cast moves it onto an observed value.
-    middle = np.float32((np.float64(observed[i - 1]) + np.float64(value)) / 2)
-    return float(middle if middle > observed[i - 1] else value)
+    middle = ((before.astype(np.float64) + values) / 2).astype(np.float32)
+    thresholds: FloatArray = np.where((positions > 0) & (middle > before), middle, values).astype(np.float64)
+    return thresholds
 
 
 def confidence_at(tables: ExitTables, choice: ExitChoice, policy: str) -> NDArray[np.float32]:

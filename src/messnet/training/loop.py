@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -234,10 +234,13 @@ def layout(net: MultiExitNet, device: torch.device) -> torch.memory_format:
     return torch.channels_last if is_depthwise or device.type != "cpu" else torch.contiguous_format
 
 
-def sgd(module: nn.Module, options: TrainOptions, *, fused: bool = False) -> torch.optim.SGD:
-    """``fused``: an update in one pass over memory; for modules all of whose parameters have a part in every loss."""
+def sgd(
+    parameters: Iterable[nn.Parameter] | Sequence[dict[str, Any]], options: TrainOptions, *, fused: bool = False
+) -> torch.optim.SGD:
+    """Of ``parameters``, or groups of them, each with a "scale" of its learning rate. ``fused``: an update in one pass
+    over memory; where all of them have a part in every loss."""
     return torch.optim.SGD(
-        module.parameters(),
+        parameters,
         lr=options.learning_rate,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
@@ -275,7 +278,7 @@ def class_weights(
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("scale", 1.0)
 
 
 def every(labels: Tensor, stride: int) -> Tensor:

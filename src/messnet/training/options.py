@@ -131,6 +131,9 @@ class PretrainOptions(TrainOptions):
     schedule: Schedule = "alternating"
     """Of "exit_aware". "alternating" (poster 1): one early exit is active per iteration, in turn. "modulo" (poster 2):
     exit i is active when i divides the iteration."""
+    head_learning_rate: float | None = None
+    """Of the final head and the early ones; None: ``learning_rate``. Ten times that where the backbone is trained and
+    the head is new, as in DeepLab's recipes (Chen et al., TPAMI 2018)."""
     keep: Literal["last", "best"] = "last"
     """Which weights the stage hands on: the last ones, or of those validated (compute.validate_every) the ones with
     the best mean mIoU over the exits."""
@@ -139,6 +142,8 @@ class PretrainOptions(TrainOptions):
         super().__post_init__()
         if self.scheme not in ("exit_aware", "baseline", "end_to_end"):
             raise RecipeError(f"pretrain.scheme must be 'exit_aware', 'baseline' or 'end_to_end', got {self.scheme!r}")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            raise RecipeError(f"pretrain.head_learning_rate must be above 0, got {self.head_learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ class _Pretraining:
         self.num_parts = fabric.world_size
         self.layout = layout(net, fabric.device)
         module = _ExitAware(net, plain).train().to(memory_format=self.layout)
-        self.module, self.optimizer = fabric.setup(module, sgd(module, options))
+        self.module, self.optimizer = fabric.setup(module, sgd(_groups(net, options), options))
         self.exits = (*plain, net.exits[-1])
 
     @property
@@ -155,6 +155,21 @@ class _Pretraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _groups(net: MultiExitNet, options: PretrainOptions) -> list[dict[str, Any]]:
+    """The parameters, those of the heads with the scale of their learning rate."""
+    if options.head_learning_rate is None:
+        return [{"params": list(net.parameters())}]
+    heads = [parameter for exit in net.exits for parameter in net.head(exit).parameters()]
+    if not list(net.head(net.exits[-1]).parameters()):
+        raise RecipeError(
+            "pretrain.head_learning_rate needs a final head with parameters of its own, and in this model it has none: "
+            "leave the option out"
+        )
+    known = {id(parameter) for parameter in heads}
+    backbone = [parameter for parameter in net.parameters() if id(parameter) not in known]
+    return [{"params": backbone}, {"params": heads, "scale": options.head_learning_rate / options.learning_rate}]
 
 
 class _ExitAware(nn.Module):

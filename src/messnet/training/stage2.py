@@ -97,7 +97,7 @@ class _Distillation:
         net.requires_grad_(False)
         net.heads.train().requires_grad_(True)
         self.wanted = frozenset(wanted)
-        self.optimizers = {exit: sgd(net.head(exit), options, fused=True) for exit in net.exits[:-1]}
+        self.optimizers = {exit: sgd(net.head(exit).parameters(), options, fused=True) for exit in net.exits[:-1]}
         self.points = sorted({exit.exit_index for exit in self.optimizers})
         self.stopped: dict[Exit, int] = {}
         self._iteration = 0
