@@ -252,6 +252,7 @@ def _divide(
     mine, theirs = sets.status[first], sets.status[middle]
     both, later = form.ranges[sets.pairs[middle] + first], form.ranges[sets.pairs[last] + middle]
     over, none = form.ranges[sets.pairs[last] + first], extra[1]
+    values = np.empty((FINE, FINE), np.float32)
     paid, best = form.entry[first] * np.float32(arrays.counts.shape[1]), np.float32(-9)
     for r in range(COARSE):
         if not sets.valid[first, r]:
@@ -259,20 +260,28 @@ def _divide(
         for s in range(COARSE):
             if not sets.valid[middle, s]:
                 continue
-            value, wide = _best_of(form.own[first, r], form.cap[first, r], rest[s]) - paid, np.float32(1e9)
-            if value < target:
-                if r < s:
-                    wide = _remainder(offset, both[r], later[s], spare[0, s], classes, tau)
-                else:
-                    wide = _remainder(offset, over[r], none, spare[1, s], classes, tau)
-                if value + wide < target:
-                    continue
+            value = _best_of(form.own[first, r], form.cap[first, r], rest[s]) - paid
+            if r < s:
+                wide = _remainder(offset, both[r], later[s], spare[0, s], classes, tau)
+            else:
+                wide = _remainder(offset, over[r], none, spare[1, s], classes, tau)
+            if value + wide < target:
+                continue
             for i in range(AT_HALF + 2 * r, AT_HALF + 2 * r + 2):
                 for j in range(AT_HALF + 2 * s, AT_HALF + 2 * s + 2):
                     if not (sets.valid[first, i] and sets.valid[middle, j]):
                         continue
                     value = _best_of(form.own[first, i], form.cap[first, i], rest[j]) - paid
                     if value + wide < target:
+                        continue
+                    highest = np.float32(-BIG)
+                    for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
+                        for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):
+                            if sets.valid[first, AT_FINE + a] and sets.valid[middle, AT_FINE + b]:
+                                own, cap = form.own[first, AT_FINE + a], form.cap[first, AT_FINE + a]
+                                values[a, b] = _best_of(own, cap, rest[AT_FINE + b]) - paid
+                                highest = max(highest, values[a, b])
+                    if highest + wide < target:
                         continue
                     if i < j:
                         _spare(mine[i], theirs[j], worth, extra[0])
@@ -281,13 +290,10 @@ def _divide(
                         _spare(theirs[j], mine[i], worth, extra[0])
                         short = _remainder(offset, over[i], none, extra[0], classes, tau)
                     short = min(short, wide)
-                    if value + short < target:
-                        continue
                     for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
                         for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):
                             if sets.valid[first, AT_FINE + a] and sets.valid[middle, AT_FINE + b]:
-                                own, cap = form.own[first, AT_FINE + a], form.cap[first, AT_FINE + a]
-                                value = _best_of(own, cap, rest[AT_FINE + b]) - paid + short
+                                value = values[a, b] + short
                                 if value >= target:
                                     need[a, b] = short
                                     best = max(best, value)
