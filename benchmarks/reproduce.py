@@ -45,10 +45,12 @@ class Variant(NamedTuple):
 
 
 BASELINE = ("--pretrain.scheme", "baseline")
+END_TO_END = ("--pretrain.scheme", "end_to_end")
 VARIANTS = {
     "exit_aware": Variant(),  # the recipe as it is: MESS
     "baseline": Variant(BASELINE),
-    "end_to_end": Variant(("--pretrain.scheme", "end_to_end")),
+    "end_to_end": Variant(END_TO_END),
+    "end_to_end-ce": Variant((*END_TO_END, "--distill.loss", "ce"), "end_to_end"),
     "exit_aware-pfd": Variant(("--distill.loss", "pfd"), "exit_aware"),
     "exit_aware-ce": Variant(("--distill.loss", "ce"), "exit_aware"),
     "exit_aware-kd": Variant(("--distill.loss", "kd"), "exit_aware"),
@@ -76,11 +78,16 @@ class Experiment:
     folder: Path
     seeds: Sequence[int]
     overrides: Sequence[str] = ()
+    baseline_rate: float | None = None
+    """Learning rate of the networks without exits; None: the recipe's."""
 
     def opened(self, variant: str, seed: int, width: float | None = None) -> Run:
         narrow = ["--model.width", f"{width:g}"] if width else []
         seeds = ["--pretrain.seed", str(seed), "--distill.seed", str(seed)]
         name = f"{variant}-{f'{width:g}-' if width else ''}{seed}"
+        if self.baseline_rate and variant.startswith("baseline"):
+            name = f"rate{self.baseline_rate:g}-{name}"
+            seeds += ["--pretrain.learning_rate", f"{self.baseline_rate:g}"]
         overrides = [*self.overrides, *VARIANTS[variant].overrides, *narrow, *seeds]
         return open_run(self.recipe, overrides, out=self.folder / name)
 
@@ -88,8 +95,9 @@ class Experiment:
         """The run with its tables, trained if it is not yet."""
         run = self.opened(variant, seed)
         if shares := VARIANTS[variant].shares:
-            advance(self.opened(shares, seed), "profile", "pretrain")
-            adopt_pretrained(run, self.folder / f"{shares}-{seed}")
+            shared = self.opened(shares, seed)
+            advance(shared, "profile", "pretrain")
+            adopt_pretrained(run, shared.directory.path)
         advance(run, "profile", "pretrain", "distill", "evaluate")
         return run
 
@@ -301,12 +309,16 @@ def main() -> None:
     parser.add_argument("--mess", choices=VARIANTS, default="exit_aware", help="whose heads are searched in instances")
     parser.add_argument("--against", choices=("original", "own"), default="original", help="what instances gain on")
     parser.add_argument("--width", type=float, default=0.35, help="of the narrower static network")
+    parser.add_argument("--baseline-rate", type=float, help="learning rate of the networks without exits")
     parser.add_argument("--halvings", type=int, default=5)
     parser.add_argument("--set", nargs=argparse.REMAINDER, default=[], help="recipe values for all runs")
     options = parser.parse_args()
     quieten()
     folder = options.out or Path("runs") / options.recipe.stem
-    experiment = Experiment(recipe=options.recipe, folder=folder, seeds=options.seeds, overrides=options.set)
+    rate = options.baseline_rate
+    experiment = Experiment(
+        recipe=options.recipe, folder=folder, seeds=options.seeds, overrides=options.set, baseline_rate=rate
+    )
     make = {
         "initialisations": lambda: per_exit(experiment, INITIALISATIONS, "stage 1"),
         "losses": lambda: per_exit(experiment, LOSSES, "stage 2 loss"),
@@ -318,6 +330,7 @@ def main() -> None:
             text = make[name]()
             print(f"\n{text}\n", flush=True)
             given = [options.mess] * (options.mess != "exit_aware") + ["own"] * (options.against == "own")
+            given += [f"rate{rate:g}"] * (rate is not None)
             of = "".join(f"-{one}" for one in given) if name == "instances" else ""
             write_atomically(folder / f"{name}{of}.md", text + "\n")
     except MessError as error:
