@@ -330,7 +330,7 @@ def main() -> None:
             text = make[name]()
             print(f"\n{text}\n", flush=True)
             given = [options.mess] * (options.mess != "exit_aware") + ["own"] * (options.against == "own")
-            given += [f"rate{rate:g}"] * (rate is not None)
+            given += [f"rate{rate:g}"] if rate else []
             of = "".join(f"-{one}" for one in given) if name == "instances" else ""
             write_atomically(folder / f"{name}{of}.md", text + "\n")
     except MessError as error:
