@@ -72,3 +72,12 @@ def test_pick_is_the_best_of_all_points(reproduce: ModuleType, tables: tuple[Exi
     instance, met = reproduce.pick(points, 0.1, 1.0, macs)  # nobody has an mIoU of 99.9 %
     assert not met
     assert whole.miou(route(whole, instance)) == pytest.approx(mious[-1], abs=1e-11)
+
+
+def test_a_rate_of_the_baselines_is_theirs_alone(reproduce: ModuleType, tmp_path: Path) -> None:
+    recipe = PATH.parents[1] / "configs" / "tables_scenes_cpu.yaml"
+    own = reproduce.Experiment(recipe=recipe, folder=tmp_path, seeds=[0], baseline_rate=0.2)
+    rates = {name: own.opened(name, 0).recipe.pretrain.learning_rate for name in reproduce.VARIANTS}
+    assert rates == {name: 0.2 if name.startswith("baseline") else 0.1 for name in rates}
+    same = reproduce.Experiment(recipe=recipe, folder=tmp_path, seeds=[0])
+    assert same.opened("baseline", 0).directory.path != own.opened("baseline", 0).directory.path
