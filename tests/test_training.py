@@ -177,6 +177,12 @@ def test_heads_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
         torch.testing.assert_close(steps[1], (10 if is_head else 1) * steps[0], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("rate", "head_rate"), [(0.1, 0.0), (0.1, -1.0), (0.0, 0.1), (-1.0, None)])
+def test_rates_are_checked(rate: float, head_rate: float | None) -> None:
+    with pytest.raises(RecipeError, match=r"learning_rate .*(above|at least) 0, got"):
+        replace(PRETRAIN, learning_rate=rate, head_learning_rate=head_rate)
+
+
 def test_a_rate_for_heads_needs_a_final_head() -> None:
     net = build()
     net.backbone.final_head = nn.Identity()

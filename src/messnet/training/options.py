@@ -117,6 +117,8 @@ class TrainOptions:
         for name, least in (("iterations", 1), ("batch_size", 2), ("loss_stride", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{self.section}.{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.learning_rate >= 0:
+            raise RecipeError(f"{self.section}.learning_rate must be at least 0, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,10 @@ class PretrainOptions(TrainOptions):
             raise RecipeError(f"pretrain.scheme must be 'exit_aware', 'baseline' or 'end_to_end', got {self.scheme!r}")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise RecipeError(f"pretrain.head_learning_rate must be above 0, got {self.head_learning_rate}")
+        if self.head_learning_rate is not None and not self.learning_rate > 0:
+            raise RecipeError(
+                f"pretrain.head_learning_rate needs a pretrain.learning_rate above 0, got {self.learning_rate}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
