@@ -6,9 +6,11 @@ initialisations  per-exit mIoU of backbones from "baseline", "end_to_end" and "e
 losses           per-exit mIoU of the stage 2 losses; "exits only" is CE on a backbone that never saw an early exit
 instances        what MESS finds against the original network, a narrower one (--width; 0: none), the best static cut of
                  the same network and uniform heads: searched on one half of the validation images, reported on the
-                 other; ``--mess exit_aware-ce`` takes the heads of another stage 2, ``--against own`` compares with the
-                 network's own final exit and trains no other
+                 other; ``--against own`` compares with the network's own final exit and trains no other
 cost             what training took: one MESS network for all operating points against one network for each
+
+``instances`` and ``cost`` train by the recipe's own scheme and loss, ``--mess exit_aware-ce`` by others: SCHEME-LOSS,
+where a scheme alone means PFD.
 
 Each variant is a run of its own, FOLDER/VARIANT-SEED; what is finished is not done again, an interrupted one goes on.
 ``--set`` comes last and passes recipe values on to all runs. Tables go to the screen, and to FOLDER/TABLE.md.
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from messnet.cli.app import quieten
+from messnet.config import Recipe, load_recipe
 from messnet.errors import MessError
 from messnet.evaluation import evaluate
 from messnet.files import write_atomically
@@ -44,20 +47,22 @@ class Variant(NamedTuple):
     shares: str | None = None
 
 
-BASELINE = ("--pretrain.scheme", "baseline")
-END_TO_END = ("--pretrain.scheme", "end_to_end")
-VARIANTS = {
-    "exit_aware": Variant(),  # the recipe as it is: MESS
-    "baseline": Variant(BASELINE),
-    "end_to_end": Variant(END_TO_END),
-    "end_to_end-ce": Variant((*END_TO_END, "--distill.loss", "ce"), "end_to_end"),
-    "exit_aware-pfd": Variant(("--distill.loss", "pfd"), "exit_aware"),
-    "exit_aware-ce": Variant(("--distill.loss", "ce"), "exit_aware"),
-    "exit_aware-kd": Variant(("--distill.loss", "kd"), "exit_aware"),
-    "exit_aware-self_distillation": Variant(("--distill.loss", "self_distillation"), "exit_aware"),
-    "exit_aware-pfd_filtered": Variant(("--distill.filter_kl", "true"), "exit_aware"),
-    "baseline-ce": Variant((*BASELINE, "--distill.loss", "ce"), "baseline"),
-}
+def variant_of(scheme: str, loss: str) -> tuple[str, Variant]:
+    """``loss`` as the recipe names it, or "pfd_filtered". PFD, the posters' choice, goes without saying."""
+    name, filtered = loss.removesuffix("_filtered"), str(loss == "pfd_filtered").lower()
+    overrides = ("--pretrain.scheme", scheme, "--distill.loss", name, "--distill.filter_kl", filtered)
+    return (scheme, Variant(overrides)) if loss == "pfd" else (f"{scheme}-{loss}", Variant(overrides, scheme))
+
+
+def variant_of_recipe(recipe: Recipe) -> str:
+    """The name of the variant that trains as the recipe says."""
+    loss = recipe.distill.loss
+    filtered = "_filtered" * (loss == "pfd" and recipe.distill.filter_kl)
+    return variant_of(recipe.pretrain.scheme, loss + filtered)[0]
+
+
+LOSS_NAMES = ("pfd", "pfd_filtered", "ce", "kd", "self_distillation")
+VARIANTS = dict(variant_of(scheme, loss) for scheme in ("exit_aware", "baseline", "end_to_end") for loss in LOSS_NAMES)
 INITIALISATIONS = {"baseline": "baseline", "end to end": "end_to_end", "exit-aware": "exit_aware"}
 LOSSES = {
     "exits only (CE, baseline backbone)": "baseline-ce",
@@ -67,6 +72,7 @@ LOSSES = {
     "PFD": "exit_aware",
     "PFD, KL filtered too": "exit_aware-pfd_filtered",
 }
+
 OBJECTIVES = {"most accurate at <= 1x": None, "cheapest at <= 0.1 pp": 0.1, "cheapest at <= 1 pp": 1.0}
 
 
@@ -265,7 +271,7 @@ def instances(experiment: Experiment, variant: str, against: str, width: float, 
     return f"{markdown(columns, rows)}\n\n{note}"
 
 
-def cost(experiment: Experiment, width: float, num_points: int = 3) -> str:
+def cost(experiment: Experiment, variant: str, width: float, num_points: int = 3) -> str:
     """Minutes of processor time, where the run recorded them, else of the clock."""
 
     def minutes(run: Run, *stages: str) -> float:
@@ -274,7 +280,7 @@ def cost(experiment: Experiment, width: float, num_points: int = 3) -> str:
 
     rows: dict[str, list[float]] = {}
     for seed in experiment.seeds:
-        mess = experiment.trained("exit_aware", seed)
+        mess = experiment.trained(variant, seed)
         advance(mess, "search")
         widths = (None, width) if width else (None,)
         for one in widths:
@@ -306,7 +312,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, help="by default runs/RECIPE-NAME")
-    parser.add_argument("--mess", choices=VARIANTS, default="exit_aware", help="whose heads are searched in instances")
+    parser.add_argument("--mess", choices=VARIANTS, help="whose heads are searched; by default as the recipe trains")
     parser.add_argument("--against", choices=("original", "own"), default="original", help="what instances gain on")
     parser.add_argument("--width", type=float, default=0.35, help="of the narrower static network")
     parser.add_argument("--baseline-rate", type=float, help="learning rate of the networks without exits")
@@ -322,14 +328,15 @@ def main() -> None:
     make = {
         "initialisations": lambda: per_exit(experiment, INITIALISATIONS, "stage 1"),
         "losses": lambda: per_exit(experiment, LOSSES, "stage 2 loss"),
-        "instances": lambda: instances(experiment, options.mess, options.against, options.width, options.halvings),
-        "cost": lambda: cost(experiment, options.width),
+        "instances": lambda: instances(experiment, mess, options.against, options.width, options.halvings),
+        "cost": lambda: cost(experiment, mess, options.width),
     }
     try:
+        mess = options.mess or variant_of_recipe(load_recipe(options.recipe, options.set))
         for name in options.tables:
             text = make[name]()
             print(f"\n{text}\n", flush=True)
-            given = [options.mess] * (options.mess != "exit_aware") + ["own"] * (options.against == "own")
+            given = [options.mess] * bool(options.mess) + ["own"] * (options.against == "own")
             given += [f"rate{rate:g}"] if rate else []
             of = "".join(f"-{one}" for one in given) if name == "instances" else ""
             write_atomically(folder / f"{name}{of}.md", text + "\n")

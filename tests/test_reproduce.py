@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from messnet.config import load_recipe
 from messnet.instance import FINAL_HEAD
 from messnet.opening import open_run
 from messnet.search import cost_of, pareto_front, route
@@ -81,3 +82,14 @@ def test_a_rate_of_the_baselines_is_theirs_alone(reproduce: ModuleType, tmp_path
     assert rates == {name: 0.2 if name.startswith("baseline") else 0.1 for name in rates}
     same = reproduce.Experiment(recipe=recipe, folder=tmp_path, seeds=[0])
     assert same.opened("baseline", 0).directory.path != own.opened("baseline", 0).directory.path
+
+
+@pytest.mark.parametrize(("scheme", "loss", "filtered"), [("exit_aware", "pfd", "true"), ("end_to_end", "ce", "false")])
+def test_a_recipe_is_a_variant_of_itself(
+    reproduce: ModuleType, tmp_path: Path, scheme: str, loss: str, filtered: str
+) -> None:
+    path = PATH.parents[1] / "configs" / "tables_scenes_cpu.yaml"
+    overrides = ["--pretrain.scheme", scheme, "--distill.loss", loss, "--distill.filter_kl", filtered]
+    recipe = load_recipe(path, overrides)
+    experiment = reproduce.Experiment(recipe=path, folder=tmp_path, seeds=[0])  # without the overrides
+    assert experiment.opened(reproduce.variant_of_recipe(recipe), 0).recipe == recipe
