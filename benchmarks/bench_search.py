@@ -215,17 +215,29 @@ def main() -> None:
         ]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures.append(("peak_memory", memory, "GiB", 4.0, memory < 4))
-    begun = time.perf_counter()
-    problem = Problem(tables, cost_rows(objective, [costs], tables), grid)
-    preparation_s = time.perf_counter() - begun
+    preparations = []
+    for _ in range(5 if options.optuna else 1):
+        begun = time.perf_counter()
+        problem = Problem(tables, cost_rows(objective, [costs], tables), grid)
+        preparations.append(time.perf_counter() - begun)
+    preparation_s = float(np.median(preparations))
     figures.append(("preparation_s", preparation_s, "s", None, True))
     ours = three.instance.selected_on
+    starts = [ask(3, 2.0).incumbents for _ in range(5 if options.optuna else 0)]
+
+    def as_good_after(cost: float) -> float:
+        """Seconds, the median of the searches of two seconds, or what the one took that proved the optimum."""
+        each = [next((one.seconds for one in start if one.cost <= cost), np.inf) for start in starts]
+        proved = next(one.seconds for one in three.incumbents if one.cost <= cost)
+        median = float(np.median(each))
+        return (median if np.isfinite(median) else proved) - preparation_s
+
     for sampler in options.samplers if options.optuna else ():
         theirs, seconds = optuna_best(problem, ours["baseline_miou"] - options.drop / 100, sampler, options.optuna)
         print(f"{sampler}: {theirs:.6g} after {seconds:.1f} s, ours {ours['macs']:.6g}", flush=True)
         ratio = theirs / ours["macs"]
         figures.append((f"{sampler}_cost_over_ours", ratio, "x", 1.0, ratio >= 1 - 1e-12))
-        own_s = next(one.seconds for one in three.incumbents if one.cost <= max(theirs, ours["macs"])) - preparation_s
+        own_s = as_good_after(max(theirs, ours["macs"]))
         figures += [
             (f"{sampler}_s", seconds, "s", None, True),
             (f"{sampler}_as_good_after", own_s, "s", None, True),

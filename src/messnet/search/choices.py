@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.search import kernels
+from messnet.search.bounds import MARGIN
 from messnet.search.cheapest import cheapest, least_cost
 from messnet.search.problem import Arrays, Found, Problem
 from messnet.tables import FloatArray, IntArray
@@ -30,6 +31,21 @@ class Choices(NamedTuple):
     """mu, mIoU per unit of the objective's cost."""
     costs: tuple[float, float] = (-np.inf, np.inf)
     """The bounds hold for instances that cost more than the one, at most the other."""
+
+    def gaps(self, steps: FloatArray, has_best: bool) -> tuple[float, float]:
+        """What the lines leave open above ``steps`` (n, 2), of mIoU and cost: the cost relative to the first step's, if
+        that is the cheapest instance's (``has_best``), else infinite; and the mIoU."""
+        if not len(self.exits) or not len(steps):
+            return 0.0, 0.0
+        prices, gap_cost = np.array(self.prices), np.inf
+        gap_miou = max(
+            float((self.base + self.bounds + prices * cost).min(1).max() - miou) + MARGIN for miou, cost in steps
+        )
+        if has_best and (prices > 0).any():
+            least_miou, cost = steps[0]
+            saved = (self.base + self.bounds + prices * cost - least_miou)[:, prices > 0] / prices[prices > 0]
+            gap_cost = float((saved.min(1) + MARGIN / prices.max()).max() / cost)
+        return max(gap_cost, 0.0), max(gap_miou, 0.0)
 
 
 def wanted(arrays: Arrays, last: int, num: int, max_cost: float, known: Choices | None) -> NDArray[np.bool_]:
@@ -60,7 +76,7 @@ def try_choice(problem: Problem, positions: tuple[int, ...], max_cost: float, le
     if len(positions) == 1:
         kernels.try_single(problem.arrays, positions[0], found)
     elif len(positions) == 2:
-        kernels.try_pair(problem.arrays, positions[1], positions[0], *limits, found)
+        kernels.try_pair(problem.arrays, positions[1], positions[0], (0, 1), *limits, found)
     else:
         fine = np.zeros((len(problem.arrays.bins), 1 + int(problem.arrays.levels.max(initial=0))), np.int64)
         line, steps = np.array([0.0, -1e9]), np.array([[-1e9, max_cost]])  # no cell and no line rules anything out

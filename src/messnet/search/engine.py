@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from messnet.search import kernels
 from messnet.search.bounds import MARGIN, bound_triples
-from messnet.search.cells import FINE, Form, bound_choices, classes_of, fill_ranges, form_at, look_at
+from messnet.search.cells import FINE, Form, Sets, bound_choices, classes_of, fill_ranges, form_at, look_at
 from messnet.search.choices import Choices, nothing, try_choice, wanted
 from messnet.search.front import sweep
 from messnet.search.problem import MEAN, Found, Problem
@@ -108,7 +109,6 @@ class Engine:
         self.tangent, self.tangent_key, self.slope = NO_TANGENT, -1, 0.0
         self.form: Form | None = None
         self.filled: set[tuple[int, int]] = set()
-        self.sets = classes_of(self.arrays)
         self.costs, self.exact_from = (-np.inf, np.inf), -1.0
         self.incumbents: list[tuple[float, float, float]] = []  # (time, mIoU, cost), of an objective
         self.stopped: Literal["", "time limit", "interrupted"] = ""
@@ -117,6 +117,10 @@ class Engine:
         self.priced = bool((self.arrays.kinds[weighted] == MEAN).all())
         # The mean over devices is at most the largest, and linear.
         self.parts = (self.arrays.parts * self.arrays.weights[:, None, None])[weighted].mean(0)
+
+    @cached_property
+    def sets(self) -> Sets:
+        return classes_of(self.arrays)
 
     def run(self) -> Outcome:
         gaps = (0.0, 0.0)
@@ -152,8 +156,10 @@ class Engine:
     def _pairs(self) -> None:
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.problem.num_before(p)]
         lasts.reverse()  # the final exit first: it is in most good instances
-        for some in lasts[:1], lasts[1:]:
-            for found, (tried, best, keys) in self._each(self._pairs_before, some, "two exits"):
+        most = int(np.diff(self.arrays.first_column).max(initial=1))
+        for some, parts in (lasts[:1], most), (lasts[1:], 1):  # good instances are known after one pixel threshold
+            jobs = [(last, (part, parts)) for last in some for part in range(parts)]
+            for found, (tried, best, keys) in self._each(self._pairs_before, jobs, "two exits"):
                 self._learn(found, tried)
                 for (cost, miou), key in zip(best, keys, strict=True):
                     if cost < np.inf:
@@ -161,12 +167,12 @@ class Engine:
             if self.max_exits > 2 and some == lasts[:1] and self.region.goal != "front":
                 self._seed(some, NUM_SEEDS // 8)  # good instances within the first second
 
-    def _pairs_before(self, last: int) -> tuple[Found, tuple[int, FloatArray, IntArray]]:
-        found, region = nothing(), self.region
+    def _pairs_before(self, job: tuple[int, tuple[int, int]]) -> tuple[Found, tuple[int, FloatArray, IntArray]]:
+        (last, part), found, region = job, nothing(), self.region
+        num = self.problem.num_before(last)
         kernels.merge(found, self.static)
         limits = (region.max_cost, region.least_miou, region.goal != "miou")
-        num = self.problem.num_before(last)
-        return found, kernels.try_pairs_before(self.arrays, last, num, *limits, nothing(), found)
+        return found, kernels.try_pairs_before(self.arrays, last, num, part, *limits, nothing(), found)
 
     # -- three exits ---------------------------------------------------------------------------------------------
 
@@ -446,20 +452,7 @@ class Engine:
 
     def gaps(self, left: Choices) -> tuple[float, float]:
         """What the lines of the choices that are ``left`` leave open: relative cost, mIoU."""
-        here, gap_cost = self.steps_within(left.costs), 0.0
-        if not len(left.exits) or not len(here):
-            return 0.0, 0.0
-        prices = np.array(left.prices)
-        gap_miou = max(
-            float((left.base + left.bounds + prices * cost).min(1).max() - miou) + MARGIN for miou, cost in here
-        )
-        if self.region.goal == "cost" and self._best() and (prices > 0).any():
-            lines = left.base + left.bounds + prices * here[0, 1]
-            saved = (lines - here[0, 0])[:, prices > 0] / prices[prices > 0]
-            gap_cost = float((saved.min(1) + MARGIN / prices.max()).max() / here[0, 1])
-        else:
-            gap_cost = np.inf
-        return max(gap_cost, 0.0), max(gap_miou, 0.0)
+        return left.gaps(self.steps_within(left.costs), self.region.goal == "cost" and self._best() is not None)
 
     # -- both ----------------------------------------------------------------------------------------------------
 

@@ -204,15 +204,24 @@ def try_single(arrays: Any, position: int, found: Any) -> None:
 
 @compiled()
 def try_pairs_before(
-    arrays: Any, last: int, num: int, max_cost: float, least_miou: float, cheapest: bool, scratch: Any, found: Any
+    arrays: Any,
+    last: int,
+    num: int,
+    part: Any,
+    max_cost: float,
+    least_miou: float,
+    cheapest: bool,
+    scratch: Any,
+    found: Any,
 ) -> Any:
-    """Every early exit before ``last``. Returns the number of instances, (num, 2) the best of each early exit within
-    the limits, the ``cheapest`` or the most accurate one: its cost and mIoU, infinite if there is none; and its key."""
+    """Every early exit before ``last``, at each of its pixel thresholds or at a ``part`` (start, step) of them. Returns
+    the number of instances, (num, 2) the best of each early exit within the limits, the ``cheapest`` or the most
+    accurate one: its cost and mIoU, infinite if there is none; and its key."""
     best, keys = np.zeros((num, 2)), np.zeros(num, np.int64)
     tried = 0
     for first in range(num):
         scratch.size[0] = 0
-        tried += try_pair(arrays, last, first, np.inf, -1.0, scratch)
+        tried += try_pair(arrays, last, first, part, np.inf, -1.0, scratch)
         merge(found, scratch)
         best[first, 0] = best[first, 1] = np.inf
         for i in range(scratch.size[0]):
@@ -225,8 +234,9 @@ def try_pairs_before(
 
 
 @compiled()
-def try_pair(arrays: Any, last: int, first: int, max_cost: float, least_miou: float, found: Any) -> int:
-    """Every threshold of early exit ``first`` before exit ``last``; returns the number of instances."""
+def try_pair(arrays: Any, last: int, first: int, part: Any, max_cost: float, least_miou: float, found: Any) -> int:
+    """Every image threshold of early exit ``first`` before exit ``last``, at the pixel thresholds of a ``part`` (start,
+    step); returns the number of instances."""
     num_images, width = arrays.counts.shape[1:]
     here, there = arrays.counts[first], arrays.counts[last]
     gain = np.zeros((num_images, width), arrays.counts.dtype)
@@ -241,7 +251,7 @@ def try_pair(arrays: Any, last: int, first: int, max_cost: float, least_miou: fl
     for m in range(len(leaving)):
         _leaving(arrays, m, positions, leaving[m])
     tried = 0
-    for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
+    for column in range(arrays.first_column[first] + part[0], arrays.first_column[first + 1], part[1]):
         order, bins = arrays.order[column], arrays.bins[column]
         for k in range(width):
             summed[k] = everything[k]
