@@ -72,7 +72,6 @@ LOSSES = {
     "PFD": "exit_aware",
     "PFD, KL filtered too": "exit_aware-pfd_filtered",
 }
-
 OBJECTIVES = {"most accurate at <= 1x": None, "cheapest at <= 0.1 pp": 0.1, "cheapest at <= 1 pp": 1.0}
 
 
@@ -285,7 +284,8 @@ def cost(experiment: Experiment, variant: str, width: float, num_points: int = 3
         widths = (None, width) if width else (None,)
         for one in widths:
             experiment.static(seed, one)
-        stage1 = minutes(mess, "profile", "pretrain")
+        trained_first = experiment.opened(VARIANTS[variant].shares or variant, seed)  # ``mess`` may have adopted it
+        stage1 = minutes(trained_first, "profile", "pretrain")
         stage2, search = minutes(mess, "distill"), minutes(mess, "evaluate", "search")
         original, *narrow = (minutes(experiment.opened("baseline", seed, w), "profile", "pretrain") for w in widths)
         figures = {
