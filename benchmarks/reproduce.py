@@ -4,8 +4,8 @@
 
 initialisations  per-exit mIoU of backbones from "baseline", "end_to_end" and "exit_aware" pre-training
 losses           per-exit mIoU of the stage 2 losses; "exits only" is CE on a backbone that never saw an early exit
-instances        what MESS finds against the original network, a narrower one (--width; 0: none), the best static cut of
-                 the same network and uniform heads: searched on one half of the validation images, reported on the
+instances        what MESS finds against the original network, a smaller one (--smaller), the best static cut of the
+                 same network and uniform heads: searched on one half of the validation images, reported on the
                  other; ``--against own`` compares with the network's own final exit and trains no other
 cost             what training took: one MESS network for all operating points against one network for each
 
@@ -34,6 +34,7 @@ from messnet.evaluation import evaluate
 from messnet.files import write_atomically
 from messnet.instance import FINAL_HEAD, Instance
 from messnet.network.exit_head import plain_head_config
+from messnet.network.zoo import MODELS
 from messnet.opening import Run, open_run
 from messnet.pipeline import adopt_pretrained, run_stage
 from messnet.search import FrontPoint, cost_of, pareto_front, route
@@ -72,6 +73,8 @@ LOSSES = {
     "PFD": "exit_aware",
     "PFD, KL filtered too": "exit_aware-pfd_filtered",
 }
+SMALLER = {"mobilenetv2_fcn": "0.35", "drn50_fcn": "drn50_layer3_fcn", "drn50_deeplabv3": "drn50_layer3_fcn"}
+"""By zoo model, the smaller static network it is compared with: a width, or another zoo model."""
 OBJECTIVES = {"most accurate at <= 1x": None, "cheapest at <= 0.1 pp": 0.1, "cheapest at <= 1 pp": 1.0}
 
 
@@ -86,14 +89,14 @@ class Experiment:
     baseline_rate: float | None = None
     """Learning rate of the networks without exits; None: the recipe's."""
 
-    def opened(self, variant: str, seed: int, width: float | None = None) -> Run:
-        narrow = ["--model.width", f"{width:g}"] if width else []
+    def opened(self, variant: str, seed: int, smaller: str | None = None) -> Run:
+        other = ["--model.name" if smaller in MODELS else "--model.width", smaller] if smaller else []
         seeds = ["--pretrain.seed", str(seed), "--distill.seed", str(seed)]
-        name = f"{variant}-{f'{width:g}-' if width else ''}{seed}"
+        name = f"{variant}-{f'{smaller}-' if smaller else ''}{seed}"
         if self.baseline_rate and variant.startswith("baseline"):
             name = f"rate{self.baseline_rate:g}-{name}"
             seeds += ["--pretrain.learning_rate", f"{self.baseline_rate:g}"]
-        overrides = [*self.overrides, *VARIANTS[variant].overrides, *narrow, *seeds]
+        overrides = [*self.overrides, *VARIANTS[variant].overrides, *other, *seeds]
         return open_run(self.recipe, overrides, out=self.folder / name)
 
     def trained(self, variant: str, seed: int) -> Run:
@@ -106,9 +109,9 @@ class Experiment:
         advance(run, "profile", "pretrain", "distill", "evaluate")
         return run
 
-    def static(self, seed: int, width: float | None = None) -> tuple[ExitTables, CostTable]:
-        """The network itself, trained without exits, at another ``width`` if that is given: its final exit's tables."""
-        run = self.opened("baseline", seed, width)
+    def static(self, seed: int, smaller: str | None = None) -> tuple[ExitTables, CostTable]:
+        """The network itself, or the ``smaller`` one, trained without exits: its final exit's tables."""
+        run = self.opened("baseline", seed, smaller)
         advance(run, "profile", "pretrain")
         path = run.directory.path / "final.npz"
         if not path.exists():
@@ -202,7 +205,7 @@ class Trained(NamedTuple):
     mess: ExitTables
     costs: CostTable
     baseline: ExitTables
-    narrow: tuple[ExitTables, CostTable] | None
+    smaller: tuple[ExitTables, CostTable] | None
 
 
 def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) -> dict[tuple[str, str], Reported]:
@@ -221,9 +224,9 @@ def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) ->
         "uniform heads": [point for one in alike for point in one.points],
     }
     found = {}
-    if nets.narrow:
-        tables, costs = nets.narrow
-        found["narrower network", ""] = Reported(
+    if nets.smaller:
+        tables, costs = nets.smaller
+        found["smaller network", ""] = Reported(
             100 * (final(tables, reported) - base), macs / costs.total("macs"), True
         )
     for kind, points in kinds.items():
@@ -235,15 +238,14 @@ def one_selection(nets: Trained, selection: np.ndarray, reported: np.ndarray) ->
     return found
 
 
-def instances(experiment: Experiment, variant: str, against: str, width: float, halvings: int) -> str:
-    width = 0 if against == "own" else width
+def instances(experiment: Experiment, variant: str, against: str, smaller: str | None, halvings: int) -> str:
+    smaller = None if against == "own" else smaller
     found: dict[tuple[str, str], list[Reported]] = {}
     base = []
     for seed in experiment.seeds:
         run = experiment.trained(variant, seed)
         baseline = run.tables() if against == "own" else experiment.static(seed)[0]
-        narrow = experiment.static(seed, width) if width else None
-        nets = Trained(run.tables(), run.costs(), baseline, narrow)
+        nets = Trained(run.tables(), run.costs(), baseline, experiment.static(seed, smaller) if smaller else None)
         for draw in range(halvings):
             halves = nets.mess.halves(draw)
             for selection, reported in (halves, halves[::-1]):
@@ -265,12 +267,16 @@ def instances(experiment: Experiment, variant: str, against: str, width: float, 
         f"both ways round; they overlap). Limits are against the {name}"
         + (". " if against == "own" else ", trained by the same schedule without exits. ")
         + "Where no instance met a limit, the most accurate one was taken."
-        + (f" The narrower network has width {width:g}." if width else "")
+        + (f" The smaller network is {named(smaller)}." if smaller else "")
     )
     return f"{markdown(columns, rows)}\n\n{note}"
 
 
-def cost(experiment: Experiment, variant: str, width: float, num_points: int = 3) -> str:
+def named(smaller: str) -> str:
+    return smaller if smaller in MODELS else f"of width {smaller}"
+
+
+def cost(experiment: Experiment, variant: str, smaller: str | None, num_points: int = 3) -> str:
     """Minutes of processor time, where the run recorded them, else of the clock."""
 
     def minutes(run: Run, *stages: str) -> float:
@@ -281,13 +287,15 @@ def cost(experiment: Experiment, variant: str, width: float, num_points: int = 3
     for seed in experiment.seeds:
         mess = experiment.trained(variant, seed)
         advance(mess, "search")
-        widths = (None, width) if width else (None,)
-        for one in widths:
-            experiment.static(seed, one)
+        networks = (None, smaller) if smaller else (None,)
+        for network in networks:
+            experiment.static(seed, network)
         trained_first = experiment.opened(VARIANTS[variant].shares or variant, seed)  # ``mess`` may have adopted it
         stage1 = minutes(trained_first, "profile", "pretrain")
         stage2, search = minutes(mess, "distill"), minutes(mess, "evaluate", "search")
-        original, *narrow = (minutes(experiment.opened("baseline", seed, w), "profile", "pretrain") for w in widths)
+        original, *others = (
+            minutes(experiment.opened("baseline", seed, network), "profile", "pretrain") for network in networks
+        )
         figures = {
             "MESS, stage 1": stage1,
             "MESS, stage 2": stage2,
@@ -295,9 +303,9 @@ def cost(experiment: Experiment, variant: str, width: float, num_points: int = 3
             "MESS, all operating points": stage1 + stage2 + search,
             "original network": original,
         }
-        for one in narrow:
-            figures[f"narrower network (width {width:g})"] = one
-            together = f"original and {num_points} narrower networks, one for each operating point"
+        for one in others:
+            figures[f"smaller network ({named(smaller or '')})"] = one
+            together = f"original and {num_points} smaller networks, one for each operating point"
             figures[together] = original + num_points * one
         for name, value in figures.items():
             rows.setdefault(name, []).append(value)
@@ -314,7 +322,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default runs/RECIPE-NAME")
     parser.add_argument("--mess", choices=VARIANTS, help="whose heads are searched; by default as the recipe trains")
     parser.add_argument("--against", choices=("original", "own"), default="original", help="what instances gain on")
-    parser.add_argument("--width", type=float, default=0.35, help="of the narrower static network")
+    parser.add_argument("--smaller", help=f"static network: a width, a zoo model or none; by default {SMALLER}")
     parser.add_argument("--baseline-rate", type=float, help="learning rate of the networks without exits")
     parser.add_argument("--halvings", type=int, default=5)
     parser.add_argument("--set", nargs=argparse.REMAINDER, default=[], help="recipe values for all runs")
@@ -328,11 +336,14 @@ def main() -> None:
     make = {
         "initialisations": lambda: per_exit(experiment, INITIALISATIONS, "stage 1"),
         "losses": lambda: per_exit(experiment, LOSSES, "stage 2 loss"),
-        "instances": lambda: instances(experiment, mess, options.against, options.width, options.halvings),
-        "cost": lambda: cost(experiment, mess, options.width),
+        "instances": lambda: instances(experiment, mess, options.against, smaller, options.halvings),
+        "cost": lambda: cost(experiment, mess, smaller),
     }
     try:
-        mess = options.mess or variant_of_recipe(load_recipe(options.recipe, options.set))
+        recipe = load_recipe(options.recipe, options.set)
+        mess = options.mess or variant_of_recipe(recipe)
+        smaller = options.smaller or SMALLER.get(recipe.model.name)
+        smaller = None if smaller == "none" else smaller
         for name in options.tables:
             text = make[name]()
             print(f"\n{text}\n", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -82,6 +83,17 @@ def test_a_rate_of_the_baselines_is_theirs_alone(reproduce: ModuleType, tmp_path
     assert rates == {name: 0.2 if name.startswith("baseline") else 0.1 for name in rates}
     same = reproduce.Experiment(recipe=recipe, folder=tmp_path, seeds=[0])
     assert same.opened("baseline", 0).directory.path != own.opened("baseline", 0).directory.path
+
+
+def test_the_smaller_network_differs_in_nothing_else(reproduce: ModuleType, tmp_path: Path) -> None:
+    experiment = reproduce.Experiment(
+        recipe=PATH.parents[1] / "configs/tables_scenes_cpu.yaml", folder=tmp_path, seeds=[0]
+    )
+    whole = experiment.opened("baseline", 0)
+    for smaller, model in {"0.35": {"width": 0.35}, "drn50_layer3_fcn": {"name": "drn50_layer3_fcn"}}.items():
+        run = experiment.opened("baseline", 0, smaller)
+        assert run.directory.path == tmp_path / f"baseline-{smaller}-0"
+        assert run.recipe == replace(whole.recipe, model=replace(whole.recipe.model, **model))
 
 
 @pytest.mark.parametrize(("scheme", "loss", "filtered"), [("exit_aware", "pfd", "true"), ("end_to_end", "ce", "false")])

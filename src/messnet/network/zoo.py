@@ -19,7 +19,15 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from messnet.errors import ModelError
 
-__all__ = ["MODELS", "SegmentationModel", "build_model", "drn50_deeplabv3", "drn50_fcn", "mobilenetv2_fcn"]
+__all__ = [
+    "MODELS",
+    "SegmentationModel",
+    "build_model",
+    "drn50_deeplabv3",
+    "drn50_fcn",
+    "drn50_layer3_fcn",
+    "mobilenetv2_fcn",
+]
 
 # torchvision's MobileNetV2: (expansion, channels, blocks, stride) per stage
 _MOBILENETV2_STAGES = (
@@ -54,6 +62,13 @@ def drn50_fcn(num_classes: int = 21) -> SegmentationModel:
     return SegmentationModel(_drn50(), FCNHead(2048, num_classes))
 
 
+def drn50_layer3_fcn(num_classes: int = 21) -> SegmentationModel:
+    """DRN-50 without its layer4 + FCN: a static network to compare instances with; 48.32 GMACs at 512x512."""
+    backbone = _drn50()
+    del backbone.layer4
+    return SegmentationModel(backbone, FCNHead(1024, num_classes))
+
+
 def drn50_deeplabv3(num_classes: int = 21) -> SegmentationModel:
     """DRN-50 + DeepLabV3 (Chen et al., 2017), output stride 8; 163.86 GMACs at 512x512, 21 classes."""
     return SegmentationModel(_drn50(), DeepLabHead(2048, num_classes))
@@ -78,6 +93,7 @@ def mobilenetv2_fcn(num_classes: int = 21, *, width: float = 1.0, depth: float =
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "drn50_fcn": drn50_fcn,
     "drn50_deeplabv3": drn50_deeplabv3,
+    "drn50_layer3_fcn": drn50_layer3_fcn,
     "mobilenetv2_fcn": mobilenetv2_fcn,
 }
 
