@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 __all__ = ["Bundle", "BundleError", "Model", "Result", "load"]
 __version__ = "0.1.0"
@@ -238,6 +238,17 @@ def _openvino(threads: int, precision: str) -> Any:
     return start
 
 
+def _rgb(file: Image.Image) -> np.ndarray:
+    """(H, W, 3), upright as the file says; 16-bit grey is scaled, where Pillow would clip it."""
+    ImageOps.exif_transpose(file, in_place=True)
+    if file.mode.startswith("I;16"):
+        grey = (np.asarray(file).astype(np.uint32) + 128) // 257
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if file.mode in ("I", "F"):
+        raise ValueError("an image of 32-bit pixels, expected 8 or 16 bits")
+    return np.array(file.convert("RGB"))
+
+
 def main(tokens: Sequence[str] | None = None) -> int:
     """The command: masks (class indices, PNG with the bundle's palette) of image files."""
     parser = argparse.ArgumentParser(prog="messnet_runtime", description="Segment images with a messnet bundle.")
@@ -253,7 +264,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         for path in options.images:
             with Image.open(path) as file:
-                result = model.predict([np.array(file.convert("RGB"))])[0]
+                result = model.predict([_rgb(file)])[0]
             mask = Image.fromarray(result.labels)
             mask.putpalette(model.palette.flatten().tolist())
             mask.save(options.out / f"{path.stem}.png")

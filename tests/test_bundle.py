@@ -299,6 +299,15 @@ def test_no_file_leaves_the_folder(copy: Path, name: str) -> None:
     assert not (copy.parent / "new").exists()
 
 
+def test_a_zip_with_a_file_from_elsewhere(copy: Path) -> None:
+    archive = zipped(copy, copy.parent / "a.zip")
+    open_bundle(archive)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("../../slipped", b"x")
+    with pytest.raises(RunError, match=r"'\.\./\.\./slipped' would lie outside"):
+        open_bundle(archive)
+
+
 def open_manifest(tmp_path: Path, copy: Path) -> Manifest:
     edit(copy, lambda record: record["files"].popitem())
     return open_bundle(copy).manifest

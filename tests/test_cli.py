@@ -217,6 +217,17 @@ def test_bad_input_of_predict(tiny_run: Path, tmp_path: Path, fails: Callable[..
     assert not (tmp_path / "out").exists()
 
 
+def test_output_that_cannot_be_written(tiny_run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    Image.fromarray(smooth_image(64, 64)).save(tmp_path / "photo.png")
+    (tmp_path / "notes.txt").write_text("mine")
+    message = fails("predict", tiny_run, tmp_path / "photo.png", "--out", tmp_path / "notes.txt")
+    assert "notes.txt is a file: name a folder" in message
+    below = tmp_path / "notes.txt" / "front.png"
+    assert "name another place" in fails("search", tiny_run, "--plot", below)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "at least 1 thread, not -1" in fails("predict", tiny_run, tmp_path / "photo.png", "--threads", "-1")
+
+
 def test_what_is_no_command(fails: Callable[..., str], tiny_run: Path) -> None:
     assert "predict" in fails("predcit", tiny_run)  # did you mean
     assert "TARGET" in fails("run").upper()
@@ -226,8 +237,13 @@ def test_what_is_no_command(fails: Callable[..., str], tiny_run: Path) -> None:
 def test_bad_searches(tiny_run: Path, fails: Callable[..., str]) -> None:
     before = snapshot(tiny_run)
     message = fails("search", tiny_run, "--name", "perfect", "--min-miou", "0.99")
-    assert "no instance has mIoU >= 0.9900" in message
+    assert "no instance has mIoU >= 99.00 %" in message
     assert "the most accurate instance has" in message
+    message = fails("search", tiny_run, "--name", "better", "--max-drop-pp", "-50")
+    assert re.search(r"the most accurate instance has [0-9.]+ %|has mIoU [0-9.]+ % at [0-9.e-]+ GMACs", message)
+    assert message.count("GMACs") == 1  # said once
+    assert "cannot be -1" in fails("search", tiny_run, "--name", "x", "--time-limit", "-1")
+    assert "is no picture" in fails("search", tiny_run, "--plot", tiny_run / "front.txt")
     assert "add --name" in fails("search", tiny_run, "--max-drop-pp", "1")
     assert "plain file name" in fails("search", tiny_run, "--name", "../../outside")
     assert "not both" in fails("search", tiny_run, "--name", "x", "--minimise", "macs", "--maximise", "miou")

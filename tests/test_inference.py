@@ -12,7 +12,7 @@ from conftest import smooth_image
 from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.deployment.inference import Session
 from messnet.deployment.loading import load
-from messnet.errors import DataError, ModelError, RunError
+from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.exit_policy import Policy, refined_confidence_map
 from messnet.instance import Exit, ExitChoice, Instance
 from messnet.network.multi_exit import MultiExitNet
@@ -127,6 +127,27 @@ def test_what_is_no_image_is_refused(small_net: MultiExitNet, image: np.ndarray)
     for call in (lambda: session.predict([image]), lambda: list(session.anytime(image))):
         with pytest.raises(DataError, match=r"\(H, W, 3\).*uint8.*RGB"):
             call()
+
+
+def test_a_deadline_in_the_past_is_refused(tiny_run: Path) -> None:
+    session = load(tiny_run)
+    image = np.zeros((64, 64, 3), np.uint8)
+    for deadline_ms in (-50.0, float("nan")):
+        with pytest.raises(RecipeError, match="at least 0 ms"):
+            next(session.anytime(image, deadline_ms=deadline_ms))
+    assert next(session.anytime(image, deadline_ms=0.0)).labels.shape == (64, 64)
+
+
+def test_a_warm_up_runs_every_exit_and_is_forgotten(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, taken = load(tiny_run), []
+    advance = session.runner.advance
+    monkeypatch.setattr(
+        session.runner, "advance", lambda live, exit, **how: taken.append(exit) or advance(live, exit, **how)
+    )
+    image = np.zeros((64, 64, 3), np.uint8)
+    session.warm_up(image)
+    assert taken == [choice.exit for choice in session.instance.exits]
+    assert not any(session._clock.expected(i, (64, 64), 0.0) for i in range(len(taken)))
 
 
 def test_an_exit_that_is_not_there(small_net: MultiExitNet) -> None:

@@ -310,6 +310,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("a body of unknown length", {"content": chunks(bytes(900_000))}, 413, "more than 200000 bytes"),
     ("a format unheard of", {"content": PNG, "params": {"format": "svg"}}, 422, "format: .*got 'svg'"),
     ("a form without a file", {"data": {"file": "text"}, "files": {}}, 415, "expected a JPEG"),
+    ("a parameter unheard of", {"content": PNG, "params": {"fromat": "json"}}, 422, "no parameter 'fromat'.* format;"),
     ("a form with a field", {"files": {"file": (None, b"text")}}, 422, "has no file"),
     ("no form", {"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 422, "form cannot be read"),
     (

@@ -14,7 +14,7 @@ from messnet.data.coco import CocoOptions
 from messnet.data.image_files import FileDataset
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.sources import DataOptions, open_dataset
-from messnet.errors import DataError
+from messnet.errors import DataError, RecipeError
 
 OWN = """
 from messnet.data.scenes import Scenes, ScenesOptions
@@ -76,10 +76,6 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            DataOptions(source="folders"),
-            "no data source 'folders': expected 'scenes', 'folder', 'camvid', .* or 'module:function'",
-        ),
         (DataOptions(source="folder", class_names=("a",)), "needs data.root"),
         (DataOptions(source="folder", root=Path("somewhere")), "and data.class_names"),
         (DataOptions(source="voc"), r"'voc' needs data\.root: the folder VOCdevkit, from VOCtrainval_11-May-2012\.tar"),
@@ -96,6 +92,11 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_data_set(options: DataOptions, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_dataset(options, "train")
+
+
+def test_a_source_that_there_is_not_is_told_with_the_recipe() -> None:
+    with pytest.raises(RecipeError, match=r"no data source 'folders': expected 'scenes', 'folder', .* or 'module:func"):
+        DataOptions(source="folders")
 
 
 def save(path: Path, pixels: np.ndarray) -> None:

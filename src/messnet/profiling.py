@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from messnet.errors import ModelError
 from messnet.exit_policy import Policy, image_confidence, should_exit
 from messnet.instance import Exit
 from messnet.latency import LatencyOptions, Stopwatch, num_threads
@@ -47,7 +48,11 @@ def profile(
     Workload (both conventions, see ``messnet.workload``), parameters and memory are counted without computing anything;
     with ``latency`` every part is also timed as sessions run it, on a copy of ``net``. ``model`` is the name that the
     table carries.
+
+    Raises ModelError for a size below 1 x 1.
     """
+    if min(input_size) < 1:
+        raise ModelError(f"an input has at least 1 x 1 pixels, not {input_size[0]} x {input_size[1]}")
     batch = latency.batch if latency else 1
     counts = _count(net, (batch, 3, *input_size), getattr(torch, latency.dtype) if latency else dtype_of(net))
     watch = _time(net, (batch, 3, *input_size), latency) if latency else None

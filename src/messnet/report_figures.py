@@ -65,11 +65,19 @@ def draw_front(fronts: Mapping[str, Sequence[tuple[float, float]]], rows: Sequen
         if front:
             macs, miou = np.array(sorted(front)).T
             colour = FRONT_COLOURS[number % len(FRONT_COLOURS)]
-            axes.step(macs / 1e9, 100 * miou, where="post", color=colour, lw=1.4, label=f"{setting}, front", zorder=2)
+            axes.step(
+                macs / 1e9,
+                100 * miou,
+                where="post",
+                color=colour,
+                lw=1.4,
+                label=f"{setting}, front of the selection half",
+                zorder=2,
+            )
             axes.plot(macs / 1e9, 100 * miou, ".", color=colour, ms=3.5, zorder=2)
     for number, row in enumerate(rows):
         marker = "o" if number else "D"
-        label = ("baseline, reported", "instances, reported")[number] if number < 2 else None
+        label = ("baseline, on the other half", "instances, on the other half")[number] if number < 2 else None
         at, fill = (row[0] / 1e9, 100 * row[1]), PAGE.ink if number else PAGE.paper
         axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=label, ls="", zorder=4)
         axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=PAGE.ink, fontweight="bold")

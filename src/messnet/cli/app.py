@@ -64,6 +64,12 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except (MessError, CycloptsError) as error:
         print(f"messnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = f"{error.filename}: {error.strerror}"
+        print(f"messnet: {reason}; name another place, or make this one accessible", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("messnet: interrupted; what was finished is kept, and a run goes on by the same command", file=sys.stderr)
         raise SystemExit(130) from None

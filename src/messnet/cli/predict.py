@@ -95,13 +95,15 @@ def predict(
     _refuse(of_videos | {"--masks": masks or None, "--max-frames": max_frames}, "videos", "images")
     options = PredictOptions(batch_size=batch_size, deadline_ms=deadline_ms, tile=tile, tile_overlap=tile_overlap)
     files = image_files(images)  # before the network is loaded
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file: name a folder")
     done = predict_files(open_session(), files, out, options)
     if as_json:
         print(json.dumps(done.records, indent=1))
     else:
         taken = sorted({record["exit_index"] for record in done.records})
         shares = ", ".join(f"exit {e}: {sum(r['exit_index'] == e for r in done.records)}" for e in taken)
-        print(f"{len(done.records)} images ({shares}) in {out}/")
+        print(f"{len(done.records)} image{'s' * (len(done.records) != 1)} ({shares}) in {out}/")
     if done.failed:
         for line in done.failed:
             print(f"messnet: {line}", file=sys.stderr)

@@ -74,8 +74,10 @@ def profile(
         raise MessError("--runtime torch-compiled measures a bundle; a run: torch, onnxruntime or openvino")
     if bundled:
         _expect_no_change(Path(target), overrides, out)
-    if not is_model and (num_classes or input_size):
+    if not is_model and (num_classes is not None or input_size):
         raise MessError("--num-classes and --input-size are for a model; others have theirs from their data set")
+    if input_size and min(input_size) < 1:
+        raise MessError(f"--input-size is height and width, at least 1 each, not {input_size[0]} {input_size[1]}")
     quieten()
     from messnet.latency import LatencyOptions
     from messnet.pipeline import measure_run, profile_bundle, profile_model
@@ -83,7 +85,8 @@ def profile(
     latency = LatencyOptions(**how) if measure else None  # type: ignore[arg-type]
     if is_model:
         recipe = _recipe_of_model(target, overrides)
-        net, costs = profile_model(recipe.model, recipe.heads, num_classes or 21, input_size or (512, 512), latency)
+        classes = 21 if num_classes is None else num_classes
+        net, costs = profile_model(recipe.model, recipe.heads, classes, input_size or (512, 512), latency)
     elif bundled:
         net, costs = profile_bundle(Path(target), latency, runtime)
     else:

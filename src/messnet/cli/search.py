@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
@@ -104,6 +104,10 @@ def search(
     _expect_belonging(setting, own, only_anytime)
     if name is not None:
         plain_name(name)
+    for path in filter(None, (plot, front)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if plot is not None:
+        _expect_picture(plot)
     opened = open_target(target, overrides, out)
     from messnet.deployment.loading import INSTANCES, load_instance
     from messnet.pipeline import run_stage, search_run
@@ -129,7 +133,8 @@ def search(
         )
         instances, words = [result.instance], [result.verdict, result.certificate]
         words += [
-            f"runner-up: {_exits(one.instance)}, mIoU {one.miou:.4f} at {one.cost:.4g}" for one in result.runners_up
+            f"runner-up: {_exits(one.instance)}, {_point(one.miou, one.cost, result.instance.selected_on)}"
+            for one in result.runners_up
         ]
         fronts, unit = {setting: [(point.cost, point.miou) for point in result.front]}, _unit(objective, costs)
         if front is not None:
@@ -183,7 +188,7 @@ def _exits(instance: Instance) -> str:
 
 
 def _describe(instance: Instance) -> None:
-    print(f"{instance.name}: {instance.objective}; on the selection images {_figures(instance.selected_on)}")
+    print(f"{instance.name}: {instance.objective}; {_figures(instance.selected_on)}")
     for choice in instance.exits:
         rule = (
             f"stop if {choice.image_threshold:.1%} of the pixels have confidence >= {choice.pixel_threshold:g}"
@@ -193,8 +198,38 @@ def _describe(instance: Instance) -> None:
         print(f"  exit {choice.exit_index}  {choice.head:28} {rule}")
 
 
-def _figures(selected_on: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in selected_on.items())
+def _figures(measured: dict[str, float]) -> str:
+    cost = _cost_of(measured)
+    text = f"on {measured['images']:.0f} selection images {_point(measured['miou'], measured[cost], measured)}"
+    if whole := measured.get(f"baseline_{cost}"):
+        model = _point(measured["baseline_miou"], whole, measured)
+        text += f", {whole / measured[cost]:.2f}x less than the model's {model}"
+    if "area" in measured:
+        first = _point(measured["first_miou"], measured[f"first_{cost}"], measured)
+        text += f"; the first result {first}, overhead {measured['overhead']:.1%}, area {measured['area']:.4f}"
+    if "loss" in measured:
+        text += f"; {measured['loss']:.2%} of an image's pixels lost"
+    return text
+
+
+def _point(miou: float, cost: float, measured: dict[str, float]) -> str:
+    from messnet.search.words import amount
+
+    name = _cost_of(measured)
+    return f"{100 * miou:.2f} % mIoU at {amount(name, cost, measured.get(f'baseline_{name}', 0.0))}"
+
+
+def _cost_of(measured: dict[str, float]) -> CostName:
+    names: tuple[CostName, ...] = get_args(CostName)
+    return next(name for name in names if name in measured)
+
+
+def _expect_picture(path: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise MessError(f"--plot {path} is no picture: its name ends in one of {', '.join(sorted(kinds))}")
 
 
 def _draw(path: Path, fronts: dict[str, list[tuple[float, float]]], instances: list[Instance], unit: str) -> None:
@@ -227,5 +262,5 @@ def _draw(path: Path, fronts: dict[str, list[tuple[float, float]]], instances: l
     if any(fronts.values()):
         axes.legend(frameon=False, loc="lower right")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
     write_atomically(path, buffer.getvalue())

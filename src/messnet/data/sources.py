@@ -15,7 +15,7 @@ from messnet.data.coco import CocoOptions, open_coco
 from messnet.data.folders import open_folder
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.voc import VocOptions, open_voc
-from messnet.errors import DataError
+from messnet.errors import DataError, RecipeError
 
 __all__ = ["SOURCES", "DataOptions", "open_dataset"]
 
@@ -59,6 +59,11 @@ class DataOptions:
     coco: CocoOptions = CocoOptions()
     """For "coco"."""
 
+    def __post_init__(self) -> None:
+        if self.source != "scenes" and self.source not in SOURCES and ":" not in self.source:
+            known = ", ".join(f"'{name}'" for name in SOURCES)
+            raise RecipeError(f"no data source {self.source!r}: expected {known} or 'module:function'")
+
 
 def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> SegmentationDataset:
     """Raises DataError when the data set does not exist or is not in order."""
@@ -68,16 +73,13 @@ def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> Segmen
         dataset = Scenes(split, options.scenes)
     elif source in SOURCES:
         dataset = _open_files(options, split)
-    elif ":" in source:
+    else:
         module, _, function = source.partition(":")
         try:
             make = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise DataError(f"data set {source!r} not found ({error}); expected 'module:function'") from error
         dataset = make(split)
-    else:
-        known = ", ".join(f"'{name}'" for name in SOURCES)
-        raise DataError(f"no data source {source!r}: expected {known} or 'module:function'")
     if len(dataset) == 0:
         raise DataError(f"the {split} split of data source {source!r} holds no image")
     return dataset

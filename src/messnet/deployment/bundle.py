@@ -230,6 +230,8 @@ def _opened(path: Path, name: str) -> Iterator[tuple[int, IO[bytes]]]:
             yield os.fstat(stream.fileno()).st_size, stream
         return
     with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            _expect_inside(member.removesuffix("/"))
         # Zipped by hand, all may lie in one folder.
         manifests = [file for file in archive.namelist() if file.count("/") <= 1 and file.split("/")[-1] == MANIFEST]
         root = min(manifests, key=len, default=MANIFEST).removesuffix(MANIFEST)
@@ -246,11 +248,15 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def _expect_inside(name: str) -> None:
+    if {"", ".", ".."} & {*name.split("/")} or {*"\\:\0"} & {*name}:
+        raise RunError(f"a bundle is refused: its file {name!r} would lie outside of it")
+
+
 def _expect_sound(manifest: Manifest) -> None:
     """Raises RunError for a file that would lie outside of the bundle, and for values that no network has."""
     for name in manifest.files:
-        if {"", ".", ".."} & {*name.split("/")} or {*"\\:\0"} & {*name}:
-            raise RunError(f"a bundle is refused: its file {name!r} would lie outside of it")
+        _expect_inside(name)
     classes, network, exits = manifest.class_names, manifest.network, manifest.instance.exits
     points, indices = network["exit_points"], [choice.exit_index for choice in exits]
     words = [*classes, network["model"], manifest.instance.name, manifest.instance.policy]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from messnet.deployment.runtimes import Precision, Runner, RuntimeName, TorchRunner
-from messnet.errors import DataError, ModelError
+from messnet.errors import DataError, ModelError, RecipeError
 from messnet.exit_policy import Policy, image_confidence, refined_confidence_map
 from messnet.instance import ExitChoice, Instance
 from messnet.network.multi_exit import MultiExitNet
@@ -155,6 +155,15 @@ class Session:
                     results[batch[i]] = result
         return [results[i] for i in range(len(results))]
 
+    def warm_up(self, image: NDArray[np.uint8]) -> None:
+        """Runs every exit on ``image`` once: the first call for a size compiles and allocates, which its latency would
+        show. Raises DataError when something else than an image comes."""
+        passed = [
+            choice if choice.image_threshold is None else replace(choice, image_threshold=np.inf)
+            for choice in self.instance.exits
+        ]
+        next(self._results([image], passed))
+
     def anytime(self, image: NDArray[np.uint8], *, deadline_ms: float | None = None) -> Iterator[Result]:
         """Ever better results for one image, one per exit of the instance.
 
@@ -163,7 +172,11 @@ class Session:
         ``costs``, which is scaled to the image's size and to what this call has taken so far. Without such a table it
         is what this session's last calls took for images of this size, and as long as nothing is known an exit is
         begun while there is time left. Nothing interrupts an exit that takes longer than expected.
+
+        Raises DataError when something else than an image comes, RecipeError for a deadline below 0.
         """
+        if deadline_ms is not None and not deadline_ms >= 0:
+            raise RecipeError(f"a deadline is at least 0 ms, not {deadline_ms:g}")
         start = time.perf_counter()
         exits = self.instance.exits
         results = self._results([image], exits, every=True)

@@ -89,9 +89,11 @@ def load(
     table that was measured on this device, in this runtime, with so many threads.
 
     Raises RunError when something is missing, damaged or newer, ModelError when the network cannot be built here or a
-    runtime is not installed, RecipeError for a runtime or precision that there is not.
+    runtime is not installed, RecipeError for a runtime or precision that there is not, or fewer than 1 thread.
     """
     path = Path(path)
+    if threads is not None and threads < 1:
+        raise RecipeError(f"a network runs on at least 1 thread, not {threads}")
     expect_runtime(runtime, precision)
     how = _How(torch.device(device), runtime, precision, threads)
     if how.graphs and how.device.type != "cpu":

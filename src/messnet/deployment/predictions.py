@@ -13,9 +13,10 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from messnet.data.image_files import rgb_of
 from messnet.deployment.inference import Result, Session
 from messnet.deployment.tiling import TiledResult, predict_tiled
 from messnet.errors import DataError, RecipeError
@@ -95,6 +96,8 @@ def predict_files(
     try:
         with tqdm(total=len(files), desc="predict", unit="img", mininterval=1, dynamic_ncols=True) as bar:
             for batch in _batches(files, 1 if options.tiled else options.batch_size, done.failed):
+                if not done.records:
+                    _warm_up(session, batch[0][1], options)
                 results = _run([image for _, image in batch], session, options)
                 for (file, image), result in zip(batch, results, strict=True):
                     done.records.append(_write(file, image, result, session, out))
@@ -132,6 +135,14 @@ def _batches(
         batch.append((file, image))
     if batch:
         yield batch
+
+
+def _warm_up(session: Session, image: NDArray[np.uint8], options: PredictOptions) -> None:
+    """So that the first image's latency is that of the network, as the others' is."""
+    if options.tiled:
+        height, width = options.tile or session.input_size or image.shape[:2]
+        image = image[:height, :width]
+    session.warm_up(image)
 
 
 def _run(
@@ -188,7 +199,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB, upright as the file says. Raises DataError for a file that is no whole image."""
     try:
         with Image.open(path) as file:
-            return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+            return rgb_of(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}); replace it") from error
 

@@ -368,7 +368,8 @@ class _Graph:
         alive = [node for node in self.nodes[: self.head_start] if self._last_use(node) >= self.head_start]
         maps = [node for node in alive if self.is_feature_map(node)]
         if not maps:
-            raise ModelError(f"the head {head!r} takes no feature map (N, C, h, w): name another module with head=")
+            hint = f"name another module with head=, or give an input larger than {tuple(self.shape[-2:])}"
+            raise ModelError(f"the head {head!r} takes no feature map (N, C, h, w): {hint}")
         self.end = maps[-1]
 
     def is_feature_map(self, node: fx.Node) -> bool:

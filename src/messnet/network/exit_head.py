@@ -36,6 +36,13 @@ class HeadConfig:
     rapid_dilation: bool = False
     segmentation_head: SegmentationHead = "fcn"
 
+    def __post_init__(self) -> None:
+        if self.channel_reduction < 1 or self.extra_blocks < 0:
+            raise RecipeError(
+                f"a head needs channel_reduction >= 1 and extra_blocks >= 0, got {self.channel_reduction} and "
+                f"{self.extra_blocks}"
+            )
+
     @property
     def name(self) -> str:
         """Short, unique and a legal module name: "crm4-blocks2-rdi-fcn"."""

@@ -77,7 +77,12 @@ class MultiExitNet(nn.Module):
         raise ModelError(f"the network has no head {exit.head!r} at exit {exit.exit_index}")
 
     def add_head(self, exit_index: int, config: HeadConfig, *, seed: int = 0) -> Exit:
-        """Attaches a fresh head. Its initial weights depend on ``seed``, the exit point and the config only."""
+        """Attaches a fresh head. Its initial weights depend on ``seed``, the exit point and the config only.
+
+        Raises ModelError when there is no such early exit point.
+        """
+        if not 0 <= exit_index < self.num_exits - 1:
+            raise ModelError(f"heads go to exit points 0 to {self.num_exits - 2}, there is no {exit_index}")
         point = self.exit_points[exit_index]
         head = build_head(
             config,

@@ -107,6 +107,8 @@ def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
 
     Raises ModelError when there is no such model.
     """
+    if num_classes < 1:
+        raise ModelError(f"a model has at least one class, not {num_classes}")
     build = _find(name)
     try:
         parameters = inspect.signature(build).parameters

@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from messnet.errors import RecipeError
 from messnet.search import kernels
 from messnet.search.bounds import MARGIN, bound_triples
 from messnet.search.cells import FINE, Form, Sets, bound_choices, classes_of, fill_ranges, form_at, look_at
@@ -99,6 +100,8 @@ class Engine:
         progress: bool,
         precision: float = 0.0,
     ):
+        if time_limit is not None and not time_limit > 0:
+            raise RecipeError(f"a search takes more than 0 seconds, its time limit cannot be {time_limit:g}")
         self.precision = precision  # mIoU; what is above a front by less need not be found
         self.problem, self.region, self.max_exits, self.progress = problem, region, max_exits, progress
         self.arrays = problem.arrays

@@ -24,6 +24,7 @@ from messnet.errors import RecipeError
 from messnet.instance import ExitChoice, Instance
 from messnet.search.results import DECIMALS, SearchResult
 from messnet.search.space import Objective, confidence_at, cost_of, image_thresholds, route
+from messnet.search.words import amount
 from messnet.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
 
 __all__ = [
@@ -286,10 +287,12 @@ def _least_epsilon(num_images: int, guarantee: Guarantee) -> float:
 def _verdict(searched: Instance, retreated: Instance, objective: Objective) -> str:
     """What the retreat cost, and whether the objective still holds, on the selection images."""
     cost, before, after = objective.cost_name, searched.selected_on, retreated.selected_on
-    least_miou, largest_cost = objective.limits(after["baseline_miou"], after[f"baseline_{cost}"])
+    whole = after[f"baseline_{cost}"]
+    least_miou, largest_cost = objective.limits(after["baseline_miou"], whole)
     holds = after["miou"] >= round(least_miou, DECIMALS) and after[cost] <= largest_cost
     return (
-        f"retreated from mIoU {before['miou']:.4f} at {before[cost]:.4g} {cost} to mIoU {after['miou']:.4f} at "
-        f"{after[cost]:.4g} {cost} (the model itself: {after['baseline_miou']:.4f} at "
-        f"{after[f'baseline_{cost}']:.4g})" + ("" if holds else ": no longer what was asked for")
+        f"retreated from mIoU {100 * before['miou']:.2f} % at {amount(cost, before[cost], whole)} to "
+        f"{100 * after['miou']:.2f} % at {amount(cost, after[cost], whole)} (the model itself: "
+        f"{100 * after['baseline_miou']:.2f} % at {amount(cost, whole, whole)})"
+        + ("" if holds else ": no longer what was asked for")
     )

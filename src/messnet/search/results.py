@@ -14,7 +14,7 @@ from messnet.instance import Instance, Setting
 from messnet.search.anytime import AnytimeObjective, search_anytime
 from messnet.search.problem import DECIMALS, Found, Problem, cost_rows
 from messnet.search.space import Grid, Limit, Objective, Statistic, route
-from messnet.search.words import certificate_of, difference, words
+from messnet.search.words import amount, certificate_of, difference, words
 from messnet.tables import CostName, CostTable, ExitTables
 
 if TYPE_CHECKING:
@@ -375,15 +375,15 @@ def _nearest(front: Front, objective: Objective) -> str:
     affordable = [p for p in front.points if p.cost <= largest_cost]
     accurate = [p for p in front.points if p.miou >= round(least_miou, DECIMALS)]
     nearest = [
-        f"the best mIoU at that cost is {words(affordable[-1], front)}" if affordable else "",
-        f"the least cost at that mIoU is {words(accurate[0], front)}" if accurate else "",
+        f"the best mIoU at that cost is {words(affordable[-1], front)}" if affordable and largest_cost < np.inf else "",
+        f"the least cost at that mIoU is {words(accurate[0], front)}" if accurate and least_miou > -np.inf else "",
     ]
     if not affordable:
         nearest.append(f"the cheapest instance has {words(front.points[0], front)}")
     if not accurate:
         nearest.append(f"the most accurate instance has {words(front.points[-1], front)}")
-    limits = [f"mIoU >= {least_miou:.4f}"] * (least_miou > -np.inf)
-    limits += [f"{front.cost_name} <= {largest_cost:.4g}"] * (largest_cost < np.inf)
+    limits = [f"mIoU >= {100 * least_miou:.2f} %"] * (least_miou > -np.inf)
+    limits += [f"<= {amount(front.cost_name, largest_cost, front.baseline_cost)}"] * (largest_cost < np.inf)
     return f"no instance has {' and '.join(limits)}: {'; '.join(filter(None, nearest))}; relax a constraint"
 
 
@@ -416,7 +416,7 @@ def _explain(
         relaxed = front_under(replace(one, max_cost=None, max_cost_ratio=None))
         reached = [point for point in relaxed.points if point.miou >= round(least_miou, DECIMALS)]
         if reached:
-            notes.append(f"without {limit} it takes {reached[0].cost:.4g} (mIoU {reached[0].miou:.4f})")
+            notes.append(f"without {limit} it takes {words(reached[0], relaxed)}")
     for name, floor in objective.min_class_iou:
         floors = tuple(one for one in objective.min_class_iou if one[0] != name)
         relaxed = front_under(replace(objective, min_class_iou=floors))

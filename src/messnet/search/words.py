@@ -9,7 +9,16 @@ import numpy as np
 if TYPE_CHECKING:
     from messnet.search.results import Front, FrontPoint
 
-__all__ = ["certificate_of", "difference", "words"]
+__all__ = ["amount", "certificate_of", "difference", "words"]
+
+_UNITS = {
+    "macs": (1e9, "GMACs"),
+    "macs_paper": (1e9, "GMACs in the posters' count"),
+    "parameters": (1e6, "million parameters"),
+    "memory_bytes": (2.0**20, "MiB"),
+    "latency_ms": (1.0, "ms"),
+    "latency_p95_ms": (1.0, "ms (95th percentile)"),
+}
 
 
 def certificate_of(
@@ -48,7 +57,16 @@ def difference(front: Front, best: FrontPoint, rival: FrontPoint) -> str:
 
 def words(point: FrontPoint, front: Front) -> str:
     exits = " > ".join(f"{choice.exit_index}:{choice.head}" for choice in point.instance.exits)
-    return f"mIoU {point.miou:.4f} at {point.cost:.4g} {front.cost_name} (exits {exits})"
+    cost = amount(front.cost_name, point.cost, front.baseline_cost)
+    return f"mIoU {100 * point.miou:.2f} % at {cost} (exits {exits})"
+
+
+def amount(name: str, cost: float, of_model: float) -> str:
+    """A cost with its unit; over several devices costs are relative to the model, whose own is then 1."""
+    if of_model == 1.0:
+        return f"{cost:.3g}x the model's {name}"
+    scale, unit = _UNITS[name]
+    return f"{cost / scale:.4g} {unit}"
 
 
 def spaced(number: int) -> str:

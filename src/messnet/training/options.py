@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -117,8 +118,8 @@ class TrainOptions:
         for name, least in (("iterations", 1), ("batch_size", 2), ("loss_stride", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{self.section}.{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.learning_rate >= 0:
-            raise RecipeError(f"{self.section}.learning_rate must be at least 0, got {self.learning_rate}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise RecipeError(f"{self.section}.learning_rate must be at least 0 and finite, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from numpy.typing import NDArray
@@ -199,8 +199,9 @@ class Service:
         post, get = app.post, app.get
         get("/", include_in_schema=False)(self.page)
         get("/samples/{index}", include_in_schema=False)(self.sample)
-        post("/v1/predict", responses=_MASK, openapi_extra=_BODY)(self.predict)
-        post("/v1/anytime", responses=_STREAM, openapi_extra=_BODY)(self.anytime)
+        known = [Depends(_expect_known_parameters)]
+        post("/v1/predict", responses=_MASK, openapi_extra=_BODY, dependencies=known)(self.predict)
+        post("/v1/anytime", responses=_STREAM, openapi_extra=_BODY, dependencies=known)(self.anytime)
         get("/v1/info")(self.info)
         get("/health")(self.health)
         get("/ready", responses={503: {"description": "Starting, or about to stop."}})(self.readiness)
@@ -337,6 +338,14 @@ class Service:
 
     async def _coded(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._codecs, call)
+
+
+def _expect_known_parameters(request: Request) -> None:
+    """Raises RequestError (422) for a parameter that the route does not have, such as a misspelt one."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            raise RequestError(422, f"there is no parameter {name!r}: expected {' or '.join(known)}; correct its name")
 
 
 async def _file_of_form(request: Request, body: bytes) -> bytes:

@@ -6,8 +6,9 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from messnet.data.image_files import rgb_of
 from messnet.deployment.predictions import overlay
 
 __all__ = ["FORMATS", "RequestError", "decode_image", "encode_mask", "encode_overlay", "expect_pixels"]
@@ -36,7 +37,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as file:
             expect_pixels(file.size, max_pixels)
-            return np.array(ImageOps.exif_transpose(file).convert("RGB"))
+            return rgb_of(file)
     except RequestError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
