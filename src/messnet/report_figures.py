@@ -71,17 +71,19 @@ def draw_front(fronts: Mapping[str, Sequence[tuple[float, float]]], rows: Sequen
                 where="post",
                 color=colour,
                 lw=1.4,
-                label=f"{setting}, front of the selection half",
+                label=f"{setting}, selection half",
                 zorder=2,
             )
             axes.plot(macs / 1e9, 100 * miou, ".", color=colour, ms=3.5, zorder=2)
     for number, row in enumerate(rows):
         marker = "o" if number else "D"
-        label = ("baseline, on the other half", "instances, on the other half")[number] if number < 2 else None
+        label = ("baseline, other half", "instances, other half")[number] if number < 2 else None
         at, fill = (row[0] / 1e9, 100 * row[1]), PAGE.ink if number else PAGE.paper
         axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=label, ls="", zorder=4)
         axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=PAGE.ink, fontweight="bold")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8
+    )  # above: there are points below
     return figure
 
 
