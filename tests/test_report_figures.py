@@ -71,9 +71,9 @@ def test_exit_colours_differ_and_depend_on_the_place_alone() -> None:
 
 def test_front_shows_the_numbers() -> None:
     figure = draw_front({"budgeted": [(3e9, 0.7), (1e9, 0.5)], "empty": []}, [(4e9, 0.75), (2e9, 0.6)])
-    np.testing.assert_allclose(points(figure, "budgeted, front"), [[1, 50], [3, 70]])
-    np.testing.assert_allclose(points(figure, "baseline, reported"), [[4, 75]])
-    np.testing.assert_allclose(points(figure, "instances, reported"), [[2, 60]])
+    np.testing.assert_allclose(points(figure, "budgeted, selection half"), [[1, 50], [3, 70]])
+    np.testing.assert_allclose(points(figure, "baseline, other half"), [[4, 75]])
+    np.testing.assert_allclose(points(figure, "instances, other half"), [[2, 60]])
     assert [text.get_text() for text in figure.axes[0].texts] == ["", "1"]
 
 

@@ -274,10 +274,10 @@ def test_latency_asks_for_a_measured_table() -> None:
 def test_infeasible_names_the_nearest_points() -> None:
     tables, costs = tiny(1)
     best, cheapest = pareto_front(tables, costs).points[-1], pareto_front(tables, costs).points[0]
-    with pytest.raises(InfeasibleError, match=f"most accurate instance has mIoU {best.miou:.4f}") as caught:
+    with pytest.raises(InfeasibleError, match=f"most accurate instance has mIoU {100 * best.miou:.2f} %") as caught:
         search(tables, costs, min_miou=1.01)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InfeasibleError, match=f"cheapest instance has mIoU {cheapest.miou:.4f}"):
+    with pytest.raises(InfeasibleError, match=f"cheapest instance has mIoU {100 * cheapest.miou:.2f} %"):
         search(tables, costs, maximise="miou", max_cost=-1)
     with pytest.raises(InfeasibleError, match=r"best mIoU at that cost .*; the least cost at that mIoU"):
         search(tables, costs, min_miou=best.miou - 1e-9, max_cost=best.cost - 0.01)

@@ -1,5 +1,6 @@
 """Both stages: the posters' loss, training that goes on bit for bit where it stopped, heads that see no other head."""
 
+import math
 import multiprocessing
 import os
 import time
@@ -177,9 +178,12 @@ def test_heads_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
         torch.testing.assert_close(steps[1], (10 if is_head else 1) * steps[0], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rate", "head_rate"), [(0.1, 0.0), (0.1, -1.0), (0.0, 0.1), (-1.0, None)])
+@pytest.mark.parametrize(
+    ("rate", "head_rate"),
+    [(0.1, 0.0), (0.1, -1.0), (0.1, math.inf), (0.0, 0.1), (-1.0, None), (math.inf, None), (math.nan, None)],
+)
 def test_rates_are_checked(rate: float, head_rate: float | None) -> None:
-    with pytest.raises(RecipeError, match=r"learning_rate .*(above|at least) 0, got"):
+    with pytest.raises(RecipeError, match=r"learning_rate .*(above|at least) 0( and finite)?, got"):
         replace(PRETRAIN, learning_rate=rate, head_learning_rate=head_rate)
 
 

@@ -100,8 +100,8 @@ class Engine:
         progress: bool,
         precision: float = 0.0,
     ):
-        if time_limit is not None and not time_limit > 0:
-            raise RecipeError(f"a search takes more than 0 seconds, its time limit cannot be {time_limit:g}")
+        if time_limit is not None and not time_limit >= 0:
+            raise RecipeError(f"a search takes at least 0 seconds, its time limit cannot be {time_limit:g}")
         self.precision = precision  # mIoU; what is above a front by less need not be found
         self.problem, self.region, self.max_exits, self.progress = problem, region, max_exits, progress
         self.arrays = problem.arrays

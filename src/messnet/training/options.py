@@ -145,8 +145,8 @@ class PretrainOptions(TrainOptions):
         super().__post_init__()
         if self.scheme not in ("exit_aware", "baseline", "end_to_end"):
             raise RecipeError(f"pretrain.scheme must be 'exit_aware', 'baseline' or 'end_to_end', got {self.scheme!r}")
-        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
-            raise RecipeError(f"pretrain.head_learning_rate must be above 0, got {self.head_learning_rate}")
+        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < math.inf:
+            raise RecipeError(f"pretrain.head_learning_rate must be above 0 and finite, got {self.head_learning_rate}")
         if self.head_learning_rate is not None and not self.learning_rate > 0:
             raise RecipeError(
                 f"pretrain.head_learning_rate needs a pretrain.learning_rate above 0, got {self.learning_rate}"
