@@ -14,9 +14,10 @@ import pytest
 from conftest import smooth_image
 from PIL import Image
 
-from messnet.data.image_files import SampleError, read_image, rgb_of
+from messnet.data.image_files import SampleError, read_image
 from messnet.deployment.predictions import read_image as predicted
 from messnet.errors import DataError
+from messnet.pixels import rgb_of
 
 READER = Path(__file__).parents[1] / "runtime/messnet_runtime.py"
 

@@ -15,10 +15,11 @@ from typing import Generic, Literal, TypeVar
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from messnet.data import SegmentationSample
 from messnet.errors import DataError
+from messnet.pixels import rgb_of
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -31,7 +32,6 @@ __all__ = [
     "list_files",
     "read_image",
     "read_names",
-    "rgb_of",
     "some",
 ]
 
@@ -187,20 +187,6 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             return rgb_of(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise unreadable(path, error) from error
-
-
-def rgb_of(file: Image.Image) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB, upright as the file's EXIF orientation says; 16-bit grey is scaled to 8 bits.
-
-    Raises ValueError for 32-bit pixels, whose range nobody knows.
-    """
-    ImageOps.exif_transpose(file, in_place=True)
-    if file.mode.startswith("I;16"):  # Pillow would clip it: all but the darkest pixels white
-        grey = (np.asarray(file).astype(np.uint32) + 128) // 257
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-    if file.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits, expected 8 or 16")
-    return np.array(file if file.mode == "RGB" else file.convert("RGB"))
 
 
 def unreadable(path: Path, error: Exception) -> SampleError:

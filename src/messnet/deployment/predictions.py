@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from messnet.data.image_files import rgb_of
 from messnet.deployment.inference import Result, Session
 from messnet.deployment.tiling import TiledResult, predict_tiled
 from messnet.errors import DataError, RecipeError
 from messnet.files import write_atomically
+from messnet.pixels import rgb_of
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from messnet.data.image_files import rgb_of
 from messnet.deployment.predictions import overlay
+from messnet.pixels import rgb_of
 
 __all__ = ["FORMATS", "RequestError", "decode_image", "encode_mask", "encode_overlay", "expect_pixels"]
 
