@@ -303,8 +303,8 @@ def cost(experiment: Experiment, variant: str, smaller: str | None, num_points: 
             "MESS, all operating points": stage1 + stage2 + search,
             "original network": original,
         }
-        for one in others:
-            figures[f"smaller network ({named(smaller or '')})"] = one
+        for network, one in zip(networks[1:], others, strict=True):
+            figures[f"smaller network ({named(network)})"] = one
             together = f"original and {num_points} smaller networks, one for each operating point"
             figures[together] = original + num_points * one
         for name, value in figures.items():

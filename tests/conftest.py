@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,6 +29,17 @@ evaluate: {pixel_thresholds: [0.2, 0.3, 0.4, 0.5, 0.7]}
 search: {max_drops_pp: [0.1, 1.0], grid: {num_image_thresholds: 8}}
 compute: {device: cpu, num_workers: 0}
 """
+
+
+def module_of(path: Path) -> ModuleType:
+    """A file outside of the package, imported."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

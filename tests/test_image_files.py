@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import smooth_image
+from conftest import module_of, smooth_image
 from PIL import Image
 
 from messnet.data.image_files import SampleError, read_image
@@ -23,13 +21,7 @@ READER = Path(__file__).parents[1] / "runtime/messnet_runtime.py"
 
 
 def torch_free(file: Image.Image) -> np.ndarray:
-    spec = importlib.util.spec_from_file_location("messnet_runtime", READER)
-    assert spec
-    assert spec.loader
-    reader = importlib.util.module_from_spec(spec)
-    sys.modules["messnet_runtime"] = reader  # dataclasses look their module up
-    spec.loader.exec_module(reader)
-    return np.asarray(reader._rgb(file))
+    return np.asarray(module_of(READER)._rgb(file))
 
 
 READERS = pytest.mark.parametrize("read", [rgb_of, torch_free])

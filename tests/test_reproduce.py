@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from conftest import module_of
 
 from messnet.config import load_recipe
 from messnet.instance import FINAL_HEAD
@@ -22,13 +21,7 @@ PATH = Path(__file__).parents[1] / "benchmarks" / "reproduce.py"
 
 @pytest.fixture(scope="module")
 def reproduce() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce", PATH)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reproduce"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return module_of(PATH)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,10 @@ class SearchOptions:
     seed: int = 0
     """Which half of the validation images is selected on."""
 
+    def __post_init__(self) -> None:
+        if self.time_limit is not None and not self.time_limit >= 0:
+            raise RecipeError(f"search.time_limit must be at least 0 seconds, got {self.time_limit}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

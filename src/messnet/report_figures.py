@@ -65,25 +65,17 @@ def draw_front(fronts: Mapping[str, Sequence[tuple[float, float]]], rows: Sequen
         if front:
             macs, miou = np.array(sorted(front)).T
             colour = FRONT_COLOURS[number % len(FRONT_COLOURS)]
-            axes.step(
-                macs / 1e9,
-                100 * miou,
-                where="post",
-                color=colour,
-                lw=1.4,
-                label=f"{setting}, selection half",
-                zorder=2,
-            )
+            label = f"{setting}, selection half"
+            axes.step(macs / 1e9, 100 * miou, where="post", color=colour, lw=1.4, label=label, zorder=2)
             axes.plot(macs / 1e9, 100 * miou, ".", color=colour, ms=3.5, zorder=2)
     for number, row in enumerate(rows):
         marker = "o" if number else "D"
-        label = ("baseline, other half", "instances, other half")[number] if number < 2 else None
+        named = ("baseline, other half", "instances, other half")[number] if number < 2 else None
         at, fill = (row[0] / 1e9, 100 * row[1]), PAGE.ink if number else PAGE.paper
-        axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=label, ls="", zorder=4)
+        axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=named, ls="", zorder=4)
         axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=PAGE.ink, fontweight="bold")
-    axes.legend(
-        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8
-    )  # above: there are points below
+    # Above the axes: the points of the other half may lie anywhere within.
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
     return figure
 
 
