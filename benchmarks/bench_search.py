@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", choices=("tpe", "nsga2"), default=("tpe", "nsga2"))
     parser.add_argument("--time-limit", type=float, default=60.0, help="of the search for one objective, seconds")
     parser.add_argument("--front", type=float, default=300.0, help="of the search for the front, seconds; 0: no front")
-    parser.add_argument("--precision", type=float, default=0.1, help="of the front, pp of mIoU; 0: exact")
+    parser.add_argument("--precision", type=float, default=0.2, help="of the front, pp of mIoU; 0: exact")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
 

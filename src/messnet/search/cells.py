@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.search.bounds import compiled
+from messnet.search.bounds import compiled, remainder
+from messnet.search.kernels import try_triple
 from messnet.search.problem import Arrays
 from messnet.tables import FloatArray, IntArray
 
-__all__ = ["FINE", "Form", "Sets", "bound_choices", "classes_of", "fill_ranges", "form_at", "look_at"]
+__all__ = ["FINE", "Form", "Sets", "bound_choices", "classes_of", "fill_ranges", "form_at", "try_choices"]
 
 COARSE, HALF, FINE = 4, 8, 16
 AT_HALF, AT_FINE = COARSE, COARSE + HALF  # where their classes begin
@@ -52,19 +53,17 @@ class Form(NamedTuple):
     """(H, V, 2 K): l and u, as the tangent's."""
     offsets: NDArray[np.float32]
     """(H, 2 K)"""
+    floors: NDArray[np.float32]
+    """(2, K)"""
     here: NDArray[np.float32]
     """(H, V + padding): the mean of l, less the price of the backbone and the output there."""
     end: NDArray[np.float32]
     """(H, V + padding): less that of the head too."""
     entry: NDArray[np.float32]
     """(H,): price of an early exit's head and decision, for each image that reaches it."""
-    own: NDArray[np.float32]
-    """(H - 1, CLASSES, V + padding): ``here``, or -BIG where no set has the image."""
-    cap: NDArray[np.float32]
-    """(H - 1, CLASSES, V + padding): -BIG where all sets have the image, else BIG."""
     ranges: NDArray[np.float32]
-    """(pairs, AT_FINE, 3 K): over the sets of a class of p, the largest change of l and u and the least change of u
-    when they leave at p, not at q."""
+    """(pairs, AT_FINE, 4 K): over the sets of a class of p, the largest and the least change of l and u when they leave
+    at p, not at q."""
 
 
 def classes_of(arrays: Arrays) -> Sets:
@@ -119,26 +118,21 @@ def form_at(arrays: Arrays, sets: Sets, tangent: Any, prices: FloatArray) -> For
     here, end = np.zeros((2, num_exits, width), np.float32)
     here[:, :num_images] = tangent.scores - share * (prices[0] + prices[3])[:, None]
     end[:, :num_images] = tangent.scores - share * (prices[0] + prices[1] + prices[3])[:, None]
-    shape = (num_exits - 1, CLASSES, width)
-    own, cap = np.full(shape, -BIG, np.float32), np.full(shape, BIG, np.float32)
-    for h in range(num_exits - 1):
-        own[h, :, :num_images] = np.where(sets.status[h] == OUT, -BIG, here[h, :num_images])
-        cap[h, :, :num_images] = np.where(sets.status[h] == IN, -BIG, BIG)
     num_pairs = int(sets.pairs[-1]) + int(np.searchsorted(arrays.exit_index, arrays.exit_index[-1]))
-    ranges = np.empty((num_pairs, AT_FINE, 3 * arrays.num_classes), np.float32)
+    ranges = np.empty((num_pairs, AT_FINE, 2 * tangent.x.shape[2]), np.float32)
     entry = (share * (prices[1] + prices[2])).astype(np.float32)
-    return Form(tangent.x, tangent.offsets, here, end, entry, own, cap, ranges)
+    return Form(tangent.x, tangent.offsets, tangent.floors, here, end, entry, ranges)
 
 
 @compiled(fastmath=True)
 def fill_ranges(arrays: Any, sets: Any, form: Any, later: int, before: Any) -> None:
     """The ranges of the exits ``before`` the later one."""
-    classes, x = arrays.num_classes, form.x
-    total = np.zeros(2 * classes, np.float32)
+    width, x = form.x.shape[2], form.x
+    total = np.zeros(width, np.float32)
     for p in before:
         out = form.ranges[sets.pairs[later] + p]
-        out[:, : 2 * classes] = -BIG
-        out[:, 2 * classes :] = BIG
+        out[:, :width] = -BIG
+        out[:, width:] = BIG
         for column in range(arrays.first_column[p], arrays.first_column[p + 1]):
             order, bins = arrays.order[column], arrays.bins[column]
             total[:] = 0
@@ -146,54 +140,46 @@ def fill_ranges(arrays: Any, sets: Any, form: Any, later: int, before: Any) -> N
             for level in range(arrays.levels[column], 0, -1):
                 while v >= 0 and bins[order[v]] >= level:
                     mine, theirs = x[p, order[v]], x[later, order[v]]
-                    for k in range(2 * classes):
+                    for k in range(width):
                         total[k] += mine[k] - theirs[k]
                     v -= 1
                 row = out[AT_HALF + sets.fine[column, level] // 2]
-                for k in range(2 * classes):
+                for k in range(width):
                     row[k] = max(row[k], total[k])
-                for k in range(classes):
-                    row[2 * classes + k] = min(row[2 * classes + k], total[classes + k])
+                    row[width + k] = min(row[width + k], total[k])
         for c in range(COARSE):
             one, two, row = out[AT_HALF + 2 * c], out[AT_HALF + 2 * c + 1], out[c]
-            for k in range(2 * classes):
+            for k in range(width):
                 row[k] = max(one[k], two[k])
-            for k in range(2 * classes, 3 * classes):
-                row[k] = min(one[k], two[k])
+                row[width + k] = min(one[width + k], two[width + k])
 
 
 @compiled(fastmath=True)
-def _remainder(offset: Any, one: Any, two: Any, extra: Any, num_classes: int, tau: Any) -> Any:
-    """What the linear form can be short of the mIoU of any instance whose mIoU is at least ``tau`` above the tangent's:
-    see ``engine``. The range of its l and u is ``offset`` (2 K,) and the sum of three changes (3 K,)."""
-    gains, largest, least = np.float32(0), np.float32(0), np.float32(0)
-    for k in range(num_classes):
-        gains += max(np.float32(0), offset[k] + one[k] + two[k] + extra[k])
-    for k in range(num_classes, 2 * num_classes):
-        low = k + num_classes
-        largest = max(largest, offset[k] + one[k] + two[k] + extra[k])
-        least = max(least, -(offset[k] + one[low] + two[low] + extra[low]))
-    if least > np.float32(0.9):
-        return np.float32(1e9)
-    gains = gains / num_classes / (np.float32(1) - least)
-    return max(np.float32(0), gains - tau) * largest + gains * least
+def _remainder(arrays: Any, form: Any, last: int, one: Any, two: Any, extra: Any, span: Any, tau: Any, few: Any) -> Any:
+    """``remainder`` where l and u are those of all images at ``last`` and the sum of three changes (4 K,)."""
+    offset = form.offsets[last]
+    width = len(offset)
+    for k in range(width):
+        span[k] = offset[k] + one[k] + two[k] + extra[k]
+        span[width + k] = offset[k] + one[width + k] + two[width + k] + extra[width + k]
+    return remainder(span, form.floors, arrays.num_classes, tau, few)
 
 
 @compiled(fastmath=True)
-def _best_of(own: Any, cap: Any, rest: Any) -> Any:
+def _best_of(here: Any, status: Any, rest: Any) -> Any:
     """The best that a cell can be: of what may leave at the first exit, and the rest."""
     total = np.float32(0)
-    for v in range(len(own)):
-        total += max(own[v], min(rest[v], cap[v]))
+    for v in range(len(status)):
+        total += max(rest[v] if status[v] == OUT else here[v], here[v] if status[v] == IN else rest[v])
     return total
 
 
 @compiled(fastmath=True)
 def _rest(arrays: Any, sets: Any, form: Any, last: int, middle: int, rest: Any, worth: Any, spare: Any) -> None:
     """What depends on the last two exits: ``rest`` (CLASSES, V + padding) the best of an image that does not leave at
-    the first; ``worth`` (V, 3 K) what leaving at the middle one can add to l and u and take from u; ``spare``
-    (2, COARSE, 3 K) that of all images that some set of a class lacks, and of those that some set has."""
-    num_images, width = arrays.counts.shape[1], 2 * arrays.num_classes
+    the first; ``worth`` (V, 4 K) what leaving at the middle one can add to l and u and take from them; ``spare``
+    (2, AT_FINE, 4 K) that of all images that some set of a class lacks, and of those that some set has."""
+    num_images, width = arrays.counts.shape[1], form.x.shape[2]
     entry = form.entry[middle]
     for c in range(CLASSES):
         status, row = sets.status[middle, c], rest[c]
@@ -206,9 +192,8 @@ def _rest(arrays: Any, sets: Any, form: Any, last: int, middle: int, rest: Any, 
         mine, theirs, out = form.x[middle, v], form.x[last, v], worth[v]
         for k in range(width):
             out[k] = max(np.float32(0), mine[k] - theirs[k])
-        for k in range(arrays.num_classes, width):
-            out[arrays.num_classes + k] = min(np.float32(0), mine[k] - theirs[k])
-        for c in range(COARSE):
+            out[width + k] = min(np.float32(0), mine[k] - theirs[k])
+        for c in range(AT_HALF, AT_FINE):
             if sets.status[middle, c, v] != IN:
                 row = spare[0, c]
                 for k in range(len(out)):
@@ -217,17 +202,26 @@ def _rest(arrays: Any, sets: Any, form: Any, last: int, middle: int, rest: Any, 
                 row = spare[1, c]
                 for k in range(len(out)):
                     row[k] += out[k]
+    for which in range(2):
+        for c in range(COARSE):
+            row, one, two = spare[which, c], spare[which, AT_HALF + 2 * c], spare[which, AT_HALF + 2 * c + 1]
+            for k in range(width):
+                row[k] = max(one[k], two[k])
+                row[width + k] = min(one[width + k], two[width + k])
 
 
 @compiled(fastmath=True)
 def _spare(mine: Any, theirs: Any, worth: Any, extra: Any) -> None:
     """Sums ``worth`` over the images that some set of ``mine`` has and some set of ``theirs`` lacks."""
     extra[:] = 0
+    images, num = np.empty(len(mine), np.int32), 0
     for v in range(len(mine)):
-        if mine[v] != OUT and theirs[v] != IN:
-            row = worth[v]
-            for k in range(len(extra)):
-                extra[k] += row[k]
+        images[num] = v
+        num += (mine[v] != OUT) & (theirs[v] != IN)
+    for i in range(num):
+        row = worth[images[i]]
+        for k in range(len(extra)):
+            extra[k] += row[k]
 
 
 @compiled(fastmath=True)
@@ -243,15 +237,16 @@ def _divide(
     tau: Any,
     enough: Any,
     extra: Any,
+    room: Any,
     need: Any,
 ) -> Any:
     """The largest bound of all cells of a choice (last, middle, first), -9 if all are below ``target``, or the first
-    one that is ``enough``. ``need`` (FINE, FINE) becomes the remainder of each fine cell that may be news."""
+    one that is ``enough``. ``need`` (FINE, FINE), -9 in all, becomes the remainder of each fine cell that may be
+    news."""
     last, middle, first = exits
-    classes, offset = arrays.num_classes, form.offsets[last]
-    mine, theirs = sets.status[first], sets.status[middle]
+    here, mine, theirs = form.here[first], sets.status[first], sets.status[middle]
     both, later = form.ranges[sets.pairs[middle] + first], form.ranges[sets.pairs[last] + middle]
-    over, none = form.ranges[sets.pairs[last] + first], extra[1]
+    over, none, span = form.ranges[sets.pairs[last] + first], extra[1], room
     values = np.empty((FINE, FINE), np.float32)
     paid, best = form.entry[first] * np.float32(arrays.counts.shape[1]), np.float32(-9)
     for r in range(COARSE):
@@ -260,35 +255,38 @@ def _divide(
         for s in range(COARSE):
             if not sets.valid[middle, s]:
                 continue
-            value = _best_of(form.own[first, r], form.cap[first, r], rest[s]) - paid
+            value = _best_of(here, mine[r], rest[s]) - paid
             if r < s:
-                wide = _remainder(offset, both[r], later[s], spare[0, s], classes, tau)
+                wide = _remainder(arrays, form, last, both[r], later[s], spare[0, s], span, tau, target - value)
             else:
-                wide = _remainder(offset, over[r], none, spare[1, s], classes, tau)
+                wide = _remainder(arrays, form, last, over[r], none, spare[1, s], span, tau, target - value)
             if value + wide < target:
                 continue
             for i in range(AT_HALF + 2 * r, AT_HALF + 2 * r + 2):
                 for j in range(AT_HALF + 2 * s, AT_HALF + 2 * s + 2):
                     if not (sets.valid[first, i] and sets.valid[middle, j]):
                         continue
-                    value = _best_of(form.own[first, i], form.cap[first, i], rest[j]) - paid
+                    value = _best_of(here, mine[i], rest[j]) - paid
                     if value + wide < target:
                         continue
                     highest = np.float32(-BIG)
                     for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
                         for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):
                             if sets.valid[first, AT_FINE + a] and sets.valid[middle, AT_FINE + b]:
-                                own, cap = form.own[first, AT_FINE + a], form.cap[first, AT_FINE + a]
-                                values[a, b] = _best_of(own, cap, rest[AT_FINE + b]) - paid
+                                values[a, b] = _best_of(here, mine[AT_FINE + a], rest[AT_FINE + b]) - paid
                                 highest = max(highest, values[a, b])
                     if highest + wide < target:
                         continue
+                    one, two = both[i] if i < j else over[i], later[j] if i < j else none
+                    few = target - highest
+                    short = _remainder(arrays, form, last, one, two, spare[0 if i < j else 1, j], span, tau, few)
+                    if short < few:
+                        continue
                     if i < j:
                         _spare(mine[i], theirs[j], worth, extra[0])
-                        short = _remainder(offset, both[i], later[j], extra[0], classes, tau)
                     else:
                         _spare(theirs[j], mine[i], worth, extra[0])
-                        short = _remainder(offset, over[i], none, extra[0], classes, tau)
+                    short = min(short, _remainder(arrays, form, last, one, two, extra[0], span, tau, few))
                     short = min(short, wide)
                     for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
                         for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):
@@ -309,10 +307,10 @@ def bound_choices(
     """Bounds pairs of ``middles`` and the exits before each. ``bound[middle, first]`` >= ``target``, a bound already,
     marks what to bound: it becomes the largest l - price + remainder over all thresholds, if that is less, or -9 if
     below ``target``. Not ``exact``: what is not below stays as it is, at less expense."""
-    width, num_images = 3 * arrays.num_classes, arrays.counts.shape[1]
-    rest, worth = np.zeros((CLASSES, form.own.shape[2]), np.float32), np.zeros((num_images, width), np.float32)
-    spare, extra = np.zeros((2, COARSE, width), np.float32), np.zeros((2, width), np.float32)
-    need = np.zeros((FINE, FINE), np.float32)
+    width, num_images = 2 * form.x.shape[2], arrays.counts.shape[1]
+    rest, worth = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
+    spare, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
+    room, need = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
     enough = np.float32(1e9) if exact else np.float32(target)
     for middle in middles:
         known = False
@@ -324,7 +322,19 @@ def bound_choices(
                 known = True
             exits = (last, middle, first)
             value = _divide(
-                arrays, sets, form, exits, rest, worth, spare, np.float32(target), np.float32(tau), enough, extra, need
+                arrays,
+                sets,
+                form,
+                exits,
+                rest,
+                worth,
+                spare,
+                np.float32(target),
+                np.float32(tau),
+                enough,
+                extra,
+                room,
+                need,
             )
             if value < target:
                 bound[middle, first] = -9
@@ -332,17 +342,66 @@ def bound_choices(
                 bound[middle, first] = min(bound[middle, first], value)
 
 
+@compiled(fastmath=True)
+def _narrow(arrays: Any, sets: Any, form: Any, exits: Any, rest: Any, target: Any, need: Any, narrow: Any) -> bool:
+    """``narrow`` (columns of the first exit, FINE, FINE): what is left of ``need`` at each of its columns, of which
+    every set is looked at now, not a class of them. Whether anything is."""
+    _, _, first = exits
+    num_images, some = arrays.counts.shape[1], False
+    gain = np.empty(num_images, np.float32)
+    narrow[:] = -9
+    for s in range(FINE):
+        if need[:, s].max() <= -8:
+            continue
+        row, whole = rest[AT_FINE + s], -form.entry[first] * np.float32(num_images)
+        for v in range(num_images):
+            gain[v] = form.here[first, v] - row[v]
+            whole += row[v]
+        for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
+            order, bins, fine = arrays.order[column], arrays.bins[column], sets.fine[column]
+            mine = narrow[column - arrays.first_column[first]]
+            total, v = whole, num_images - 1
+            for level in range(arrays.levels[column], 0, -1):
+                while v >= 0 and bins[order[v]] >= level:
+                    total += gain[order[v]]
+                    v -= 1
+                short = need[fine[level], s]
+                if total + short >= target:
+                    mine[fine[level], s] = short
+                    some = True
+    return some
+
+
 @compiled()
-def look_at(
-    arrays: Any, sets: Any, form: Any, last: int, middle: int, first: int, tau: float, target: float, need: Any
-) -> Any:
-    """The bound of one choice; ``need`` (FINE, FINE) as in ``_divide``."""
-    width, num_images = 3 * arrays.num_classes, arrays.counts.shape[1]
-    rest, worth = np.zeros((CLASSES, form.own.shape[2]), np.float32), np.zeros((num_images, width), np.float32)
-    spare, extra = np.zeros((2, COARSE, width), np.float32), np.zeros((2, width), np.float32)
-    need[:] = -1
-    _rest(arrays, sets, form, last, middle, rest, worth, spare)
-    exits, enough = (last, middle, first), np.float32(1e9)
-    return _divide(
-        arrays, sets, form, exits, rest, worth, spare, np.float32(target), np.float32(tau), enough, extra, need
-    )
+def try_choices(
+    arrays: Any,
+    sets: Any,
+    form: Any,
+    exits: Any,
+    tau: float,
+    target: float,
+    max_cost: float,
+    least_miou: float,
+    scores: Any,
+    line: Any,
+    steps: Any,
+    found: Any,
+) -> int:
+    """``try_triple`` for choices (n, 3) of last, middle, first, where their cells may hold news; those of the same last
+    and middle exit are one after another."""
+    width, num_images = 2 * form.x.shape[2], arrays.counts.shape[1]
+    rest, worth = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
+    spare, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
+    room, need = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
+    narrow = np.zeros((np.diff(arrays.first_column).max(), FINE, FINE), np.float32)
+    tried, low, enough = 0, np.float32(target), np.float32(1e9)
+    for n in range(len(exits)):
+        last, middle, first = exits[n]
+        if n == 0 or exits[n - 1, 0] != last or exits[n - 1, 1] != middle:
+            _rest(arrays, sets, form, last, middle, rest, worth, spare)
+        need[:] = -9
+        one = (last, middle, first)
+        value = _divide(arrays, sets, form, one, rest, worth, spare, low, np.float32(tau), enough, extra, room, need)
+        if value >= target and _narrow(arrays, sets, form, one, rest, low, need, narrow):
+            tried += try_triple(arrays, sets.fine, one, max_cost, least_miou, narrow, scores, line, steps, found)
+    return tried

@@ -80,6 +80,7 @@ def try_choice(problem: Problem, positions: tuple[int, ...], max_cost: float, le
     else:
         fine = np.zeros((len(problem.arrays.bins), 1 + int(problem.arrays.levels.max(initial=0))), np.int64)
         line, steps = np.array([0.0, -1e9]), np.array([[-1e9, max_cost]])  # no cell and no line rules anything out
-        exits, need, scores = positions[::-1], np.zeros((1, 1), np.float32), np.zeros((0, 0))
+        exits, scores = positions[::-1], np.zeros((0, 0))
+        need = np.zeros((int(np.diff(problem.arrays.first_column).max()), 1, 1), np.float32)
         kernels.try_triple(problem.arrays, fine, exits, *limits, need, scores, line, steps, found)
     return found

@@ -10,9 +10,9 @@ Of three exits there are too many choices of heads (1.8 million at 5 early exits
 - *Tangent.* With r_k, U0_k the IoU and union of class k in some good instance, R the mean of r_k, and, for any other,
   l_k = (I_k - r_k U_k) / U0_k and u_k = U_k / U0_k - 1:  I_k / U_k = r_k + l_k / (1 + u_k). The mean of l_k is
   linear in the pixel counts, so it is a sum over images of what each contributes at the exit it takes.
-- *Remainder.* Let p_k = l_k / (1 + u_k). An instance with mIoU >= R + tau has mean p >= tau, so
-  mIoU - R = mean l - mean p u <= mean l + (mean p+ - tau) max u+ + mean p+ max u-: only the upper ends of l and u and
-  the lower ends of u matter, and those are known up to which images leave at b.
+- *Remainder.* Let p_k = l_k / (1 + u_k). An instance with mIoU >= R + tau has mean p >= tau, so for any s >= 0
+  mIoU - R = mean p <= mean l + mean((1 + s) p - l) - s tau. Where l_k and u_k lie within known ends, a class adds at
+  most the largest of the four corners, nor more than (1 + s) (1 - r_k) less the lower end of l_k, as no IoU is above 1.
 - *Price.* For any mu >= 0 the best of mean l - mu cost over all sets is an upper bound along a line in the plane of
   cost and mIoU. With g what an image contributes at an exit, less mu times what it costs to leave there, it is at most
   the best of (b, B, c) alone plus the best over A of the sum of g_a - min(g_b, g_c): both are running sums.
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from messnet.errors import RecipeError
 from messnet.search import kernels
 from messnet.search.bounds import MARGIN, bound_triples
-from messnet.search.cells import FINE, Form, Sets, bound_choices, classes_of, fill_ranges, form_at, look_at
+from messnet.search.cells import Form, Sets, bound_choices, classes_of, fill_ranges, form_at, try_choices
 from messnet.search.choices import Choices, nothing, try_choice, wanted
 from messnet.search.front import sweep
 from messnet.search.problem import MEAN, Found, Problem
@@ -111,7 +111,7 @@ class Engine:
         self.static = nothing()
         self.tangent, self.tangent_key, self.slope = NO_TANGENT, -1, 0.0
         self.form: Form | None = None
-        self.filled: set[tuple[int, int]] = set()
+        self.filled = np.zeros((len(self.arrays.exit_index),) * 2, bool)  # (later, before)
         self.costs, self.exact_from = (-np.inf, np.inf), -1.0
         self.incumbents: list[tuple[float, float, float]] = []  # (time, mIoU, cost), of an objective
         self.stopped: Literal["", "time limit", "interrupted"] = ""
@@ -198,8 +198,10 @@ class Engine:
             while len(promising := self._promising(choices, done)):
                 bar.total = len(promising) + int(done.sum())
                 known = len(self.near)
-                batch = promising[: max(self.workers * PER_BATCH, len(promising) // 64)]
-                size = 1 if self.region.goal != "front" else min(16, -(-len(batch) // (2 * self.workers)))
+                share, most = (64, 1) if self.region.goal != "front" else (4, 256)
+                batch = promising[: max(self.workers * PER_BATCH, len(promising) // share)]
+                size = min(most, -(-len(batch) // (2 * self.workers)))
+                batch = batch[np.lexsort(choices.exits[batch].T[::-1])] if size > 1 else batch
                 jobs = [batch[i : i + size] for i in range(0, len(batch), size)]
                 self.fill(choices.exits[batch])
                 each = self._each(self._triple, [choices.exits[job] for job in jobs], "")
@@ -259,19 +261,15 @@ class Engine:
 
     def _triple(self, exits: IntArray) -> tuple[Found, int]:
         """The news of some choices."""
-        found, tried, tangent = nothing(), 0, self.tangent
+        found, tangent = nothing(), self.tangent
         max_cost, least_miou = self._gate()
         if self.region.goal == "front":  # its least mIoU is another at each cost
             kernels.merge(found, self.found)
         steps = self.steps_within(self.costs) - np.array([tangent.miou, 0.0])
         target = float((steps[:, 0] - self.slope * steps[:, 1]).min(initial=np.inf)) - MARGIN
-        need, line = np.empty((FINE, FINE), np.float32), np.array([self.slope, target])
-        for one in exits:
-            last, middle, first = (int(position) for position in one)
-            value = look_at(self.arrays, self.sets, self.form, last, middle, first, float(steps[0, 0]), target, need)
-            if value >= target:
-                limits = (max_cost, least_miou, need, tangent.scores, line, steps)
-                tried += kernels.try_triple(self.arrays, self.sets.fine, (last, middle, first), *limits, found)
+        limits = (float(steps[0, 0]), target, max_cost, least_miou)
+        line = np.array([self.slope, target])
+        tried = try_choices(self.arrays, self.sets, self.form, exits, *limits, tangent.scores, line, steps, found)
         return found, tried
 
     def _gate(self) -> tuple[float, float]:
@@ -345,11 +343,12 @@ class Engine:
     def _divide(self, choices: Choices, steps: FloatArray) -> Choices:
         """Bounds by cells, at the first price."""
         target = self._target(choices, steps, 0)
-        lines = {}
+        lines, places = {}, {}
         for last in np.unique(choices.exits[:, 0]).tolist():
-            here = choices.exits[:, 0] == last
+            here = np.flatnonzero(choices.exits[:, 0] == last)
             lines[last] = np.full((self.problem.num_before(last),) * 2, np.float32(-9))
-            lines[last][choices.exits[here, 1], choices.exits[here, 2]] = choices.bounds[here, 0]
+            places[last] = here, choices.exits[here, 1], choices.exits[here, 2]
+            lines[last][places[last][1:]] = choices.bounds[here, 0]
         jobs = [
             (last, part)
             for last, line in lines.items()
@@ -368,24 +367,24 @@ class Engine:
                 pass
         except OutOfTimeError:
             pass  # the lines so far hold
-        line = np.array([lines[last][middle, first] for last, middle, first in choices.exits.tolist()])
         bounds = choices.bounds.copy()
-        bounds[:, 0] = line
-        return choices._replace(exits=choices.exits[line > -9], bounds=bounds[line > -9])
+        for last, (here, *where) in places.items():
+            bounds[here, 0] = lines[last][tuple(where)]
+        left = bounds[:, 0] > -9
+        return choices._replace(exits=choices.exits[left], bounds=bounds[left])
 
     def fill(self, exits: IntArray) -> None:
         """What the cells of these choices need to know of pairs of exits."""
-        pairs = np.concatenate([exits[:, [0, 1]], exits[:, [0, 2]], exits[:, [1, 2]]])
-        needed = {(later, before) for later, before in np.unique(pairs, axis=0).tolist()}
-        befores: dict[int, list[int]] = {}
-        for later, before in sorted(needed - self.filled):
-            befores.setdefault(later, []).append(before)
+        needed = np.zeros_like(self.filled)
+        for later, before in (0, 1), (0, 2), (1, 2):
+            needed[exits[:, later], exits[:, before]] = True
+        needed &= ~self.filled
 
         def fill_one(later: int) -> None:
-            fill_ranges(self.arrays, self.sets, self.form, later, np.array(befores[later]))
-            self.filled.update((later, before) for before in befores[later])
+            fill_ranges(self.arrays, self.sets, self.form, later, np.flatnonzero(needed[later]))
+            self.filled[later] |= needed[later]
 
-        for _ in self._each(fill_one, list(befores), "ranges"):
+        for _ in self._each(fill_one, np.flatnonzero(needed.any(1)).tolist(), "ranges"):
             pass
 
     def _target(self, choices: Choices, steps: FloatArray, number: int) -> float:
@@ -420,8 +419,11 @@ class Engine:
         def bound(last: int) -> tuple[IntArray, FloatArray]:
             num = self.problem.num_before(last)
             marked = wanted(self.arrays, last, num, self._gate()[0], known)
+            if not marked.any():
+                return np.zeros((0, 3), np.int64), np.zeros(0, np.float32)
             lines = np.where(marked, np.float32(9), np.float32(-9))
-            bound_triples(self.arrays, last, num, tangent.x, tangent.offsets[last], prices, tau, target, lines)
+            against = (tangent.x, tangent.offsets[last], tangent.floors, prices)
+            bound_triples(self.arrays, last, num, *against, tau, target, lines)
             middle, first = np.nonzero(marked & (lines > -9))
             return np.stack([np.full(len(middle), last), middle, first], axis=1), lines[middle, first]
 
@@ -442,7 +444,7 @@ class Engine:
         if self.form is None or price != self.slope:
             self.form = form_at(self.arrays, self.sets, self.tangent, price * self.parts)
             self.slope = price
-            self.filled.clear()
+            self.filled[:] = False
 
     def _promising(self, choices: Choices, done: NDArray[np.bool_]) -> IntArray:
         """The choices that may still be news, the most promising first."""

@@ -2,60 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from messnet.search.cheapest import least_cost
-from messnet.search.choices import wanted
+from messnet.search.choices import Choices, wanted
 from messnet.tables import FloatArray, IntArray
 
 if TYPE_CHECKING:
-    from messnet.search.choices import Choices
     from messnet.search.engine import Engine
 
 __all__ = ["sweep"]
 
 BEND = 2e-3  # mIoU; of the front within a strip, which has one tangent and one price
+SPAN = 15  # bends; the largest mIoU less the least of a strip, with which the remainder grows
 
 
 def sweep(engine: Engine, lasts: Sequence[int]) -> tuple[float, float]:
     """Evaluates or rules out every choice of three exits; the gaps (cost, mIoU) that are left.
 
     Each strip's instances are news if they are above the front at their cost; a front that rises later makes no news of
-    what was none. Its seeds are the choices on the front of the strip before.
+    what was none.
     """
     from messnet.search.engine import OutOfTimeError
 
-    edges, high = _edges(engine), np.inf
+    edges, high = [-np.inf, np.inf], np.inf
     left: Choices | None = None
     engine.exact_from = np.inf
     try:
         engine.try_fully(_cheaper_than_all(engine, lasts))
-        seeds: IntArray = np.zeros((0, 3), np.int64)
-        for low, high in zip(edges[-2::-1], edges[:0:-1], strict=True):
-            left = None
-            if len(engine.steps_within((low, high))):
-                engine.aim((low, high))
-                engine.try_all(seeds)
-                left = engine.settle(engine.bound(lasts, (low, high)), lasts)
-                if engine.stopped:
-                    break
-                seeds = _choices_between(engine, low, high)
+        _climb(engine, lasts)
+        edges = [] if engine.stopped else _edges(engine, BEND)
+        for low, high in _strips(engine, edges):
+            left = engine.settle(engine.bound(lasts, (low, high)), lasts)
+            if engine.stopped:
+                break
             engine.exact_from = _miou_at(engine, low)
     except (OutOfTimeError, KeyboardInterrupt) as stop:
         engine.stopped = "time limit" if isinstance(stop, OutOfTimeError) else "interrupted"
     if not engine.stopped:
         engine.exact_from = -1.0
         return (np.inf, engine.precision) if engine.precision else (0.0, 0.0)
-    if left is not None and high == edges[1]:  # the last strip
+    if left is not None and edges and high == edges[1]:  # the last strip
         return np.inf, engine.gaps(left)[1] + engine.precision
     return np.inf, engine.exact_from - _miou_at(engine, -np.inf) + engine.precision
 
 
-def _edges(engine: Engine) -> list[float]:
-    """Ascending costs between the strips: within each the steps are within ``BEND`` of a line."""
+def _climb(engine: Engine, lasts: Sequence[int]) -> None:
+    """Raises the front by the choices of exits that are on it: the higher it is, the fewer choices are left of all."""
+    seeds: IntArray = np.zeros((0, 3), np.int64)
+    for low, high in _strips(engine, _edges(engine, 3 * BEND)):
+        engine.aim((low, high))
+        engine.try_all(seeds)
+        engine.settle(engine.bound(lasts, (low, high), _of_exits_on_the_front(engine, lasts)), lasts)
+        if engine.stopped:
+            break
+        seeds = _choices_between(engine, low, high)
+
+
+def _strips(engine: Engine, edges: Sequence[float]) -> Iterator[tuple[float, float]]:
+    """Costs (above, up to) between ascending edges, the dearest first, where anything can be news."""
+    for low, high in zip(edges[-2::-1], edges[:0:-1], strict=True):
+        if len(engine.steps_within((low, high))):
+            yield low, high
+
+
+def _edges(engine: Engine, bend: float) -> list[float]:
+    """Ascending costs between the strips: within each the steps are within ``bend`` (mIoU) of a line."""
     size = int(engine.found.size[0])
     if not (size and engine.priced):
         return [-np.inf, np.inf]
@@ -63,7 +78,11 @@ def _edges(engine: Engine) -> list[float]:
     edges, stop = [float(costs[-1]), np.inf], size - 1  # steps before this one are yet to be taken
     while stop > 0:
         start = stop - 1
-        while start > 0 and _bend(mious[start - 1 : stop], costs[start : stop + 1]) <= BEND:
+        while (
+            start > 0
+            and mious[stop - 1] - mious[start - 1] <= SPAN * bend
+            and _bend(mious[start - 1 : stop], costs[start : stop + 1]) <= bend
+        ):
             start -= 1
         edges.insert(0, float(costs[start]))
         stop = start
@@ -92,6 +111,17 @@ def _choices_between(engine: Engine, low: float, high: float) -> IntArray:
         engine.problem.positions_of(int(key)) for key in engine.found.key[:size][(costs > low) & (costs <= high)]
     }
     return np.array(sorted(one[::-1] for one in positions if len(one) == 3), np.int64).reshape(-1, 3)
+
+
+def _of_exits_on_the_front(engine: Engine, lasts: Sequence[int]) -> Choices:
+    """The choices of three exits that instances on the front stop at."""
+    size, index = int(engine.found.size[0]), engine.arrays.exit_index
+    keys = engine.found.key[:size].tolist()
+    on_it = np.array(sorted({position for key in keys for position in engine.problem.positions_of(key)}), np.int64)
+    last, middle, first = np.array(np.meshgrid(on_it, on_it, on_it, indexing="ij")).reshape(3, -1)
+    ordered = (index[last] > index[middle]) & (index[middle] > index[first]) & np.isin(last, lasts)
+    exits = np.stack([last, middle, first], axis=1)[ordered]
+    return Choices(exits, np.full((len(exits), 1), np.inf), -1.0, [0.0])
 
 
 def _cheaper_than_all(engine: Engine, lasts: Sequence[int]) -> IntArray:

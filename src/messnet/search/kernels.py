@@ -288,8 +288,9 @@ def try_triple(
     """Every pair of thresholds of a choice (last, middle, first); the number of instances whose mIoU was computed.
 
     What cannot be news is ruled out by the tangent's mean of l, ``scores`` (H, V), and the remainder that each cell
-    ``need``s (see ``cells``, of which ``fine`` are the classes): l - slope cost is at least the target of ``line``, a
-    pair, and l at least the first of the first of ``steps`` (n, 2) whose second the cost does not exceed.
+    ``need``s at each column of the first exit (see ``cells``, of which ``fine`` are the classes): l - slope cost is at
+    least the target of ``line``, a pair, and l at least the first of the first of ``steps`` (n, 2) whose second the
+    cost does not exceed.
     """
     num_images, width = arrays.counts.shape[1:]
     last, middle, first = exits
@@ -309,15 +310,18 @@ def try_triple(
     most = 0
     for other in range(columns[0], columns[1]):
         most = max(most, arrays.levels[other])
-    ends = np.zeros((2, len(need)), np.int64)
+    ends = np.zeros((2, need.shape[1]), np.int64)
     tried = 0
     for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
         row = (column - arrays.first_column[first]) * (num_images + 1)
+        here = need[column - arrays.first_column[first]]
+        if here.max() <= -8:
+            continue
         keep = np.zeros((arrays.levels[column] + 1, most + 1), np.bool_)
         for other in range(columns[0], columns[1]):
-            if not _ends(arrays, fine, column, other, need, ends):
+            if not _ends(arrays, fine, column, other, here, ends):
                 continue
-            kept = _sift(arrays, fine, column, other, own, need, ends, price, line, steps, keep)
+            kept = _sift(arrays, fine, column, other, own, here, ends, price, line, steps, keep)
             if kept > 0:
                 second = (other - columns[0]) * (num_images + 1)
                 where = (column, other, row, second)
@@ -340,7 +344,7 @@ def _ends(arrays: Any, fine: Any, column: int, other: int, need: Any, ends: Any)
             continue
         known = r
         for j in range(1, arrays.levels[other] + 1):
-            if need[r, fine[other, j]] >= 0:
+            if need[r, fine[other, j]] > -8:
                 if ends[1, r] == 0:
                     ends[0, r] = j
                 ends[1, r] = j
@@ -404,7 +408,7 @@ def _sift(
             left += reaching[j]
             short = need[r, fine[other, j]]
             cost = (num_images - v) * price[0] + v * price[2] + left * saved
-            if short < 0 or total - line[0] * cost < line[1] - short - MARGIN:
+            if short < -8 or total - line[0] * cost < line[1] - short - MARGIN:
                 continue
             step = 0
             while step < len(steps) and steps[step, 1] < cost:
