@@ -80,7 +80,7 @@ def test_a_front_stopped_early_says_from_where_it_is_exact(monkeypatch: pytest.M
     original, calls = ENGINE.Engine.settle, iter(range(100))
 
     def settle(self: Any, *arguments: Any) -> Any:
-        if next(calls) == 20:
+        if next(calls) == 17:
             raise KeyboardInterrupt
         return original(self, *arguments)
 

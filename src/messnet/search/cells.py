@@ -128,8 +128,11 @@ def form_at(arrays: Arrays, sets: Sets, tangent: Any, prices: FloatArray) -> For
 def fill_ranges(arrays: Any, sets: Any, form: Any, later: int, before: Any) -> None:
     """The ranges of the exits ``before`` the later one."""
     width, x = form.x.shape[2], form.x
-    total = np.zeros(width, np.float32)
+    total, gain = np.zeros(width, np.float32), np.empty((x.shape[1], width), np.float32)
     for p in before:
+        for v in range(len(gain)):
+            for k in range(width):
+                gain[v, k] = x[p, v, k] - x[later, v, k]
         out = form.ranges[sets.pairs[later] + p]
         out[:, :width] = -BIG
         out[:, width:] = BIG
@@ -139,9 +142,9 @@ def fill_ranges(arrays: Any, sets: Any, form: Any, later: int, before: Any) -> N
             v = len(order) - 1
             for level in range(arrays.levels[column], 0, -1):
                 while v >= 0 and bins[order[v]] >= level:
-                    mine, theirs = x[p, order[v]], x[later, order[v]]
+                    more = gain[order[v]]
                     for k in range(width):
-                        total[k] += mine[k] - theirs[k]
+                        total[k] += more[k]
                     v -= 1
                 row = out[AT_HALF + sets.fine[column, level] // 2]
                 for k in range(width):

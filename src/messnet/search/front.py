@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["sweep"]
 
-BEND = 2e-3  # mIoU; of the front within a strip, which has one tangent and one price
-SPAN = 15  # bends; the largest mIoU less the least of a strip, with which the remainder grows
+BEND = 3e-3  # mIoU; of the front within a strip, which has one tangent and one price
+SPAN = 13  # bends; the largest mIoU less the least of a strip, with which the remainder grows
 
 
 def sweep(engine: Engine, lasts: Sequence[int]) -> tuple[float, float]:
@@ -36,6 +36,7 @@ def sweep(engine: Engine, lasts: Sequence[int]) -> tuple[float, float]:
         _climb(engine, lasts)
         edges = [] if engine.stopped else _edges(engine, BEND)
         for low, high in _strips(engine, edges):
+            left = None
             left = engine.settle(engine.bound(lasts, (low, high)), lasts)
             if engine.stopped:
                 break
@@ -45,15 +46,16 @@ def sweep(engine: Engine, lasts: Sequence[int]) -> tuple[float, float]:
     if not engine.stopped:
         engine.exact_from = -1.0
         return (np.inf, engine.precision) if engine.precision else (0.0, 0.0)
+    below = engine.exact_from - _miou_at(engine, -np.inf)
     if left is not None and edges and high == edges[1]:  # the last strip
-        return np.inf, engine.gaps(left)[1] + engine.precision
-    return np.inf, engine.exact_from - _miou_at(engine, -np.inf) + engine.precision
+        below = min(below, engine.gaps(left)[1])
+    return np.inf, below + engine.precision
 
 
 def _climb(engine: Engine, lasts: Sequence[int]) -> None:
     """Raises the front by the choices of exits that are on it: the higher it is, the fewer choices are left of all."""
     seeds: IntArray = np.zeros((0, 3), np.int64)
-    for low, high in _strips(engine, _edges(engine, 3 * BEND)):
+    for low, high in _strips(engine, _edges(engine, 2 * BEND)):
         engine.aim((low, high))
         engine.try_all(seeds)
         engine.settle(engine.bound(lasts, (low, high), _of_exits_on_the_front(engine, lasts)), lasts)
@@ -75,18 +77,18 @@ def _edges(engine: Engine, bend: float) -> list[float]:
     if not (size and engine.priced):
         return [-np.inf, np.inf]
     costs, mious = engine.found.cost[:size], engine.found.miou[:size]
-    edges, stop = [float(costs[-1]), np.inf], size - 1  # steps before this one are yet to be taken
-    while stop > 0:
-        start = stop - 1
+    edges, start = [-np.inf], 0  # from the cheapest on: what is left over is at the dear end, where strips take least
+    while start < size - 1:
+        stop = start + 1
         while (
-            start > 0
-            and mious[stop - 1] - mious[start - 1] <= SPAN * bend
-            and _bend(mious[start - 1 : stop], costs[start : stop + 1]) <= bend
+            stop < size - 1
+            and mious[stop] - mious[start] <= SPAN * bend
+            and _bend(mious[start : stop + 1], costs[start + 1 : stop + 2]) <= bend
         ):
-            start -= 1
-        edges.insert(0, float(costs[start]))
-        stop = start
-    return [-np.inf, *edges[1:]] if len(edges) > 2 else [-np.inf, *edges]
+            stop += 1
+        edges.append(float(costs[stop]))
+        start = stop
+    return [*edges, np.inf]
 
 
 def _bend(mious: FloatArray, costs: FloatArray) -> float:
