@@ -15,6 +15,7 @@ from messnet.search.problem import Problem, cost_rows
 
 ENGINE = importlib.import_module("messnet.search.engine")
 CELLS = importlib.import_module("messnet.search.cells")
+BOUNDS = importlib.import_module("messnet.search.bounds")
 
 
 def engine_at(seed: int, drop: float) -> Any:
@@ -70,6 +71,37 @@ def test_no_instance_is_above_the_bound_of_its_cells(seed: int, tau: float) -> N
     assert slacks
     assert min(slacks) >= -ENGINE.MARGIN
     assert np.median(slacks) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_instance_is_above_its_tangent_by_more_than_the_remainder(seed: int) -> None:
+    """Drawn I, U of classes with labels within the ends of l and u, the corners among them."""
+    draw = np.random.default_rng(seed)
+    classes, width = 11, 16
+    labelled, iou = draw.uniform(100, 1000, classes), draw.uniform(0.1, 0.9, classes)
+    union = labelled * draw.uniform(1, 1.5, classes)
+    ends = np.sort(union * draw.uniform(0.5, 2, (2, classes)), axis=0).clip(labelled)
+    share = np.where(
+        draw.random((4000, classes)) < 0.5, draw.integers(0, 2, (4000, classes)), draw.random((4000, classes))
+    )
+    unions = ends[0] + share * (ends[1] - ends[0])
+    inside = labelled * draw.uniform(0, 1, (4000, classes)) ** draw.uniform(0.1, 3, (4000, 1))
+    more, less = (inside - iou * unions) / union, unions / union - 1
+    p = inside / unions - iou
+    span, floors = np.zeros(6 * width, np.float32), np.ones((2, width), np.float32)
+    floors[:, :classes] = iou, labelled / union
+    for row, values in enumerate((more.max(0), less.max(0), more.min(0), less.min(0))):
+        span[row * width : row * width + classes] = values
+    for tau in np.quantile(p.mean(1), [0.0, 0.5, 0.95]):
+        news = p.mean(1) >= tau
+        bound = BOUNDS.remainder(span, floors, classes, np.float32(tau), np.float32(-9))
+        assert bound >= (p - more).mean(1)[news].max() - BOUNDS.MARGIN
+    one_point = np.concatenate([more[0], less[0], more[0], less[0]]).reshape(4, classes)
+    span[:] = 0
+    for row, values in enumerate(one_point):
+        span[row * width : row * width + classes] = values
+    exact = BOUNDS.remainder(span, floors, classes, np.float32(p[0].mean()), np.float32(-9))
+    assert exact == pytest.approx((p - more)[0].mean(), abs=1e-5)
 
 
 def test_a_front_stopped_early_says_from_where_it_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:

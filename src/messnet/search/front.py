@@ -117,13 +117,16 @@ def _choices_between(engine: Engine, low: float, high: float) -> IntArray:
 
 def _of_exits_on_the_front(engine: Engine, lasts: Sequence[int]) -> Choices:
     """The choices of three exits that instances on the front stop at."""
-    size, index = int(engine.found.size[0]), engine.arrays.exit_index
-    keys = engine.found.key[:size].tolist()
-    on_it = np.array(sorted({position for key in keys for position in engine.problem.positions_of(key)}), np.int64)
-    last, middle, first = np.array(np.meshgrid(on_it, on_it, on_it, indexing="ij")).reshape(3, -1)
-    ordered = (index[last] > index[middle]) & (index[middle] > index[first]) & np.isin(last, lasts)
-    exits = np.stack([last, middle, first], axis=1)[ordered]
-    return Choices(exits, np.full((len(exits), 1), np.inf), -1.0, [0.0])
+    problem, index = engine.problem, engine.arrays.exit_index
+    keys = engine.found.key[: int(engine.found.size[0])].tolist()
+    on_it = np.array(sorted({position for key in keys for position in problem.positions_of(key)}), np.int64)
+    exits = [np.zeros((0, 3), np.int64)]
+    for last in sorted(set(on_it.tolist()) & set(lasts)):
+        before = on_it[on_it < problem.num_before(last)]
+        middle, first = np.nonzero(index[before][:, None] > index[before])
+        exits.append(np.stack([np.full(len(middle), last), before[middle], before[first]], axis=1))
+    chosen = np.concatenate(exits)
+    return Choices(chosen, np.full((len(chosen), 1), np.inf), -1.0, [0.0])
 
 
 def _cheaper_than_all(engine: Engine, lasts: Sequence[int]) -> IntArray:
