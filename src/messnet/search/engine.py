@@ -108,6 +108,7 @@ class Engine:
         self.deadline = np.inf if time_limit is None else time.monotonic() + time_limit
         self.found, self.num_evaluated = nothing(), 0
         self.near: dict[tuple[int, ...], tuple[float, float, int]] = {}
+        self.alone = {i: nothing() for i in np.unique(self.arrays.exit_index).tolist()}  # of an exit point's heads
         self.static = nothing()
         self.tangent, self.tangent_key, self.slope = NO_TANGENT, -1, 0.0
         self.form: Form | None = None
@@ -128,10 +129,11 @@ class Engine:
     def run(self) -> Outcome:
         gaps = (0.0, 0.0)
         try:
-            for position in range(len(self.arrays.exit_index)):
-                kernels.try_single(self.arrays, position, self.found)
+            for position, index in enumerate(self.arrays.exit_index.tolist()):
+                kernels.try_single(self.arrays, position, self.alone[index])
                 self.num_evaluated += 1
-            kernels.merge(self.static, self.found)
+            for front in self.alone.values():
+                kernels.merge(self.static, front)
             self._learn(self.static, 0)
             if self.max_exits > 1:
                 gaps = (np.inf, np.inf)
@@ -160,22 +162,34 @@ class Engine:
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.problem.num_before(p)]
         lasts.reverse()  # the final exit first: it is in most good instances
         most = int(np.diff(self.arrays.first_column).max(initial=1))
-        for some, parts in (lasts[:1], most), (lasts[1:], 1):  # good instances are known after one pixel threshold
-            jobs = [(last, (part, parts)) for last in some for part in range(parts)]
+        # Good instances are known after one pixel threshold of the promising heads before the final exit.
+        groups = [
+            [(last, half, (part, most)) for part in range(most)] for last in lasts[:1] for half in self._halves(last)
+        ]
+        groups.append([(last, np.arange(self.problem.num_before(last)), (0, 1)) for last in lasts[1:]])
+        for number, jobs in enumerate(groups):
             for found, (tried, best, keys) in self._each(self._pairs_before, jobs, "two exits"):
                 self._learn(found, tried)
                 for (cost, miou), key in zip(best, keys, strict=True):
                     if cost < np.inf:
                         self._remember(cost, miou, int(key))
-            if self.max_exits > 2 and some == lasts[:1] and self.region.goal != "front":
-                self._seed(some, NUM_SEEDS // 8)  # good instances within the first second
+            if number == 0 and self.max_exits > 2 and self.region.goal != "front":
+                self._seed(lasts[:1], NUM_SEEDS // 8)  # good instances within the first second
 
-    def _pairs_before(self, job: tuple[int, tuple[int, int]]) -> tuple[Found, tuple[int, FloatArray, IntArray]]:
-        (last, part), found, region = job, nothing(), self.region
-        num = self.problem.num_before(last)
+    def _halves(self, last: int) -> tuple[IntArray, IntArray]:
+        """The early exits before ``last`` that are on the front of their exit point, and the others."""
+        before = np.arange(self.problem.num_before(last))
+        good = [self.problem.positions_of(key)[0] for one in self.alone.values() for key in one.key[: one.size[0]]]
+        marked = np.isin(before, good)
+        return before[marked], before[~marked]
+
+    def _pairs_before(
+        self, job: tuple[int, IntArray, tuple[int, int]]
+    ) -> tuple[Found, tuple[int, FloatArray, IntArray]]:
+        (last, firsts, part), found, region = job, nothing(), self.region
         kernels.merge(found, self.static)
         limits = (region.max_cost, region.least_miou, region.goal != "miou")
-        return found, kernels.try_pairs_before(self.arrays, last, num, part, *limits, nothing(), found)
+        return found, kernels.try_pairs_before(self.arrays, last, firsts, part, *limits, nothing(), found)
 
     # -- three exits ---------------------------------------------------------------------------------------------
 

@@ -206,7 +206,7 @@ def try_single(arrays: Any, position: int, found: Any) -> None:
 def try_pairs_before(
     arrays: Any,
     last: int,
-    num: int,
+    firsts: Any,
     part: Any,
     max_cost: float,
     least_miou: float,
@@ -214,21 +214,21 @@ def try_pairs_before(
     scratch: Any,
     found: Any,
 ) -> Any:
-    """Every early exit before ``last``, at each of its pixel thresholds or at a ``part`` (start, step) of them. Returns
-    the number of instances, (num, 2) the best of each early exit within the limits, the ``cheapest`` or the most
-    accurate one: its cost and mIoU, infinite if there is none; and its key."""
-    best, keys = np.zeros((num, 2)), np.zeros(num, np.int64)
+    """The early exits ``firsts`` (n,) before ``last``, at each of their pixel thresholds or at a ``part`` (start, step)
+    of them. Returns the number of instances, (n, 2) the best of each early exit within the limits, the ``cheapest`` or
+    the most accurate one: its cost and mIoU, infinite if there is none; and its key."""
+    best, keys = np.zeros((len(firsts), 2)), np.zeros(len(firsts), np.int64)
     tried = 0
-    for first in range(num):
+    for n in range(len(firsts)):
         scratch.size[0] = 0
-        tried += try_pair(arrays, last, first, part, np.inf, -1.0, scratch)
+        tried += try_pair(arrays, last, firsts[n], part, np.inf, -1.0, scratch)
         merge(found, scratch)
-        best[first, 0] = best[first, 1] = np.inf
+        best[n, 0] = best[n, 1] = np.inf
         for i in range(scratch.size[0]):
             point = i if cheapest else scratch.size[0] - 1 - i
             if scratch.miou[point] >= least_miou and scratch.cost[point] <= max_cost:
-                best[first, 0], best[first, 1] = scratch.cost[point], scratch.miou[point]
-                keys[first] = scratch.key[point]
+                best[n, 0], best[n, 1] = scratch.cost[point], scratch.miou[point]
+                keys[n] = scratch.key[point]
                 break
     return tried, best, keys
 
