@@ -3,8 +3,11 @@
     python benchmarks/bench_runtime.py RUN [--instance NAME | --half] [--sizes 360x480 512x512] [--batches 1 8]
         [--runtimes torch torch-compiled onnxruntime openvino openvino:bf16 openvino:f16] [--threads 2]
         [--images N] [--rounds 3] [--quick] [--json PATH]
+    python benchmarks/bench_runtime.py BUNDLE --recipe RECIPE [--data-root FOLDER] ...
 
-RUN is a finished run whose data set is here; the images are its validation images, resized to each size. --half takes
+RUN is a finished run whose data set is here; the images are its validation images, resized to each size. Of a BUNDLE
+they are those of the recipe; what it leaves out of the original model, whatever lies behind its last exit, gets random
+weights, for only the original's time is read. --half takes
 thresholds of its own instead of an instance's, so that about half of the images leave at the first of its exits: what
 early stops save when they happen. Original model and instance run in turn, image by image. Goals: 90 % of the workload
 reduction arrives as latency; policy and routing take 3 % of the time; float32 decides as torch does, on every image.
@@ -27,16 +30,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from messnet.data import SegmentationDataset
+from messnet.deployment.bundle import is_bundle, open_bundle
 from messnet.deployment.graphs import make_graphs, policy_graph
 from messnet.deployment.inference import Result, Session
-from messnet.deployment.loading import restore_run
+from messnet.deployment.loading import bundle_tensors, restore_bundle, restore_run
 from messnet.deployment.measurement import measure_session
 from messnet.deployment.runtimes import GraphRunner, Runner, TorchRunner, load_graph, size_multiple
 from messnet.exit_policy import Policy
 from messnet.instance import ExitChoice, Instance
 from messnet.latency import LatencyOptions, device_name
+from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.opening import open_run
+from messnet.profiling import profile
 from messnet.tables import CostTable
 from messnet.workload import copy_module
 
@@ -280,9 +287,36 @@ def throughput(runtime: str, pair: Sequence[Session], images: Sequence[np.ndarra
     ]
 
 
+class Opened(NamedTuple):
+    blueprint: Blueprint
+    net: MultiExitNet
+    """Whole, with the heads of the instance."""
+    instance: Instance
+    costs: CostTable
+    val: SegmentationDataset
+
+
+def opened(options: argparse.Namespace) -> Opened:
+    if not is_bundle(options.run):
+        run = open_run(options.run)
+        return Opened(*restore_run(options.run, options.instance), run.costs(), run.dataset("val"))
+    if options.recipe is None:
+        raise SystemExit("a bundle has no images: name the recipe that has, --recipe RECIPE --data-root FOLDER")
+    blueprint, part, instance = restore_bundle(open_bundle(options.run), options.instance)
+    net, own = blueprint.build(tuple(choice.exit for choice in instance.exits)), bundle_tensors(part)
+    for name, place in bundle_tensors(net).items():
+        if name in own:
+            place.copy_(own[name])
+    root = () if options.data_root is None else ("--data.root", str(options.data_root))
+    costs = profile(net, input_size=blueprint.input_size)
+    return Opened(blueprint, net, instance, costs, open_run(options.recipe, root).dataset("val"))
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, help="a run, or a bundle")
+    parser.add_argument("--recipe", type=Path, help="of a bundle: whose validation images are used")
+    parser.add_argument("--data-root", type=Path, help="of that recipe")
     parser.add_argument("--instance", help="of the run; by default the cheapest within 1 pp")
     parser.add_argument(
         "--half", action="store_true", help="thresholds that half of the images reach at its first exit"
@@ -307,9 +341,7 @@ def main() -> None:
     if options.quick:
         options.sizes, options.batches, options.rounds = options.sizes[:1], [1], 1
         options.images = options.images or 12
-    blueprint, net, instance = restore_run(options.run, options.instance)
-    run = open_run(options.run)
-    costs, val = run.costs(), run.dataset("val")
+    blueprint, net, instance, costs, val = opened(options)
     raw = [val[v].image for v in range(min(len(val), options.images or len(val)))]
     if options.half:
         height, width = (int(side) for side in options.sizes[0].split("x"))

@@ -86,6 +86,7 @@ def train(
     leads = stage.num_parts == 1 or stage.fabric.global_rank == 0
     if leads:
         checkpoint.expect_writable()
+        _warn_of_emulation(stage.fabric.device, compute)
     done, best = 0, -math.inf
     if saved := checkpoint.load():
         stage.load_state_dict(saved["stage"])
@@ -123,6 +124,14 @@ def train(
                     checkpoint.save_best(state)
                 if saves:
                     checkpoint.save(state)
+
+
+def _warn_of_emulation(device: torch.device, compute: ComputeOptions) -> None:
+    if device.type == "cpu" and compute.precision == "bf16-mixed" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        say(
+            "compute.precision is bf16-mixed, which this processor has no instructions for: an iteration may take "
+            "minutes; with --compute.precision 32-true it does not"
+        )
 
 
 class _Recorder:
