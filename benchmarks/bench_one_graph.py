@@ -34,10 +34,10 @@ from messnet.deployment.inference import Session
 from messnet.deployment.loading import restore_run
 from messnet.deployment.planes import normalised_planes
 from messnet.deployment.runtimes import load_graph
-from messnet.deployment.upsampling import upsampled_labels
 from messnet.instance import ExitChoice
 from messnet.latency import device_name
 from messnet.opening import open_run
+from messnet.upsampling import upsampled_labels
 
 __all__ = ["one_graph"]
 

@@ -27,13 +27,13 @@ from messnet.deployment.inference import Result, Session
 from messnet.deployment.loading import load, restore_bundle
 from messnet.deployment.planes import normalised_planes
 from messnet.deployment.runtimes import TorchRunner, load_graph
-from messnet.deployment.upsampling import upsampled_labels
 from messnet.errors import MessError, ModelError, RecipeError, RunError
 from messnet.exit_policy import Policy, image_confidence
 from messnet.instance import Exit, ExitChoice, Instance
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.preprocessing import normalise
 from messnet.tables import CostTable
+from messnet.upsampling import upsampled_labels
 
 READER = Path(__file__).parents[1] / "runtime/messnet_runtime.py"
 FCN = "crm1-blocks0-fcn"

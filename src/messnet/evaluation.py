@@ -17,7 +17,7 @@ from messnet.errors import ModelError, RecipeError, RunError
 from messnet.exit_policy import Policy, image_confidence
 from messnet.instance import Exit
 from messnet.metrics import pixel_counts
-from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.network.multi_exit import MultiExitNet, labels_at
 from messnet.preprocessing import normalise
 from messnet.runs import Checkpoint
 from messnet.tables import ExitTables, IntArray
@@ -145,7 +145,7 @@ def _evaluate_image(
             for p, policy in enumerate(options.policies):
                 shares = image_confidence(logits, stride, size, thresholds, Policy.parse(policy))
                 tables.image_confidence[row, h, p] = shares[0].cpu()
-            counts = pixel_counts(upsample(logits, size).max(1).indices, label, net.num_classes)
+            counts = pixel_counts(labels_at(logits, size), label, net.num_classes)
             tables.intersection[row, h], tables.predicted[row, h], tables.labelled[row] = (
                 count[0].cpu() for count in counts
             )

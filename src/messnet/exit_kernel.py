@@ -71,30 +71,44 @@ def _exponential(x: Any) -> Any:
 def _confidence_row(logits: Any, entropy: bool, values: Any, confidence: Any, labels: Any) -> None:
     """Confidence and label of one row of pixels: logits (K, w) of any strides; ``values`` (K, w) is scratch."""
     num_classes, width = logits.shape
-    best = np.empty(width, np.float32)
+    best, which = np.empty((2, width), np.float32), np.empty((2, width), np.int32)
     total, weighted = np.zeros(width, np.float32), np.zeros(width, np.float32)
     for k in range(num_classes):
         for x in range(width):
             values[k, x] = logits[k, x]
     for x in range(width):
-        best[x] = values[0, x]
-        labels[x] = 0
-    for k in range(1, num_classes):
-        this = np.int32(k)
+        best[0, x] = values[0, x]
+        which[0, x] = 0
+    # Two classes at a time and from one array into the other: in place, LLVM stores under a mask, which is slow.
+    turn = 0
+    for k in range(1, num_classes, 2):
+        other = min(k + 1, num_classes - 1)
+        this, that, a, b = np.int32(k), np.int32(other), values[k], values[other]
+        old_best, new_best, old_which, new_which = best[turn], best[1 - turn], which[turn], which[1 - turn]
         for x in range(width):
-            better = values[k, x] > best[x]
-            best[x] = values[k, x] if better else best[x]
-            labels[x] = this if better else labels[x]
+            better = a[x] > old_best[x]
+            most = a[x] if better else old_best[x]
+            label = this if better else old_which[x]
+            better = b[x] > most
+            new_best[x] = b[x] if better else most
+            new_which[x] = that if better else label
+        turn = 1 - turn
+    top, labels[:] = best[turn], which[turn]
     if not entropy:
-        for k in range(num_classes):
+        for k in range(0, num_classes - 1, 2):
+            a, b = values[k], values[k + 1]
             for x in range(width):
-                total[x] += _exp(values[k, x] - best[x])
+                total[x] += _exp(a[x] - top[x]) + _exp(b[x] - top[x])
+        if num_classes % 2:
+            a = values[num_classes - 1]
+            for x in range(width):
+                total[x] += _exp(a[x] - top[x])
         for x in range(width):
             confidence[x] = np.float32(1) / total[x]
         return
     for k in range(num_classes):
         for x in range(width):
-            distance = values[k, x] - best[x]
+            distance = values[k, x] - top[x]
             term = _exp(distance)
             total[x] += term
             weighted[x] += term * distance

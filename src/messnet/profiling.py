@@ -20,7 +20,7 @@ from messnet.errors import ModelError
 from messnet.exit_policy import Policy, image_confidence, should_exit
 from messnet.instance import Exit
 from messnet.latency import LatencyOptions, Stopwatch, num_threads
-from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.network.multi_exit import MultiExitNet, labels_at
 from messnet.runs import provenance
 from messnet.tables import CostTable, PartCost
 from messnet.workload import Count, copy_module, dtype_of, metering, shadow
@@ -158,7 +158,7 @@ def _run_early_exits(
 
 
 def _label(logits: Tensor, size: tuple[int, ...]) -> None:
-    _to_host(upsample(logits, size).max(1).indices.to(torch.uint8))
+    _to_host(labels_at(logits, (size[0], size[1])))
 
 
 def _to_host(result: Tensor) -> None:

