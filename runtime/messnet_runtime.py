@@ -202,7 +202,10 @@ def _onnxruntime(threads: int, precision: str) -> Any:
         raise BundleError(f"onnxruntime has no precision {precision!r} here, only f32; use openvino")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Versions before 1.26 spin for long, and the threads of several sessions take each other's processors.
+    soon_sleeps = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 26)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if soon_sleeps else "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
 
     def start(graph: bytes) -> Any:
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
