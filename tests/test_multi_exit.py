@@ -15,7 +15,7 @@ from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 from messnet.errors import ModelError
 from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.exit_head import HeadConfig
-from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.network.multi_exit import MultiExitNet, convert, labels_at, upsample
 from messnet.network.zoo import mobilenetv2_fcn
 
 HEADS = (HeadConfig(), HeadConfig(2, 1, True, "deeplabv3"))
@@ -299,3 +299,25 @@ def test_an_example_that_is_no_batch_of_images_is_told() -> None:
     for shape in ((3, 64, 80), (1, 1, 64, 80), (1, 64, 80, 3)):
         with pytest.raises(ModelError, match=rf"example_input must be images \(N, 3, H, W\), got \({shape[0]}, "):
             convert(Model(nn.ReLU()), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 4, 11, 21])
+@pytest.mark.parametrize("size", [(23, 31), (9, 7), (5, 40)])
+def test_labels_are_the_argmax_of_what_is_upsampled(num_classes: int, size: tuple[int, int]) -> None:
+    logits = torch.randn(3, num_classes, 9, 7, generator=torch.Generator().manual_seed(num_classes))
+    expected = upsample(logits, size).argmax(1)
+    for given in (logits, logits.to(memory_format=torch.channels_last), logits.double()):
+        torch.testing.assert_close(labels_at(given, size).long(), expected, rtol=0, atol=0)
+    half = labels_at(logits.bfloat16(), size).long()
+    torch.testing.assert_close(half, labels_at(logits.bfloat16().float(), size).long(), rtol=0, atol=0)
+    assert labels_at(logits.to("meta"), size).shape == expected.shape
+
+
+def test_of_equal_logits_the_first_class_counts() -> None:
+    logits = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])[None, :, None, None].expand(1, 5, 2, 2)
+    assert (labels_at(logits, (6, 6)) == 1).all()
+
+
+def test_labels_have_eight_bits() -> None:
+    with pytest.raises(ModelError, match="at most 256 classes, not 257"):
+        labels_at(torch.zeros(1, 257, 2, 2), (4, 4))
