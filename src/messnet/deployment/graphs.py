@@ -232,8 +232,8 @@ def policy_graph(policy: Policy, num_classes: int) -> bytes:
         labels = op("Cast", op("ArgMax", "logits", axis=1, keepdims=1), to=TensorProto.FLOAT)
         near = [_near_edge(op, constant, labels, TensorProto.FLOAT, axis) for axis in (2, 3)]
         near_edge = op("Greater", op("Max", *near), number(0.5))
-        # More than half of 5 x 5 pixels, the border repeated: 13/25 or more. No rounding brings 12/25 to a half. Columns,
-        # then rows: a third of the time of both at once.
+        # More than half of 5 x 5 pixels, the border repeated: 13/25 or more. No rounding brings 12/25 to a half. By
+        # columns, then rows: a third of the time of both at once.
         extended = op("Pad", confident, constant(0, 0, 2, 2, 0, 0, 2, 2), mode="edge")
         share = op("AveragePool", op("AveragePool", extended, kernel_shape=[5, 1]), kernel_shape=[1, 5])
         majority = op("Cast", op("Greater", share, number(0.5)), to=TensorProto.FLOAT)

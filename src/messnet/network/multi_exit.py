@@ -213,8 +213,8 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def labels_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """argmax over the classes at input ``size`` (H, W), as every prediction ends: (N, K, h, w) -> (N, H, W) uint8 on the
-    logits' device. On the processor in one pass, without the upsampled map. Raises ModelError for more than 256
+    """argmax over the classes at input ``size`` (H, W), as every prediction ends: (N, K, h, w) -> (N, H, W) uint8 on
+    the logits' device. On the processor in one pass, without the upsampled map. Raises ModelError for more than 256
     classes."""
     if logits.shape[1] > 256:
         raise ModelError(f"labels are of 8 bits, so a network has at most 256 classes, not {logits.shape[1]}")
