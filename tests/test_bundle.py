@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,42 @@ def test_cost_tables_go_with_it(run: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match=r"other\.json is a cost table of another network"):
         tables(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("suffix", ["mess", "zip"])
+def test_a_bundle_of_a_bundle(exported: Path, tmp_path: Path, suffix: str) -> None:
+    """What has weights can get graphs, without the run: all else stays as it was."""
+    table = CostTable.from_json((exported / "costs/workload.json").read_text())
+    table.to_json(tmp_path / "here.json")
+    measured = export(exported, tmp_path / f"measured.{suffix}", tables=[tmp_path / "here.json"])
+    again = export(measured.path, tmp_path / "again.mess", graphs=True, images=IMAGES[:1])
+    before, after = open_bundle(exported).manifest, open_bundle(again.path).manifest
+    assert after.runtimes["onnx"].checked["equal_pixels"] == 1
+    assert {*after.files} == {*before.files, "costs/here.json", *after.runtimes["onnx"].files.values()}
+    assert {name: after.files[name] for name in before.files} == before.files
+    new = {"created": "", "files": {}, "runtimes": {}}
+    assert replace(after, **new) == replace(before, **new)
+    for one, other in zip(everything(load(exported)), everything(load(again.path)), strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
+    with pytest.raises(RunError, match="has no instance 'cut'; it has early"):
+        export(exported, tmp_path / "x.mess", instance="cut")
+
+
+def test_a_bundle_is_exported_by_its_command(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(IMAGES[0]).save(tmp_path / "photos/one.png")
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(exported), "--runtime", "onnx", "--images", "photos"])
+    told = capsys.readouterr().out
+    assert "early in early-early.mess" in told
+    assert "graphs against torch on 2 images: 100.0% of decisions" in told
+    for tokens in (["--images", "photos"], ["--images", "nowhere", "--runtime", "onnx"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["export", str(exported), "--out", "other.mess", *tokens])
+        assert stopped.value.code == 2
+    assert not (tmp_path / "other.mess").exists()
 
 
 @pytest.mark.parametrize("suffix", ["mess", "zip"])
@@ -479,7 +516,7 @@ def test_the_commands(
     assert "--name is for a table of a run" in fails("profile", bundle, "--measure", "--name", "x")
     assert "exists already" in fails("export", run, "--instance", "early")
     assert "no instance 'nope'" in fails("export", run, "--instance", "nope")
-    assert "is no run directory" in fails("export", bundle)
+    assert "is no run directory" in fails("export", tmp_path / "a")
     assert snapshot(bundle) == before
 
 

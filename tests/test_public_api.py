@@ -46,6 +46,8 @@ try:
 except SystemExit as end:
     assert not end.code
 assert "torch" not in sys.modules, "the command's help waits for torch"
+import messnet.deployment.loading, messnet.deployment.predictions
+assert "torchvision" not in sys.modules, "predict waits for torchvision, which brings torch's compiler"
 """
 
 

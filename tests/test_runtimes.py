@@ -150,7 +150,8 @@ def test_segments_that_are_wanted_alone_run_without_their_head(bundle: Path) -> 
 def test_labels_at_the_input(size: tuple[int, int]) -> None:
     logits = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(1))
     expected = upsample(logits, size).argmax(1).numpy()
-    np.testing.assert_array_equal(upsampled_labels(logits.numpy(), size), expected)
+    for threads in (1, 2, 7):
+        np.testing.assert_array_equal(upsampled_labels(logits.numpy(), size, threads=threads), expected)
     graph = load_graph(output_graph(), "onnxruntime", "f32", 1)
     np.testing.assert_array_equal(
         graph.run({"logits": logits.numpy(), "size": np.array(size)}, ["labels"])[0], expected

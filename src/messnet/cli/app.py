@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,5 +127,27 @@ def plain_name(name: str) -> str:
 
 
 def quieten() -> None:
-    """Libraries' advice to developers is no news to the user of a command."""
+    """Libraries' advice to developers is no news to the user of a command; a minute of silence is."""
     warnings.filterwarnings("ignore", module="lightning.*")
+    _tell_of_compiling()
+
+
+@cache
+def _tell_of_compiling() -> None:
+    """A line before numba compiles the first of the inner loops that no earlier command left on the disk."""
+    from numba.core import event
+    from tqdm import tqdm
+
+    class Teller(event.Listener):
+        told = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.told:
+                line = "messnet: compiling inner loops for this processor, once: up to a minute"
+                tqdm.write(line, file=sys.stderr)  # above a bar
+            self.told = True
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", Teller())  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, app, examples, quieten
+from messnet.errors import MessError, RecipeError
 
 __all__ = ["export"]
 
@@ -19,16 +20,18 @@ __all__ = ["export"]
         "export runs/demo --instance max-miou --out demo.zip",
         "export runs/demo --runtime onnx --out demo.mess",
         "export runs/demo --runtime onnx --no-torch --out demo.zip",
+        "export demo.mess --runtime onnx --images photos --out graphs.mess",
         "export runs/demo --device-table runs/demo/costs/NAME.json --out demo.mess",
     )
 )
 def export(
-    run_directory: Path,
+    target: Path,
     *,
     instance: str | None = None,
     out: Path | None = None,
     runtime: Literal["torch", "onnx"] = "torch",
     torch: bool = True,
+    images: list[Path] | None = None,
     device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,21 +41,24 @@ def export(
     tables, and the SHA-256 of every file; nothing in it is code.
 
     Args:
-        run_directory: A finished run.
+        target: A finished run; or a bundle, to make another kind of bundle of it.
         instance: One of the run's instances; by default the cheapest within 1 pp.
         out: A new folder, or a zip if it ends in .zip; by default RUN-INSTANCE.mess.
-        runtime: onnx adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on validation
-            images, or generated ones where the data set is not here.
+        runtime: onnx adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on some images.
         torch: Whether the bundle holds weights for torch.
+        images: Files or folders of images to check graphs on; by default a run's validation images, and generated ones
+            where its data set is not here, or for a bundle.
         device_table: Tables of `profile --measure` that go with it; by default all in RUN/costs.
     """
     quieten()
     from messnet.deployment.export import export as export_bundle
 
     graphs = runtime == "onnx"
-    images = _validation_images(run_directory) if graphs else None
+    if images and not graphs:
+        raise RecipeError("--images are to check graphs on: leave them out, or add --runtime onnx")
+    examples = _images(target, images) if graphs else None
     bundle = export_bundle(
-        run_directory, out, instance=instance, tables=device_table, graphs=graphs, weights=torch, images=images
+        target, out, instance=instance, tables=device_table, graphs=graphs, weights=torch, images=examples
     )
     checked = bundle.manifest.runtimes["onnx"].checked if graphs else {}
     files = {name: stored.bytes for name, stored in bundle.manifest.files.items()}
@@ -73,21 +79,26 @@ def export(
         f"{bundle.manifest.instance.name} in {bundle.path}: {sum(files.values()) / 2**20:.1f} MiB, {', '.join(files)}"
     )
     if checked:
-        kind = "validation images" if checked["real_images"] else "generated images (the data set is not here)"
+        kind = "images" if checked["real_images"] else "generated images (name real ones with --images)"
         print(
             f"graphs against torch on {checked['images']:.0f} {kind}: {checked['equal_decisions']:.1%} of decisions, "
             f"{checked['equal_pixels']:.3%} of pixels equal, logits differ by {checked['logits_max_abs']:.1e} at most"
         )
 
 
-def _validation_images(run_directory: Path, num_images: int = 8) -> list[Any] | None:
-    """Some of the run's validation images; None where its data set cannot be read here."""
-    from messnet.errors import MessError
+def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[Any] | None:
+    """Some of those that are ``named``, or of the run's validation images; None where there are none to be read."""
+    from messnet.deployment.bundle import is_bundle
+    from messnet.deployment.predictions import image_files, read_image
     from messnet.opening import open_run
 
+    if named:
+        files = image_files(named)
+        return [read_image(file) for file in files[:: -(-len(files) // at_most)]]
+    if is_bundle(target):
+        return None
     try:
-        val = open_run(run_directory).dataset("val")
-        step = max(1, len(val) // num_images)
-        return [val[v].image for v in range(0, len(val), step)][:num_images]
+        val = open_run(target).dataset("val")
+        return [val[v].image for v in range(0, len(val), -(-len(val) // at_most))]
     except MessError:
         return None

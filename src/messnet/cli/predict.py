@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, app, examples
+from messnet.cli.app import AsJson, app, examples, quieten
 from messnet.errors import DataError, RecipeError
 
 __all__ = ["predict"]
@@ -76,6 +76,7 @@ def predict(
         masks: Write a mask of every frame of a video too.
         max_frames: Stop a video or a camera after so many frames.
     """
+    quieten()
     from messnet.deployment.loading import load
     from messnet.deployment.predictions import PredictOptions, image_files, predict_files, torch_device
 

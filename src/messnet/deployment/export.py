@@ -1,4 +1,4 @@
-"""From a run to a bundle: what one instance needs, and nothing else."""
+"""From a run, or a bundle, to a bundle: what one instance needs, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
 from numpy.typing import NDArray
 
 from messnet import __version__
-from messnet.deployment.bundle import Bundle, Manifest, Preprocessing, Runtime, write_bundle
+from messnet.deployment.bundle import Bundle, Manifest, Preprocessing, Runtime, is_bundle, open_bundle, write_bundle
 from messnet.deployment.graphs import OUTPUT, make_graphs
-from messnet.deployment.loading import COSTS, GRAPHS, bundle_tensors, restore_run
+from messnet.deployment.loading import COSTS, GRAPHS, bundle_tensors, restore_bundle, restore_run
 from messnet.deployment.runtimes import Graph, GraphRunner, Runner, TorchRunner, load_graph, size_multiple
 from messnet.errors import ModelError, RunError
 from messnet.exit_policy import Policy
 from messnet.instance import Exit, Instance
+from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.preprocessing import MEAN, STD
 from messnet.runs import RunDirectory
@@ -44,23 +45,24 @@ def export(
     weights: bool = True,
     images: Sequence[NDArray[np.uint8]] | None = None,
 ) -> Bundle:
-    """Writes an instance of the run at ``path`` as a bundle: a folder, or a zip where ``out`` ends in .zip; by default
-    RUN-INSTANCE.mess.
+    """Writes an instance of the run or bundle at ``path`` as a bundle: a folder, or a zip where ``out`` ends in .zip;
+    by default RUN-INSTANCE.mess.
 
-    ``instance`` as for ``load``. The measured cost ``tables`` go with it, by default all of the run. ``weights`` for
-    torch, ``graphs`` in ONNX for other runtimes: they are checked against torch on ``images``, (H, W, 3) uint8 RGB,
-    generated ones where None are given. Raises RunError when something is missing or does not fit, or ``out`` exists;
-    ModelError for a model that cannot be cut, or graphs that cannot be made or disagree.
+    ``instance`` as for ``load``; a bundle has but one, which a bundle of another kind is made of. The measured cost
+    ``tables`` go with it, by default all there are. ``weights`` for torch, ``graphs`` in ONNX for other runtimes: they
+    are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones where None are given. Raises RunError
+    when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be cut, or graphs
+    that cannot be made or disagree.
     """
-    run = RunDirectory(path)
-    blueprint, net, chosen = restore_run(path, instance)
+    source = _from_bundle(open_bundle(path), instance) if is_bundle(path) else _from_run(RunDirectory(path), instance)
+    blueprint, net, chosen = source.blueprint, source.net, source.instance
     if not net.backbone.exportable:
         raise ModelError(f"{path} cannot be exported: {'; '.join(net.notes)}")
     if not (weights or graphs):
         raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: leave one of them in")
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
-    files, runtimes = _cost_tables(run, exits, tables), {}
+    files, runtimes = _cost_tables(path, source, exits, tables), {}
     if weights:
         tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
         files[_WEIGHTS] = safetensors.torch.save(tensors)
@@ -82,9 +84,36 @@ def export(
         instance=chosen,
         network=network,
         runtimes=runtimes,
-        provenance=run.record()["stages"],
+        provenance=source.provenance,
     )
-    return write_bundle(out or Path(f"{path.resolve().name}-{chosen.name}.mess"), manifest, files)
+    return write_bundle(out or Path(f"{source.name}-{chosen.name}.mess"), manifest, files)
+
+
+class _Source(NamedTuple):
+    name: str
+    blueprint: Blueprint
+    net: MultiExitNet
+    instance: Instance
+    workload: bytes
+    measured: dict[Path, bytes]
+    """Cost tables, the last by file."""
+    provenance: dict[str, Any]
+
+
+def _from_run(run: RunDirectory, instance: str | None) -> _Source:
+    restored = restore_run(run.path, instance)
+    workload = run.read("profile.json", made_by="profile")
+    measured = {file: file.read_bytes() for file in sorted((run.path / COSTS).glob("*.json"))}
+    return _Source(run.path.resolve().name, *restored, workload, measured, run.record()["stages"])
+
+
+def _from_bundle(bundle: Bundle, instance: str | None) -> _Source:
+    restored = restore_bundle(bundle, instance)
+    tables = {Path(name): bundle.read(name) for name in bundle.manifest.files if name.startswith(f"{COSTS}/")}
+    workload = tables.pop(Path(COSTS, _WORKLOAD), None)
+    if workload is None:
+        raise RunError(f"{bundle.path} has no {COSTS}/{_WORKLOAD}; export it from its run")
+    return _Source(bundle.path.resolve().stem, *restored, workload, tables, bundle.manifest.provenance)
 
 
 def check_graphs(
@@ -176,23 +205,28 @@ def _generated_images(size: tuple[int, int], num_images: int = 4) -> list[NDArra
     return images
 
 
-def _cost_tables(run: RunDirectory, exits: Sequence[Exit], measured: Sequence[Path] | None) -> dict[str, bytes]:
-    """The run's own table and the ``measured`` ones, as files of a bundle."""
-    files = {f"{COSTS}/{_WORKLOAD}": run.read("profile.json", made_by="profile")}
-    sizes = _sizes(files[f"{COSTS}/{_WORKLOAD}"], exits)
-    for path in sorted((run.path / COSTS).glob("*.json")) if measured is None else measured:
-        if not path.is_file():
-            raise RunError(f"no cost table {path}; make one with `messnet profile {run.path} --measure`")
-        if f"{COSTS}/{path.name}" in files:
-            raise RunError(f"{path} cannot go into the bundle, which has a {COSTS}/{path.name}: rename it")
-        files[f"{COSTS}/{path.name}"] = data = path.read_bytes()
+def _cost_tables(path: Path, source: _Source, exits: Sequence[Exit], named: Sequence[Path] | None) -> dict[str, bytes]:
+    """The table that counts work and the ``named`` ones, by default all that there are, as files of a bundle."""
+    files = {f"{COSTS}/{_WORKLOAD}": source.workload}
+    sizes = _sizes(source.workload, exits)
+    tables = source.measured if named is None else {file: _read_table(file, path) for file in named}
+    for file, data in tables.items():
+        if f"{COSTS}/{file.name}" in files:
+            raise RunError(f"{file} cannot go into the bundle, which has a {COSTS}/{file.name}: rename it")
+        files[f"{COSTS}/{file.name}"] = data
         try:
             fits = _sizes(data, exits) == sizes
         except RunError as error:
-            raise RunError(f"{path}: {error}") from error
+            raise RunError(f"{file}: {error}") from error
         if not fits:
-            raise RunError(f"{path} is a cost table of another network than that of {run.path}")
+            raise RunError(f"{file} is a cost table of another network than that of {path}")
     return files
+
+
+def _read_table(file: Path, path: Path) -> bytes:
+    if not file.is_file():
+        raise RunError(f"no cost table {file}; make one with `messnet profile {path} --measure`")
+    return file.read_bytes()
 
 
 def _sizes(table: bytes, exits: Sequence[Exit]) -> tuple[list[float], list[float]]:

@@ -192,9 +192,10 @@ def _bundled_graphs(bundle: Bundle, how: _How) -> Runner:
     """Raises RunError for a bundle without graphs."""
     manifest = bundle.manifest
     if GRAPHS not in manifest.runtimes:
+        source = bundle.path if "torch" in manifest.runtimes else "RUN"
         raise RunError(
             f"{bundle.path} holds no graphs for {how.runtime}; it is for "
-            f"{', '.join(manifest.runtimes) or 'no runtime'}: make one with `messnet export RUN --runtime onnx`"
+            f"{', '.join(manifest.runtimes) or 'no runtime'}: make one with `messnet export {source} --runtime onnx`"
         )
     stored = manifest.runtimes[GRAPHS]
     exits = tuple(choice.exit for choice in manifest.instance.exits)

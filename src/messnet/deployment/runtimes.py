@@ -340,7 +340,7 @@ class GraphRunner:
         return Live(tuple(value[rows] for value in live.take()), live.size, live.depth)
 
     def labels(self, logits: Any, rows: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.uint8]:
-        return upsampled_labels(logits[rows], size)
+        return upsampled_labels(logits[rows], size, threads=self.threads)
 
     def synchronise(self) -> None:
         pass

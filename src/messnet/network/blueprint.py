@@ -13,7 +13,6 @@ from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
-from messnet.network.zoo import build_model
 
 __all__ = ["Blueprint"]
 
@@ -40,6 +39,8 @@ class Blueprint:
     def build(self, exits: tuple[Exit, ...] = ()) -> MultiExitNet:
         """The network with the heads of ``exits``, freshly initialised, in eval mode. Raises ModelError when the model
         is no longer what it was."""
+        from messnet.network.zoo import build_model  # seconds: torchvision brings torch's compiler
+
         model = build_model(self.model, len(self.class_names), **self.model_options)
         early = [point.node for point in self.exit_points[:-1]]
         net = convert(model, torch.zeros(1, 3, *self.input_size), exit_points=early, head=self.head)

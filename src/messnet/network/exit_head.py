@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from messnet.errors import RecipeError
 
@@ -200,6 +199,8 @@ def _fcn(channels: int, num_classes: int, dilation: int) -> nn.Module:
 
 
 def _deeplabv3(channels: int, num_classes: int, output_stride: int) -> nn.Module:
+    from torchvision.models.segmentation.deeplabv3 import ASPP  # seconds: it brings torch's compiler
+
     inner = min(max(channels // 4, _MIN_CHANNELS), _MAX_ASPP_CHANNELS)
     rates: Sequence[int] = [max(1, rate * 8 // output_stride) for rate in _ASPP_RATES_AT_STRIDE_8]
     return nn.Sequential(ASPP(channels, rates, inner), nn.Conv2d(inner, num_classes, 1))

@@ -219,6 +219,7 @@ def labels_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if logits.shape[1] > 256:
         raise ModelError(f"labels are of 8 bits, so a network has at most 256 classes, not {logits.shape[1]}")
     if on_processor(logits):
-        return torch.from_numpy(upsampled_labels(logits.detach().float().numpy(), size))
+        given = logits.detach().float().numpy()
+        return torch.from_numpy(upsampled_labels(given, size, threads=torch.get_num_threads()))
     # One by one: an upsampled batch would not stay in the caches.
     return torch.cat([upsample(one, size).max(1).indices.to(torch.uint8) for one in logits.split(1)])

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torchvision.models import get_model_weights, get_weight, list_models
 
 from messnet.errors import ModelError
 
@@ -157,6 +156,8 @@ def _read_torch(path: Path) -> Any:
 
 
 def _download(name: str) -> Any:
+    from torchvision.models import get_model_weights, get_weight, list_models
+
     try:
         weights = get_weight(name)
     except (ValueError, KeyError) as error:
