@@ -156,13 +156,14 @@ class Session:
         return [results[i] for i in range(len(results))]
 
     def warm_up(self, image: NDArray[np.uint8]) -> None:
-        """Runs every exit on ``image`` once: the first call for a size compiles and allocates, which its latency would
-        show. Raises DataError when something else than an image comes."""
+        """Runs every exit on ``image`` twice: the first call for a size compiles, and ONNX Runtime allocates in the
+        second once more, which their latency would show. Raises DataError when something else than an image comes."""
         passed = [
             choice if choice.image_threshold is None else replace(choice, image_threshold=np.inf)
             for choice in self.instance.exits
         ]
-        next(self._results([image], passed))
+        for _ in range(2):
+            next(self._results([image], passed))
 
     def anytime(self, image: NDArray[np.uint8], *, deadline_ms: float | None = None) -> Iterator[Result]:
         """Ever better results for one image, one per exit of the instance.
