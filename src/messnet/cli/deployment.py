@@ -31,7 +31,7 @@ def export(
     out: Path | None = None,
     runtime: Literal["torch", "onnx"] = "torch",
     torch: bool = True,
-    images: list[Path] | None = None,
+    images: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     as_json: AsJson = False,
 ) -> None:
