@@ -38,7 +38,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             main([str(token) for token in tokens])
         assert end.value.code == 2
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        passing = re.compile(r"[\w ]+: +\d+%\|messnet: compiling")
+        passing = re.compile(r"[\w ]+: +\d+%\||messnet: compiling")
         said = [line for line in lines if line.strip() and not passing.match(line)]
         assert len(said) == 1, lines
         assert said[0].startswith("messnet: ")

@@ -209,8 +209,8 @@ def _cost_tables(path: Path, source: _Source, exits: Sequence[Exit], named: Sequ
     """The table that counts work and the ``named`` ones, by default all that there are, as files of a bundle."""
     files = {f"{COSTS}/{_WORKLOAD}": source.workload}
     sizes = _sizes(source.workload, exits)
-    tables = source.measured if named is None else {file: _read_table(file, path) for file in named}
-    for file, data in tables.items():
+    tables = source.measured.items() if named is None else [(file, _read_table(file, path)) for file in named]
+    for file, data in tables:
         if f"{COSTS}/{file.name}" in files:
             raise RunError(f"{file} cannot go into the bundle, which has a {COSTS}/{file.name}: rename it")
         files[f"{COSTS}/{file.name}"] = data
