@@ -23,7 +23,8 @@ import numpy as np
 from messnet.errors import MessError
 from messnet.instance import Exit
 from messnet.search import Grid, Objective, SearchResult, pareto_front, search_for
-from messnet.search.engine import Engine, Region
+from messnet.search.engine import Engine
+from messnet.search.outcome import Region
 from messnet.search.problem import Problem, cost_rows
 from messnet.tables import CostTable, ExitTables, PartCost
 

@@ -30,9 +30,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +43,12 @@ from messnet.search.bounds import MARGIN, bound_triples
 from messnet.search.cells import Form, Sets, bound_choices, classes_of, fill_ranges, form_at, try_choices
 from messnet.search.choices import Choices, nothing, try_choice, wanted
 from messnet.search.front import sweep
+from messnet.search.outcome import Outcome, OutOfTimeError, Region
 from messnet.search.problem import MEAN, Found, Problem
 from messnet.search.tangent import NO_TANGENT, tangent_at
 from messnet.tables import FloatArray, IntArray
 
-__all__ = ["Engine", "Outcome", "Region", "try_choice"]
+__all__ = ["Engine", "try_choice"]
 
 MANY_LEFT = 20_000  # choices for which a bound at another price pays
 NUM_SEEDS = 256  # choices evaluated before any is bounded
@@ -56,35 +56,6 @@ PER_BATCH = 8  # choices that a worker evaluates between two looks at the clock
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Region(NamedTuple):
-    """What is news: points of the front, or the best of one objective within its limits."""
-
-    goal: Literal["front", "cost", "miou"]
-    least_miou: float = -1.0
-    max_cost: float = np.inf
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What an engine found, and what it proved."""
-
-    front: Found
-    near: list[tuple[float, float, int]]
-    """(cost, mIoU, key) of the best instance within the limits of every choice of exits that was evaluated."""
-    num_evaluated: int
-    stopped: Literal["", "time limit", "interrupted"]
-    gap_cost: float
-    """Relative: no instance within the limits costs less than (1 - gap) times the best one. 0: optimal."""
-    gap_miou: float
-    """No instance within the limits has a larger mIoU by more; over a front, at any cost. 0: optimal."""
-    exact_from: float = -1.0
-    """A front is exact at this mIoU and above."""
-
-
-class OutOfTimeError(Exception):
-    """Time is up."""
 
 
 class Engine:

@@ -9,6 +9,7 @@ import numpy as np
 
 from messnet.search.cheapest import least_cost
 from messnet.search.choices import Choices, wanted
+from messnet.search.outcome import OutOfTimeError
 from messnet.tables import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ def sweep(engine: Engine, lasts: Sequence[int]) -> tuple[float, float]:
     Each strip's instances are news if they are above the front at their cost; a front that rises later makes no news of
     what was none.
     """
-    from messnet.search.engine import OutOfTimeError
-
     edges, high = [-np.inf, np.inf], np.inf
     left: Choices | None = None
     engine.exact_from = np.inf

@@ -22,7 +22,8 @@ import numpy as np
 
 from messnet.errors import RecipeError
 from messnet.instance import ExitChoice, Instance
-from messnet.search.results import DECIMALS, SearchResult
+from messnet.search.problem import DECIMALS
+from messnet.search.results import SearchResult
 from messnet.search.space import Objective, confidence_at, cost_of, image_thresholds, route
 from messnet.search.words import amount
 from messnet.tables import CostName, CostTable, ExitTables, FloatArray, IntArray

@@ -12,16 +12,16 @@ import numpy as np
 from messnet.errors import InfeasibleError, RecipeError
 from messnet.instance import Instance, Setting
 from messnet.search.anytime import AnytimeObjective, search_anytime
+from messnet.search.outcome import Outcome, Region
 from messnet.search.problem import DECIMALS, Found, Problem, cost_rows
 from messnet.search.space import Grid, Limit, Objective, Statistic, route
 from messnet.search.words import amount, certificate_of, difference, words
 from messnet.tables import CostName, CostTable, ExitTables
 
 if TYPE_CHECKING:
-    from messnet.search.engine import Engine, Outcome
+    from messnet.search.engine import Engine
 
 __all__ = [
-    "DECIMALS",
     "Front",
     "FrontPoint",
     "Incumbent",
@@ -173,7 +173,7 @@ def search_for(
     progress: bool = False,
 ) -> SearchResult:
     """As ``search``, for an Objective."""
-    from messnet.search.engine import Engine, Region
+    from messnet.search.engine import Engine
 
     begun, devices, grid = time.monotonic(), _devices(costs), grid or Grid()
     max_exits = _max_exits(setting, grid)
@@ -242,7 +242,7 @@ def _front(
     precision: float = 0.0,
 ) -> Front:
     """Of everything within the objective's further limits and floors."""
-    from messnet.search.engine import Engine, Region
+    from messnet.search.engine import Engine
 
     max_exits = _max_exits(setting, grid)
     problem = _problem(tables, devices, objective, grid)
