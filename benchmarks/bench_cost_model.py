@@ -19,8 +19,8 @@ from bench_conversion import CLASSES, FAMILIES, TIMED
 from rich.console import Console
 
 import messnet
-from messnet.cost_report import cost_notes, cost_table
 from messnet.deployment.measurement import check_additivity
+from messnet.report.costs import cost_notes, cost_table
 
 HEADS = messnet.HeadSpace(
     channel_reduction=(2, 8), extra_blocks=(0, 1), rapid_dilation=(True,), segmentation_head=("fcn",)

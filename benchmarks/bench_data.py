@@ -32,7 +32,7 @@ from messnet.data.checks import check_dataset
 from messnet.data.folders import open_folder
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
-from messnet.preprocessing import MEAN, STD
+from messnet.images.preprocessing import MEAN, STD
 
 SCALES = (0.5, 2.0)
 

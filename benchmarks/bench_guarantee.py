@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from scipy.special import rel_entr
 from scipy.stats import binom
 
-from messnet.search import Grid, Guarantee, cost_of, pareto_front, route
-from messnet.search.guarantee import certified_step, images_needed, loss_of, no_dearer, retreat_path
-from messnet.tables import CostTable, ExitTables
+from messnet.records.tables import CostTable, ExitTables
+from messnet.searching import Grid, Guarantee, cost_of, pareto_front, route
+from messnet.searching.guarantee import certified_step, images_needed, loss_of, no_dearer, retreat_path
 
 EPSILONS, DELTA, SELECTIONS = (0.005, 0.01, 0.02, 0.05, 0.1), 0.1, 20
 Figure = tuple[str, float, str, str, float | None]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-import messnet.pipeline  # noqa: F401 (loaded before the forks)
+import messnet.run.stages  # noqa: F401 (loaded before the forks)
 from messnet.cli import main as main_of_messnet
 
 RECIPE = """

@@ -29,15 +29,15 @@ from bench_runtime import Figure, Graphs, show
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from messnet.costs.latency import device_name
 from messnet.deployment.graphs import IR_VERSION, OPSET, stage_name
-from messnet.deployment.inference import Session
 from messnet.deployment.loading import restore_run
 from messnet.deployment.planes import normalised_planes
 from messnet.deployment.runtimes import load_graph
-from messnet.instance import ExitChoice
-from messnet.latency import device_name
-from messnet.opening import open_run
-from messnet.upsampling import upsampled_labels
+from messnet.deployment.session import Session
+from messnet.policy.labels import upsampled_labels
+from messnet.records.instance import ExitChoice
+from messnet.run.run import open_run
 
 __all__ = ["one_graph"]
 

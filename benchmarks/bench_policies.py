@@ -22,15 +22,15 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from messnet.config import recipe_from_record
 from messnet.data.sources import open_dataset
 from messnet.evaluation import EvaluationOptions, evaluate
 from messnet.network.multi_exit import MultiExitNet
-from messnet.pipeline import build_network
 from messnet.profiling import profile
-from messnet.runs import Checkpoint
-from messnet.search import Grid, cost_of, pareto_front, route
-from messnet.tables import CostTable, ExitTables
+from messnet.records.run_directory import Checkpoint
+from messnet.records.tables import CostTable, ExitTables
+from messnet.run.recipe import recipe_from_record
+from messnet.run.stages import build_network
+from messnet.searching import Grid, cost_of, pareto_front, route
 
 BASELINE, RANDOM = "top1+native", "random"
 FORMS = [f"{c}+{how}" for c in ("top1", "entropy") for how in ("native", "paper", "none", "mean", "patches")]

@@ -30,22 +30,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from messnet.costs.latency import LatencyOptions, device_name
+from messnet.costs.workload import copy_module
 from messnet.data import SegmentationDataset
 from messnet.deployment.bundle import is_bundle, open_bundle
 from messnet.deployment.graphs import make_graphs, policy_graph
-from messnet.deployment.inference import Result, Session
 from messnet.deployment.loading import bundle_tensors, restore_bundle, restore_run
 from messnet.deployment.measurement import measure_session
 from messnet.deployment.runtimes import GraphRunner, Runner, TorchRunner, load_graph, size_multiple
-from messnet.exit_policy import Policy
-from messnet.instance import ExitChoice, Instance
-from messnet.latency import LatencyOptions, device_name
+from messnet.deployment.session import Result, Session
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
-from messnet.opening import open_run
+from messnet.policy.reference import Policy
 from messnet.profiling import profile
-from messnet.tables import CostTable
-from messnet.workload import copy_module
+from messnet.records.instance import ExitChoice, Instance
+from messnet.records.tables import CostTable
+from messnet.run.run import open_run
 
 RUNTIMES = ["torch", "torch-compiled", "onnxruntime", "openvino", "openvino:bf16", "openvino:f16"]
 WARM_UP = 3

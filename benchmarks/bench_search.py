@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from messnet.errors import MessError
-from messnet.instance import Exit
-from messnet.search import Grid, Objective, SearchResult, pareto_front, search_for
-from messnet.search.engine import Engine
-from messnet.search.outcome import Region
-from messnet.search.problem import Problem, cost_rows
-from messnet.tables import CostTable, ExitTables, PartCost
+from messnet.records.instance import Exit
+from messnet.records.tables import CostTable, ExitTables, PartCost
+from messnet.searching import Grid, Objective, SearchResult, pareto_front, search_for
+from messnet.searching.exact.engine import Engine
+from messnet.searching.exact.outcome import Region
+from messnet.searching.exact.problem import Problem, cost_rows
 
 
 class Size(NamedTuple):

@@ -31,13 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from messnet.data import IGNORE_INDEX
-from messnet.instance import Exit
-from messnet.losses import distillation_loss, teach
 from messnet.network.exit_head import HeadConfig, HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import build_model
+from messnet.records.instance import Exit
 from messnet.training import ComputeOptions, DistillOptions, space_exits
 from messnet.training.dilation import fast_dilation
+from messnet.training.losses import distillation_loss, teach
 from messnet.training.stage2 import _Distillation
 
 CLASSES = 21

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import messnet
+from messnet.costs.workload import count_module
 from messnet.network.zoo import MODELS
-from messnet.workload import count_module
 
 POSTERS = {"drn50_fcn": 138.63, "drn50_deeplabv3": 163.86, "mobilenetv2_fcn": 8.78}
 

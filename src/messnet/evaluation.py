@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from messnet.data import SegmentationDataset
 from messnet.errors import ModelError, RecipeError, RunError
-from messnet.exit_policy import Policy, image_confidence
-from messnet.instance import Exit
-from messnet.metrics import pixel_counts
+from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, labels_at
-from messnet.preprocessing import normalise
-from messnet.runs import Checkpoint
-from messnet.tables import ExitTables, IntArray
+from messnet.policy.reference import Policy, image_confidence
+from messnet.records.instance import Exit
+from messnet.records.metrics import pixel_counts
+from messnet.records.tables import ExitTables, IntArray
+from messnet.training.checkpoint import Checkpoint
 
 __all__ = ["EvaluationOptions", "evaluate", "merge_shards"]
 

@@ -16,14 +16,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from messnet.costs.latency import LatencyOptions, Stopwatch, num_threads
+from messnet.costs.workload import Count, copy_module, dtype_of, metering, shadow
 from messnet.errors import ModelError
-from messnet.exit_policy import Policy, image_confidence, should_exit
-from messnet.instance import Exit
-from messnet.latency import LatencyOptions, Stopwatch, num_threads
 from messnet.network.multi_exit import MultiExitNet, labels_at
-from messnet.runs import provenance
-from messnet.tables import CostTable, PartCost
-from messnet.workload import Count, copy_module, dtype_of, metering, shadow
+from messnet.policy.reference import Policy, image_confidence, should_exit
+from messnet.records.instance import Exit
+from messnet.records.run_directory import provenance
+from messnet.records.tables import CostTable, PartCost
 
 __all__ = ["profile"]
 
@@ -45,9 +45,9 @@ def profile(
 ) -> CostTable:
     """Costs of every segment, head, policy step and output at ``input_size`` (height, width).
 
-    Workload (both conventions, see ``messnet.workload``), parameters and memory are counted without computing anything;
-    with ``latency`` every part is also timed as sessions run it, on a copy of ``net``. ``model`` is the name that the
-    table carries.
+    Workload (both conventions, see ``messnet.costs.workload``), parameters and memory are counted without computing
+    anything; with ``latency`` every part is also timed as sessions run it, on a copy of ``net``. ``model`` is the name
+    that the table carries.
 
     Raises ModelError for a size below 1 x 1.
     """

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import smooth_image
 
-from messnet.deployment.inference import Result, Session
-from messnet.instance import Exit, ExitChoice, Instance, Setting
+from helpers.images import smooth_image
+from messnet.deployment.session import Result, Session
+from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
-from messnet.preprocessing import normalise
+from messnet.records.instance import Exit, ExitChoice, Instance, Setting
 
 NUM_EXITS = 4
 HEADS = ["crm1-blocks0-fcn"] * (NUM_EXITS - 1) + ["final"]

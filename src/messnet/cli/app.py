@@ -78,14 +78,14 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Any:
     quieten()
-    from messnet.opening import open_run
+    from messnet.run.run import open_run
 
     return open_run(target, overrides, out=out)
 
 
 def recipe_of(target: Path, overrides: Sequence[str]) -> Any:
-    from messnet.config import load_recipe, recipe_from_record
-    from messnet.runs import RunDirectory
+    from messnet.records.run_directory import RunDirectory
+    from messnet.run.recipe import load_recipe, recipe_from_record
 
     if target.is_dir():
         return recipe_from_record(RunDirectory(target).record()["recipe"], overrides)
@@ -94,7 +94,7 @@ def recipe_of(target: Path, overrides: Sequence[str]) -> Any:
 
 def do_stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Any:
     opened = open_target(target, overrides, out)
-    from messnet.pipeline import run_stage
+    from messnet.run.stages import run_stage
 
     say(stage, run_stage(opened, stage), quiet)
     return opened
@@ -106,8 +106,8 @@ def say(stage: str, did: bool, quiet: bool) -> None:
 
 
 def print_table(path: Path, as_json: bool) -> None:
-    from messnet.measurements import Measurements
-    from messnet.report import headline, terminal_table
+    from messnet.records.measurements import Measurements
+    from messnet.report.page import headline, terminal_table
 
     text = (path / "measurements.json").read_text()
     if as_json:

@@ -72,11 +72,11 @@ def _data_options(target: Path, overrides: Sequence[str]) -> tuple[Any, bool]:
     """The data section, and whether class names were made up."""
     from dataclasses import replace
 
-    from messnet.runs import RunDirectory
+    from messnet.records.run_directory import RunDirectory
 
     if not target.is_dir() or RunDirectory(target).exists:
         return recipe_of(target, overrides).data, False
-    from messnet.config import recipe_from_record
+    from messnet.run.recipe import recipe_from_record
 
     data = recipe_from_record({"data": {"source": "folder", "root": str(target)}}, overrides).data
     if data.source != "folder" or data.class_names:
@@ -130,7 +130,7 @@ def _plot(reports: dict[str, Any], datasets: dict[str, Any], path: Path) -> None
     import io
 
     from messnet.data.pictures import draw_dataset, typical_samples
-    from messnet.files import write_atomically
+    from messnet.records.files import write_atomically
 
     each = 6 // len(datasets)
     samples = [(split, one) for split, dataset in datasets.items() for one in typical_samples(dataset, each)]
@@ -146,7 +146,7 @@ def _plot(reports: dict[str, Any], datasets: dict[str, Any], path: Path) -> None
 @app.command(help_epilogue=examples("recipe configs/demo.yaml", "recipe runs/demo --json"))
 def recipe(target: Target, *overrides: Overrides, as_json: AsJson = False) -> None:
     """Print a recipe with every key it has, defaults and overrides included."""
-    from messnet.config import recipe_to_record
+    from messnet.run.recipe import recipe_to_record
 
     record = recipe_to_record(recipe_of(target, overrides))
     if as_json:

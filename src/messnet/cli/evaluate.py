@@ -33,28 +33,28 @@ def evaluate(
 ) -> None:
     """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
     from messnet.errors import RecipeError
-    from messnet.training.shards import Shard
+    from messnet.run.shards import Shard
 
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")
     if shard:
         part = Shard.parse(shard)
         opened = open_target(target, overrides, out)
-        from messnet.pipeline import evaluate_stage
+        from messnet.run.stages import evaluate_stage
 
         evaluate_stage(opened, part)
         print(f"evaluate: shard {shard} done; when all are, `messnet evaluate {opened.directory.path} --merge`")
         return
     if merge:
         opened = open_target(target, overrides, out)
-        from messnet.pipeline import merge_tables
+        from messnet.run.stages import merge_tables
 
         merge_tables(opened)
         if not as_json:
             print("evaluate: merged")
     else:
         opened = do_stage("evaluate", target, overrides, out, quiet=as_json)
-    from messnet.report import exit_rows, exits_table
+    from messnet.report.page import exit_rows, exits_table
 
     tables, costs = opened.tables(), opened.costs()
     if as_json:

@@ -77,8 +77,8 @@ def predict(
         max_frames: Stop a video or a camera after so many frames.
     """
     quieten()
+    from messnet.apps.predictions import PredictOptions, image_files, predict_files, torch_device
     from messnet.deployment.loading import load
-    from messnet.deployment.predictions import PredictOptions, image_files, predict_files, torch_device
 
     def open_session() -> Any:
         where = torch_device(device)
@@ -115,7 +115,7 @@ def _predict_videos(
     session: Any, sources: list[Path | int], out: Path, given: dict[str, Any], *, as_json: bool
 ) -> None:
     """One after the other with the same network. What is damaged is told at the end, when the others are done."""
-    from messnet.deployment.video import VideoOptions, predict_video
+    from messnet.apps.video import VideoOptions, predict_video
 
     options = VideoOptions(**{name: value for name, value in given.items() if value is not None})
     summaries, damaged = {}, []
@@ -143,7 +143,7 @@ def _predict_videos(
 
 def _videos(files: tuple[Path, ...], camera: int | None) -> list[Path | int]:
     """The videos among the arguments; empty when they are images."""
-    from messnet.deployment.video import VIDEO_SUFFIXES
+    from messnet.apps.video import VIDEO_SUFFIXES
 
     videos: list[Path | int] = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES and not file.is_dir()]
     if camera is not None:

@@ -79,8 +79,8 @@ def profile(
     if input_size and min(input_size) < 1:
         raise MessError(f"--input-size is height and width, at least 1 each, not {input_size[0]} {input_size[1]}")
     quieten()
-    from messnet.latency import LatencyOptions
-    from messnet.pipeline import measure_run, profile_bundle, profile_model
+    from messnet.costs.latency import LatencyOptions
+    from messnet.run.stages import measure_run, profile_bundle, profile_model
 
     latency = LatencyOptions(**how) if measure else None  # type: ignore[arg-type]
     if is_model:
@@ -103,7 +103,7 @@ def profile(
     if as_json:
         print(costs.to_json(), end="")
         return
-    from messnet.cost_report import cost_notes, cost_table
+    from messnet.report.costs import cost_notes, cost_table
 
     console = Console()
     console.print(cost_table(costs, [(p.module, f"{p.channels} at 1/{p.output_stride}") for p in net.exit_points]))
@@ -112,7 +112,7 @@ def profile(
 
 
 def _plot_cuts(net: Any, path: Path) -> None:
-    from messnet.report_figures import draw_cumulative_cost
+    from messnet.report.figures import draw_cumulative_cost
 
     cuts, timed = net.cuts, all(cut.latency_ms is not None for cut in net.cuts)
     figure = draw_cumulative_cost(
@@ -135,6 +135,6 @@ def _expect_no_change(bundle: Path, overrides: Sequence[object], out: Path | Non
 
 
 def _recipe_of_model(name: str, overrides: Sequence[str]) -> Any:
-    from messnet.config import recipe_from_record
+    from messnet.run.recipe import recipe_from_record
 
     return recipe_from_record({"model": {"name": name}}, overrides)

@@ -11,12 +11,12 @@ from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, Out, Overrides, Target, app, examples, open_target, plain_name
 from messnet.errors import MessError
-from messnet.files import write_atomically
-from messnet.instance import Instance, Setting
-from messnet.tables import CostName
+from messnet.records.files import write_atomically
+from messnet.records.instance import Instance, Setting
+from messnet.records.tables import CostName
 
 if TYPE_CHECKING:
-    from messnet.search import AnytimeObjective, Objective
+    from messnet.searching import AnytimeObjective, Objective
 
 __all__ = ["search"]
 
@@ -110,8 +110,8 @@ def search(
         _expect_picture(plot)
     opened = open_target(target, overrides, out)
     from messnet.deployment.loading import INSTANCES, load_instance
-    from messnet.pipeline import run_stage, search_run
-    from messnet.search import Guarantee
+    from messnet.run.stages import run_stage, search_run
+    from messnet.searching import Guarantee
 
     if name is None:
         run_stage(opened, "search", again=True)
@@ -159,7 +159,7 @@ def _expect_belonging(setting: Setting, own: dict[str, Any], only_anytime: dict[
 
 
 def _objective(setting: Setting, own: dict[str, Any], anytime: dict[str, Any]) -> Objective | AnytimeObjective:
-    from messnet.search import AnytimeObjective, Limit, Objective
+    from messnet.searching import AnytimeObjective, Limit, Objective
 
     if setting == "anytime":
         given = {key: value for key, value in anytime.items() if value is not None}
@@ -213,7 +213,7 @@ def _figures(measured: dict[str, float]) -> str:
 
 
 def _point(miou: float, cost: float, measured: dict[str, float]) -> str:
-    from messnet.search.words import amount
+    from messnet.searching.words import amount
 
     name = _cost_of(measured)
     return f"{100 * miou:.2f} % mIoU at {amount(name, cost, measured.get(f'baseline_{name}', 0.0))}"

@@ -63,8 +63,8 @@ def serve(
         drain_s: After SIGTERM: how long connections that stand may bring one more request.
     """
     quieten()
-    from messnet.deployment.serving import ServeOptions
-    from messnet.deployment.serving import serve as serve_until_stopped
+    from messnet.apps.serving import ServeOptions
+    from messnet.apps.serving import serve as serve_until_stopped
 
     options = ServeOptions(
         host=host,

@@ -36,7 +36,7 @@ __all__ = ["distill", "pretrain", "report", "run"]
 def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
     """Do all of it, from where it stopped: profile, pretrain, distill, evaluate, search, report."""
     opened = open_target(target, overrides, out)
-    from messnet.pipeline import STAGES, run_stage
+    from messnet.run.stages import STAGES, run_stage
 
     for stage in STAGES:
         say(stage, run_stage(opened, stage), as_json)
@@ -79,13 +79,13 @@ def distill(
     Under torchrun, or with --compute.devices, the processes divide the heads.
     """
     from messnet.errors import RecipeError
-    from messnet.training.shards import Shard
+    from messnet.run.shards import Shard
 
     if merge and (shard or pretrained):
         raise RecipeError("--merge puts together what is there: give it without --shard and --pretrained")
     part = Shard.parse(shard) if shard else None
     opened = _open_together(target, overrides, out, pretrained)
-    from messnet.pipeline import distill_stage, merge_stage
+    from messnet.run.stages import distill_stage, merge_stage
 
     if merge:
         merge_stage(opened)
@@ -104,14 +104,14 @@ def _open_together(target: Path, overrides: Sequence[str], out: Path | None, pre
     with compute.launch().rank_zero_first() if compute.is_parallel else nullcontext():
         opened = open_target(target, overrides, out)
         if pretrained is not None:
-            from messnet.pipeline import adopt_pretrained
+            from messnet.run.stages import adopt_pretrained
 
             adopt_pretrained(opened, pretrained)
     return opened
 
 
 def _train_stage(stage: str, opened: Any) -> None:
-    from messnet.pipeline import follow_stage, run_stage
+    from messnet.run.stages import follow_stage, run_stage
 
     if opened.recipe.compute.is_parallel and opened.recipe.compute.launch().global_rank > 0:
         follow_stage(opened, stage)
@@ -129,13 +129,13 @@ def report(
 ) -> None:
     """Measure the chosen instances on the reported half of the images and write RUN/report.html."""
     opened = open_target(target, overrides, out)
-    from messnet.pipeline import run_stage
+    from messnet.run.stages import run_stage
 
     run_stage(opened, "report", again=True)
     if markdown is not None:
-        from messnet.files import write_atomically
-        from messnet.measurements import Measurements
-        from messnet.report import measurements_markdown
+        from messnet.records.files import write_atomically
+        from messnet.records.measurements import Measurements
+        from messnet.report.page import measurements_markdown
 
         measurements = Measurements.from_json((opened.directory.path / "measurements.json").read_text())
         write_atomically(markdown, measurements_markdown(measurements))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from messnet.data import SegmentationSample
 from messnet.errors import DataError
-from messnet.pixels import rgb_of
+from messnet.images.reading import rgb_of
 
 __all__ = [
     "IMAGE_SUFFIXES",

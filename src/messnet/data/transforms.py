@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from messnet.data import IGNORE_INDEX, SegmentationDataset
 from messnet.errors import DataError, RecipeError
-from messnet.preprocessing import MEAN, normalise
+from messnet.images.preprocessing import MEAN, normalise
 
 __all__ = ["AugmentOptions", "Augmentation", "TrainingStream", "build_augmentation"]
 

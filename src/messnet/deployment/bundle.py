@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from messnet.errors import RunError
-from messnet.files import reading, write_atomically
-from messnet.instance import FINAL_HEAD, Instance, Setting
+from messnet.records.files import reading, write_atomically
+from messnet.records.instance import FINAL_HEAD, Instance, Setting
 
 __all__ = [
     "MANIFEST",

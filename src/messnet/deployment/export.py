@@ -19,13 +19,13 @@ from messnet.deployment.graphs import OUTPUT, make_graphs
 from messnet.deployment.loading import COSTS, GRAPHS, bundle_tensors, restore_bundle, restore_run
 from messnet.deployment.runtimes import Graph, GraphRunner, Runner, TorchRunner, load_graph, size_multiple
 from messnet.errors import ModelError, RunError
-from messnet.exit_policy import Policy
-from messnet.instance import Exit, Instance
+from messnet.images.preprocessing import MEAN, STD
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
-from messnet.preprocessing import MEAN, STD
-from messnet.runs import RunDirectory
-from messnet.tables import CostTable
+from messnet.policy.reference import Policy
+from messnet.records.instance import Exit, Instance
+from messnet.records.run_directory import RunDirectory
+from messnet.records.tables import CostTable
 
 __all__ = ["check_graphs", "export"]
 

@@ -7,7 +7,7 @@
 A stage holds the segments since the exit before, the head and the exit policy; a host that asks for some of the outputs
 only has the rest left out by its runtime. Batch, height and width are free. Segments and heads come from
 ``torch.onnx.export``; policy and output are written here, from operators that every runtime has, and give the counts of
-``messnet.exit_policy`` exactly.
+``messnet.policy.reference`` exactly.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from messnet.errors import ModelError
-from messnet.exit_policy import Policy
-from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.reference import Policy
+from messnet.records.instance import FINAL_HEAD, Exit
 
 __all__ = ["OPSET", "OUTPUT", "leading_to", "make_graphs", "output_graph", "policy_graph", "stage_name"]
 

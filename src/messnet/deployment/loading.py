@@ -15,7 +15,6 @@ from torch import Tensor
 
 from messnet.deployment.bundle import Bundle, is_bundle, open_bundle
 from messnet.deployment.graphs import OUTPUT, make_graphs, stage_name
-from messnet.deployment.inference import Session
 from messnet.deployment.runtimes import (
     GraphRunner,
     Precision,
@@ -25,15 +24,16 @@ from messnet.deployment.runtimes import (
     expect_runtime,
     size_multiple,
 )
+from messnet.deployment.session import Session
 from messnet.errors import RecipeError, RunError
-from messnet.exit_policy import Policy
-from messnet.instance import Instance
+from messnet.images.preprocessing import MEAN, STD
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.network.weights import expect_fit
-from messnet.preprocessing import MEAN, STD
-from messnet.runs import RunDirectory
-from messnet.tables import CostTable
+from messnet.policy.reference import Policy
+from messnet.records.instance import Instance
+from messnet.records.run_directory import RunDirectory
+from messnet.records.tables import CostTable
 
 __all__ = [
     "COSTS",

@@ -11,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from messnet.deployment.inference import Session
+from messnet.costs.latency import LatencyOptions, Stopwatch, device_name, num_threads
+from messnet.costs.workload import copy_module
 from messnet.deployment.loading import graph_runner
 from messnet.deployment.runtimes import DTYPES, Live, RuntimeName
-from messnet.instance import Exit, ExitChoice, Instance
-from messnet.latency import LatencyOptions, Stopwatch, device_name, num_threads
-from messnet.measurements import Gallery
-from messnet.metrics import pixel_counts
+from messnet.deployment.session import Session
 from messnet.network.multi_exit import MultiExitNet
-from messnet.tables import CostTable, PartCost, mean_iou
-from messnet.workload import copy_module
+from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.measurements import Gallery
+from messnet.records.metrics import pixel_counts
+from messnet.records.tables import CostTable, PartCost, mean_iou
 
 __all__ = [
     "Running",

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.preprocessing import normalise
+from messnet.images.preprocessing import normalise
 
 __all__ = ["normalised_planes"]
 

@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from messnet.costs.latency import device_name, num_threads
+from messnet.costs.workload import dtype_of, shadow
 from messnet.deployment.graphs import leading_to, stage_name
 from messnet.deployment.planes import normalised_planes
 from messnet.errors import ModelError, RecipeError
-from messnet.exit_policy import Policy, image_confidence
-from messnet.instance import FINAL_HEAD, Exit
-from messnet.latency import device_name, num_threads
+from messnet.images.preprocessing import normalise
 from messnet.network.backbone import Chain, State
 from messnet.network.multi_exit import MultiExitNet, labels_at
-from messnet.preprocessing import normalise
-from messnet.upsampling import upsampled_labels
-from messnet.workload import dtype_of, shadow
+from messnet.policy.labels import upsampled_labels
+from messnet.policy.reference import Policy, image_confidence
+from messnet.records.instance import FINAL_HEAD, Exit
 
 __all__ = [
     "DTYPES",

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from messnet.costs.latency import node_latencies
+from messnet.costs.workload import Workload, count_nodes
 from messnet.errors import ModelError
-from messnet.exit_points import choose_exit_points
-from messnet.latency import node_latencies
 from messnet.network.exit_head import BlockKind
+from messnet.network.exit_points import choose_exit_points
 from messnet.network.tracing import (
     WAY_OUT,
     UntraceableError,
@@ -32,7 +33,6 @@ from messnet.network.tracing import (
     trace,
     writes_in_place,
 )
-from messnet.workload import Workload, count_nodes
 
 __all__ = ["Backbone", "Chain", "ExitCost", "ExitPoint", "State", "block_kind", "closest", "cut_model", "find_head"]
 

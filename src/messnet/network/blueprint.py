@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from messnet.files import expect_schema, reading
-from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.records.files import expect_schema, reading
+from messnet.records.instance import FINAL_HEAD, Exit
 
 __all__ = ["Blueprint"]
 

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from messnet.edges import on_processor
 from messnet.errors import ModelError
-from messnet.instance import FINAL_HEAD, Exit
 from messnet.network.backbone import Backbone, ExitCost, ExitPoint, State, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
 from messnet.network.tracing import UntraceableError
 from messnet.network.weights import expect_fit
-from messnet.upsampling import upsampled_labels
+from messnet.policy.edges import on_processor
+from messnet.policy.labels import upsampled_labels
+from messnet.records.instance import FINAL_HEAD, Exit
 
 __all__ = ["MultiExitNet", "convert", "labels_at", "upsample"]
 

@@ -9,7 +9,6 @@ goes on exactly as it would have.
 
 from messnet.training.journal import Monitor
 from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions
-from messnet.training.shards import Part, Shard, pack, unpack
 from messnet.training.stage1 import active_exits, pretrain
 from messnet.training.stage2 import distill, space_exits
 
@@ -17,14 +16,10 @@ __all__ = [
     "ComputeOptions",
     "DistillOptions",
     "Monitor",
-    "Part",
     "PretrainOptions",
-    "Shard",
     "TrainOptions",
     "active_exits",
     "distill",
-    "pack",
     "pretrain",
     "space_exits",
-    "unpack",
 ]

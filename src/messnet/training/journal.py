@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from messnet.data import SegmentationDataset
 from messnet.errors import RecipeError
-from messnet.files import write_atomically
-from messnet.instance import Exit
-from messnet.metrics import pixel_counts
+from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
-from messnet.preprocessing import normalise
-from messnet.runs import writing
-from messnet.tables import mean_iou
+from messnet.records.files import write_atomically, writing
+from messnet.records.instance import Exit
+from messnet.records.metrics import pixel_counts
+from messnet.records.tables import mean_iou
 from messnet.training.options import LogKind
 
 __all__ = ["Journal", "Monitor", "Validation", "say"]

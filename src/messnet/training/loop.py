@@ -18,11 +18,11 @@ from tqdm import tqdm
 from messnet.data import IGNORE_INDEX, SegmentationDataset
 from messnet.data.transforms import TrainingStream, build_augmentation
 from messnet.errors import DataError, MessError, RecipeError
-from messnet.instance import Exit
-from messnet.losses import automatic_class_weights
 from messnet.network.multi_exit import MultiExitNet
-from messnet.runs import Checkpoint
+from messnet.records.instance import Exit
+from messnet.training.checkpoint import Checkpoint
 from messnet.training.journal import Journal, Monitor, Validation, ValidationResult, say
+from messnet.training.losses import automatic_class_weights
 from messnet.training.options import ComputeOptions, TrainOptions
 
 __all__ = ["Stage", "class_weights", "diverged", "every", "layout", "mix", "set_learning_rate", "sgd", "train"]

@@ -14,7 +14,7 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 
 from messnet.data.transforms import AugmentOptions
 from messnet.errors import RecipeError
-from messnet.losses import DistillationLoss
+from messnet.training.losses import DistillationLoss
 
 __all__ = ["ComputeOptions", "DistillOptions", "LogKind", "PretrainOptions", "Schedule", "Scheme", "TrainOptions"]
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from messnet.data import SegmentationDataset
 from messnet.errors import RecipeError
-from messnet.instance import FINAL_HEAD, Exit
-from messnet.losses import cross_entropy, pixel_weight
 from messnet.network.exit_head import plain_head_config
 from messnet.network.multi_exit import MultiExitNet
-from messnet.runs import Checkpoint
+from messnet.records.instance import FINAL_HEAD, Exit
+from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, ValidationResult
 from messnet.training.loop import class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
+from messnet.training.losses import cross_entropy, pixel_weight
 from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
 
 __all__ = ["active_exits", "pretrain"]

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from messnet.data import SegmentationDataset
 from messnet.errors import RunError
-from messnet.instance import Exit
-from messnet.losses import Teacher, distillation_loss, teach
 from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import MultiExitNet
-from messnet.runs import Checkpoint
+from messnet.records.instance import Exit
+from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, ValidationResult, say
 from messnet.training.loop import class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
+from messnet.training.losses import Teacher, distillation_loss, teach
 from messnet.training.options import ComputeOptions, DistillOptions
 
 __all__ = ["distill", "space_exits"]
@@ -45,8 +45,8 @@ def distill(
     exits: Sequence[Exit] | None = None,
 ) -> dict[Exit, int]:
     """Stage 2: attaches every head of ``space`` at every exit point, or ``exits`` of them, and trains them on the
-    frozen backbone, each on its own (method.md section 6; the losses: ``messnet.losses.teach``). Changes ``net`` in
-    place; backbone, final head and their statistics stay as they are.
+    frozen backbone, each on its own (method.md section 6; the losses: ``messnet.training.losses.teach``). Changes
+    ``net`` in place; backbone, final head and their statistics stay as they are.
 
     The weights of a head are the same to the bit whichever heads are trained beside it, here or elsewhere (same kind of
     device, same number of threads). "self_distillation" keeps that too: the next deeper exit that teaches exit i is the

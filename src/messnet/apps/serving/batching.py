@@ -1,0 +1,205 @@
+"""The one thread that owns the session. Requests wait in a queue; those that come together run together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.deployment.session import Result, Session
+
+__all__ = ["Answer", "Stopped", "Worker"]
+
+Stopped = Literal["threshold", "deadline", "last_exit"]
+"""Why refinements ended: confident enough, out of time, or nothing deeper there."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """What a request gets to know of a Result."""
+
+    labels: NDArray[np.uint8]
+    """(H, W) class indices."""
+    exit_index: int
+    image_confidence: float
+    """[0, 1]"""
+    latency_ms: float
+
+
+@dataclass(kw_only=True, eq=False)
+class _Predict:
+    image: NDArray[np.uint8]
+    answer: asyncio.Future[Answer]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Refine:
+    image: NDArray[np.uint8]
+    deadline_ms: float | None
+    threshold: float | None
+    answers: asyncio.Queue[Answer | Stopped | Exception] = field(default_factory=asyncio.Queue)
+    abandoned: bool = False
+
+
+class Worker:
+    """Runs ``session`` for the event loop it is started in.
+
+    A batch holds at most ``batch_size`` images of ``max_pixels`` in all. It waits up to ``batch_wait_ms`` for more,
+    and only while ``num_requests()``, the number of requests in work, says that more are on their way.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        batch_size: int,
+        batch_wait_ms: float,
+        max_pixels: int,
+        num_requests: Callable[[], int],
+        on_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._session = session
+        self._batch_size, self._wait_s, self._max_pixels = batch_size, batch_wait_ms / 1000, max_pixels
+        self._num_requests, self._on_batch = num_requests, on_batch
+        self._queue: asyncio.Queue[_Predict | _Refine | None] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._held: _Predict | _Refine | None = None
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait."""
+        return self._queue.qsize() + (self._held is not None)
+
+    async def start(self, warm_up: NDArray[np.uint8]) -> list[Answer]:
+        """Starts taking requests. Returns every exit's answer to the image ``warm_up``, the second time it was run."""
+        answers: list[Answer] = []
+        for _ in range(2):
+            answers = await self._in_thread(lambda: [_answer(result) for result in self._session.anytime(warm_up)])
+        self._dispatcher = asyncio.create_task(self._dispatch())
+        return answers
+
+    async def stop(self) -> None:
+        """Returns once everything that was asked before has been answered."""
+        await self._queue.put(None)
+        if self._dispatcher is not None:
+            await self._dispatcher
+        self._thread.shutdown()
+
+    async def predict(self, image: NDArray[np.uint8]) -> Answer:
+        """As ``Session.predict`` for one image (H, W, 3); raises what that raises. Cancel it and the image is not run,
+        unless it is already running."""
+        job = _Predict(image=image, answer=asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(job)
+        return await job.answer
+
+    async def refine(
+        self, image: NDArray[np.uint8], *, deadline_ms: float | None, threshold: float | None
+    ) -> AsyncGenerator[Answer | Stopped]:
+        """As ``Session.anytime``, until the image confidence reaches ``threshold``; then the reason for the end.
+
+        Stop iterating and the work ends with the exit that is running.
+        """
+        job = _Refine(image=image, deadline_ms=deadline_ms, threshold=threshold)
+        self._queue.put_nowait(job)
+        try:
+            while True:
+                answer = await job.answers.get()
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+                if isinstance(answer, str):
+                    return
+        finally:
+            job.abandoned = True
+
+    async def _dispatch(self) -> None:
+        while (job := self._held or await self._queue.get()) is not None:
+            self._held = None
+            if isinstance(job, _Refine):
+                if not job.abandoned:
+                    await self._in_thread(partial(self._refine, job, asyncio.get_running_loop()))
+            elif not job.answer.cancelled():
+                await self._predict(await self._collect(job))
+
+    async def _collect(self, first: _Predict) -> list[_Predict]:
+        """The batch that begins with ``first``. What comes but does not fit is held for the next one."""
+        batch, pixels = [first], first.image.size // 3
+        until = asyncio.get_running_loop().time() + self._wait_s
+        while len(batch) < self._batch_size:
+            try:
+                if not self._queue.empty():
+                    job = self._queue.get_nowait()
+                elif self._num_requests() > len(batch):
+                    async with asyncio.timeout_at(until):
+                        job = await self._queue.get()
+                else:
+                    break
+            except TimeoutError:
+                break
+            if not isinstance(job, _Predict) or pixels + job.image.size // 3 > self._max_pixels:
+                if job is None:
+                    self._queue.put_nowait(None)
+                self._held = job
+                break
+            if not job.answer.cancelled():
+                batch.append(job)
+                pixels += job.image.size // 3
+        return batch
+
+    async def _predict(self, batch: Sequence[_Predict]) -> None:
+        self._on_batch(len(batch))
+        try:
+            answers = await self._in_thread(partial(self._run, [job.image for job in batch]))
+        except Exception as error:
+            if len(batch) > 1:  # one of them; the others shall not suffer for it
+                for job in batch:
+                    await self._predict([job])
+            elif not batch[0].answer.cancelled():
+                batch[0].answer.set_exception(error)
+            return
+        for job, answer in zip(batch, answers, strict=True):
+            if not job.answer.cancelled():
+                job.answer.set_result(answer)
+
+    async def _in_thread(self, call: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def _run(self, images: list[NDArray[np.uint8]]) -> list[Answer]:
+        return [_answer(result) for result in self._session.predict(images, batch_size=self._batch_size)]
+
+    def _refine(self, job: _Refine, loop: asyncio.AbstractEventLoop) -> None:
+        def put(answer: Answer | Stopped | Exception) -> None:
+            loop.call_soon_threadsafe(job.answers.put_nowait, answer)
+
+        stopped: Stopped = "deadline"
+        try:
+            for result in self._session.anytime(job.image, deadline_ms=job.deadline_ms):
+                answer = _answer(result)
+                put(answer)
+                if result.exit_index == self._session.instance.exits[-1].exit_index:
+                    stopped = "last_exit"
+                elif job.threshold is not None and answer.image_confidence >= job.threshold:
+                    stopped = "threshold"
+                    break
+                if job.abandoned:
+                    break
+            put(stopped)
+        except Exception as error:
+            put(error)
+
+
+def _answer(result: Result) -> Answer:
+    """Lets the result's tensors go."""
+    return Answer(
+        labels=result.labels,
+        exit_index=result.exit_index,
+        image_confidence=result.image_confidence,
+        latency_ms=result.latency_ms,
+    )

@@ -1,0 +1,177 @@
+"""Starts a service on a model, and stops it without losing a request."""
+
+from __future__ import annotations
+
+import io
+import socket
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from PIL import Image
+
+from messnet.apps.predictions import IMAGE_SUFFIXES, torch_device
+from messnet.apps.serving.options import ServeOptions
+from messnet.deployment.bundle import is_bundle, open_bundle
+from messnet.deployment.loading import load
+from messnet.deployment.runtimes import Precision, RuntimeName
+from messnet.deployment.session import Session
+from messnet.errors import DataError, MessError, RunError
+from messnet.records.measurements import Gallery
+from messnet.records.tables import CostTable
+
+if TYPE_CHECKING:
+    from messnet.apps.serving.app import Sample, Service
+
+__all__ = ["describe", "open_service", "serve"]
+
+MAX_SAMPLES = 12
+_EXTRA = "the service needs FastAPI, uvicorn and prometheus_client: pip install 'messnet[serve]'"
+
+
+class ModelOptions(TypedDict, total=False):
+    """What a service runs."""
+
+    instance: str | None
+    """As for ``load``, and so are the other three."""
+    runtime: RuntimeName
+    precision: Precision
+    threads: int | None
+    device: str
+    """auto (the default), cpu or cuda."""
+    samples: Path | None
+    """A folder of images that the page offers; by default those of a run's gallery."""
+
+
+def serve(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> None:
+    """Serves a run's instance, or a bundle, until SIGTERM or SIGINT; then answers every request that it has accepted.
+
+    Raises MessError, one line, when the model cannot be loaded, the address cannot be listened to, or the extra "serve"
+    is not installed.
+    """
+    try:
+        from messnet.apps.serving.draining import run_until_stopped
+    except ImportError as error:
+        raise MessError(f"{_EXTRA} ({error})") from error
+
+    # Pillow warns of what the service refuses.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    with _listening(options) as sock:  # before the model is loaded: a port that is taken is known at once
+        service = open_service(path, options, **model)
+        host, port = sock.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{service.session.instance.name} of {path}: http://{shown}:{port}/ (ctrl-c stops it)", flush=True)
+        run_until_stopped(service, sock)
+    print(f"stopped: {service.gate.accepted} requests accepted, {service.gate.answered} answered", flush=True)
+
+
+def open_service(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> Service:
+    """The service that ``serve`` runs. Raises as it does."""
+    try:
+        from messnet.apps.serving.app import Service
+    except ImportError as error:
+        raise MessError(f"{_EXTRA} ({error})") from error
+
+    folder, device, runtime = model.get("samples"), model.get("device", "auto"), model.get("runtime", "torch")
+    chosen = None if folder is None else _samples_of(folder, options)
+    session = load(
+        path,
+        instance=model.get("instance"),
+        device=torch_device(device) if runtime.startswith("torch") or device == "cuda" else "cpu",
+        runtime=runtime,
+        precision=model.get("precision", "f32"),
+        threads=model.get("threads"),
+    )
+    found = _gallery_of(path) if chosen is None else chosen
+    return Service(session, options, samples=found, info=describe(path, session))
+
+
+def describe(path: Path, session: Session) -> dict[str, Any]:
+    """What /v1/info says of the model at ``path``: per exit its thresholds and, for an image that leaves there, the
+    latency where it was measured on this device, and the multiply-accumulates; without a table of them it says why."""
+    exits: list[dict[str, Any]] = [
+        {
+            "exit_index": choice.exit_index,
+            "head": choice.head,
+            "pixel_threshold": choice.pixel_threshold,
+            "image_threshold": choice.image_threshold,
+        }
+        for choice in session.instance.exits
+    ]
+    record: dict[str, Any] = {"exits": exits}
+    chosen = [choice.exit for choice in session.instance.exits]
+    if session.costs is not None:
+        times = session.costs.column("latency_ms", chosen).leaving().tolist()
+        for entry, latency_ms in zip(exits, times, strict=True):
+            entry["latency_ms"] = round(latency_ms, 3)
+        record["latency_conditions"] = session.costs.conditions
+    try:
+        costs = CostTable.from_json(_workload(path))
+        macs = costs.column("macs", chosen).leaving()
+        total = costs.total_macs()
+        for entry, value in zip(exits, macs.tolist(), strict=True):
+            entry |= {"macs": round(value), "share_of_original": round(value / total, 4)}
+        record["workload"] = {"input_size": list(costs.input_size), "original_macs": round(total)}
+    except (RunError, OSError) as error:
+        record["workload"] = {"missing": " ".join(str(error).split())}
+    return record
+
+
+def _workload(path: Path) -> str:
+    if is_bundle(path):
+        bundle = open_bundle(path)
+        if "costs/workload.json" not in bundle.manifest.files:
+            raise RunError(f"{path} holds no costs/workload.json")
+        return bundle.read("costs/workload.json").decode()
+    return (path / "profile.json").read_text()
+
+
+def _listening(options: ServeOptions) -> socket.socket:
+    """A socket bound to the address, not yet listening."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise MessError(f"cannot listen on {where} ({error.strerror}); choose another --host or --port") from error
+    return sock
+
+
+def _samples_of(folder: Path, options: ServeOptions) -> list[Sample]:
+    """The first images of a folder. Raises DataError when there is none, or one that the service would not take."""
+    from messnet.apps.serving.app import Sample
+    from messnet.apps.serving.images import FORMATS, RequestError, decode_image
+
+    if not folder.is_dir():
+        raise DataError(f"--samples {folder} is no folder; expected one that holds images")
+    found = []
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)[:MAX_SAMPLES]:
+        data = file.read_bytes()
+        try:
+            decode_image(data, max_pixels=options.max_pixels)
+        except RequestError as error:
+            raise DataError(f"--samples: {file}: {error}") from error
+        with Image.open(io.BytesIO(data)) as image:
+            media_type = FORMATS[image.format or ""]
+        found.append(Sample(name=file.stem, media_type=media_type, data=data))
+    if not found:
+        raise DataError(f"--samples {folder} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _gallery_of(path: Path) -> list[Sample]:
+    """The images that a run's report shows; a bundle and a run without a report have none."""
+    from messnet.apps.serving.app import Sample
+    from messnet.apps.serving.images import encode_png
+
+    if is_bundle(path) or not (path / "gallery.npz").is_file():
+        return []
+    gallery = Gallery.from_bytes((path / "gallery.npz").read_bytes())
+    pairs = zip(gallery.image_names, gallery.images, strict=True)
+    return [Sample(name=name, media_type="image/png", data=encode_png(Image.fromarray(image))) for name, image in pairs]

@@ -1,0 +1,185 @@
+"""What a video took, frame by frame: exit, confidence and time; as records, figures and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from messnet.apps.exit_control import Reason, change_rate
+from messnet.apps.predictions import exit_colour
+from messnet.records.files import write_atomically
+
+__all__ = ["FrameRecord", "Timeline", "draw_timeline"]
+
+INK, MUTED, RULE, PAPER, ALARM = "#1f2328", "#636b74", "#e3e0d8", "#fcfbf8", "#b3382c"
+MAX_DRAWN = 2000
+"""Frames of a longer video share a column of the picture."""
+
+
+class FrameRecord(NamedTuple):
+    """One frame."""
+
+    frame: int
+    """Place in the video, from 0; for a camera the frames that were dropped count."""
+    time_s: float
+    """``frame`` over the frames per second."""
+    exit_index: int
+    """Of the exit taken."""
+    image_confidence: float
+    """c_img in [0, 1] there."""
+    latency_ms: float
+    """From the decoded frame to labels and confidence, normalisation included."""
+    stopped_by: Reason
+    unsteadied_exit: int
+    """The exit that the instance's own thresholds would have taken, among those that ran."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """The frames of one video and how they were run."""
+
+    source: str
+    instance: str
+    exit_indices: tuple[int, ...]
+    """The instance's exits, shallow to deep."""
+    fps: float
+    """Frames per second of the video."""
+    size: tuple[int, int]
+    """(H, W)."""
+    frame_budget_ms: float | None
+    hysteresis: float
+    seconds: float
+    """From the start, the network being warm, to the last frame's writing."""
+    interrupted: bool = False
+    damage: str = ""
+    """Why the file ended early, in words."""
+    frames: list[FrameRecord] = field(repr=False)
+
+    @property
+    def dropped(self) -> int:
+        """Frames of a camera that were passed over, being stale."""
+        return self.frames[-1].frame + 1 - len(self.frames) if self.frames else 0
+
+    def summary(self) -> dict[str, Any]:
+        """Figures over all frames: shares and rates in [0, 1]."""
+        latencies = np.array([frame.latency_ms for frame in self.frames])
+        taken = [frame.exit_index for frame in self.frames]
+        budget = self.frame_budget_ms
+        return {
+            "frames": len(self.frames),
+            "dropped": self.dropped,
+            "seconds": self.seconds,
+            "frames_per_second": len(self.frames) / self.seconds,
+            "latency_ms_median": float(np.median(latencies)),
+            "latency_ms_p95": float(np.percentile(latencies, 95)),
+            "within_budget": None if budget is None else float((latencies <= budget).mean()),
+            "stopped_by_budget": sum(frame.stopped_by == "budget" for frame in self.frames) / len(self.frames),
+            "exits": {str(exit_index): taken.count(exit_index) for exit_index in self.exit_indices},
+            "change_rate": change_rate(taken),
+            "change_rate_unsteadied": change_rate([frame.unsteadied_exit for frame in self.frames]),
+        }
+
+    def describe(self) -> str:
+        """The summary as a sentence."""
+        figures = self.summary()
+        parts = [f"{Path(self.source).name}, {self.instance}: {figures['frames']} frames"]
+        parts.append(f"{figures['frames_per_second']:.1f} per second")
+        parts.append(f"median {figures['latency_ms_median']:.0f} ms")
+        if figures["within_budget"] is not None:
+            parts.append(f"{100 * figures['within_budget']:.1f} % within {self.frame_budget_ms:g} ms")
+        rate, plain = figures["change_rate"], figures["change_rate_unsteadied"]
+        parts.append(f"exit changes at {100 * rate:.1f} % of the frames ({100 * plain:.1f} % without hysteresis)")
+        return ", ".join(parts)
+
+    def write(self, folder: Path) -> None:
+        """timeline.json, timeline.csv and timeline.png in ``folder``."""
+        record = {
+            "source": self.source,
+            "instance": self.instance,
+            "fps": self.fps,
+            "size": self.size,
+            "frame_budget_ms": self.frame_budget_ms,
+            "hysteresis": self.hysteresis,
+            "interrupted": self.interrupted,
+            "damage": self.damage,
+            "summary": self.summary(),
+        }
+        frames = ",\n".join(json.dumps(frame._asdict()) for frame in self.frames)  # a line per frame
+        head = json.dumps(record, indent=1)[:-2]
+        write_atomically(folder / "timeline.json", f'{head},\n "frames": [\n{frames}\n]\n}}\n')
+        table = io.StringIO()
+        rows = csv.writer(table, lineterminator="\n")
+        rows.writerow(FrameRecord._fields)
+        rows.writerows(self.frames)
+        write_atomically(folder / "timeline.csv", table.getvalue())
+        picture = io.BytesIO()
+        draw_timeline(self).savefig(picture, format="png", dpi=100)
+        write_atomically(folder / "timeline.png", picture.getvalue())
+
+
+def draw_timeline(timeline: Timeline) -> Figure:
+    """Exit taken, confidence and latency over time, 1200 x 750 pixels as PNG; colours by exit, a dashed line for the
+    budget."""
+    figure = Figure(figsize=(12, 7.5), layout="constrained", facecolor=PAPER)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
+    taken, sure, spent = figure.subplots(3, sharex=True, height_ratios=(1, 1, 1.3))
+    frames = timeline.frames
+    step = -(-len(frames) // MAX_DRAWN)
+    starts = range(0, len(frames), step)
+    time = np.array([frames[i].time_s for i in starts])
+    # A column shows its slowest frame: a late one must not vanish from the picture of a long video.
+    shown = [max(frames[i : i + step], key=lambda frame: frame.latency_ms) for i in starts]
+    places = np.array([timeline.exit_indices.index(frame.exit_index) for frame in shown])
+    num_exits = len(timeline.exit_indices)
+    colours = [np.array(exit_colour(place, num_exits)) / 255 for place in range(num_exits)]
+
+    taken.step(time, places, where="post", color=RULE, lw=1.2, zorder=1)
+    sure_of, latency = [f.image_confidence for f in shown], np.array([f.latency_ms for f in shown])
+    for axes, values in ((taken, places), (sure, sure_of), (spent, latency)):
+        axes.scatter(time, values, s=14, c=[colours[place] for place in places], linewidths=0, zorder=2)
+    taken.set_yticks(range(len(colours)), [f"exit {i}" for i in timeline.exit_indices])
+    taken.set_ylim(len(colours) - 0.5, -0.5)
+    taken.set_ylabel("exit taken")
+    sure.set_ylim(min(sure_of) - 0.04, min(1.01, max(sure_of) + 0.04))
+    sure.set_ylabel("image confidence")
+    _draw_latency(spent, timeline, latency)
+    spent.set_xlabel("time in the video, s")
+    for axes in (taken, sure, spent):
+        axes.set_facecolor(PAPER)
+        axes.grid(color=RULE, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(RULE)
+        axes.tick_params(color=RULE, labelcolor=MUTED)
+        axes.yaxis.label.set_color(MUTED)
+        axes.xaxis.label.set_color(MUTED)
+    taken.set_title(
+        textwrap.fill(timeline.describe(), 115), loc="left", color=INK, fontsize=12, pad=12, parse_math=False
+    )
+    return figure
+
+
+def _draw_latency(axes: Axes, timeline: Timeline, latency: np.ndarray[Any, Any]) -> None:
+    budget = timeline.frame_budget_ms
+    # Rare peaks (a page fault, another program) would flatten the rest: they are drawn as arrows at the edge.
+    top = 1.15 * max(float(np.percentile(latency, 99)), budget or 0.0)
+    above = latency > top
+    x = np.asarray(axes.collections[0].get_offsets())[:, 0]
+    axes.plot(x[above], np.full(above.sum(), 0.97 * top), "^", ms=6, color=ALARM, mec="none", label="higher still")
+    axes.set_ylim(0, top)
+    axes.set_ylabel("latency, ms")
+    if budget is not None:
+        axes.axhline(budget, color=INK, lw=1.2, ls=(0, (5, 4)), zorder=1, label=f"budget, {budget:g} ms")
+    if budget is not None or above.any():
+        handles = axes.get_legend_handles_labels()[0]
+        shown = [handle for handle in handles if above.any() or handle.get_label() != "higher still"]
+        axes.legend(handles=shown, frameon=False, loc="lower right", labelcolor=MUTED)

@@ -1,0 +1,351 @@
+"""A video through a session: one thread decodes, this one infers, a third draws and encodes; queues between them.
+
+The queues are bounded, so memory is too. A file's frames all come through. A camera's frames that wait while a newer
+one has come are dropped: what is shown lags by the frame in work, not by a queue of old ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from messnet.apps.exit_control import ExitControl, first_confident
+from messnet.apps.predictions import exit_colour, overlay, write_mask
+from messnet.apps.timeline import FrameRecord, Timeline
+from messnet.deployment.session import Result, Session
+from messnet.errors import DataError, RecipeError
+
+__all__ = ["VIDEO_SUFFIXES", "VideoOptions", "predict_video"]
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+CODEC = "mp4v"  # what OpenCV's own wheels can write into mp4
+_WARM_UP = 3
+_ANNOUNCED_SLACK = 0.02  # containers round the number of their frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """How a video is run."""
+
+    frame_budget_ms: float | None = None
+    """Time per frame from its decoding to its labels, above 0; None: no budget."""
+    hysteresis: float = 0.1
+    """In [0, 1): how much more than confident a frame must be to leave earlier than the one before, as a share of what
+    lies above the threshold; see ``exit_control``. 0: the instance's own rule."""
+    masks: bool = False
+    """Write every frame's mask too, masks/000000.png and so on."""
+    max_frames: int | None = None
+    """Stop after so many, at least 1; None: at the end, or for a camera when interrupted."""
+    queue_frames: int = 4
+    """Frames that may wait on either side of the inference, at least 1."""
+
+
+class _Frame(NamedTuple):
+    number: int  # in the source, from 0
+    image: NDArray[np.uint8]  # (H, W, 3) RGB
+
+
+def predict_video(session: Session, source: Path | int, out: Path, options: VideoOptions | None = None) -> Timeline:
+    """Segments a video file, or what a camera (its number) sees until interrupted.
+
+    Writes overlay.mp4 and the timeline as timeline.json, .csv and .png to ``out``, and masks if asked for. What an
+    interrupt (KeyboardInterrupt) or a damaged end leaves is written all the same: see ``Timeline.interrupted`` and
+    ``damage``. Raises DataError when there is no such file or camera or not one frame comes from it, RecipeError for
+    options out of range.
+    """
+    options = options or VideoOptions()
+    for count, what in ((options.max_frames, "max_frames"), (options.queue_frames, "queue_frames")):
+        if count is not None and count < 1:
+            raise RecipeError(f"{what} is at least 1, not {count}")
+    choices = session.instance.exits
+    control = ExitControl(choices, frame_budget_ms=options.frame_budget_ms, hysteresis=options.hysteresis)
+    with _capture(source) as capture:
+        found, first = capture.read()
+        if not found:
+            raise DataError(
+                f"{_name(source)} gives no frame: expected a video that OpenCV decodes; convert or replace it"
+            )
+        fps = _frames_per_second(capture)
+        announced = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        _warm_up(session, _rgb(first), control)
+        ran = _run(session, control, _Source(capture, first, fps, announced, isinstance(source, int)), out, options)
+    timeline = Timeline(
+        source=_name(source),
+        instance=session.instance.name,
+        exit_indices=tuple(choice.exit_index for choice in choices),
+        fps=fps,
+        size=(first.shape[0], first.shape[1]),
+        frame_budget_ms=options.frame_budget_ms,
+        hysteresis=options.hysteresis,
+        seconds=ran.seconds,
+        interrupted=ran.interrupted,
+        damage=ran.damage,
+        frames=ran.frames,
+    )
+    timeline.write(out)
+    return timeline
+
+
+class _Source(NamedTuple):
+    capture: Any  # cv2.VideoCapture
+    first: NDArray[np.uint8]  # (H, W, 3) BGR, already read
+    fps: float
+    announced: int  # frames, says the file; 0: it does not
+    live: bool
+
+
+class _Ran(NamedTuple):
+    frames: list[FrameRecord]
+    seconds: float
+    interrupted: bool
+    damage: str
+
+
+def _run(session: Session, control: ExitControl, source: _Source, out: Path, options: VideoOptions) -> _Ran:
+    """All frames through the three threads. Whatever ends it, the video is closed properly."""
+    frames: list[FrameRecord] = []
+    interrupted, damage = False, ""
+    totals = [count for count in (source.announced, options.max_frames) if count]
+    bar = tqdm(desc="predict", unit="frame", total=min(totals, default=None), mininterval=1, dynamic_ncols=True)
+    start = time.perf_counter()
+    writer = _Writer(session, out, (source.first.shape[0], source.first.shape[1]), source.fps, options)
+    reader = _Reader(source, options)
+    try:
+        for frame in reader:
+            record, result = _infer(session, frame, control, source.fps)
+            frames.append(record)
+            writer.put(frame, result, record)
+            bar.update()
+        if options.max_frames is None:
+            damage = _missing(len(frames), source.announced)
+    except KeyboardInterrupt:
+        interrupted = True
+    except DataError as error:
+        damage = str(error)
+    finally:
+        reader.stop()
+        bar.close()
+        written = writer.finish()
+    if not written:
+        raise DataError(damage) if damage else KeyboardInterrupt
+    del frames[written:]  # an interrupt may come between the two
+    return _Ran(frames, time.perf_counter() - start, interrupted, damage)
+
+
+def _missing(decoded: int, announced: int) -> str:
+    if announced - decoded <= max(2, _ANNOUNCED_SLACK * announced):
+        return ""
+    return f"{decoded} of {announced} frames could be decoded: the file is damaged or cut short"
+
+
+def _infer(session: Session, frame: _Frame, control: ExitControl, fps: float) -> tuple[FrameRecord, Result]:
+    """Runs exits until the control stops the frame; each result's work is done when it is asked for."""
+    start, before, confidences = time.perf_counter(), 0.0, []
+    choices = session.instance.exits
+    # No deadline is handed down: times measured here, on this video, are the better ones.
+    for place, result in enumerate(session.anytime(frame.image)):
+        confidences.append(result.image_confidence)
+        elapsed = (time.perf_counter() - start) * 1000
+        control.measured(place, elapsed - before)
+        before = elapsed
+        reason = control.stops(place, confidences[-1], elapsed)
+        if reason is not None:
+            break
+    plain = choices[first_confident(choices, confidences)].exit_index
+    time_s = frame.number / fps
+    record = FrameRecord(frame.number, time_s, result.exit_index, confidences[-1], elapsed, reason or "last", plain)
+    return record, result
+
+
+def _warm_up(session: Session, image: NDArray[np.uint8], control: ExitControl) -> None:
+    """Every exit, so that the first frames are no slower than the others and the budget knows what an exit costs."""
+    for repeat in range(_WARM_UP):
+        before = time.perf_counter()
+        for place, result in enumerate(session.anytime(image)):
+            _ = result.image_confidence
+            now = time.perf_counter()
+            if repeat:
+                control.measured(place, (now - before) * 1000)
+            before = now
+
+
+class _Reader:
+    """Decodes ahead in a thread of its own. Iterating gives the frames in order."""
+
+    def __init__(self, source: _Source, options: VideoOptions) -> None:
+        self._capture = source.capture
+        self._max_frames = options.max_frames
+        self._live = source.live
+        self._frames: queue.Queue[_Frame | BaseException | None] = queue.Queue(
+            1 if self._live else options.queue_frames
+        )
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(source.first,), name="decode", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[_Frame]:
+        given = 0
+        while self._max_frames is None or given < self._max_frames:
+            frame = self._frames.get()
+            if frame is None:
+                return
+            if isinstance(frame, BaseException):
+                raise frame
+            given += 1
+            yield frame
+
+    def stop(self) -> None:
+        """Ends the thread; the capture may be released after it."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self, image: NDArray[np.uint8]) -> None:
+        try:
+            index, found, shape = 0, True, image.shape
+            while found and not self._stopped.is_set():
+                if image.shape != shape:
+                    raise DataError(
+                        f"frame {index} is {image.shape[:2]} pixels, the ones before {shape[:2]}: convert it"
+                    )
+                self._give(_Frame(index, _rgb(image)))
+                index += 1
+                found, image = self._capture.read()
+            self._give(None)
+        except BaseException as error:  # belongs to the main thread
+            self._give(error)
+
+    def _give(self, frame: _Frame | BaseException | None) -> None:
+        if self._live and isinstance(frame, _Frame):
+            with contextlib.suppress(queue.Empty):  # the one that waits is stale now
+                self._frames.get_nowait()
+        _put(self._frames, frame, self._stopped.is_set)
+
+
+class _Writer:
+    """Draws, encodes and writes in a thread of its own; the video appears under its name once it is whole."""
+
+    def __init__(self, session: Session, out: Path, size: tuple[int, int], fps: float, options: VideoOptions) -> None:
+        assert session.palette is not None
+        self._palette = session.palette
+        self._exits = [choice.exit_index for choice in session.instance.exits]
+        self._out, self._masks = out, options.masks
+        self._path, self._temporary = out / "overlay.mp4", out / ".overlay.tmp.mp4"
+        out.mkdir(parents=True, exist_ok=True)
+        self._video = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*CODEC), fps, size[::-1])
+        if not self._video.isOpened():
+            self._temporary.unlink(missing_ok=True)
+            raise DataError(f"OpenCV cannot write {self._path} with codec {CODEC}: is there room, may it be written?")
+        self._last_index, self._written = -1, 0
+        self._error: BaseException | None = None
+        self._jobs: queue.Queue[tuple[_Frame, NDArray[np.uint8], FrameRecord] | None] = queue.Queue(
+            options.queue_frames
+        )
+        self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
+        self._thread.start()
+
+    def put(self, frame: _Frame, result: Result, record: FrameRecord) -> None:
+        """Waits while the queue is full. Raises what the thread could not do."""
+        _put(self._jobs, (frame, result.labels, record), lambda: self._error is not None)
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> int:
+        """Writes what waits and closes the video. Returns how many frames of the source are in it; there is no file if
+        there are none. Raises what the thread could not do."""
+        _put(self._jobs, None, lambda: not self._thread.is_alive())
+        self._thread.join()
+        self._video.release()
+        if self._error is not None or not self._written:
+            self._temporary.unlink(missing_ok=True)
+        else:
+            os.replace(self._temporary, self._path)
+        if self._error is not None:
+            raise self._error
+        return self._written
+
+    def _run(self) -> None:
+        try:
+            while (job := self._jobs.get()) is not None:
+                frame, labels, record = job
+                picture = overlay(frame.image, labels, self._palette)
+                _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
+                bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+                for _ in range(frame.number - self._last_index):  # in place of dropped frames, to keep time
+                    self._video.write(bgr)
+                self._last_index = frame.number
+                if self._masks:
+                    write_mask(self._out / "masks" / f"{frame.number:06d}.png", labels, self._palette)
+                self._written += 1
+        except BaseException as error:  # belongs to the main thread
+            self._error = error
+
+
+def _put(waiting: queue.Queue[Any], item: Any, given_up: Callable[[], bool]) -> None:
+    """Waits for room, unless nobody will make any."""
+    while not given_up():
+        with contextlib.suppress(queue.Full):
+            waiting.put(item, timeout=0.1)
+            return
+
+
+def _caption(picture: NDArray[np.uint8], record: FrameRecord, place: int, num_exits: int) -> None:
+    """Exit, confidence and time in the corner; the bar says how deep, in the exit's colour. Drawn in place."""
+    height, width = picture.shape[:2]
+    scale = max(0.35, min(height / 800, width / 1000))
+    text = f"exit {record.exit_index}  conf {record.image_confidence:.2f}  {record.latency_ms:.0f} ms"
+    (wide, high), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+    pad = max(3, high // 2)
+    bottom = 3 * pad + high + below
+    box = picture[:bottom, : wide + 2 * pad]
+    box[:] = box // 4
+    cv2.putText(picture, text, (pad, pad + high), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
+    end = pad + wide * (place + 1) // num_exits
+    cv2.rectangle(picture, (pad, bottom - pad), (end, bottom - pad // 3 - 1), exit_colour(place, num_exits), -1)
+
+
+@contextlib.contextmanager
+def _capture(source: Path | int) -> Iterator[Any]:
+    """An open cv2.VideoCapture. Raises DataError when there is none."""
+    # FFmpeg writes its own lines to stderr; this is read when its first file is opened.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    if isinstance(source, Path) and not source.is_file():
+        raise DataError(f"no video {source}: expected a file")
+    level = cv2.utils.logging.setLogLevel(0)
+    try:
+        capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        if not capture.isOpened():
+            what = "opened; is it plugged in, and free?" if isinstance(source, int) else "read as a video; replace it"
+            raise DataError(f"{_name(source)} cannot be {what}")
+        try:
+            yield capture
+        finally:
+            capture.release()
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+
+
+def _frames_per_second(capture: Any) -> float:
+    fps = float(capture.get(cv2.CAP_PROP_FPS))
+    # A camera that does not know says 0, a file without a rate says thousands.
+    return fps if math.isfinite(fps) and 0 < fps <= 1000 else 30.0
+
+
+def _name(source: Path | int) -> str:
+    return f"camera:{source}" if isinstance(source, int) else str(source)
+
+
+def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)

@@ -1,0 +1,328 @@
+"""Running a MESS instance in its three settings. An exit that is taken is the last thing that runs."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from messnet.deployment.runtimes import Precision, Runner, RuntimeName, TorchRunner
+from messnet.errors import DataError, ModelError, RecipeError
+from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.reference import Policy, image_confidence, refined_confidence_map
+from messnet.records.instance import ExitChoice, Instance
+from messnet.records.tables import CostTable
+
+__all__ = ["Result", "Session"]
+
+# For the image confidence of an instance that has no threshold of its own.
+_PIXEL_THRESHOLD = 0.9
+# Calls that a session remembers the times of, where no cost table foretells them.
+_REMEMBERED = 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """The prediction for one image (H, W)."""
+
+    labels: NDArray[np.uint8]
+    """(H, W) class indices."""
+    exit_index: int
+    """Where the image stopped, from 0, shallow to deep."""
+    latency_ms: float
+    """From the normalised image on the device to the labels, everything before this exit included; of a batch from its
+    beginning."""
+    logits: Tensor
+    """(1, K, h, w) at the exit's own resolution."""
+    output_stride: int
+    policy: Policy
+    pixel_threshold: float
+    padded_size: tuple[int, int] | None = None
+    """(H, W) that the network saw, where that is more than the image."""
+    decided_on: float | None = None
+    """The image confidence that let the image go, where the exit decided."""
+
+    @property
+    def image_confidence(self) -> float:
+        """c_img in [0, 1] at the exit taken, at its pixel threshold; an exit that decides nothing has none, there it
+        is the threshold of the last exit that does."""
+        if self.decided_on is not None:
+            return self.decided_on
+        shares = image_confidence(self.logits, self.output_stride, self._seen, [self.pixel_threshold], self.policy)
+        return float(shares[0, 0])
+
+    @property
+    def confidence_map(self) -> NDArray[np.float32]:
+        """(H, W) float32 in [0, 1], after edge refinement; computed when asked for, so that it costs no latency."""
+        return self.confidence_maps()[1]
+
+    def confidence_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The confidence map before and after edge refinement, each (H, W) float32 in [0, 1]."""
+        height, width = self.labels.shape
+        maps = refined_confidence_map(self.logits, self.output_stride, self._seen, self.policy)
+        before, after = (_to_input(one, self._seen)[:height, :width] for one in maps)
+        return before, after
+
+    @property
+    def _seen(self) -> tuple[int, int]:
+        return self.padded_size or (self.labels.shape[0], self.labels.shape[1])
+
+
+class Session:
+    """A multi-exit network with an instance, ready to run.
+
+    The instance's setting is what ``predict`` does: a budgeted instance has one exit, an anytime instance runs all its
+    exits and returns the last, an input-dependent instance stops at the first that is confident. ``anytime`` and
+    ``budgeted`` run the same exits in the other settings.
+    """
+
+    def __init__(
+        self,
+        network: MultiExitNet | Runner,
+        instance: Instance,
+        *,
+        class_names: Sequence[str] = (),
+        palette: NDArray[np.uint8] | None = None,
+        device: torch.device | str = "cpu",
+        costs: CostTable | None = None,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        """A network is run by torch on ``device``. ``costs`` are those of this runtime on this device: the time that
+        parts take, for deadlines."""
+        if not instance.exits:
+            raise ModelError("the instance has no exits")
+        self.instance = instance
+        self.policy = Policy.parse(instance.policy)
+        self.runner: Runner = (
+            TorchRunner(network, self.policy, device=device) if isinstance(network, MultiExitNet) else network
+        )
+        for choice in instance.exits:
+            self.runner.expect(choice.exit)  # raises for one that the network does not have
+        thresholds = [choice.pixel_threshold for choice in instance.exits if choice.pixel_threshold is not None]
+        self._pixel_threshold = thresholds[-1] if thresholds else _PIXEL_THRESHOLD
+        self.class_names = tuple(class_names)
+        self.palette = palette
+        self.costs = costs
+        """What parts take on this device in this runtime; None where that was not measured."""
+        self.input_size = input_size
+        """(height, width) that the network was made for; others are taken too."""
+        self._clock = _Clock(costs, instance.exits)
+
+    @property
+    def runtime(self) -> RuntimeName:
+        return self.runner.runtime
+
+    @property
+    def precision(self) -> Precision:
+        return self.runner.precision
+
+    @property
+    def net(self) -> MultiExitNet:
+        """The network that torch runs. Raises ModelError in another runtime, which has graphs of it only."""
+        if not isinstance(self.runner, TorchRunner):
+            raise ModelError(f"a session in {self.runtime} holds graphs, no network: load it with runtime='torch'")
+        return self.runner.net
+
+    @property
+    def device(self) -> torch.device:
+        return self.runner.device if isinstance(self.runner, TorchRunner) else torch.device("cpu")
+
+    def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], *, batch_size: int = 1) -> list[Result]:
+        """Runs each image, (H, W, 3) uint8 RGB of any size, until it may stop. Results come in the images' order.
+
+        Up to ``batch_size`` images of one size run together: those that finish leave the batch, the others go on as a
+        smaller one. Raises DataError when something else than an image comes.
+        """
+        if batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, got {batch_size}")
+        groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            _expect_image(image)
+            groups[image.shape].append(i)
+        results: dict[int, Result] = {}
+        for members in groups.values():
+            for begin in range(0, len(members), batch_size):
+                batch = members[begin : begin + batch_size]
+                for i, result in self._results([images[i] for i in batch], self.instance.exits):
+                    results[batch[i]] = result
+        return [results[i] for i in range(len(results))]
+
+    def warm_up(self, image: NDArray[np.uint8]) -> None:
+        """Runs every exit on ``image`` twice: the first call for a size compiles, and ONNX Runtime allocates in the
+        second once more, which their latency would show. Raises DataError when something else than an image comes."""
+        passed = [
+            choice if choice.image_threshold is None else replace(choice, image_threshold=np.inf)
+            for choice in self.instance.exits
+        ]
+        for _ in range(2):
+            next(self._results([image], passed))
+
+    def anytime(self, image: NDArray[np.uint8], *, deadline_ms: float | None = None) -> Iterator[Result]:
+        """Ever better results for one image, one per exit of the instance.
+
+        The work for a result is done when it is asked for; the first comes in any case. With ``deadline_ms``, counted
+        from there, the next exit is begun only if it is expected to be done in time: after the 95th percentile of
+        ``costs``, which is scaled to the image's size and to what this call has taken so far. Without such a table it
+        is what this session's last calls took for images of this size, and as long as nothing is known an exit is
+        begun while there is time left. Nothing interrupts an exit that takes longer than expected.
+
+        Raises DataError when something else than an image comes, RecipeError for a deadline below 0.
+        """
+        if deadline_ms is not None and not deadline_ms >= 0:
+            raise RecipeError(f"a deadline is at least 0 ms, not {deadline_ms:g}")
+        start = time.perf_counter()
+        exits = self.instance.exits
+        results = self._results([image], exits, every=True)
+        size, before = (image.shape[0], image.shape[1]), 0.0
+        for position in range(len(exits)):
+            if position and deadline_ms is not None:
+                spent = (time.perf_counter() - start) * 1000
+                if spent >= deadline_ms or spent + self._clock.expected(position, size, before) > deadline_ms:
+                    return
+            _, result = next(results)
+            self._clock.remember(position, size, result.latency_ms - before)
+            before = result.latency_ms
+            yield result
+
+    def budgeted(self, image: NDArray[np.uint8], *, exit_index: int | None = None) -> Result:
+        """The one exit at ``exit_index`` (default: the instance's last); no other head runs, nothing past it runs.
+
+        Raises ModelError when the instance has no such exit.
+        """
+        choices = {choice.exit_index: choice for choice in self.instance.exits}
+        if exit_index is None:
+            exit_index = self.instance.exits[-1].exit_index
+        if exit_index not in choices:
+            raise ModelError(f"the instance has no exit {exit_index}; it has {', '.join(map(str, choices))}")
+        return next(self._results([image], [choices[exit_index]]))[1]
+
+    def _results(
+        self, images: Sequence[NDArray[np.uint8]], choices: Sequence[ExitChoice], *, every: bool = False
+    ) -> Iterator[tuple[int, Result]]:
+        """(position in ``images``, result), of images of one size: of the exit where the image stops, or of ``every``
+        exit.
+
+        Segments and heads run as results are asked for. An exit that is passed costs its head and its confidence, but
+        no labels at input resolution.
+        """
+        for image in images:
+            _expect_image(image)
+        size, seen = (images[0].shape[0], images[0].shape[1]), self._seen_size(images[0])
+        bottom, right = seen[0] - size[0], seen[1] - size[1]
+        batch = np.stack(images)
+        if bottom or right:
+            batch = np.pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
+        live = self.runner.start(batch)
+        members = np.arange(len(images))
+        self.runner.synchronise()
+        spent, start = 0.0, time.perf_counter()
+        for choice in choices:
+            last = choice is choices[-1]
+            threshold = None if every or last or choice.image_threshold is None else choice.pixel_threshold
+            step = self.runner.advance(live, choice.exit, pixel_threshold=threshold, keep=not last)
+            leaving = np.full(len(members), every or last)
+            if step.confidence is not None and choice.image_threshold is not None:
+                # In float64, as the search compares: rounded, a threshold might let go an image just below it.
+                leaving |= step.confidence.astype(np.float64) >= choice.image_threshold
+            labels = self.runner.labels(step.logits, leaving, seen) if leaving.any() else None
+            self.runner.synchronise()
+            spent += time.perf_counter() - start
+            if labels is not None:
+                for row, found in zip(np.flatnonzero(leaving), labels, strict=True):
+                    decided = None if step.confidence is None else float(step.confidence[row])
+                    found = found[: size[0], : size[1]]
+                    yield int(members[row]), self._result(choice, step.logits, int(row), found, spent, seen, decided)
+            if last or (leaving.all() and not every):
+                return
+            assert step.live is not None
+            start = time.perf_counter()
+            live = step.live
+            if leaving.any() and not every:
+                rest = self.runner.select(live, ~leaving)
+                members = members[~leaving]
+                if rest is None:  # its parts exchange what is no batch: what is left runs image by image
+                    for member in members.tolist():
+                        yield member, next(self._results([images[member]], choices))[1]
+                    return
+                live = rest
+
+    def _result(
+        self,
+        choice: ExitChoice,
+        logits: Any,
+        row: int,
+        labels: NDArray[np.uint8],
+        seconds: float,
+        seen: tuple[int, int],
+        decided_on: float | None,
+    ) -> Result:
+        alone = torch.as_tensor(logits if len(logits) == 1 else logits[row : row + 1])
+        return Result(
+            labels=labels,
+            exit_index=choice.exit_index,
+            latency_ms=seconds * 1000,
+            logits=alone,
+            output_stride=self.runner.output_stride(choice.exit),
+            policy=self.policy,
+            pixel_threshold=self._pixel_threshold if choice.pixel_threshold is None else choice.pixel_threshold,
+            padded_size=None if seen == labels.shape else seen,
+            decided_on=decided_on,
+        )
+
+    def _seen_size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
+        """The image's size, or for a network that wants it the next multiple of its stride."""
+        height, width = image.shape[:2]
+        if height % 32 == 0 and width % 32 == 0:
+            return height, width
+        multiple = self.runner.size_multiple()
+        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+class _Clock:
+    """Foretells how long the next exit of an anytime call takes."""
+
+    def __init__(self, costs: CostTable | None, choices: Sequence[ExitChoice]) -> None:
+        self._remembered: defaultdict[int, list[float]] = defaultdict(list)  # milliseconds per pixel
+        self._pixels = 0
+        self._each: list[float] = []
+        if costs is not None:
+            column = costs.column("latency_p95_ms", [choice.exit for choice in choices])
+            reached = np.cumsum(column.segments)[column.exit_indices]
+            # Every exit shows its labels, none decides.
+            self._each = (np.diff(reached, prepend=0.0) + column.heads + column.outputs).tolist()
+            self._pixels = costs.input_size[0] * costs.input_size[1]
+
+    def expected(self, position: int, size: tuple[int, int], spent_ms: float) -> float:
+        """Milliseconds for exit ``position``, where the ones before it took ``spent_ms``; 0 while nothing is known."""
+        if self._each:
+            scale = size[0] * size[1] / self._pixels
+            foretold = scale * sum(self._each[:position])
+            slower = max(1.0, spent_ms / foretold) if foretold else 1.0
+            return self._each[position] * scale * slower
+        return float(np.median(self._remembered[position] or [0.0])) * size[0] * size[1]
+
+    def remember(self, position: int, size: tuple[int, int], took_ms: float) -> None:
+        times = self._remembered[position]
+        times.append(took_ms / (size[0] * size[1]))
+        del times[:-_REMEMBERED]
+
+
+def _expect_image(image: Any) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(f"an image is (H, W, 3) uint8 RGB, not {got}: convert it")
+    if not image.size:
+        raise DataError(f"an image has at least one pixel, this one is {image.shape}")
+
+
+def _to_input(confidence: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
+    full: Any = F.interpolate(confidence[None], size=size, mode="nearest")[0, 0].cpu().numpy()
+    return full  # type: ignore[no-any-return]

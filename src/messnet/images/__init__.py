@@ -1,0 +1,1 @@
+"""Pixels in and out, the same in training and deployment."""

@@ -1,0 +1,1 @@
+"""The exit policy for dense predictions, and labels from logits."""

@@ -1,0 +1,72 @@
+"""Our own files: written whole or not at all, read with one kind of error."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+from messnet.errors import RunError
+
+__all__ = ["expect_schema", "reading", "write_atomically", "writing"]
+
+# What json, zipfile, numpy and our own constructors raise; RuntimeError for an encrypted zip and for JSON too deep.
+_DAMAGED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    BadZipFile,
+    zlib.error,
+)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Writes through a temporary file beside ``path``: a kill leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is written over
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def reading(what: str, *, made_by: str) -> Iterator[None]:
+    """Around the reading of one of our own files: what a damaged or foreign one raises becomes a RunError, which names
+    the verb that makes it."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise RunError(f"not {what} ({error}); make it again with `messnet {made_by}`") from error
+
+
+def expect_schema(record: dict[str, Any], version: int, what: str) -> None:
+    """Takes the schema version out of a record. Raises RunError when it is another one."""
+    found = record.pop("schema_version")
+    if found != version:
+        raise RunError(f"{what} of schema version {found}: this messnet reads {version}; make it again")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of what training makes: a disk that is full or read-only becomes a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}): free space or make the folder writable; what was "
+            f"saved before is whole, and the same command goes on from there"
+        ) from error

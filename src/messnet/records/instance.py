@@ -1,0 +1,74 @@
+"""MESS instances: the records of a choice of exits, heads and thresholds. JSON in and out, no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from messnet.records.files import expect_schema, reading
+
+__all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting"]
+
+SCHEMA_VERSION = 1
+FINAL_HEAD = "final"
+Setting = Literal["budgeted", "anytime", "input_dependent"]
+
+
+class Exit(NamedTuple):
+    """An exit point with one head. ``exit_index`` counts from 0, shallow to deep; the final exit is the last and its
+    head is called ``"final"``."""
+
+    exit_index: int
+    head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitChoice:
+    """One exit of an instance. The thresholds are ``None`` for an exit that decides nothing: the last one of an
+    input-dependent instance, every one of a budgeted or anytime instance."""
+
+    exit_index: int
+    head: str
+    pixel_threshold: float | None = None
+    """A pixel counts as confident when its confidence is at least this; [0, 1]."""
+    image_threshold: float | None = None
+    """The image stops here when its share of confident pixels is at least this; [0, 1]."""
+
+    @property
+    def exit(self) -> Exit:
+        return Exit(self.exit_index, self.head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """What is deployed: a setting, the chosen exits with one head each, their thresholds.
+
+    ``exits`` is ordered shallow to deep. ``policy`` names the confidence and the edge refinement
+    (``"top1+native"``). ``objective`` says in words what the search was asked for, ``selected_on`` what it measured
+    on the images it chose with (``miou`` in [0, 1], ``macs`` per image, ...), ``certificate`` what it proved.
+    """
+
+    name: str
+    setting: Setting
+    exits: tuple[ExitChoice, ...]
+    policy: str = "top1+native"
+    objective: str = ""
+    selected_on: dict[str, float] = field(default_factory=dict)
+    certificate: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Instance:
+        """The instance of a plain record, as ``dataclasses.asdict`` makes one."""
+        return cls(**{**record, "exits": tuple(ExitChoice(**choice) for choice in record["exits"])})
+
+    @classmethod
+    def from_json(cls, text: str) -> Instance:
+        """Raises RunError when ``text`` is not an instance of this schema version."""
+        with reading("an instance file", made_by="search"):
+            record: dict[str, Any] = json.loads(text)
+            expect_schema(record, SCHEMA_VERSION, "instance")
+            return cls.from_record(record)

@@ -1,0 +1,148 @@
+"""What running instances did: the records that a report is made of. JSON and .npz, no torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.records.files import expect_schema, reading
+from messnet.records.instance import Exit, Instance
+
+__all__ = ["Gallery", "Measurement", "Measurements"]
+
+SCHEMA_VERSION = 1
+_PER_IMAGE = ("difficulty", "final_exit_error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One instance run over the reported images, one image at a time, every stop a real one.
+
+    Lists are per image, V long, in the order of ``Measurements.image_names``.
+    """
+
+    instance: Instance
+    miou: float
+    """[0, 1], from the predictions of the running instance."""
+    miou_from_tables: float
+    """[0, 1], the same figure as the search's tables give it for these images; equal when routing is."""
+    macs: float
+    """Multiply-accumulates per image, mean over the images, early stops counted."""
+    macs_paper: float
+    """The same in the posters' convention."""
+    exit_taken: list[int]
+    """exit_index per image."""
+    image_confidence: list[float]
+    """c_img at the exit taken."""
+    latency_ms: list[float]
+    """Wall time per image, from the normalised image on the device to labels at input resolution."""
+    predicted_ms: list[float] = field(default_factory=list)
+    """The same as the sum of parts measured one by one beforehand; empty where that was not done."""
+
+    def exit_shares(self) -> list[tuple[Exit, float]]:
+        """For each exit of the instance the share of images, in [0, 1], that stopped there."""
+        taken = np.array(self.exit_taken)
+        return [(choice.exit, float((taken == choice.exit_index).mean())) for choice in self.instance.exits]
+
+    def spread(self) -> float:
+        """How evenly the images spread over the exits: the entropy of the shares in bits, 0 if all leave at one."""
+        shares = np.array([share for _, share in self.exit_shares() if share > 0])
+        return float(-(shares * np.log2(shares)).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """All rows of the end-to-end table, the baseline (the user's own model, whole) first.
+
+    ``skipped`` holds one sentence for each row that has no instance ("no instance loses at most 0.1 pp: ...").
+    """
+
+    device: str
+    """In words: processor, threads, runtime, dtype."""
+    input_size: tuple[int, int]
+    image_names: list[str]
+    difficulty: list[float]
+    """[0, 1], NaN where the data set records none."""
+    final_exit_error: list[float]
+    """Share of wrong pixels of the final exit, [0, 1]: stands in for difficulty where none is recorded."""
+    num_selection_images: int
+    """Images that the search selected on, disjoint from ``image_names``."""
+    rows: list[Measurement]
+    skipped: list[str]
+
+    def to_json(self) -> str:
+        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for name in _PER_IMAGE:  # JSON has no NaN
+            record[name] = [None if math.isnan(value) else value for value in record[name]]
+        return json.dumps(record, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Measurements:
+        """Raises RunError when ``text`` is not a measurements file of this schema version."""
+        with reading("a measurements file", made_by="report"):
+            record: dict[str, Any] = json.loads(text)
+            expect_schema(record, SCHEMA_VERSION, "measurements")
+            record["input_size"] = tuple(record["input_size"])
+            for name in _PER_IMAGE:
+                record[name] = [float("nan") if value is None else value for value in record[name]]
+            record["rows"] = [
+                Measurement(**{**row, "instance": Instance.from_record(row["instance"])}) for row in record["rows"]
+            ]
+            return cls(**record)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gallery:
+    """Some reported images, each through every exit of one instance, for the pictures. G images, E exits, K classes."""
+
+    image_names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    exits: tuple[Exit, ...]
+    """Of the instance, shallow to deep."""
+    palette: NDArray[np.uint8]
+    """(K, 3) RGB."""
+    images: NDArray[np.uint8]
+    """(G, H, W, 3)"""
+    masks: NDArray[np.uint8]
+    """(G, H, W), 255 where ignored."""
+    predictions: NDArray[np.uint8]
+    """(G, E, H, W)"""
+    confidence: NDArray[np.float16]
+    """(G, E, H, W): per-pixel confidence before edge refinement, [0, 1]."""
+    refined: NDArray[np.float16]
+    """(G, E, H, W): after it."""
+    image_confidence: NDArray[np.float32]
+    """(G, E): c_img."""
+    exit_taken: NDArray[np.int64]
+    """(G,): exit_index where the instance stopped."""
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        meta = {
+            "schema_version": SCHEMA_VERSION,
+            "image_names": self.image_names,
+            "class_names": self.class_names,
+            "exits": self.exits,
+        }
+        arrays: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        np.savez_compressed(buffer, meta=np.array(json.dumps(meta)), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Gallery:
+        """Raises RunError when ``data`` is not a gallery of this schema version."""
+        with reading("a gallery", made_by="report"), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            meta: dict[str, Any] = json.loads(str(arrays["meta"]))
+            expect_schema(meta, SCHEMA_VERSION, "gallery")
+            return cls(
+                image_names=tuple(meta["image_names"]),
+                class_names=tuple(meta["class_names"]),
+                exits=tuple(Exit(index, head) for index, head in meta["exits"]),
+                **{name: arrays[name] for name in arrays.files if name != "meta"},
+            )

@@ -1,0 +1,1 @@
+"""The report page, its figures, cost tables on the terminal; from artefacts alone."""

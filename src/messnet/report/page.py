@@ -1,0 +1,462 @@
+"""The report: tables, words and one self-contained page, from artefacts alone (method.md section 10)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import ArrayLike, NDArray
+from rich.table import Table
+from rich.text import Text
+
+from messnet.errors import RunError
+from messnet.records.instance import FINAL_HEAD, Exit, ExitChoice
+from messnet.records.measurements import Gallery, Measurement, Measurements
+from messnet.records.tables import CostTable, ExitTables
+from messnet.report.figures import (
+    as_svg,
+    confidence_colours,
+    confidence_picture,
+    data_uri,
+    draw_depth,
+    draw_front,
+    draw_heads,
+    exit_colour,
+    label_picture,
+)
+
+__all__ = [
+    "ReportInputs",
+    "exit_rows",
+    "exits_table",
+    "headline",
+    "measurements_markdown",
+    "rank_correlation",
+    "render_report",
+    "terminal_table",
+]
+
+HEADLINE_DROP_PP = 1.0
+MIOU_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportInputs:
+    """All that a page is made of."""
+
+    title: str
+    measurements: Measurements
+    gallery: Gallery | None
+    """None where no instance was found."""
+    tables: ExitTables
+    """All validation images; the page shows the reported ones."""
+    costs: CostTable
+    fronts: dict[str, list[tuple[float, float]]]
+    """By setting: (MACs per image, mIoU in [0, 1]) of the search's best instances on the selection half."""
+    verdicts: list[str]
+    """What the searches proved, a sentence each."""
+    recipe_yaml: str
+    provenance: dict[str, dict[str, str]]
+    """By stage: seconds, versions, devices, in words."""
+
+
+class _ExitShare(NamedTuple):
+    choice: ExitChoice
+    name: str
+    share: float
+
+
+class _Line(NamedTuple):
+    """One row of the end-to-end table, in words; the changes are empty for the baseline."""
+
+    title: str
+    name: str
+    miou: str
+    miou_change: str
+    gmacs: str
+    work: str
+    gmacs_paper: str
+    latency: str
+    latency_p95: str
+    predicted: str
+    speed: str
+    exits: list[_ExitShare]
+
+
+class _Picture(NamedTuple):
+    source: str
+    alt: str
+    caption: str
+    note: str = ""
+    state: str = ""
+    """CSS class: "taken" for the exit where the image stopped, "unseen" for the ones past it."""
+
+
+def terminal_table(measurements: Measurements) -> Table:
+    """The end-to-end table for a terminal of 100 columns."""
+    table = Table(title=Text(headline(measurements)), caption_justify="left")
+    table.caption = Text("\n".join(f"not in the table: {sentence}" for sentence in measurements.skipped)) or None
+    table.add_column("instance", max_width=26, overflow="fold")
+    for column in ("mIoU %", "GMACs", "ms: median [p95]"):
+        table.add_column(Text(column), justify="right")
+    table.add_column("images per exit")
+    for line in _lines(measurements):
+        table.add_row(*(Text("\n".join(filter(None, cell))) for cell in _cells(line)))
+    return table
+
+
+def measurements_markdown(measurements: Measurements) -> str:
+    """The end-to-end table as Markdown, with where it was measured."""
+    table = ["| instance | mIoU % | GMACs | ms: median [p95] | images per exit |", "| --- | --- | --- | --- | --- |"]
+    for line in _lines(measurements):
+        cells = [", ".join(filter(None, cell)).replace("|", "\\|") for cell in _cells(line)]
+        table.append(f"| {' | '.join(cells)} |")
+    notes = [f"- not in the table: {sentence}" for sentence in measurements.skipped]
+    notes += [f"- warning: {sentence}" for sentence in _warnings(measurements)]
+    paragraphs = [f"{headline(measurements)}.", _where(measurements), "\n".join(table), "\n".join(notes)]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def _cells(line: _Line) -> list[list[str]]:
+    """The cells of a row, each the parts that a plain table puts one below or behind the other."""
+    shares = [f"{place.name} {100 * place.share:.0f} %" for place in line.exits]
+    latency = [f"{line.latency} [{line.latency_p95}]", line.speed, line.predicted]
+    return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
+
+
+def exit_rows(tables: ExitTables, costs: CostTable) -> list[dict[str, Any]]:
+    """What every exit would do as a static model: ``exit_index``, ``head``, ``miou`` in [0, 1], ``macs`` per image."""
+    column = costs.column("macs", tables.exits)
+    return [
+        {
+            "exit_index": exit.exit_index,
+            "head": exit.head,
+            "miou": tables.miou(np.full(len(tables.image_names), h)),
+            "macs": column.prefix(exit.exit_index) + column.heads[h],
+        }
+        for h, exit in enumerate(tables.exits)
+    ]
+
+
+def exits_table(tables: ExitTables, costs: CostTable) -> Table:
+    """``exit_rows`` for a terminal."""
+    table = Table(title=f"every exit on {len(tables.image_names)} validation images", title_justify="left")
+    for name in ("exit", "head", "mIoU %", "GMACs"):
+        table.add_column(name, justify="left" if name == "head" else "right")
+    for row in exit_rows(tables, costs):
+        table.add_row(str(row["exit_index"]), row["head"], f"{100 * row['miou']:.2f}", f"{row['macs'] / 1e9:.4f}")
+    return table
+
+
+def headline(measurements: Measurements) -> str:
+    """What was gained, in words, honest where nothing was: the cheapest row that lost at most 1 pp."""
+    row, baseline = _headline_row(measurements), _baseline(measurements)
+    if row is baseline:
+        return "No instance met what was asked: only the baseline was measured"
+    work, speed = baseline.macs / row.macs, _median_ms(baseline) / _median_ms(row)
+    change_pp = 100 * (row.miou - baseline.miou)
+    is_gain = max(work, speed) >= 1.05 or change_pp >= 0.05
+    accuracy = (
+        "the same mIoU"
+        if abs(change_pp) < 0.05
+        else f"{abs(change_pp):.1f} pp {'more' if change_pp > 0 else 'less'} mIoU"
+    )
+    workload = "about as much" if 0.95 < work < 1.05 else _times(work, "less", "more", digits=1)
+    tempo = "no faster" if 0.95 < speed < 1.05 else _times(speed, "faster", "slower", digits=1)
+    but = "but " if work >= 1.05 and speed < 1.05 else ""
+    return f"{'' if is_gain else 'Nothing gained: '}{workload} work at {accuracy}; {but}{tempo} on this machine"
+
+
+def _baseline(measurements: Measurements) -> Measurement:
+    if not measurements.rows:
+        raise RunError(
+            "measurements without a row: the baseline is expected first; measure again with `messnet report`"
+        )
+    return measurements.rows[0]
+
+
+def _headline_row(measurements: Measurements) -> Measurement:
+    baseline, *others = _baseline(measurements), *measurements.rows[1:]
+    kept = [row for row in others if row.miou >= baseline.miou - HEADLINE_DROP_PP / 100]
+    if kept:
+        return min(kept, key=lambda row: row.macs)
+    return max(others, key=lambda row: row.miou, default=baseline)
+
+
+def _lines(measurements: Measurements) -> list[_Line]:
+    baseline = _baseline(measurements)
+    return [_line(row, baseline) for row in measurements.rows]
+
+
+def _line(row: Measurement, baseline: Measurement) -> _Line:
+    changes = (
+        f"{100 * (row.miou - baseline.miou):+.2f} pp",
+        _times(baseline.macs / row.macs, "less", "more"),
+        _times(_median_ms(baseline) / _median_ms(row), "faster", "slower"),
+    )
+    miou_change, work, speed = changes if row is not baseline else ("", "", "")
+    return _Line(
+        title=_title(row, baseline),
+        name=row.instance.name,
+        miou=f"{100 * row.miou:.2f}",
+        miou_change=miou_change,
+        gmacs=_significant(row.macs / 1e9, 4),
+        work=work,
+        gmacs_paper=_significant(row.macs_paper / 1e9, 4),
+        latency=_significant(_median_ms(row)),
+        latency_p95=_significant(float(np.percentile(row.latency_ms, 95))),
+        predicted=f"{_significant(float(np.median(row.predicted_ms)))} predicted" if row.predicted_ms else "",
+        speed=speed,
+        exits=[
+            _ExitShare(choice, _exit_name(choice.exit), share)
+            for choice, (_, share) in zip(row.instance.exits, row.exit_shares(), strict=True)
+        ],
+    )
+
+
+def _title(row: Measurement, baseline: Measurement) -> str:
+    return "baseline" if row is baseline else row.instance.objective or row.instance.name
+
+
+def _warnings(measurements: Measurements) -> list[str]:
+    return [
+        f"{row.instance.name}: the running instance has mIoU {row.miou:.6f}, the tables say "
+        f"{row.miou_from_tables:.6f}; equal they would be on the same device with the same number of threads"
+        for row in measurements.rows
+        if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE
+    ]
+
+
+def _where(measurements: Measurements) -> str:
+    height, width = measurements.input_size
+    selected, reported = measurements.num_selection_images, len(measurements.image_names)
+    return (
+        f"Measured on {measurements.device}, {height} x {width} pixels, one image at a time. Selected on one half of "
+        f"the validation images ({selected}), reported on the other ({reported})."
+    )
+
+
+def _median_ms(row: Measurement) -> float:
+    return float(np.median(row.latency_ms))
+
+
+def _exit_name(of: Exit) -> str:
+    return "final exit" if of.head == FINAL_HEAD else f"exit {of.exit_index}"
+
+
+def _significant(value: float, digits: int = 3) -> str:
+    """``value`` with so many significant digits, never in powers of ten."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.0f}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _times(ratio: float, gained: str, lost: str, digits: int = 2) -> str:
+    """A ratio in words, at least 1: "2.40x less", "1.10x more"."""
+    return f"{ratio:.{digits}f}x {gained}" if ratio >= 1 else f"{1 / ratio:.{digits}f}x {lost}"
+
+
+def render_report(inputs: ReportInputs) -> str:
+    """One HTML page without outside assets."""
+    measurements = inputs.measurements
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["typeset"] = _typeset
+    source = resources.files("messnet.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    baseline, row = _baseline(measurements), _headline_row(measurements)
+    num_exits = len(inputs.costs.segments)
+    return environment.from_string(source).render(
+        inputs=inputs,
+        headline=headline(measurements),
+        headline_row="" if row is baseline else _title(row, baseline),
+        headline_kept=row.miou >= baseline.miou - HEADLINE_DROP_PP / 100,
+        where=_where(measurements),
+        lines=_lines(measurements),
+        warnings=_warnings(measurements),
+        colours=[exit_colour(index, num_exits) for index in range(num_exits)],
+        front=_front_figure(measurements, inputs.fronts),
+        strips=_strips(inputs.gallery, measurements) if inputs.gallery else [],
+        legend=_class_legend(inputs.gallery, _shown(inputs.gallery, measurements)) if inputs.gallery else [],
+        confidence=_confidence_pictures(inputs.gallery, measurements) if inputs.gallery else None,
+        depth=_depth_figure(measurements, inputs.costs),
+        heads=_heads_figure(inputs),
+    )
+
+
+def _typeset(text: str) -> Markup:
+    """Typographic signs for the page; plain ones stay in the terminal and in Markdown."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text)
+    text = re.sub(r"(?<=\d)( ?)x\b", "\\1\N{MULTIPLICATION SIGN}", text)
+    text = re.sub(r"(?<=\d) (?=pp\b|%)", "\N{NO-BREAK SPACE}", text)
+    return escape(text.replace("<=", "\N{LESS-THAN OR EQUAL TO}"))
+
+
+def _shown(gallery: Gallery, measurements: Measurements) -> list[int]:
+    """Positions of at most two pictures: the one that left first and is easiest, the one that went furthest."""
+    ease = dict(zip(measurements.image_names, _difficulty(measurements)[0], strict=True))
+    keys = [(int(gallery.exit_taken[g]), ease.get(name, 0.0)) for g, name in enumerate(gallery.image_names)]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return sorted({order[0], order[-1]}, key=order.index) if order else []
+
+
+def _strips(gallery: Gallery, measurements: Measurements) -> list[dict[str, Any]]:
+    """For each picture shown: its name, in words where it left, and the pictures from input to final exit."""
+    strips = []
+    for g in _shown(gallery, measurements):
+        name, taken = gallery.image_names[g], int(gallery.exit_taken[g])
+        pictures = [
+            _Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input"),
+            _Picture(label_picture(gallery.masks[g], gallery.palette), f"{name}, the true labels", "label"),
+        ]
+        for e, place in enumerate(gallery.exits):
+            state = "taken" if place.exit_index == taken else "unseen" if place.exit_index > taken else ""
+            right, c_img = _share_right(gallery, g, e), float(gallery.image_confidence[g, e])
+            alt = f"{name}, prediction of {_exit_name(place)}: {right} of the pixels right"
+            note = f"{right} right" + ("" if math.isnan(c_img) else f", confidence {c_img:.2f}")
+            source = label_picture(gallery.predictions[g, e], gallery.palette)
+            pictures.append(_Picture(source, alt, _exit_name(place), note, state))
+        left = next((_exit_name(place) for place in gallery.exits if place.exit_index == taken), f"exit {taken}")
+        strips.append({"name": name, "left": left, "pictures": pictures})
+    return strips
+
+
+def _share_right(gallery: Gallery, g: int, e: int) -> str:
+    valid = gallery.masks[g] < len(gallery.class_names)
+    right = (gallery.predictions[g, e] == gallery.masks[g]) & valid
+    return f"{100 * right.sum() / max(1, valid.sum()):.1f} %"
+
+
+def _class_legend(gallery: Gallery, shown: list[int]) -> list[tuple[str, str]]:
+    """(class, colour) of the classes that occur in the pictures shown."""
+    occurring = np.unique(np.concatenate([gallery.masks[shown].ravel(), gallery.predictions[shown].ravel()]))
+    known = [int(k) for k in occurring if k < len(gallery.class_names)]
+    return [(gallery.class_names[k], f"#{gallery.palette[k].tobytes().hex()}") for k in known]
+
+
+def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> dict[str, Any] | None:
+    """The confidence map of one image before and after edge refinement, at the first exit that decides something on
+    the image that went furthest. None where no exit decides anything."""
+    shown = _shown(gallery, measurements)
+    deciding = [e for e in range(len(gallery.exits)) if shown and np.isfinite(gallery.image_confidence[shown[-1], e])]
+    if not deciding:
+        return None
+    g, e = shown[-1], deciding[0]
+    name = gallery.image_names[g]
+    pictures = [_Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input")]
+    for caption, values in (("before", gallery.confidence[g, e]), ("after", gallery.refined[g, e])):
+        source = confidence_picture(values)
+        alt, note = f"{name}, confidence map {caption} edge refinement", f"mean {values.mean(dtype=np.float64):.3f}"
+        pictures.append(_Picture(source, alt, f"{caption} edge refinement", note))
+    return {
+        "exit": _exit_name(gallery.exits[e]),
+        "name": name,
+        "c_img": float(gallery.image_confidence[g, e]),
+        "choice": _choice_behind(gallery, e, measurements),
+        "pictures": pictures,
+        "gradient": ", ".join(confidence_colours()),
+    }
+
+
+def _choice_behind(gallery: Gallery, e: int, measurements: Measurements) -> ExitChoice | None:
+    """The thresholds of the gallery's exit, where exactly one measured instance has its exits."""
+    rows = [row for row in measurements.rows if tuple(c.exit for c in row.instance.exits) == gallery.exits]
+    return rows[0].instance.exits[e] if len(rows) == 1 else None
+
+
+def _front_figure(measurements: Measurements, fronts: dict[str, list[tuple[float, float]]]) -> Markup:
+    figure = draw_front(fronts, [(row.macs, row.miou) for row in measurements.rows])
+    alt = (
+        "mIoU against GMACs per image: the search's fronts on the selection half, the table's rows on the reported one"
+    )
+    return as_svg(figure, "front", alt)
+
+
+def _depth_figure(measurements: Measurements, costs: CostTable) -> dict[str, Any] | None:
+    """Exit taken against difficulty, for the instance whose images spread most. None without an early exit."""
+    rows = [row for row in measurements.rows[1:] if row.instance.setting == "input_dependent"]
+    row = max(rows, key=Measurement.spread, default=None)
+    if row is None or len(row.instance.exits) < 2:
+        return None
+    difficulty, measure = _difficulty(measurements)
+    known = np.isfinite(difficulty)
+    difficulty, taken = difficulty[known], np.array(row.exit_taken)[known]
+    names = {choice.exit_index: _exit_name(choice.exit) for choice in row.instance.exits}
+    by_exit = [(name, difficulty[taken == exit_index]) for exit_index, name in names.items()]
+    figure = draw_depth(difficulty, taken, names, len(costs.segments), measure)
+    alt = f"exit taken against {measure}, one point per image, a bar at each exit's mean"
+    return {
+        "figure": as_svg(figure, "depth", alt),
+        "instance": row.instance.objective or row.instance.name,
+        "measure": measure,
+        "groups": [(name, len(here), float(here.mean()) if len(here) else float("nan")) for name, here in by_exit],
+        "sentence": _correlation_in_words(rank_correlation(difficulty, taken), len(taken)),
+    }
+
+
+def _difficulty(measurements: Measurements) -> tuple[NDArray[np.float64], str]:
+    """Per image, and what it is in words: the error of the final exit stands in where no difficulty is recorded."""
+    difficulty = np.array(measurements.difficulty, np.float64)
+    if np.isfinite(difficulty).any():
+        return difficulty, "difficulty"
+    error = np.array(measurements.final_exit_error, np.float64)
+    return error, "share of pixels the final exit gets wrong (no difficulty recorded)"
+
+
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation in [-1, 1], ties averaged; NaN where a or b is constant or empty."""
+
+    def centred_ranks(values: ArrayLike) -> NDArray[np.float64]:
+        _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        return np.asarray((np.cumsum(counts) - counts / 2)[inverse] - len(inverse) / 2)
+
+    x, y = centred_ranks(a), centred_ranks(b)
+    norm = math.sqrt(float((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum()) / norm if norm > 0 else float("nan")
+
+
+def _correlation_in_words(correlation: float, num_images: int) -> str:
+    if math.isnan(correlation):
+        return f"No rank correlation over {num_images} images: all left at one exit, or are equally hard."
+    chance = 1.96 / math.sqrt(num_images - 1)  # two-sided 5 %, normal approximation
+    reading = "harder images leave later" if correlation > 0 else "harder images leave earlier, against the intent"
+    if abs(correlation) < chance:
+        reading = "no relation that could be told from chance"
+    return (
+        f"Spearman's rank correlation {correlation:+.2f} over {num_images} images: {reading} "
+        f"(unrelated ranks stay within {min(chance, 1):.2f} of zero in 19 draws of 20)."
+    )
+
+
+def _heads_figure(inputs: ReportInputs) -> dict[str, Any]:
+    """mIoU of every exit on the reported images against its cost: backbone up to it and its head."""
+    tables = _reported(inputs.tables, inputs.measurements.image_names)
+    column = inputs.costs.column("macs", tables.exits)
+    gmacs = np.array([column.prefix(place.exit_index) for place in tables.exits]) / 1e9 + column.heads / 1e9
+    num_images = len(tables.image_names)
+    miou = np.array([tables.miou(np.full(num_images, h)) for h in range(len(tables.exits))])
+    exit_indices = np.array([place.exit_index for place in tables.exits])
+    names = {place.exit_index: _exit_name(place) for place in tables.exits}
+    best = []
+    for exit_index, name in names.items():
+        here = np.flatnonzero(exit_indices == exit_index)
+        top = max(here, key=lambda h: np.nan_to_num(miou[h], nan=-1.0))
+        best.append((name, len(here), tables.exits[top].head, f"{100 * miou[top]:.2f}", _significant(gmacs[top], 4)))
+    figure = draw_heads(gmacs, miou, exit_indices, names, len(inputs.costs.segments))
+    alt = "mIoU of every exit head on the reported images against its GMACs, one colour per exit"
+    return {"figure": as_svg(figure, "heads", alt), "best": best, "num_exits": len(tables.exits)}
+
+
+def _reported(tables: ExitTables, image_names: Sequence[str]) -> ExitTables:
+    position = {name: v for v, name in enumerate(tables.image_names)}
+    missing = [name for name in image_names if name not in position]
+    if missing:
+        raise RunError(
+            f"exit tables lack {len(missing)} measured images ({missing[0]!r}); run `messnet evaluate` again"
+        )
+    return tables.subset(np.array([position[name] for name in image_names], np.int64))

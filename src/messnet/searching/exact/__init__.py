@@ -1,0 +1,1 @@
+"""The machinery that finds and proves optima: enumeration, branch and bound, certificates."""

@@ -1,0 +1,299 @@
+"""A promise on images not seen: the thresholds of a searched instance retreat until their risk is certified.
+
+The images of the selection half choose the instance and, with it, a path of instances from the final exit (safest: it
+loses nothing) to the searched thresholds (riskiest). The images of the other half, all of them, certify: each step is
+the test of "its expected loss exceeds epsilon", in the order of the path, up to the first that is not rejected. This is
+fixed-sequence testing: the path is fixed before a calibration image is looked at, so a wrong certificate needs the
+rejection of the path's first wrong step, and that has probability <= delta. However long the path, the steps before
+cost nothing (Angelopoulos et al., "Learn then Test", 2021, section 2.4; for early exits Jazbec et al., "Fast yet Safe:
+Early-Exiting with Risk Control", 2024).
+
+The certificate stands in for a report: the mean loss of the certified step on the calibration images flatters, since
+they helped to choose the step. Each certificate holds for itself, not for the best of several.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from messnet.errors import RecipeError
+from messnet.records.instance import ExitChoice, Instance
+from messnet.records.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
+from messnet.searching.exact.problem import DECIMALS
+from messnet.searching.results import SearchResult
+from messnet.searching.space import Objective, confidence_at, cost_of, image_thresholds, route
+from messnet.searching.words import amount
+
+__all__ = [
+    "MOST_IMAGES",
+    "Guarantee",
+    "certified_step",
+    "certify",
+    "images_needed",
+    "loss_of",
+    "no_dearer",
+    "p_value",
+    "retreat_path",
+]
+
+MOST_IMAGES = 1 << 20
+"""``images_needed`` counts no further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """With probability >= 1 - delta over the draw of the calibration images, the expected loss is <= epsilon."""
+
+    epsilon: float
+    """Largest expected loss per image, see ``loss_of``; in (0, 1)."""
+    delta: float
+    """Largest probability that the promise is wrong; in (0, 1)."""
+    num_steps: int = 100
+    """Steps of the path, >= 1; those that route alike count once."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epsilon < 1 and 0 < self.delta < 1):
+            raise RecipeError(
+                f"a guarantee takes epsilon and delta, both between 0 and 1, such as 0.01 0.1; "
+                f"got {self.epsilon:g} {self.delta:g}"
+            )
+        if self.num_steps < 1:
+            raise RecipeError(f"num_steps is {self.num_steps}, expected at least 1")
+
+
+def certify(
+    result: SearchResult,
+    objective: Objective,
+    guarantee: Guarantee,
+    *,
+    selection: ExitTables,
+    calibration: ExitTables,
+    costs: CostTable,
+) -> SearchResult:
+    """``result`` with the boldest instance of its path that the calibration images certify, at worst the final exit.
+
+    ``selection`` are the tables that ``result`` was searched on; by them, too, steps that cost more than the final exit
+    alone are left out. The new certificate says in words what is promised and, where the path was not walked to its
+    end, how many images would do. Raises RecipeError for a budgeted instance, which has no thresholds, and for
+    calibration images that are none or were selected on.
+    """
+    if result.instance.setting != "input_dependent":
+        raise RecipeError("a guarantee moves image thresholds, a budgeted instance has none: search input_dependent")
+    num_images, shared = len(calibration.image_names), {*selection.image_names} & {*calibration.image_names}
+    if not num_images or shared:
+        raise RecipeError(
+            f"a guarantee calibrates on images that were not selected on: got {num_images}, {len(shared)} of them were"
+        )
+
+    path = retreat_path(result.instance, selection, guarantee.num_steps)
+    path = no_dearer(path, objective.cost_name, selection, costs)
+    losses = np.array([loss_of(calibration, route(calibration, step)) for step in path])
+    # p_value bets on one image after the other: a trend in the order of the files is no loss of their source.
+    losses = losses[:, np.random.default_rng(0).permutation(num_images)]
+    certified, p = certified_step(losses, guarantee)
+    retreats = certified + 1 < len(path)
+
+    certificate = _certificate(guarantee, losses[certified], p, certified, len(path) - 1)
+    if retreats:
+        certificate += f"; {_shortfall(guarantee, losses[certified + 1 :])}"
+    measured = result.instance.selected_on | _measure(path[certified], objective, selection, costs)
+    instance = replace(path[certified], selected_on=measured, certificate=f"{certificate}; {result.certificate}")
+    verdict = _verdict(result.instance, instance, objective) if retreats else result.verdict
+    return replace(result, instance=instance, certificate=instance.certificate, verdict=verdict)
+
+
+def certified_step(losses: FloatArray, guarantee: Guarantee) -> tuple[int, float]:
+    """The boldest step of a path that the losses (steps, n) of n calibration images certify, and its p-value.
+
+    Fixed-sequence testing: up to the first step that is not rejected. The first step, the final exit, loses nothing and
+    needs no test.
+    """
+    certified, p = 0, 0.0
+    for step, row in enumerate(losses[1:], start=1):
+        tested = p_value(row, guarantee)
+        if tested > guarantee.delta:
+            break
+        certified, p = step, tested
+    return certified, p
+
+
+def loss_of(tables: ExitTables, routing: IntArray) -> FloatArray:
+    """(V,) loss in [0, 1] of each image under a routing (V,) of positions in ``tables.exits``.
+
+    The drop of the share of correct pixels against the final exit (method.md section 9), 0 where an image gains. An
+    image without labelled pixels loses nothing.
+    """
+    images = np.arange(len(tables.image_names))
+    correct, correct_finally = (
+        tables.intersection[images, exits].sum(1, dtype=np.int64) for exits in (routing, tables.final)
+    )
+    lost = np.maximum(correct_finally - correct, 0)
+    loss: FloatArray = lost / np.maximum(tables.labelled.sum(1, dtype=np.int64), 1)
+    return loss
+
+
+def p_value(losses: FloatArray, guarantee: Guarantee) -> float:
+    """p-value of "the expected loss exceeds epsilon" from the losses (n,) in [0, 1] of n >= 1 images, in random order.
+
+    By betting against it. A capital of 1 is multiplied by ``1 + bet_i (epsilon - loss_i)`` image after image; if the
+    expected loss is epsilon or more, no such bets make it grow on average, and the chance that it ever reaches 1 / u is
+    at most u, at every n (Ville's inequality). So p is 1 over the largest capital on the way. Each bet looks at the
+    images before it only,
+
+        bet_i = min(1, sqrt(2 log(1 / delta) / (n variance_(i-1))))
+
+    and is high where losses spread little, as drops of accuracy do; bounds by Hoeffding and Bentkus take the spread for
+    as large as the mean allows. delta sets the bets, p is valid for any (Waudby-Smith and Ramdas, "Estimating means of
+    bounded random variables by betting", 2024; these bets: Bates et al., "Distribution-Free, Risk-Controlling
+    Prediction Sets", 2021).
+    """
+    num_images = len(losses)
+    seen = np.arange(2, num_images + 2)  # and one image made up, of loss 1/2 and variance 1/4
+    mean = (0.5 + losses.cumsum()) / seen
+    variance = (0.25 + ((losses - mean) ** 2).cumsum()) / seen
+    before = np.concatenate([[0.25], variance[:-1]])
+    bets = np.minimum(1, np.sqrt(-2 * math.log(guarantee.delta) / (num_images * before)))
+    capital = np.log1p(bets * (guarantee.epsilon - losses)).cumsum().max()
+    return math.exp(-max(0.0, float(capital)))
+
+
+def images_needed(losses: FloatArray, guarantee: Guarantee) -> int | None:
+    """The calibration images, with losses like these (n,) over and over, that would certify a step; exact for no loss.
+
+    None where more than ``MOST_IMAGES`` would not do.
+    """
+
+    def certify_it(num_images: int) -> bool:
+        return p_value(np.resize(losses, num_images), guarantee) <= guarantee.delta
+
+    enough = 1
+    while not certify_it(enough):
+        if enough >= MOST_IMAGES:
+            return None
+        enough *= 2
+    return bisect_left(range(enough), True, lo=enough // 2 + 1, key=certify_it)
+
+
+def retreat_path(instance: Instance, selection: ExitTables, num_steps: int = 100) -> list[Instance]:
+    """From the final exit alone to ``instance``, ever bolder; it depends on the selection images only.
+
+    At step k of ``num_steps`` each early exit keeps the k / ``num_steps`` most confident of the selection images that
+    reach its searched image threshold; one that keeps none is left out. The final exit takes the rest. If the instance
+    cuts the model, its last exit is an early exit that all images may leave at, until the end of the path cuts.
+    """
+    last = selection.exits[selection.final]
+    final = ExitChoice(exit_index=last.exit_index, head=last.head)
+    early = [_with_thresholds(choice, instance, selection) for choice in instance.exits if choice.exit != last]
+    path = [replace(instance, exits=(final,))]
+    for k in range(1, num_steps):
+        kept = [_keep(choice, instance.policy, selection, k, num_steps) for choice in early]
+        step = replace(instance, exits=(*(choice for choice in kept if choice), final))
+        if step != path[-1]:
+            path.append(step)
+    return path if path[-1] == instance else [*path, instance]
+
+
+def no_dearer(path: list[Instance], cost: CostName, selection: ExitTables, costs: CostTable) -> list[Instance]:
+    """The path without the steps that cost more than the final exit alone: where few images leave, their heads cost
+    more than they save. The searched instance stays: it is what was asked for."""
+    means = [float(cost_of(selection, costs, step, cost).mean()) for step in path]
+    return [step for step, mean in zip(path, means, strict=True) if mean <= means[0] or step is path[-1]]
+
+
+def _with_thresholds(choice: ExitChoice, instance: Instance, selection: ExitTables) -> ExitChoice:
+    """The exit where an instance cuts decides nothing: here it may, at the pixel threshold that ranks its losses best.
+
+    That is the one with the least loss summed over how many images leave, the most confident first.
+    """
+    if choice.image_threshold is not None:
+        return choice
+    position = selection.exits.index(choice.exit)
+    losses = loss_of(selection, np.full(len(selection.image_names), position))
+    confidence = selection.image_confidence[:, position, selection.policies.index(instance.policy)]
+    ranked = losses[np.argsort(-confidence, axis=0, kind="stable")]  # (V, T)
+    best = int(ranked.cumsum(0).sum(0).argmin())
+    return replace(choice, pixel_threshold=float(selection.pixel_thresholds[best]), image_threshold=0.0)
+
+
+def _keep(choice: ExitChoice, policy: str, selection: ExitTables, k: int, num_steps: int) -> ExitChoice | None:
+    """``choice`` with the image threshold that the k / num_steps most confident of its selection images reach."""
+    assert choice.image_threshold is not None
+    observed = np.sort(confidence_at(selection, choice, policy))
+    num_kept = int((observed >= np.float64(choice.image_threshold)).sum()) * k // num_steps
+    if not num_kept:
+        return None
+    (threshold,) = image_thresholds(observed, observed[[-num_kept]])
+    return replace(choice, image_threshold=float(threshold))
+
+
+def _measure(instance: Instance, objective: Objective, selection: ExitTables, costs: CostTable) -> dict[str, float]:
+    """What the retreated instance does to the selection images, under the search's own keys."""
+    routing = route(selection, instance)
+    return {
+        "miou": round(selection.miou(routing), DECIMALS),
+        objective.cost_name: float(cost_of(selection, costs, instance, objective.cost_name).mean()),
+        "loss": float(loss_of(selection, routing).mean()),
+    }
+
+
+def _certificate(guarantee: Guarantee, losses: FloatArray, p: float, position: int, num_steps: int) -> str:
+    """The promise in words."""
+    if position == 0:
+        nothing = "every image runs to the final exit and loses nothing against it"
+        why = f": none of {num_steps} steps from there to the searched thresholds could be certified"
+        return nothing + (why if num_steps else "")
+    return (
+        f"an image's expected loss of correct pixels against the final exit is <= {guarantee.epsilon:g} with "
+        f"probability >= {1 - guarantee.delta:g} over the draw of {len(losses)} calibration images, if these and new "
+        f"images are drawn independently from one source: p-value {p:.3g} at mean loss {losses.mean():.3g}, step "
+        f"{position} of {num_steps} from the final exit to the searched thresholds, tested in this order"
+    )
+
+
+def _shortfall(guarantee: Guarantee, ahead: FloatArray) -> str:
+    """Why the path was not walked to its end; ``ahead`` are the losses (steps, n) of the steps not certified."""
+    num_images = ahead.shape[1]
+    least = images_needed(np.zeros(1), guarantee)
+    if least is None or num_images < least:
+        takes = f"more than {MOST_IMAGES}" if least is None else f"at least {least}"
+        return (
+            f"{num_images} calibration images can certify no epsilon below {_least_epsilon(num_images, guarantee):.3g}"
+            f", even without any loss; {guarantee.epsilon:g} takes {takes}"
+        )
+    worst = ahead[ahead.mean(1).argmax()]
+    words = f"the steps ahead have mean losses up to {worst.mean():.3g}"
+    if worst.mean() >= guarantee.epsilon:
+        return f"{words}: more images would not certify the searched thresholds"
+    needed = images_needed(worst, guarantee)
+    if needed is None:
+        return f"{words}: more than {MOST_IMAGES} images would be needed to certify the searched thresholds"
+    return f"{words}: about {needed} images like these would certify the searched thresholds"
+
+
+def _least_epsilon(num_images: int, guarantee: Guarantee) -> float:
+    """The smallest epsilon, to 6 decimals, that so many images without any loss certify; at most 1."""
+    millionths, none = range(1, 1_000_000), np.zeros(num_images)
+    place = bisect_left(
+        millionths,
+        True,
+        key=lambda m: p_value(none, replace(guarantee, epsilon=m / 1e6)) <= guarantee.delta,
+    )
+    return (place + 1) / 1e6
+
+
+def _verdict(searched: Instance, retreated: Instance, objective: Objective) -> str:
+    """What the retreat cost, and whether the objective still holds, on the selection images."""
+    cost, before, after = objective.cost_name, searched.selected_on, retreated.selected_on
+    whole = after[f"baseline_{cost}"]
+    least_miou, largest_cost = objective.limits(after["baseline_miou"], whole)
+    holds = after["miou"] >= round(least_miou, DECIMALS) and after[cost] <= largest_cost
+    return (
+        f"retreated from mIoU {100 * before['miou']:.2f} % at {amount(cost, before[cost], whole)} to "
+        f"{100 * after['miou']:.2f} % at {amount(cost, after[cost], whole)} (the model itself: "
+        f"{100 * after['baseline_miou']:.2f} % at {amount(cost, whole, whole)})"
+        + ("" if holds else ": no longer what was asked for")
+    )

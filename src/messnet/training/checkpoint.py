@@ -1,0 +1,72 @@
+"""Where a training stage keeps the state it resumes from."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from messnet.errors import RunError
+from messnet.records.files import write_atomically, writing
+
+__all__ = ["Checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training stage keeps the state it resumes from."""
+
+    path: Path
+    made_from: str = field(default="", kw_only=True)
+    """Fingerprint of the recipe, where a state of another one must not be taken for this one's."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state saved, None if there is none. Raises RunError when it cannot be read."""
+        if not self.path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise RunError(
+                f"{self.path} cannot be read (damaged, or no checkpoint); delete it to start the stage again"
+            ) from error
+        if state.pop("made_from", self.made_from) != self.made_from:
+            raise RunError(f"{self.path} was made from another recipe; delete it to start anew with this one")
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replaces the last state. Raises RunError when the disk is full or read-only; the last state is whole then."""
+        _save(self.path, state | ({"made_from": self.made_from} if self.made_from else {}))
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Beside the last state: the best one."""
+        _save(self.best.path, state)
+
+    def load_best(self) -> dict[str, Any] | None:
+        return self.best.load()
+
+    @property
+    def best(self) -> Checkpoint:
+        return Checkpoint(self.path.with_suffix(".best"))
+
+    def expect_writable(self) -> None:
+        """Raises RunError when no state could be saved here: before hours are spent, not after."""
+        probe = self.path.with_name(f".{self.path.name}.probe")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"probe")
+            probe.unlink()
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".best").unlink(missing_ok=True)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with writing(path):
+        write_atomically(path, buffer.getvalue())

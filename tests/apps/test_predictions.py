@@ -1,0 +1,189 @@
+"""The files that ``predict`` writes, against what the session says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.images import smooth_image
+from messnet.apps.predictions import PredictOptions, overlay, predict_files, read_image
+from messnet.cli import main
+from messnet.deployment.loading import load
+from messnet.deployment.session import Session
+from messnet.errors import DataError, RecipeError
+from messnet.network.multi_exit import MultiExitNet
+from messnet.records.instance import ExitChoice, Instance
+
+SIZES = {"b": (64, 80), "a": (61, 83)}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed, (name, size) in enumerate(SIZES.items()):
+        Image.fromarray(smooth_image(*size, seed)).save(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("not an image, in a folder: left alone")
+    return folder
+
+
+def test_files_hold_what_the_session_says(tiny_run: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    session = load(tiny_run, instance="max-miou")
+    records = predict_files(session, [photos], out).records
+    summary = json.loads((out / "predictions.json").read_text())
+    assert summary["predictions"] == records
+    assert summary["instance"] == "max-miou"
+    assert summary["class_names"] == list(session.class_names)
+    assert [Path(record["image"]).name for record in records] == ["a.png", "b.png"]
+    for record in records:
+        image = np.array(Image.open(record["image"]))
+        result = session.predict([image])[0]
+        assert (record["exit_index"], record["image_confidence"]) == (result.exit_index, result.image_confidence)
+        assert record["latency_ms"] > 0
+        with Image.open(out / record["mask"]) as mask:
+            assert mask.mode == "P"
+            np.testing.assert_array_equal(np.array(mask), result.labels)
+            coloured = np.array(mask.convert("RGB"))
+        np.testing.assert_array_equal(coloured, session.palette[result.labels])
+        blend = 0.45 * image + 0.55 * coloured
+        np.testing.assert_allclose(np.array(Image.open(out / record["overlay"])), blend, atol=1)
+        confidence = np.array(Image.open(out / record["confidence"]))
+        assert confidence.dtype == np.uint8
+        np.testing.assert_allclose(confidence / 255, result.confidence_map, atol=0.51 / 255)
+    written = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    folders = ("masks", "overlays", "confidence")
+    assert written == {"predictions.json"} | {f"{folder}/{name}.png" for folder in folders for name in SIZES}
+
+
+def test_overlay_is_a_blend() -> None:
+    image = np.full((2, 2, 3), 100, np.uint8)
+    palette = np.array([[0, 0, 0], [200, 100, 0]], np.uint8)
+    blended = overlay(image, np.array([[0, 1], [1, 0]], np.uint8), palette)
+    assert blended.dtype == np.uint8
+    assert blended[0, 0].tolist() == [45, 45, 45]
+    assert blended[0, 1].tolist() == [155, 100, 45]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_every_image_is_read_as_rgb(tmp_path: Path, mode: str) -> None:
+    Image.fromarray(smooth_image(20, 30)).convert(mode).save(tmp_path / "image.png")
+    image = read_image(tmp_path / "image.png")
+    assert (image.shape, image.dtype) == ((20, 30, 3), np.uint8)
+    np.testing.assert_array_equal(image, np.array(Image.open(tmp_path / "image.png").convert("RGB")))
+
+
+def test_half_an_image_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(smooth_image(64, 80)).save(tmp_path / "image.jpg")
+    data = (tmp_path / "image.jpg").read_bytes()
+    (tmp_path / "image.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"image\.jpg cannot be read as an image \(.*; replace it"):
+        read_image(tmp_path / "image.jpg")
+
+
+@pytest.fixture(scope="module")
+def session(small_net: MultiExitNet) -> Session:
+    exits = tuple(ExitChoice(exit_index=e.exit_index, head=e.head) for e in (small_net.exits[0], small_net.exits[-1]))
+    palette = np.random.default_rng(0).integers(0, 256, (5, 3), np.uint8)
+    return Session(small_net, Instance(name="x", setting="anytime", exits=exits), palette=palette, input_size=(48, 64))
+
+
+def many(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    folder.mkdir()
+    for i, size in enumerate(sizes):
+        Image.fromarray(smooth_image(*size, i)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_damaged_images_among_many_are_told_and_the_others_done(session: Session, tmp_path: Path) -> None:
+    folder = many(tmp_path / "in", [(64, 80)] * 3)
+    (folder / "0.png").write_text("words")
+    (folder / "1b.png").write_bytes((folder / "1.png").read_bytes()[:3000])
+    done = predict_files(session, [folder], tmp_path / "out")
+    assert [Path(record["image"]).name for record in done.records] == ["1.png", "2.png"]
+    assert ["0.png cannot be read" in done.failed[0], "1b.png cannot be read" in done.failed[1]] == [True, True]
+    summary = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert (summary["predictions"], summary["failed"]) == (done.records, done.failed)
+    for name in ("1.png", "2.png"):
+        (folder / name).write_text("words")
+    with pytest.raises(DataError, match=r"0\.png cannot be read .*\(and 3 other images likewise\)"):
+        predict_files(session, [folder], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_damaged_images_through_the_command(
+    tiny_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "aa.png").write_text("words")
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(tiny_run), str(photos), "--out", str(tmp_path / "out"), "--tile-overlap", "9"])
+    said = capsys.readouterr()
+    told = [line for line in said.err.splitlines() if line.startswith("messnet: ")]
+    lines = [line for line in told if "compiling" not in line]
+    assert end.value.code == 2
+    assert len(lines) == 2
+    assert "aa.png cannot be read" in lines[0]
+    assert "1 of 3 images were left out" in lines[1]
+    assert "2 images (exit" in said.out
+    record = json.loads((tmp_path / "out/predictions.json").read_text())["predictions"][0]
+    assert (record["tiles"][0]["rows"], len(record["tiles"])) == ([0, 61], 2)  # 61 x 83, made for 64 x 80
+    assert (tmp_path / "out" / record["exits"]).is_file()
+
+
+def test_batches_of_one_size_give_the_same(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = many(tmp_path / "in", [(64, 80), (64, 80), (64, 80), (48, 80), (64, 80)])
+    one = predict_files(session, [folder], tmp_path / "one").records
+    sizes, predict = [], session.predict
+
+    def listen(images: list[np.ndarray], **given: int) -> list[object]:
+        sizes.append(len(images))
+        return predict(images, **given)
+
+    monkeypatch.setattr(session, "predict", listen)
+    records = predict_files(session, [folder], tmp_path / "two", PredictOptions(batch_size=2)).records
+    assert sizes == [2, 1, 1, 1]
+    for a, b in zip(one, records, strict=True):
+        assert (a["image"], a["exit_index"]) == (b["image"], b["exit_index"])
+        same = np.array(Image.open(tmp_path / "one" / a["mask"])) == np.array(Image.open(tmp_path / "two" / b["mask"]))
+        assert same.mean() > 0.999
+
+
+def test_a_deadline_keeps_the_best_so_far(session: Session, tmp_path: Path) -> None:
+    folder = many(tmp_path / "in", [(64, 80)])
+    exits = [choice.exit_index for choice in session.instance.exits]
+    for deadline_ms, expected in ((1e-6, exits[0]), (1e6, exits[-1])):
+        options = PredictOptions(deadline_ms=deadline_ms)
+        assert predict_files(session, [folder], tmp_path / "out", options).records[0]["exit_index"] == expected
+
+
+def test_an_interrupt_keeps_what_is_done(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, calls, predict = many(tmp_path / "in", [(64, 80)] * 3), [], session.predict
+
+    def interrupted(images: list[np.ndarray], **given: int) -> list[object]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(images, **given)
+
+    monkeypatch.setattr(session, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(session, [folder], tmp_path / "out")
+    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["predictions"]) == 2
+
+
+def test_options_that_make_no_sense() -> None:
+    late = {"deadline_ms": 5}
+    for options in ({"batch_size": 0}, {"deadline_ms": 0}, late | {"batch_size": 2}, late | {"tile": (8, 8)}):
+        with pytest.raises(RecipeError):
+            PredictOptions(**options)
+
+
+def test_a_decompression_bomb_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (200, 200)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"bomb\.png cannot be read"):
+        read_image(tmp_path / "bomb.png")

@@ -1,0 +1,470 @@
+"""Runtimes against torch: the same exits, confidences and labels; batches against single images; the reader without
+torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import messnet
+from helpers.images import smooth_image
+from messnet.deployment.bundle import open_bundle
+from messnet.deployment.export import check_graphs, export
+from messnet.deployment.graphs import leading_to, output_graph, policy_graph
+from messnet.deployment.loading import load, restore_bundle
+from messnet.deployment.planes import normalised_planes
+from messnet.deployment.runtimes import TorchRunner, load_graph
+from messnet.deployment.session import Result, Session
+from messnet.errors import MessError, ModelError, RecipeError, RunError
+from messnet.images.preprocessing import normalise
+from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.policy.labels import upsampled_labels
+from messnet.policy.reference import Policy, image_confidence
+from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.tables import CostTable
+
+READER = Path(__file__).parents[2] / "runtime/messnet_runtime.py"
+FCN = "crm1-blocks0-fcn"
+SIZES = [(64, 80), (61, 83), (90, 35)]
+IMAGES = [smooth_image(*SIZES[i % 3], seed=i) for i in range(9)] + [np.full((64, 80, 3), 90, np.uint8)] * 2
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With graphs; about half of the images leave at exit 1, the others go to exit 3."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("runtimes") / "run")
+    probe = Instance(name="probe", setting="budgeted", exits=(ExitChoice(exit_index=1, head=FCN),))
+    results = load(run, instance=probe).predict(IMAGES)
+    # In the widest gap about the median: runtimes round in their own ways.
+    confidences = np.sort(np.concatenate([result.confidence_map.ravel() for result in results]))
+    middle = confidences[2 * len(confidences) // 5 : 3 * len(confidences) // 5]
+    gap = int(np.diff(middle).argmax())
+    pixel_threshold = float(middle[gap : gap + 2].mean())
+    shares = [float(image_confidence(r.logits, 8, r.labels.shape, [pixel_threshold], r.policy)) for r in results]
+    early = ExitChoice(
+        exit_index=1, head=FCN, pixel_threshold=pixel_threshold, image_threshold=float(np.median(shares)) + 1e-4
+    )
+    instance = Instance(name="half", setting="input_dependent", exits=(early, ExitChoice(exit_index=3, head="final")))
+    (run / "instances/half.json").write_text(instance.to_json())
+    return export(run, run.parent / "half.mess", instance="half", graphs=True, images=IMAGES[:2]).path
+
+
+def same(one: Result, other: Result) -> None:
+    assert one.exit_index == other.exit_index
+    assert one.image_confidence == pytest.approx(other.image_confidence, abs=1e-6)
+    np.testing.assert_array_equal(one.labels, other.labels)
+    np.testing.assert_allclose(one.logits, other.logits, atol=1e-4)
+    assert one.logits.shape == other.logits.shape
+
+
+@pytest.mark.parametrize("confidence", ["top1", "entropy"])
+@pytest.mark.parametrize("refinement", ["native", "none"])
+def test_the_policy_graph_counts_exactly(confidence: Any, refinement: Any) -> None:
+    policy = Policy(confidence=confidence, refinement=refinement)
+    graph = load_graph(policy_graph(policy, 5), "onnxruntime", "f32", 1)
+    draw = torch.Generator().manual_seed(0)
+    for height, width in [(1, 1), (1, 7), (9, 1), (2, 2), (13, 17), (8, 30)]:
+        coarse = torch.randn(3, 5, max(1, height // 3), max(1, width // 3), generator=draw) * 4
+        logits = upsample(coarse, (height, width)) + 0.3 * torch.randn(3, 5, height, width, generator=draw)
+        for threshold in (0.3, 0.5, 0.7, 0.9):
+            expected = image_confidence(logits, 8, (0, 0), [threshold], policy)[:, 0].numpy()
+            feeds = {"logits": logits.numpy(), "pixel_threshold": np.array([threshold], np.float32)}
+            np.testing.assert_array_equal(graph.run(feeds, ["confidence"])[0], expected)
+
+
+def test_thin_maps_are_widened_and_nothing_else_changes() -> None:
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    from messnet.deployment.graphs import _widen_thin_maps
+
+    draw = np.random.default_rng(0)
+    shapes = {"thin": (6, 3), "wide": (20, 6), "out": (4, 20), "after": (5, 4), "deep": (20, 1), "narrow": (7, 20)}
+    weights = [
+        numpy_helper.from_array(draw.normal(size=(*shape, 1, 1)).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ] + [numpy_helper.from_array(draw.normal(size=6).astype(np.float32), "bias")]
+    nodes = [
+        helper.make_node("Conv", ["x", "thin", "bias"], ["a"]),  # 6 channels between two convolutions
+        helper.make_node("Conv", ["a", "wide"], ["b"]),
+        helper.make_node("Conv", ["b", "deep"], ["c"], group=20),
+        helper.make_node("Conv", ["c", "out"], ["d"]),  # its 4 channels are an output
+        helper.make_node("Conv", ["d", "after"], ["e"]),
+        helper.make_node("Conv", ["c", "narrow"], ["f"]),  # its 7 go into something else
+        helper.make_node("Relu", ["f"], ["g"]),
+    ]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", channels, "h", "w"])
+        for name, channels in (("x", 3), ("d", 4), ("e", 5), ("g", 7))
+    ]
+    graph = helper.make_graph(nodes, "thin", ports[:1], ports[1:], initializer=weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    feeds = {"x": draw.normal(size=(2, 3, 5, 7)).astype(np.float32)}
+    names = ["d", "e", "g"]
+    expected = load_graph(model.SerializeToString(), "onnxruntime", "f32", 1).run(feeds, names)
+    _widen_thin_maps(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+    widened = {one.name: tuple(one.dims)[:2] for one in model.graph.initializer}
+    assert widened == {**shapes, "thin": (16, 3), "wide": (20, 16), "bias": (16,)}
+    found = load_graph(model.SerializeToString(), "onnxruntime", "f32", 1).run(feeds, names)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_planes_are_normalised_images() -> None:
+    images = np.random.default_rng(3).integers(0, 256, (2, 37, 50, 3), dtype=np.uint8)
+    for some in (images, images[:, ::2, 1::3], images[1:]):
+        np.testing.assert_array_equal(normalised_planes(some), normalise(some).numpy())
+
+
+def test_segments_that_are_wanted_alone_run_without_their_head(bundle: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    data = (bundle / "onnx/stage0.onnx").read_bytes()
+    alone, all_of_it = (onnx.load_from_string(one).graph for one in (leading_to(data, ["next0"]), data))
+    onnx.checker.check_model(leading_to(data, ["next0"]), full_check=True)
+    assert [one.name for one in alone.output] == ["next0"]
+    assert [one.name for one in alone.input] == ["live0"]
+    weights = {one.name for one in alone.initializer}
+    assert weights
+    assert not any("head" in name for name in weights)
+    assert any("head" in one.name for one in all_of_it.initializer)
+    assert {node.op_type for node in alone.node} < {node.op_type for node in all_of_it.node}
+    feeds = {"live0": normalised_planes(IMAGES[0][None]), "pixel_threshold": np.array([0.5], np.float32)}
+    graph = load_graph(data, "onnxruntime", "f32", 1)
+    np.testing.assert_array_equal(graph.run(feeds, ["next0"])[0], graph.run(feeds, ["next0", "logits"])[0])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 50), (200, 130), (5, 4)])
+def test_labels_at_the_input(size: tuple[int, int]) -> None:
+    logits = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(1))
+    expected = upsample(logits, size).argmax(1).numpy()
+    for threads in (1, 2, 7):
+        np.testing.assert_array_equal(upsampled_labels(logits.numpy(), size, threads=threads), expected)
+    graph = load_graph(output_graph(), "onnxruntime", "f32", 1)
+    np.testing.assert_array_equal(
+        graph.run({"logits": logits.numpy(), "size": np.array(size)}, ["labels"])[0], expected
+    )
+
+
+def test_a_batch_gives_what_single_images_give(small_net: MultiExitNet) -> None:
+    early = [ExitChoice(exit_index=i, head=FCN, pixel_threshold=0.7, image_threshold=0.7 + 0.1 * i) for i in (0, 1)]
+    final = ExitChoice(exit_index=3, head="final")
+    session = Session(small_net, Instance(name="three", setting="input_dependent", exits=(*early, final)))
+    shares = [next(session.anytime(image)).image_confidence for image in IMAGES]
+    early[0] = ExitChoice(exit_index=0, head=FCN, pixel_threshold=0.7, image_threshold=float(np.median(shares)))
+    session = Session(small_net, Instance(name="three", setting="input_dependent", exits=(*early, final)))
+    alone = session.predict(IMAGES)
+    assert len({result.exit_index for result in alone}) > 1
+    for batch_size in (3, 32):
+        for one, other in zip(session.predict(IMAGES, batch_size=batch_size), alone, strict=True):
+            same(one, other)
+
+
+def test_images_that_finish_leave_the_batch(small_net: MultiExitNet) -> None:
+    seen: list[tuple[str, int]] = []
+    parts = {f"segment {k}": segment for k, segment in enumerate(small_net.backbone.segments)}
+    hooks = [
+        part.register_forward_hook(lambda _, given, __, name=name: seen.append((name, len(given[0]))))
+        for name, part in parts.items()
+    ]
+    images = [np.full((64, 80, 3), 90, np.uint8), IMAGES[0], IMAGES[3]]
+    early = ExitChoice(exit_index=0, head=FCN, pixel_threshold=0.7, image_threshold=0.5)
+    final = ExitChoice(exit_index=3, head="final")
+    probe = Session(small_net, Instance(name="probe", setting="budgeted", exits=(ExitChoice(exit_index=0, head=FCN),)))
+    maps = [result.confidence_map for result in probe.predict(images)]
+    pixel_threshold = float(np.median(maps))
+    shares = [float((one >= pixel_threshold).mean()) for one in maps]
+    early = ExitChoice(
+        exit_index=0, head=FCN, pixel_threshold=pixel_threshold, image_threshold=float(np.median(shares)) + 1e-6
+    )
+    seen.clear()
+    results = Session(small_net, Instance(name="two", setting="input_dependent", exits=(early, final))).predict(
+        images, batch_size=8
+    )
+    for hook in hooks:
+        hook.remove()
+    left = sum(result.exit_index == 0 for result in results)
+    assert left == 1
+    assert seen == [("segment 0", 3), *((f"segment {k}", 2) for k in (1, 2, 3))]
+
+
+def test_what_is_no_batch_runs_image_by_image(small_net: MultiExitNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = ExitChoice(exit_index=0, head=FCN, pixel_threshold=0.7, image_threshold=0.5)
+    session = Session(
+        small_net,
+        Instance(name="two", setting="input_dependent", exits=(early, ExitChoice(exit_index=3, head="final"))),
+    )
+    expected = session.predict(IMAGES)
+    monkeypatch.setattr(TorchRunner, "select", lambda *_: None)
+    for one, other in zip(session.predict(IMAGES, batch_size=8), expected, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize(("runtime", "batch_size"), [("onnxruntime", 1), ("onnxruntime", 4), ("openvino", 1)])
+def test_every_runtime_decides_as_torch(bundle: Path, runtime: Any, batch_size: int) -> None:
+    expected = load(bundle).predict(IMAGES)
+    assert {result.exit_index for result in expected} == {1, 3}
+    session = messnet.load(bundle, runtime=runtime, threads=1)
+    assert (session.runtime, session.input_size, session.costs) == (runtime, (64, 80), None)
+    for one, other in zip(session.predict(IMAGES, batch_size=batch_size), expected, strict=True):
+        same(one, other)
+    reference = load(bundle)
+    for image in IMAGES[:2]:
+        for one, other in zip(session.anytime(image), reference.anytime(image), strict=True):
+            same(one, other)
+        same(session.budgeted(image, exit_index=3), reference.budgeted(image, exit_index=3))
+
+
+def test_the_manifest_says_how_far_graphs_agree(bundle: Path) -> None:
+    record = json.loads((bundle / "manifest.json").read_text())
+    graphs = record["runtimes"]["onnx"]
+    assert graphs["files"] == {name: f"onnx/{name}.onnx" for name in ("stage0", "stage1", "output")}
+    checked = graphs["checked"]
+    assert 0 < checked.pop("logits_max_abs") < 1e-3
+    assert checked.pop("confidence_max_abs") < 1e-6
+    assert checked == {"images": 3, "equal_decisions": 1, "equal_pixels": 1, "size_multiple": 1, "real_images": 1}
+
+
+def test_graphs_that_disagree_are_refused(bundle: Path) -> None:
+    _, net, instance = restore_bundle(open_bundle(bundle))
+    graphs = {name: (bundle / f"onnx/{name}.onnx").read_bytes() for name in ("stage0", "stage1", "output")}
+    assert check_graphs(net, instance, graphs, IMAGES[:1])["equal_pixels"] == 1
+    with torch.no_grad():
+        next(net.heads.parameters()).mul_(1.5)
+    with pytest.raises(ModelError, match=r"do not do what torch does \(.*logits_max_abs"):
+        check_graphs(net, instance, graphs, IMAGES[:1])
+
+
+def test_what_is_asked_in_vain(bundle: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: list[tuple[type[MessError], str, Callable[[], Any]]] = [
+        (RecipeError, "no runtime is called 'tpu'; choose one of torch,", lambda: load(bundle, runtime="tpu")),
+        (RecipeError, "onnxruntime has no precision 'bf16'", lambda: load(
+            bundle, runtime="onnxruntime", precision="bf16")),
+        (RecipeError, "runs on the processor", lambda: load(bundle, runtime="openvino", device="cuda")),
+        (ModelError, "holds graphs, no network", lambda: load(bundle, runtime="onnxruntime").net),
+        (RunError, "could not run", lambda: export(tiny_run, tmp_path / "x", weights=False)),
+        (RunError, r"no graphs for openvino; it is for torch: make one with .*--runtime onnx", lambda: load(
+            export(tiny_run, tmp_path / "plain.mess").path, runtime="openvino")),
+        (ModelError, "cannot be a graph", lambda: policy_graph(Policy(refinement="paper"), 5)),
+        (ModelError, r"no graph of head 'final' at exit 2; there are 1 .*, 3 \(final\)", lambda: load(
+            bundle, runtime="onnxruntime",
+            instance=Instance(name="x", setting="budgeted", exits=(ExitChoice(exit_index=2, head="final"),)))),
+    ]  # fmt: skip
+    for kind, words, ask in wrong:
+        with pytest.raises(kind, match=words):
+            ask()
+    for package, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ModelError, match=rf"not installed: pip install messnet\[{extra}\]"):
+                load(bundle, runtime=package)
+
+
+def test_deadlines(small_net: MultiExitNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parts that take what the table says, and a clock that only they move."""
+    table = messnet.profile(small_net, (64, 80))
+    record = json.loads(table.to_json())
+    for part in itertools.chain(
+        record["segments"], record["policies"], record["outputs"], (h[2] for h in record["heads"])
+    ):
+        part["latency_ms"] = part["latency_p95_ms"] = 2.0
+    costs = CostTable.from_json(json.dumps(record))
+    early = [ExitChoice(exit_index=e, head=FCN) for e in (0, 2)]
+    choices = (*early, ExitChoice(exit_index=3, head="final"))
+    # Each exit: its segments, its head, its output: 6 ms, 8 ms, 6 ms.
+    now = [0.0]
+    monkeypatch.setattr("messnet.deployment.session.time.perf_counter", lambda: now[0])
+
+    def session(slowness: float, table: CostTable | None, sizes: float = 1.0) -> Session:
+        class Slow(TorchRunner):
+            def advance(self, live: Any, exit: Exit, **how: Any) -> Any:
+                now[0] += slowness * sizes * {0: 6, 2: 8, 3: 6}[exit.exit_index] / 1000
+                return super().advance(live, exit, **how)
+
+        instance = Instance(name="any", setting="anytime", exits=choices)
+        return Session(Slow(small_net, Policy()), instance, costs=table)
+
+    def exits(session: Session, deadline_ms: float, image: np.ndarray = IMAGES[0]) -> list[int]:
+        start = now[0]
+        found = [result.exit_index for result in session.anytime(image, deadline_ms=deadline_ms)]
+        assert (now[0] - start) * 1000 <= max(deadline_ms, 12.1) or found == [0] or session.costs is None
+        return found
+
+    on_time = session(1.0, costs)
+    assert [exits(on_time, ms) for ms in (0, 6, 13.9, 14.1, 19.9, 20.1)] == [[0], [0], [0], [0, 2], [0, 2], [0, 2, 3]]
+    twice_as_slow = session(2.0, costs)
+    assert [exits(twice_as_slow, ms) for ms in (20.1, 27.9, 28.1, 40.1)] == [[0], [0], [0, 2], [0, 2, 3]]
+    larger = session(1.0, costs, sizes=4.0)
+    image = smooth_image(128, 160)
+    assert [exits(larger, ms, image) for ms in (55.9, 56.1)] == [[0], [0, 2]]
+    unknown = session(1.0, None)
+    assert exits(unknown, 7) == [0, 2]  # nothing is known yet: begun while there was time
+    assert exits(unknown, 7) == [0]
+    assert exits(unknown, 14.1) == [0, 2, 3]  # of the last exit neither
+    assert exits(unknown, 14.1) == [0, 2]
+
+
+def test_a_measured_table_comes_with_the_runtime_it_was_measured_in(
+    bundle: Path, tmp_path: Path, tiny_run: Path
+) -> None:
+    run = shutil.copytree(bundle.parent / "run", tmp_path / "run")
+    (run / "costs").mkdir(exist_ok=True)
+    here = load(run, instance="half", threads=1)
+    assert here.costs is None
+    record = json.loads((run / "profile.json").read_text())
+    for part in (*record["segments"], *record["policies"], *record["outputs"], *(h[2] for h in record["heads"])):
+        part["latency_ms"] = part["latency_p95_ms"] = 1.0
+    for name, changed in {"ours": {}, "other": {"threads": 64}, "batched": {"batch": 8}}.items():
+        record["conditions"] = {**here.runner.conditions, "batch": 1, **changed}
+        (run / f"costs/{name}.json").write_text(json.dumps(record))
+    found = load(run, instance="half", threads=1).costs
+    assert found is not None
+    assert found.conditions["threads"] == 1
+    assert load(run, instance="half", threads=3).costs is None
+
+
+def test_sizes_that_a_network_does_not_take_are_padded(
+    small_net: MultiExitNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchRunner, "size_multiple", lambda self: 32)
+    session = Session(
+        small_net, Instance(name="x", setting="budgeted", exits=(ExitChoice(exit_index=3, head="final"),))
+    )
+    image = smooth_image(61, 83)
+    padded = np.pad(image, ((0, 3), (0, 13), (0, 0)), mode="edge")
+    result, whole = session.predict([image])[0], session.predict([padded])[0]
+    assert whole.padded_size is None
+    np.testing.assert_array_equal(result.labels, whole.labels[:61, :83])
+    np.testing.assert_array_equal(result.confidence_map, whole.confidence_map[:61, :83])
+    assert result.image_confidence == whole.image_confidence
+
+
+def test_a_network_of_its_own_stride_is_found_out(small_net: MultiExitNet) -> None:
+    from messnet.deployment.runtimes import size_multiple
+    from messnet.network.multi_exit import convert
+
+    assert size_multiple(small_net) == 1
+
+    class Skipping(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
+            self.deep = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 2, stride=2), torch.nn.ReLU())
+            self.deeper = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 2, stride=2), torch.nn.ReLU())
+            self.head = torch.nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            skip = self.down(x)
+            up = torch.nn.functional.interpolate(self.deeper(self.deep(skip)), scale_factor=4.0)
+            return self.head(up + skip)
+
+    net = convert(Skipping().eval(), torch.zeros(1, 3, 64, 64), exit_points=["down"])
+    assert size_multiple(net) == 32
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Only what the reader needs, as links: no torch."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / READER.name).symlink_to(READER)
+    for name in ("numpy", "pillow", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
+        try:
+            files = distribution(name).files or []
+        except Exception:  # what this version of onnxruntime does not need
+            continue
+        root = Path(str(distribution(name).locate_file("")))
+        for top in {file.parts[0] for file in files if not file.parts[0].startswith(("..", "__pycache__"))}:
+            if not (folder / top).exists() and top != "bin":
+                (folder / top).symlink_to(root / top)
+    return folder
+
+
+def without_torch(bare: Path, code: str, *tokens: object) -> subprocess.CompletedProcess[str]:
+    begin = f"import sys; sys.path.append({str(bare)!r}); "
+    return subprocess.run(
+        [sys.executable, "-S", "-I", "-c", begin + code, *map(str, tokens)], capture_output=True, text=True
+    )
+
+
+def test_the_reader_needs_no_torch_and_decides_alike(bundle: Path, bare: Path, tmp_path: Path) -> None:
+    for i, image in enumerate(IMAGES):
+        Image.fromarray(image).save(tmp_path / f"{i:02}.png")
+    photos = sorted(tmp_path.glob("*.png"))
+    code = (
+        "import messnet_runtime as r, json, importlib.util as u, numpy as np; from PIL import Image; "
+        "assert u.find_spec('torch') is None and u.find_spec('messnet') is None; "
+        "images = [np.array(Image.open(p)) for p in sys.argv[2:]]; m = r.load(sys.argv[1], threads=1); "
+        "print(json.dumps([[x.exit_index, x.image_confidence] for x in m.predict(images)])); "
+        "print(len(list(m.anytime(images[0]))), len(list(m.anytime(images[0], deadline_ms=0)))); "
+        "sys.exit(r.main([*sys.argv[1:], '--out', sys.argv[2] + '.masks']))"
+    )
+    done = without_torch(bare, code, bundle, *photos)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = load(bundle).predict(IMAGES)
+    first, second, *said = done.stdout.splitlines()
+    assert [e for e, _ in json.loads(first)] == [result.exit_index for result in expected]
+    np.testing.assert_allclose([c for _, c in json.loads(first)], [r.image_confidence for r in expected], atol=1e-6)
+    assert second == "2 1"
+    assert len(said) == len(IMAGES)
+    for photo, result in zip(photos, expected, strict=True):
+        with Image.open(f"{photos[0]}.masks/{photo.name}") as mask:
+            np.testing.assert_array_equal(np.array(mask), result.labels)
+
+
+def test_the_reader_refuses_what_is_not_whole(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("messnet_runtime", READER)
+    assert spec is not None
+    assert spec.loader is not None
+    reader = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "messnet_runtime", reader)
+    spec.loader.exec_module(reader)
+    assert len(READER.read_text().splitlines()) < 300
+
+    def edited(change: Callable[[dict[str, Any]], object]) -> Path:
+        copy = shutil.copytree(bundle, tmp_path / str(len(list(tmp_path.iterdir()))))
+        record = json.loads((copy / "manifest.json").read_text())
+        del record["sha256"]
+        change(record)
+        record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        (copy / "manifest.json").write_text(json.dumps(record))
+        return copy
+
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", bundle)
+    assert reader.load(archive, threads=1).predict(IMAGES[:1])[0].exit_index in (1, 3)
+    wrong = {
+        "schema version 2": edited(lambda record: record.update(schema_version=2)),
+        "no messnet bundle": edited(lambda record: record.update(format="x")),
+        "outside": edited(lambda record: record["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
+        "no graphs": edited(lambda record: record["runtimes"].pop("onnx")),
+        "not whole": edited(lambda record: record["instance"].pop("exits")),
+        "no whole": tmp_path / "nowhere",
+    }
+    damaged = edited(lambda record: None)
+    (damaged / "onnx/stage1.onnx").write_bytes((bundle / "onnx/stage1.onnx").read_bytes()[:-1] + b"x")
+    linked = edited(lambda record: None)
+    (linked / "onnx").rename(tmp_path / "moved")
+    (linked / "onnx").symlink_to(tmp_path / "moved")
+    for words, path in {**wrong, "differs from its SHA-256": damaged, "is a link": linked}.items():
+        with pytest.raises(reader.BundleError, match=words):
+            reader.load(path)
+    assert reader.main([str(damaged), "x.png"]) == 2
+
+
+def test_a_graph_runs_in_no_runtime_but_the_one_asked_for() -> None:
+    with pytest.raises(ModelError, match="torch-compiled runs no graphs"):
+        load_graph(output_graph(), "torch-compiled", "f32", 1)

@@ -1,0 +1,183 @@
+"""A running session against the tables: the same exits, the same confidences, the same mIoU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.images import smooth_image
+from messnet.data import IGNORE_INDEX, SegmentationSample
+from messnet.deployment.loading import load
+from messnet.deployment.session import Session
+from messnet.errors import DataError, ModelError, RecipeError, RunError
+from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.reference import Policy, refined_confidence_map
+from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.tables import ExitTables, mean_iou
+from messnet.run.run import open_run
+from messnet.searching import route
+
+FINAL = ExitChoice(exit_index=3, head="final")
+
+
+@pytest.fixture(scope="module")
+def tables(tiny_run: Path) -> ExitTables:
+    return open_run(tiny_run).tables()
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_run: Path) -> list[SegmentationSample]:
+    val = open_run(tiny_run).dataset("val")
+    return [val[v] for v in range(len(val))]
+
+
+def brute_force_miou(labels: list[np.ndarray], masks: list[np.ndarray], num_classes: int) -> float:
+    counts = np.zeros((3, num_classes), np.int64)
+    for prediction, mask in zip(labels, masks, strict=True):
+        for k in range(num_classes):
+            predicted, labelled = (prediction == k) & (mask != IGNORE_INDEX), mask == k
+            counts[:, k] += (predicted & labelled).sum(), predicted.sum(), labelled.sum()
+    return mean_iou(*counts)
+
+
+def instances(tables: ExitTables) -> list[Instance]:
+    """One early exit, then the final one: at its observed confidences (ties), just above, and in between; then two
+    early exits."""
+    found = []
+    for h in (0, 3):  # fcn at exit 0, deeplabv3 at exit 1
+        head = tables.exits[h]
+        t = int(np.argmax(tables.image_confidence[:, h, 0].std(0)))
+        observed = np.unique(tables.image_confidence[:, h, 0, t]).astype(np.float64)
+        middle = observed[len(observed) // 2]
+        for threshold in (0.0, middle, np.nextafter(middle, 1), (middle + observed[-1]) / 2, 1.0):
+            early = ExitChoice(
+                exit_index=head.exit_index,
+                head=head.head,
+                pixel_threshold=float(tables.pixel_thresholds[t]),
+                image_threshold=float(threshold),
+            )
+            found.append(Instance(name="pair", setting="input_dependent", exits=(early, FINAL)))
+    triple = (found[1].exits[0], found[6].exits[0], ExitChoice(exit_index=2, head=tables.exits[4].head))
+    return [*found, Instance(name="triple", setting="input_dependent", exits=triple)]
+
+
+def test_a_session_does_what_the_tables_say(
+    tiny_run: Path, tables: ExitTables, samples: list[SegmentationSample]
+) -> None:
+    mixed = 0
+    for instance in instances(tables):
+        routing = route(tables, instance)
+        mixed += len(set(routing)) > 1
+        results = load(tiny_run, instance=instance).predict([sample.image for sample in samples])
+        assert [result.exit_index for result in results] == [tables.exits[p].exit_index for p in routing]
+        thresholds = {choice.exit_index: choice.pixel_threshold for choice in instance.exits}
+        last_deciding = [choice.pixel_threshold for choice in instance.exits if choice.pixel_threshold is not None][-1]
+        for v, (p, result) in enumerate(zip(routing, results, strict=True)):
+            t = list(tables.pixel_thresholds).index(thresholds[result.exit_index] or last_deciding)
+            assert result.image_confidence == tables.image_confidence[v, p, 0, t]
+        labels, masks = [result.labels for result in results], [sample.mask for sample in samples]
+        assert brute_force_miou(labels, masks, len(tables.class_names)) == tables.miou(routing)
+    assert mixed >= 3  # instances at which some images stop and some go on
+
+
+def test_a_result_is_complete(small_net: MultiExitNet) -> None:
+    instance = Instance(name="whole", setting="budgeted", exits=(FINAL,), policy="entropy+native")
+    session = Session(small_net, instance)
+    results = session.predict([smooth_image(61, 83), smooth_image(64, 80), smooth_image(90, 35)])
+    assert [result.labels.shape for result in results] == [(61, 83), (64, 80), (90, 35)]
+    for result in results:
+        assert result.labels.dtype == np.uint8
+        assert result.labels.max() < 5
+        assert result.latency_ms > 0
+        before, after = result.confidence_maps()
+        np.testing.assert_array_equal(result.confidence_map, after)
+        for confidence in (before, after):
+            assert confidence.shape == result.labels.shape
+            assert confidence.dtype == np.float32
+            assert 0 <= confidence.min() < confidence.max() <= 1
+        native = refined_confidence_map(result.logits, 8, result.labels.shape, Policy.parse("entropy+native"))[1][0]
+        rows = np.floor((np.arange(len(after))) * native.shape[0] / len(after)).astype(int)
+        columns = np.floor((np.arange(after.shape[1])) * native.shape[1] / after.shape[1]).astype(int)
+        np.testing.assert_array_equal(after, native.numpy()[np.ix_(rows, columns)])
+
+
+def test_a_pixel_threshold_of_0_is_a_threshold(small_net: MultiExitNet) -> None:
+    head = small_net.exits[0].head
+    early = ExitChoice(exit_index=0, head=head, pixel_threshold=0.0, image_threshold=1.0)
+    session = Session(small_net, Instance(name="all", setting="input_dependent", exits=(early, FINAL)))
+    result = session.predict([smooth_image(64, 80)])[0]
+    assert (result.exit_index, result.image_confidence) == (0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((64, 80), np.uint8),
+        np.zeros((64, 80, 4), np.uint8),
+        np.zeros((64, 80, 3), np.float32),
+        np.zeros((3, 64, 80), np.uint8),
+    ],
+    ids=["grey", "alpha", "float", "channels first"],
+)
+def test_what_is_no_image_is_refused(small_net: MultiExitNet, image: np.ndarray) -> None:
+    session = Session(small_net, Instance(name="whole", setting="budgeted", exits=(FINAL,)))
+    for call in (lambda: session.predict([image]), lambda: list(session.anytime(image))):
+        with pytest.raises(DataError, match=r"\(H, W, 3\).*uint8.*RGB"):
+            call()
+
+
+def test_a_deadline_in_the_past_is_refused(tiny_run: Path) -> None:
+    session = load(tiny_run)
+    image = np.zeros((64, 64, 3), np.uint8)
+    for deadline_ms in (-50.0, float("nan")):
+        with pytest.raises(RecipeError, match="at least 0 ms"):
+            next(session.anytime(image, deadline_ms=deadline_ms))
+    assert next(session.anytime(image, deadline_ms=0.0)).labels.shape == (64, 64)
+
+
+def test_a_warm_up_runs_every_exit_and_is_forgotten(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, taken = load(tiny_run), []
+    advance = session.runner.advance
+    monkeypatch.setattr(
+        session.runner, "advance", lambda live, exit, **how: taken.append(exit) or advance(live, exit, **how)
+    )
+    image = np.zeros((64, 64, 3), np.uint8)
+    session.warm_up(image)
+    assert taken == 2 * [choice.exit for choice in session.instance.exits]
+    assert not any(session._clock.expected(i, (64, 64), 0.0) for i in range(len(taken) // 2))
+
+
+def test_an_exit_that_is_not_there(small_net: MultiExitNet) -> None:
+    session = Session(small_net, Instance(name="whole", setting="budgeted", exits=(FINAL,)))
+    with pytest.raises(ModelError, match="no exit 1; it has 3"):
+        session.budgeted(smooth_image(64, 80), exit_index=1)
+    for choice in (ExitChoice(exit_index=1, head="nope"), ExitChoice(exit_index=9, head="final")):
+        with pytest.raises(ModelError, match="no head"):
+            Session(small_net, Instance(name="bad", setting="budgeted", exits=(choice,)))
+    with pytest.raises(ModelError, match="no exits"):
+        Session(small_net, Instance(name="none", setting="budgeted", exits=()))
+
+
+def test_load_names_what_there_is(tiny_run: Path, tmp_path: Path) -> None:
+    assert load(tiny_run).instance.name == "drop-1pp"
+    session = load(tiny_run, instance="max-miou")
+    assert session.instance.name == "max-miou"
+    assert session.class_names == open_run(tiny_run).dataset("val").class_names
+    with pytest.raises(RunError, match=r"no instance 'nope'; it has drop-0.1pp, drop-1pp, max-miou"):
+        load(tiny_run, instance="nope")
+    with pytest.raises(RunError, match="is no run directory"):
+        load(tmp_path)
+
+
+def test_only_the_heads_of_the_instance_are_loaded(tiny_run: Path, tables: ExitTables) -> None:
+    early = tables.exits[2]
+    instance = Instance(
+        name="cut", setting="budgeted", exits=(ExitChoice(exit_index=early.exit_index, head=early.head),)
+    )
+    net = load(tiny_run, instance=instance).net
+    assert net.exits == (early, Exit(3, "final"))
+    trained = open_run(tiny_run).pretrained().model_state_dict()
+    assert all(torch.equal(tensor, net.model_state_dict()[name]) for name, tensor in trained.items())

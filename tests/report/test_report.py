@@ -1,0 +1,358 @@
+"""The report: its numbers against ones computed here, its page against the outside world."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import scipy.stats
+from rich.console import Console
+
+from messnet.errors import RunError
+from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.measurements import Gallery, Measurement, Measurements
+from messnet.records.tables import CostTable, ExitTables, PartCost
+from messnet.report.page import (
+    ReportInputs,
+    headline,
+    measurements_markdown,
+    rank_correlation,
+    render_report,
+    terminal_table,
+)
+
+CLASSES = ("sky", "building", "road", "tree", "<script>alert(1)</script>")
+HEADS = ("fcn-r1-n0", "fcn-r4-n2-rdi", "deeplab-r2-n1")
+GMACS = (30e9, 34e9, 36e9, 38e9)
+NUM_IMAGES, NUM_EXITS = 48, len(GMACS)
+
+
+def make_costs() -> CostTable:
+    part = {
+        macs: PartCost(macs=macs, macs_paper=1.002 * macs, parameters=1000, memory_bytes=4000)
+        for macs in (*GMACS, 0, 1e9, 2e9, 3e9)
+    }
+    heads = {Exit(e, head): part[(1 + h) * 1e9] for e in range(NUM_EXITS - 1) for h, head in enumerate(HEADS)}
+    heads[Exit(NUM_EXITS - 1, "final")] = part[1e9]
+    return CostTable(
+        model="drn",
+        input_size=(96, 128),
+        segments=tuple(part[m] for m in GMACS),
+        heads=heads,
+        policies=(part[0],) * (NUM_EXITS - 1),
+        outputs=(part[0],) * NUM_EXITS,
+    )
+
+
+def make_tables(rng: np.random.Generator) -> ExitTables:
+    exits = tuple(make_costs().heads)
+    labelled = rng.integers(400, 4000, (2 * NUM_IMAGES, len(CLASSES)), dtype=np.int32)
+    skill = np.array([0.55 + 0.1 * place.exit_index + 0.02 * h for h, place in enumerate(exits)])
+    share = np.clip(skill[None, :, None] + rng.normal(0, 0.06, (len(labelled), len(exits), len(CLASSES))), 0, 1)
+    intersection = (labelled[:, None] * share).astype(np.int32)
+    return ExitTables(
+        image_names=tuple(f"scene_{v:03}" for v in range(len(labelled))),
+        difficulty=rng.uniform(0, 1, len(labelled)),
+        class_names=CLASSES,
+        exits=exits,
+        intersection=intersection,
+        predicted=intersection + rng.integers(0, 300, intersection.shape, dtype=np.int32),
+        labelled=labelled,
+        policies=("top1+native",),
+        pixel_thresholds=np.array([0.5, 0.9]),
+        image_confidence=rng.uniform(0, 1, (len(labelled), len(exits), 1, 2)).astype(np.float32),
+    )
+
+
+def make_instance(name: str, objective: str, exit_indices: tuple[int, ...]) -> Instance:
+    exits = [
+        ExitChoice(exit_index=e, head=HEADS[e % 3], pixel_threshold=0.9, image_threshold=0.8) for e in exit_indices
+    ]
+    final = ExitChoice(exit_index=NUM_EXITS - 1, head="final")
+    setting = "input_dependent" if exits else "budgeted"
+    return Instance(name=name, setting=setting, exits=(*exits, final), objective=objective)
+
+
+def make_row(rng: np.random.Generator, instance: Instance, miou: float, difficulty: np.ndarray) -> Measurement:
+    depth = np.array([choice.exit_index for choice in instance.exits])
+    noisy = np.clip(difficulty + rng.normal(0, 0.15, len(difficulty)), 0, 0.999)
+    taken = depth[(noisy * len(depth)).astype(int)]
+    macs = np.cumsum(GMACS)[taken] + 1e9
+    return Measurement(
+        instance=instance,
+        miou=miou,
+        miou_from_tables=miou,
+        macs=float(macs.mean()),
+        macs_paper=1.002 * float(macs.mean()),
+        exit_taken=taken.tolist(),
+        image_confidence=np.where(taken < NUM_EXITS - 1, 0.85, np.nan).tolist(),
+        latency_ms=(macs / 3e9 + rng.gamma(2, 0.8, len(macs))).tolist(),
+        predicted_ms=(macs / 3e9 + 1.5).tolist(),
+    )
+
+
+def make_measurements(rng: np.random.Generator, tables: ExitTables) -> Measurements:
+    difficulty = tables.difficulty[::2]
+    rows = [
+        make_row(rng, make_instance("baseline", "", ()), 0.7223, difficulty),
+        make_row(rng, make_instance("accurate-1x", "most accurate at <= 1x", (2,)), 0.7268, difficulty),
+        make_row(rng, make_instance("cheapest-1pp", "cheapest at <= 1 pp", (0, 1, 2)), 0.7191, difficulty),
+    ]
+    return Measurements(
+        device="AMD EPYC 7B13, 2 threads, PyTorch 2.11 eager, float32",
+        input_size=(96, 128),
+        image_names=list(tables.image_names[::2]),
+        difficulty=difficulty.tolist(),
+        final_exit_error=(0.05 + 0.2 * difficulty).tolist(),
+        num_selection_images=NUM_IMAGES,
+        rows=rows,
+        skipped=["cheapest at <= 0.1 pp: no instance loses at most 0.1 pp; the nearest loses 0.14 pp at 0.91x"],
+    )
+
+
+def make_gallery(rng: np.random.Generator, measurements: Measurements) -> Gallery:
+    height, width = measurements.input_size
+    y, x = np.mgrid[:height, :width] / height
+    positions = [int(np.argmin(measurements.difficulty)), int(np.argmax(measurements.difficulty))]
+    masks = np.stack([np.digitize(y + 0.1 * np.sin((6 + 9 * g) * x), [0.3, 0.55, 0.7]) for g in range(2)]).astype(
+        np.uint8
+    )
+    masks[((x - 0.9) ** 2 + (y - 0.5) ** 2 < 0.03)[None].repeat(2, 0)] = 4
+    palette = np.array([[122, 172, 214], [176, 128, 110], [112, 112, 122], [92, 148, 92], [214, 178, 84]], np.uint8)
+    images = np.clip(palette[masks] * 0.85 + rng.normal(0, 18, (*masks.shape, 3)), 0, 255).astype(np.uint8)
+    masks[:, -3:] = 255
+    predictions = np.stack([[_blur_labels(rng, mask, 8 * (3 - e)) for e in range(NUM_EXITS)] for mask in masks])
+    edge = np.abs(np.diff(predictions.astype(int), axis=2, prepend=predictions[:, :, :1].astype(int))) > 0
+    confidence = np.clip(0.93 - 0.5 * edge + rng.normal(0, 0.05, edge.shape), 0, 1).astype(np.float16)
+    image_confidence = np.array([[0.86, 0.9, 0.93, np.nan], [0.51, 0.6, 0.72, np.nan]], np.float32)
+    return Gallery(
+        image_names=tuple(measurements.image_names[v] for v in positions),
+        class_names=CLASSES,
+        exits=tuple(choice.exit for choice in measurements.rows[-1].instance.exits),
+        palette=palette,
+        images=images,
+        masks=masks,
+        predictions=predictions,
+        confidence=confidence,
+        refined=np.maximum(confidence, np.float16(0.8)),
+        image_confidence=image_confidence,
+        exit_taken=np.array([0, 3]),
+    )
+
+
+def _blur_labels(rng: np.random.Generator, mask: np.ndarray, shift: int) -> np.ndarray:
+    """Labels with every block of pixels moved a little: what a coarse exit does to borders."""
+    labels = np.where(mask == 255, 2, mask)
+    blocks = rng.integers(-shift, shift + 1, (6, 8)).repeat(16, 0).repeat(16, 1)
+    rows = np.clip(np.arange(len(mask))[:, None] + blocks // 2, 0, len(mask) - 1)
+    return np.take_along_axis(labels, rows, 0).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> ReportInputs:
+    rng = np.random.default_rng(0)
+    tables = make_tables(rng)
+    measurements = make_measurements(rng, tables)
+    cost = np.linspace(35e9, 140e9, 24)
+    return ReportInputs(
+        title="CamVid, DRN-50 & FCN",
+        measurements=measurements,
+        gallery=make_gallery(rng, measurements),
+        tables=tables,
+        costs=make_costs(),
+        fronts={
+            "input-dependent": [(c, 0.735 - 0.3 * np.exp(-c / 30e9)) for c in cost],
+            "budgeted": [(c, 0.725 - 0.4 * np.exp(-c / 45e9)) for c in cost[::6]],
+        },
+        verdicts=["cheapest at <= 1 pp: proved optimal over 41 216 instances; beats the best static model by 1.31x."],
+        recipe_yaml="data: {name: camvid}\nmodel: drn50_fcn  # <b>not bold</b>\n",
+        provenance={"evaluate": {"seconds": "212", "torch": "2.11.0"}, "search": {"seconds": "4.1"}},
+    )
+
+
+@pytest.fixture(scope="module")
+def page(inputs: ReportInputs) -> str:
+    return render_report(inputs)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of the page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_page_needs_nothing_from_outside(page: str) -> None:
+    assert not re.search(r"https?://|url\((?!#)|@import", page)
+    for tag, attributes in Page(page).tags:
+        assert tag not in {"script", "link", "iframe"}
+        assert (attributes.get("src") or "data:").startswith("data:")
+        assert (attributes.get("href") or "#").startswith("#")
+        assert (attributes.get("xlink:href") or "#").startswith("#")
+
+
+def test_identifiers_are_unique_and_referenced_ones_exist(page: str) -> None:
+    tags = Page(page).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    referenced = {attributes[key] for _, attributes in tags for key in ("href", "xlink:href") if attributes.get(key)}
+    assert referenced <= {f"#{name}" for name in ids}
+    assert set(re.findall(r"url\(#(\w+)\)", page)) <= set(ids)
+
+
+def test_every_figure_is_present_and_has_words(page: str) -> None:
+    tags = Page(page).tags
+    assert sum(tag == "svg" for tag, _ in tags) == 3
+    assert all(attributes["aria-label"] for tag, attributes in tags if tag == "svg")
+    pictures = [attributes for tag, attributes in tags if tag == "img"]
+    assert len(pictures) == 2 * (2 + NUM_EXITS) + 3
+    assert all(picture["alt"] for picture in pictures)
+    assert sum(attributes.get("class") == "taken" for _, attributes in tags) == 2
+    assert sum(attributes.get("class") == "unseen" for _, attributes in tags) == 3
+
+
+def test_table_states_the_measurements(page: str, inputs: ReportInputs) -> None:
+    words = "".join(Page(page).words).replace("\N{NO-BREAK SPACE}", " ")
+    baseline, *others = inputs.measurements.rows
+    for row in others:
+        change = 100 * (row.miou - baseline.miou)
+        assert f"{100 * row.miou:.2f}{change:+.2f} pp".replace("-", "\u2212") in words
+        assert f"{row.macs / 1e9:.4g}{baseline.macs / row.macs:.2f}\u00d7 less" in words
+        median = np.median(row.latency_ms)
+        assert f"{median:.3g} [{np.percentile(row.latency_ms, 95):.3g}]" in words
+        assert f"{np.median(baseline.latency_ms) / median:.2f}\u00d7 faster" in words
+        assert f"{np.median(row.predicted_ms):.3g} predicted" in words
+        for choice in row.instance.exits:
+            assert f" {100 * row.exit_taken.count(choice.exit_index) / NUM_IMAGES:.0f} %" in words
+    assert "Selected on one half" in words
+    assert inputs.measurements.skipped[0].replace("<=", "\u2264").replace("0.91x", "0.91\u00d7") in words
+
+
+def test_odd_names_are_escaped(page: str, inputs: ReportInputs) -> None:
+    assert "&lt;script&gt;alert(1)" in page
+    assert "&lt;b&gt;not bold" in page
+    odd = "<img src=x onerror=1>$_$"
+    names = [odd, *inputs.measurements.image_names[1:]]
+    tables = replace(inputs.tables, image_names=(odd, *inputs.tables.image_names[1:]))
+    gallery = replace(inputs.gallery, image_names=(odd, odd))
+    html = render_report(
+        replace(
+            inputs,
+            title=odd,
+            measurements=replace(inputs.measurements, image_names=names, device=odd, skipped=[odd]),
+            tables=tables,
+            gallery=gallery,
+            fronts={odd: [(1e9, 0.5)]},
+            verdicts=[odd],
+            provenance={odd: {odd: odd}},
+        )
+    )
+    assert "<img src=x" not in html
+
+
+def test_spearman_is_scipys_and_is_stated(page: str, inputs: ReportInputs) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        a, b = rng.integers(0, 6, 30), rng.normal(size=30)
+        assert rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
+    assert np.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+    row = inputs.measurements.rows[-1]
+    stated = scipy.stats.spearmanr(inputs.measurements.difficulty, row.exit_taken).statistic
+    assert f"rank correlation {stated:+.2f} over {NUM_IMAGES} images" in page
+
+
+def test_final_exit_error_stands_in_for_difficulty(inputs: ReportInputs) -> None:
+    measurements = replace(inputs.measurements, difficulty=[float("nan")] * NUM_IMAGES)
+    assert "share of pixels the final exit gets wrong (no difficulty recorded)" in render_report(
+        replace(inputs, measurements=measurements)
+    )
+
+
+def test_heads_are_scored_on_the_reported_images(page: str, inputs: ReportInputs) -> None:
+    reported = [inputs.tables.image_names.index(name) for name in inputs.measurements.image_names]
+    final = inputs.tables.final
+    common = inputs.tables.intersection[reported, final].sum(0)
+    union = inputs.tables.predicted[reported, final].sum(0) + inputs.tables.labelled[reported].sum(0) - common
+    assert f"<td>{100 * np.mean(common / union):.2f}</td><td>{(sum(GMACS) + 1e9) / 1e9:.1f}</td>" in page
+
+
+def test_baseline_alone_makes_a_page(inputs: ReportInputs) -> None:
+    measurements = replace(inputs.measurements, rows=inputs.measurements.rows[:1])
+    html = render_report(
+        replace(inputs, measurements=measurements, gallery=None, fronts={}, verdicts=[], provenance={})
+    )
+    assert "No instance met what was asked" in html
+    assert html.count("<svg") == 2
+    assert "no instance loses at most" in html
+
+
+def test_measurements_without_a_row_are_an_error(inputs: ReportInputs) -> None:
+    with pytest.raises(RunError, match="without a row"):
+        render_report(replace(inputs, measurements=replace(inputs.measurements, rows=[])))
+
+
+def test_images_missing_from_the_tables_are_an_error(inputs: ReportInputs) -> None:
+    with pytest.raises(RunError, match="messnet evaluate"):
+        render_report(replace(inputs, tables=inputs.tables.subset(np.arange(3))))
+
+
+@pytest.mark.parametrize(
+    ("miou", "macs", "latency", "words"),
+    [
+        (0.697, 50e9, 50.0, "2.0x less work at 0.3 pp less mIoU; 2.0x faster on this machine"),
+        (0.700, 50e9, 125.0, "2.0x less work at the same mIoU; but 1.2x slower on this machine"),
+        (0.705, 100e9, 100.0, "about as much work at 0.5 pp more mIoU; no faster on this machine"),
+        (0.695, 125e9, 125.0, "Nothing gained: 1.2x more work at 0.5 pp less mIoU; 1.2x slower on this machine"),
+        (0.600, 50e9, 50.0, "2.0x less work at 10.0 pp less mIoU; 2.0x faster on this machine"),
+    ],
+)
+def test_headline_is_honest(inputs: ReportInputs, miou: float, macs: float, latency: float, words: str) -> None:
+    baseline = replace(inputs.measurements.rows[0], miou=0.7, macs=100e9, latency_ms=[100.0] * 3)
+    row = replace(inputs.measurements.rows[2], miou=miou, macs=macs, latency_ms=[latency] * 3)
+    assert headline(replace(inputs.measurements, rows=[baseline, row])) == words
+
+
+def test_a_routing_unlike_the_tables_is_a_warning(page: str, inputs: ReportInputs) -> None:
+    assert 'class="warning"' not in page
+    row = replace(inputs.measurements.rows[2], miou_from_tables=inputs.measurements.rows[2].miou + 1e-6)
+    measurements = replace(inputs.measurements, rows=[*inputs.measurements.rows[:2], row])
+    assert 'class="warning"' in render_report(replace(inputs, measurements=measurements))
+    assert "warning: cheapest-1pp" in measurements_markdown(measurements)
+
+
+def test_terminal_table_fits_100_columns(inputs: ReportInputs) -> None:
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    console.print(terminal_table(inputs.measurements))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "\u2026" not in text  # nothing was cut off
+    assert f"{100 * inputs.measurements.rows[2].miou:.2f}" in text
+    assert "no instance loses" in text
+
+
+def test_markdown_table_has_a_row_per_measurement(inputs: ReportInputs) -> None:
+    text = measurements_markdown(replace(inputs.measurements, device="a|b"))
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(inputs.measurements.rows)
+    assert {line.count("|") for line in table} == {6}
+    assert "| cheapest at <= 1 pp | 71.91, -0.32 pp |" in text
+
+
+def test_importing_the_report_loads_no_torch() -> None:
+    command = "import sys, messnet.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

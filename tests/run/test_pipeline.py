@@ -1,0 +1,267 @@
+"""A run: what it leaves, what it does not do twice, what it refuses, and that a kill loses nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import scipy.stats
+import torch
+import yaml
+
+from helpers.files import snapshot
+from messnet.data.scenes import CLASS_NAMES
+from messnet.deployment.loading import instance_names, load_instance
+from messnet.errors import DataError, ModelError, RecipeError, RunError
+from messnet.network.zoo import mobilenetv2_fcn
+from messnet.records.measurements import Gallery, Measurements
+from messnet.records.run_directory import Checkpoint, RunDirectory
+from messnet.run.run import FORMATS, fingerprint, open_run
+from messnet.run.stages import STAGES, run_stage
+from messnet.searching import cost_of, route
+
+ARTEFACTS = {
+    "exits.json",
+    "front.json",
+    "gallery.npz",
+    "logs/distill.csv",
+    "logs/pretrain.csv",
+    "measurements.json",
+    "profile.json",
+    "report.html",
+    "run.json",
+    "stage1.safetensors",
+    "stage2.safetensors",
+    "tables.npz",
+}
+# Dies while the second checkpoint is on its way to its place.
+DYING = """
+import os, signal, sys
+replace, written = os.replace, 0
+def dying(source, target):
+    global written
+    written += str(target).endswith(".checkpoint")
+    if written == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = dying
+from messnet.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def test_what_a_run_leaves(tiny_run: Path) -> None:
+    names = {f"instances/{name}.json" for name in ("max-miou", "drop-0.1pp", "drop-1pp")}
+    assert set(snapshot(tiny_run)) == ARTEFACTS | names  # no checkpoint, no temporary file
+    record = json.loads((tiny_run / "run.json").read_text())
+    assert list(record["stages"]) == list(STAGES)
+    assert all(entry["seconds"] >= 0 and entry["torch"] for entry in record["stages"].values())
+
+
+def test_a_finished_run_does_nothing_again(tiny_run: Path, tiny_recipe: Path) -> None:
+    before = snapshot(tiny_run)
+    for run in (open_run(tiny_run), open_run(tiny_recipe, out=tiny_run)):
+        assert not any(run_stage(run, stage) for stage in STAGES)
+    assert snapshot(tiny_run) == before
+
+
+def test_computing_elsewhere_is_the_same_run(copied_run: Path) -> None:
+    run = open_run(copied_run, ["--compute.num_workers", "3"])
+    assert not any(run_stage(run, stage) for stage in STAGES)
+
+
+def test_other_search_options_search_again_without_training(copied_run: Path) -> None:
+    before = snapshot(copied_run)
+    run = open_run(copied_run, ["--search.max_drops_pp", "2.5", "--search.seed", "1"])
+    assert [stage for stage in STAGES if run_stage(run, stage)] == ["search", "report"]
+    after = snapshot(copied_run)
+    kept = ("exits.json", "profile.json", "stage1.safetensors", "stage2.safetensors", "tables.npz")
+    assert all(after[name] == before[name] for name in kept)
+    assert "drop-2.5pp" in instance_names(copied_run)
+    names = [row.instance.name for row in Measurements.from_json((copied_run / "measurements.json").read_text()).rows]
+    assert names == ["baseline", "max-miou", "drop-2.5pp"]
+    assert open_run(copied_run).recipe.search.max_drops_pp == (2.5,)  # the run remembers
+
+
+def test_other_thresholds_tabulate_again_without_training(copied_run: Path) -> None:
+    run = open_run(copied_run, ["--evaluate.pixel_thresholds", "0.25", "0.75"])
+    assert [stage for stage in STAGES if run_stage(run, stage)] == ["evaluate", "search", "report"]
+    assert run.tables().pixel_thresholds.tolist() == [0.25, 0.75]
+
+
+def test_a_run_from_before_an_option_existed_goes_on(copied_run: Path) -> None:
+    def forget(known: RunDirectory) -> None:  # as a messnet without distill.filter_kl would have left it
+        record = known.record()
+        del record["recipe"]["distill"]["filter_kl"]
+        stages = {stage: fingerprint(record["recipe"], stage) for stage in STAGES}
+        known.update_recipe(record["recipe"], stages)
+
+    forget(RunDirectory(copied_run))
+    run = open_run(copied_run)
+    assert run.recipe.distill.filter_kl is False
+    assert not any(run_stage(run, stage) for stage in STAGES)
+    forget(RunDirectory(copied_run))
+    with pytest.raises(RunError, match=r"distill\.filter_kl = False, this recipe says True"):
+        open_run(copied_run, ["--distill.filter_kl", "true"])
+
+
+def test_other_formats_are_written_again_without_training(copied_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "costs", 1)
+    run = open_run(copied_run)
+    assert [stage for stage in STAGES if run_stage(run, stage)] == ["profile", "search", "report"]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (["--data.scenes.seed", "9"], "data.scenes.seed = 0, this recipe says 9"),
+        (["--model.width", "0.5"], "model.width = 0.25, this recipe says 0.5"),
+        (["--heads.extra_blocks", "1"], "heads.extra_blocks"),
+        (["--pretrain.iterations", "46"], "pretrain.iterations = 45, this recipe says 46"),
+        (["--distill.augment.hflip", "0"], "distill.augment.hflip"),
+    ],
+)
+def test_another_recipe_is_refused(tiny_run: Path, tiny_recipe: Path, override: list[str], named: str) -> None:
+    before = snapshot(tiny_run)
+    for target, out in ((tiny_recipe, tiny_run), (tiny_run, None)):
+        with pytest.raises(RunError, match=r"choose another directory with --out") as error:
+            open_run(target, override, out=out)
+        assert named in str(error.value)
+    assert snapshot(tiny_run) == before
+
+
+def test_another_recipe_is_welcome_before_anything_is_made(tiny_recipe: Path, tmp_path: Path) -> None:
+    open_run(tiny_recipe, out=tmp_path / "run")
+    run = open_run(tiny_recipe, ["--model.width", "0.5"], out=tmp_path / "run")
+    assert run.recipe.model.width == open_run(tmp_path / "run").recipe.model.width == 0.5
+
+
+def test_nothing_is_made_for_a_bad_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RecipeError):
+        open_run(tiny_recipe, ["--model.depht", "1"], out=out)
+    with pytest.raises(DataError):
+        open_run(tiny_recipe, ["--data.source", "folder"], out=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing"),
+    [("pretrain", "profile"), ("distill", "profile|pretrain"), ("search", "evaluate"), ("report", "search")],
+)
+def test_a_stage_out_of_turn_names_the_verb(tiny_recipe: Path, tmp_path: Path, stage: str, missing: str) -> None:
+    with pytest.raises(RunError, match=rf"make it with `messnet ({missing}) "):
+        run_stage(open_run(tiny_recipe, out=tmp_path / "run"), stage)
+    assert set(snapshot(tmp_path / "run")) == {"run.json"}
+
+
+def test_stage_1_starts_from_the_users_weights(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = mobilenetv2_fcn(len(CLASS_NAMES), width=0.25, depth=0.5).state_dict()
+    path = tmp_path / "own.pth"
+    torch.save({"model": state | {"aux_classifier.weight": torch.ones(1)}}, path)
+    monkeypatch.setattr("messnet.run.stages.pretrain", lambda *_: None)
+    run = open_run(tiny_recipe, ["--model.weights", str(path)], out=tmp_path / "run")
+    assert run_stage(run, "profile")
+    assert run_stage(run, "pretrain")
+    started = safetensors.torch.load_file(tmp_path / "run" / "stage1.safetensors")
+    assert started.keys() == state.keys()
+    assert all(torch.equal(started[name], tensor) for name, tensor in state.items())
+    out, err = capsys.readouterr()
+    assert err.count("1 tensors of aux_classifier left out") == 1
+    assert not out
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tiny_recipe: Path, tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.ones(1)}, tmp_path / "other.pth")
+    for name, message in (("other.pth", "does not fit the model: missing "), ("none.pth", "no weights .*none.pth")):
+        run = open_run(tiny_recipe, ["--model.weights", str(tmp_path / name)], out=tmp_path / "run")
+        with pytest.raises(ModelError, match=message):
+            run_stage(run, "profile")
+    assert set(snapshot(tmp_path / "run")) == {"run.json"}
+
+
+def test_the_search_selects_on_one_half_and_the_report_shows_the_other(tiny_run: Path) -> None:
+    run = open_run(tiny_run)
+    tables, costs = run.tables(), run.costs()
+    measurements = Measurements.from_json((tiny_run / "measurements.json").read_text())
+    reported = [tables.image_names.index(name) for name in measurements.image_names]
+    selected = sorted(set(range(16)) - set(reported))
+    assert len(reported) == len(selected) == measurements.num_selection_images == 8
+    half = tables.subset(np.array(selected))
+    for name in ("max-miou", "drop-0.1pp", "drop-1pp"):
+        instance = load_instance(tiny_run, name)
+        assert instance.selected_on["images"] == 8
+        assert instance.selected_on["miou"] == pytest.approx(half.miou(route(half, instance)), abs=1e-9)
+        assert instance.selected_on["macs"] == pytest.approx(cost_of(half, costs, instance).mean())
+        final = half.miou(np.full(8, half.final))
+        assert instance.selected_on["baseline_miou"] == pytest.approx(final, abs=1e-9)
+        drop = {"max-miou": 0.0, "drop-0.1pp": 0.1, "drop-1pp": 1.0}[name]
+        assert instance.selected_on["miou"] >= final - drop / 100 - 1e-9
+        assert instance.selected_on["macs"] <= instance.selected_on["baseline_macs"]
+
+
+def test_what_ran_is_what_the_tables_say(tiny_run: Path) -> None:
+    tables = open_run(tiny_run).tables()
+    measurements = Measurements.from_json((tiny_run / "measurements.json").read_text())
+    reported = tables.subset(np.array([tables.image_names.index(name) for name in measurements.image_names]))
+    assert [row.instance.name for row in measurements.rows] == ["baseline", "max-miou", "drop-0.1pp", "drop-1pp"]
+    for row in measurements.rows:
+        routing = route(reported, row.instance)
+        assert row.miou == row.miou_from_tables == reported.miou(routing)
+        assert row.exit_taken == [reported.exits[p].exit_index for p in routing]
+        assert min(row.latency_ms) > 0
+        # one figure per exit taken: the sum of the parts on the way
+        assert len(row.predicted_ms) == len(row.latency_ms)
+        assert len(set(zip(row.exit_taken, row.predicted_ms, strict=True))) == len(set(row.exit_taken))
+        assert min(row.predicted_ms) > 0
+    assert measurements.difficulty == reported.difficulty.tolist()
+    correct = reported.intersection[:, -1].sum(1) / reported.labelled.sum(1)
+    np.testing.assert_allclose(measurements.final_exit_error, 1 - correct)
+
+
+def test_the_gallery_shows_reported_images(tiny_run: Path) -> None:
+    gallery = Gallery.from_bytes((tiny_run / "gallery.npz").read_bytes())
+    measurements = Measurements.from_json((tiny_run / "measurements.json").read_text())
+    assert set(gallery.image_names) <= set(measurements.image_names)
+    shown = max(measurements.rows[1:], key=lambda row: scipy.stats.entropy([share for _, share in row.exit_shares()]))
+    assert gallery.exits == tuple(choice.exit for choice in shown.instance.exits)
+
+
+def test_killed_while_training_it_goes_on_from_the_checkpoint(
+    tiny_run: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = yaml.safe_load(tiny_recipe.read_text()), tmp_path / "run"
+    saved: list[int] = []
+    save = Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda self, state: (saved.append(state["iteration"]), save(self, state)))
+    for stage, artefact in (("pretrain", "stage1.safetensors"), ("distill", "stage2.safetensors")):
+        run_stage(open_run(tiny_recipe, out=out), "profile")
+        command = [sys.executable, "-c", DYING, stage, str(tiny_recipe), "--out", str(out)]
+        died = subprocess.run(command, capture_output=True, text=True)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        run = open_run(tiny_recipe, out=out)
+        every, iterations = recipe[stage]["checkpoint_every"], recipe[stage]["iterations"]
+        assert run.directory.checkpoint(stage).load()["iteration"] == every
+        assert not (out / artefact).exists()
+        with pytest.raises(RunError, match=f"{stage}.learning_rate"):  # not even now with other options
+            open_run(tiny_recipe, [f"--{stage}.learning_rate", "1"], out=out)
+
+        saved.clear()
+        assert run_stage(run, stage)
+        assert saved == list(range(2 * every, iterations + 1, every))  # nothing is done again
+        assert (out / artefact).read_bytes() == (tiny_run / artefact).read_bytes()
+        assert not run.directory.checkpoint(stage).path.exists()

@@ -1,0 +1,332 @@
+"""The search against a brute force written literally: every threshold pair, every image, exact fractions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from itertools import combinations, product
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from messnet.errors import InfeasibleError, RecipeError, RunError
+from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.tables import CostName, CostTable, ExitTables, PartCost
+from messnet.searching import Front, Grid, Objective, choose, cost_of, pareto_front, route, search
+from messnet.searching.exact import engine as engine_module
+from messnet.searching.exact import front as front_module
+from messnet.searching.space import columns_of
+
+COST_NAMES: tuple[CostName, ...] = get_args(CostName)
+COMPLETE = Grid(num_image_thresholds=1000)
+
+
+def tiny(seed: int, num_exit_points: int = 3) -> tuple[ExitTables, CostTable]:
+    """Tables so small and coarse that equal costs, equal mIoUs, absent classes and colliding exit sets abound."""
+    draw = np.random.default_rng(seed)
+    heads = [int(draw.integers(1, 3)) for _ in range(num_exit_points)]
+    exits = [Exit(i, f"head{j}") for i, num in enumerate(heads) for j in range(num)] + [Exit(num_exit_points, "final")]
+    num_images, num_classes, num_thresholds = int(draw.integers(2, 5)), int(draw.integers(2, 4)), 2
+    labels = draw.integers(0, num_classes, (num_images, 6))
+    if seed % 3 == 0:
+        labels[labels == 0] = 1  # a class that only predictions have
+    shape = (num_images, len(exits), 6)
+    predictions = np.where(draw.random(shape) < 0.6, labels[:, None], draw.integers(0, num_classes, shape))
+    one_hot = np.eye(num_classes, dtype=np.int32)
+    tables = ExitTables(
+        image_names=tuple(str(v) for v in range(num_images)),
+        difficulty=np.full(num_images, np.nan),
+        class_names=tuple(str(k) for k in range(num_classes)),
+        exits=tuple(exits),
+        intersection=(one_hot[predictions] * (predictions == labels[:, None])[..., None]).sum(2, dtype=np.int32),
+        predicted=one_hot[predictions].sum(2, dtype=np.int32),
+        labelled=one_hot[labels].sum(1, dtype=np.int32),
+        policies=("top1+none", "entropy+native"),
+        pixel_thresholds=np.array([0.5, 0.9]),
+        image_confidence=(draw.integers(0, 5, (num_images, len(exits), 2, num_thresholds)) / 4).astype(np.float32),
+    )
+
+    def part() -> PartCost:
+        macs, parameters, memory, latency, p95 = (int(n) for n in draw.integers(0, 4, 5))
+        return PartCost(
+            macs=macs,
+            macs_paper=2 * macs + 1,
+            parameters=parameters,
+            memory_bytes=memory,
+            latency_ms=latency / 4,
+            latency_p95_ms=p95 / 4,
+        )
+
+    costs = CostTable(
+        model="tiny",
+        input_size=(2, 3),
+        segments=tuple(part() for _ in range(num_exit_points + 1)),
+        heads={e: part() for e in exits},
+        policies=tuple(part() for _ in range(num_exit_points)),
+        outputs=tuple(part() for _ in range(num_exit_points + 1)),
+    )
+    return tables, costs
+
+
+def all_instances(tables: ExitTables, setting: str, policy: int = 0) -> Iterator[Instance]:
+    """Every instance of up to three exits; image thresholds are the observed values themselves."""
+
+    def choices(position: int) -> Iterator[ExitChoice]:
+        e = tables.exits[position]
+        for t, pixel_threshold in enumerate(tables.pixel_thresholds):
+            for value in np.unique(tables.image_confidence[:, position, policy, t]):
+                yield ExitChoice(
+                    exit_index=e.exit_index,
+                    head=e.head,
+                    pixel_threshold=float(pixel_threshold),
+                    image_threshold=float(value),
+                )
+
+    for size in (1,) if setting == "budgeted" else (1, 2, 3):
+        for positions in combinations(range(len(tables.exits)), size):
+            exits = [tables.exits[p] for p in positions]
+            if len({e.exit_index for e in exits}) < size:
+                continue
+            last = ExitChoice(exit_index=exits[-1].exit_index, head=exits[-1].head)
+            for early in product(*(choices(p) for p in positions[:-1])):
+                yield Instance(
+                    name="brute", setting="input_dependent", exits=(*early, last), policy=tables.policies[policy]
+                )
+
+
+def simulate(tables: ExitTables, costs: CostTable, instance: Instance, name: CostName) -> tuple[list[int], list[float]]:
+    """Where each image leaves and what it costs, one image and one exit at a time."""
+    policy = tables.policies.index(instance.policy)
+    routing, spent = [], []
+    for v in range(len(tables.image_names)):
+        parts, segment = [], 0
+        for choice in instance.exits:
+            while segment <= choice.exit_index:
+                parts.append(costs.segments[segment])
+                segment += 1
+            parts.append(costs.heads[choice.exit])
+            position = tables.exits.index(choice.exit)
+            if choice is instance.exits[-1]:
+                break
+            parts.append(costs.policies[choice.exit_index])
+            t = list(tables.pixel_thresholds).index(choice.pixel_threshold)
+            if float(tables.image_confidence[v, position, policy, t]) >= (choice.image_threshold or 0):
+                break
+        parts.append(costs.outputs[choice.exit_index])
+        routing.append(position)
+        spent.append(sum(getattr(part, name) for part in parts))
+    if name in ("parameters", "memory_bytes"):
+        last = instance.exits[-1]
+        kept = [*costs.segments[: last.exit_index + 1]]
+        for choice in instance.exits:
+            kept += [costs.heads[choice.exit], costs.outputs[choice.exit_index]]
+            kept += [costs.policies[choice.exit_index]] if choice is not last else []
+        values = [getattr(part, name) for part in kept]
+        spent = [float(sum(values) if name == "parameters" else max(values))] * len(routing)
+    return routing, spent
+
+
+def exact_miou(tables: ExitTables, routing: list[int]) -> Fraction:
+    ious = []
+    for k in range(len(tables.class_names)):
+        intersection = sum(int(tables.intersection[v, p, k]) for v, p in enumerate(routing))
+        predicted = sum(int(tables.predicted[v, p, k]) for v, p in enumerate(routing))
+        union = predicted + int(tables.labelled[:, k].sum()) - intersection
+        if union:
+            ious.append(Fraction(intersection, union))
+    return sum(ious, Fraction()) / len(ious)
+
+
+def brute_force(
+    tables: ExitTables, costs: CostTable, setting: str, name: CostName, policy: int = 0
+) -> list[tuple[Fraction, Fraction, int]]:
+    """The front as (cost, mIoU, least number of exits), by ascending cost."""
+    tried = []
+    for instance in all_instances(tables, setting, policy):
+        routing, spent = simulate(tables, costs, instance, name)
+        cost = Fraction(sum(spent)) / len(spent)
+        tried.append((cost, -exact_miou(tables, routing), len(instance.exits)))
+    front: list[tuple[Fraction, Fraction, int]] = []
+    for cost, negative, num_exits in sorted(tried):
+        if not front or -negative > front[-1][1]:
+            front.append((cost, -negative, num_exits))
+    return front
+
+
+def assert_equal_front(front: Front, expected: list[tuple[Fraction, Fraction, int]]) -> None:
+    assert [len(p.instance.exits) for p in front.points] == [num for _, _, num in expected]
+    np.testing.assert_allclose([p.cost for p in front.points], [float(c) for c, _, _ in expected], rtol=1e-13)
+    np.testing.assert_allclose([p.miou for p in front.points], [float(m) for _, m, _ in expected], atol=2e-12)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_front_and_objectives_equal_brute_force(seed: int) -> None:
+    tables, costs = tiny(seed)
+    for setting in ("budgeted", "input_dependent"):
+        name: CostName = COST_NAMES[seed % len(COST_NAMES)]
+        policy = seed // len(COST_NAMES) % 2
+        grid = Grid(num_image_thresholds=1000, policy=tables.policies[policy])
+        expected = brute_force(tables, costs, setting, name, policy)
+        front = pareto_front(tables, costs, setting=setting, cost=name, grid=grid)
+        assert_equal_front(front, expected)
+        for point in front.points:
+            routing, spent = simulate(tables, costs, point.instance, name)
+            assert route(tables, point.instance).tolist() == routing
+            np.testing.assert_allclose(cost_of(tables, costs, point.instance, name), spent)
+            assert point.cost == pytest.approx(np.mean(spent))
+            assert point.miou == pytest.approx(tables.miou(route(tables, point.instance)), abs=1e-12)
+
+        baseline = exact_miou(tables, [tables.final] * len(tables.image_names))
+        accurate = [one for one in expected if one[1] >= baseline - Fraction(5, 100)]
+        result = choose(front, Objective(minimise=name, max_drop_pp=5))
+        assert result.instance.selected_on[name] == pytest.approx(float(accurate[0][0]))
+        assert result.instance.selected_on["miou"] == pytest.approx(float(accurate[0][1]))
+        middle = float(expected[len(expected) // 2][0])
+        result = choose(front, Objective(maximise="miou", cost=name, max_cost=middle))
+        assert result.instance.selected_on["miou"] == pytest.approx(float(expected[len(expected) // 2][1]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tangents_and_batches_do_not_change_the_front(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, costs = tiny(1000 + seed, num_exit_points=4)
+    cost = COST_NAMES[seed % len(COST_NAMES)] if seed < 12 else "macs"
+    if seed >= 12:  # to leave early is dearer than to go on
+        costs = replace(costs, outputs=tuple(replace(part, macs=10 * part.macs) for part in costs.outputs))
+    front = pareto_front(tables, costs, cost=cost, grid=COMPLETE)
+    assert front.gap_miou == 0
+    for bend, per_batch in ((1.0, 1), (0.01, 2), (0.0, 100)):
+        monkeypatch.setattr(front_module, "BEND", bend)
+        monkeypatch.setattr(engine_module, "PER_BATCH", per_batch)
+        assert pareto_front(tables, costs, cost=cost, grid=COMPLETE).points == front.points
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_fewer_exits_and_declared_counts(seed: int) -> None:
+    tables, costs = tiny(2000 + seed)
+    counts = [0, 0, 0]
+    for instance in all_instances(tables, "input_dependent"):
+        counts[len(instance.exits) - 1] += 1
+    for max_exits in (1, 2, 3):
+        front = pareto_front(tables, costs, grid=Grid(num_image_thresholds=1000, max_exits=max_exits))
+        assert front.num_declared == sum(counts[:max_exits])
+        assert front.num_evaluated <= front.num_declared
+        assert all(len(p.instance.exits) <= max_exits for p in front.points)
+
+
+def test_a_coarse_grid_is_a_part_of_the_complete_one() -> None:
+    tables, costs = tiny(7)
+    coarse = pareto_front(tables, costs, grid=Grid(num_image_thresholds=2, pixel_thresholds=(0.9,)))
+    complete = pareto_front(tables, costs, grid=COMPLETE)
+    assert coarse.num_declared < complete.num_declared
+    for point in coarse.points:
+        assert any(one.cost <= point.cost and one.miou >= point.miou for one in complete.points)
+        assert all(choice.pixel_threshold in (None, 0.9) for choice in point.instance.exits)
+
+
+def test_search_tells_what_it_did() -> None:
+    tables, costs = tiny(3)
+    result = search(tables, costs, minimise="macs", max_drop_pp=1.0, name="cheap", grid=COMPLETE)
+    assert result.instance.name == "cheap"
+    assert result.instance.objective == "cheapest in macs at <= 1 pp drop"
+    assert set(result.instance.selected_on) == {"miou", "macs", "images", "baseline_miou", "baseline_macs"}
+    assert result.instance.selected_on["baseline_macs"] == costs.total_macs()
+    assert result.certificate == result.instance.certificate
+    assert result.certificate.startswith("optimal over the declared grid of ")
+    assert "static truncated model" in result.verdict
+    assert result.gap_cost == result.gap_miou == 0
+    assert "uniform heads" in result.verdict or "no early exit" in result.verdict
+    chosen = [[choice.exit for choice in point.instance.exits] for point in result.runners_up]
+    assert len(chosen) > 1
+    assert [choice.exit for choice in result.instance.exits] not in chosen
+    assert all(chosen[i] not in chosen[:i] for i in range(len(chosen)))
+    costs_of_all = [result.instance.selected_on["macs"], *(point.cost for point in result.runners_up)]
+    assert costs_of_all == sorted(costs_of_all)
+    for point in result.runners_up:
+        assert point.miou == pytest.approx(tables.miou(route(tables, point.instance)), abs=1e-12)
+        assert point.cost == pytest.approx(cost_of(tables, costs, point.instance).mean())
+    assert Instance.from_json(result.instance.to_json()) == result.instance
+
+
+def test_verdict_compares_with_the_best_static_model() -> None:
+    tables, costs = tiny(5)
+    static = search(tables, costs, setting="budgeted", minimise="macs", max_drop_pp=0, grid=COMPLETE)
+    assert static.verdict.startswith("no better than the best static truncated model")
+    for seed in range(20):
+        tables, costs = tiny(seed)
+        front = pareto_front(tables, costs, grid=COMPLETE)
+        result = choose(front, Objective(max_drop_pp=0))
+        rival = search(tables, costs, setting="budgeted", max_drop_pp=0)
+        cheaper = result.instance.selected_on["macs"] < rival.instance.selected_on["macs"]
+        assert not cheaper or result.verdict.startswith("beats")
+
+
+def test_latency_asks_for_a_measured_table() -> None:
+    tables, costs = tiny(1)
+    costs = replace(costs, segments=tuple(replace(part, latency_ms=None) for part in costs.segments))
+    with pytest.raises(RunError, match="messnet profile RUN --measure"):
+        search(tables, costs, minimise="latency_ms")
+    assert search(tables, costs, minimise="latency_p95_ms").instance.selected_on["latency_p95_ms"] >= 0
+
+
+def test_infeasible_names_the_nearest_points() -> None:
+    tables, costs = tiny(1)
+    best, cheapest = pareto_front(tables, costs).points[-1], pareto_front(tables, costs).points[0]
+    with pytest.raises(InfeasibleError, match=f"most accurate instance has mIoU {100 * best.miou:.2f} %") as caught:
+        search(tables, costs, min_miou=1.01)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InfeasibleError, match=f"cheapest instance has mIoU {100 * cheapest.miou:.2f} %"):
+        search(tables, costs, maximise="miou", max_cost=-1)
+    with pytest.raises(InfeasibleError, match=r"best mIoU at that cost .*; the least cost at that mIoU"):
+        search(tables, costs, min_miou=best.miou - 1e-9, max_cost=best.cost - 0.01)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_thresholds_lie_between_observed_values(seed: int) -> None:
+    tables, costs = tiny(seed)
+    for point in pareto_front(tables, costs, grid=COMPLETE).points:
+        for choice in point.instance.exits[:-1]:
+            assert choice.pixel_threshold is not None
+            t = list(tables.pixel_thresholds).index(choice.pixel_threshold)
+            observed = tables.image_confidence[:, tables.exits.index(choice.exit), 0, t]
+            assert choice.image_threshold not in observed.tolist()
+            assert choice.image_threshold == float(np.float32(choice.image_threshold))  # survives a cast
+
+
+def test_neighbouring_float32_confidences_are_told_apart() -> None:
+    tables, _ = tiny(0)
+    close = np.float32(0.5) + np.arange(len(tables.image_names), dtype=np.float32) * np.spacing(np.float32(0.5))
+    tables.image_confidence[...] = close[:, None, None, None]
+    for position in range(tables.final):
+        columns, num_declared = columns_of(tables, position, COMPLETE)
+        assert num_declared == len(close) * len(tables.pixel_thresholds)
+        assert len(columns) == 1  # both pixel thresholds route alike
+        assert len(columns[0].image_thresholds) == len(close) - 1
+        for level, threshold in enumerate(columns[0].image_thresholds, 1):
+            np.testing.assert_array_equal(close >= np.float32(threshold), columns[0].bins >= level)
+            np.testing.assert_array_equal(close.astype(np.float64) >= threshold, columns[0].bins >= level)
+
+
+def test_bad_options_are_refused() -> None:
+    tables, costs = tiny(1)
+    with pytest.raises(RecipeError, match="not both"):
+        search(tables, costs, minimise="macs", maximise="miou")
+    with pytest.raises(RecipeError, match="1 to 3"):
+        Grid(max_exits=4)
+    with pytest.raises(RecipeError, match="at least 1"):
+        Grid(num_image_thresholds=0)
+    with pytest.raises(RecipeError, match=r"expected one of top1\+none, entropy\+native"):
+        pareto_front(tables, costs, grid=Grid(policy="psychic"))
+    with pytest.raises(RecipeError, match=r"no pixel threshold 0\.7"):
+        pareto_front(tables, costs, grid=Grid(pixel_thresholds=(0.7,)))
+    with pytest.raises(RecipeError, match="expected 'budgeted' or 'input_dependent'"):
+        pareto_front(tables, costs, setting="anytime")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="unknown cost 'joules'"):
+        Objective(minimise="joules")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="search for this objective"):
+        choose(pareto_front(tables, costs), Objective(statistic="p95"))
+    with pytest.raises(RecipeError, match="the objective asks for parameters"):
+        choose(pareto_front(tables, costs), Objective(minimise="parameters"))
+    with pytest.raises(RunError, match="another head space"):
+        route(tables, Instance(name="x", setting="budgeted", exits=(ExitChoice(exit_index=9, head="y"),)))

@@ -1,0 +1,333 @@
+"""Both stages: the posters' loss, training that goes on bit for bit where it stopped, heads that see no other head."""
+
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from messnet.data import IGNORE_INDEX, SegmentationSample
+from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
+from messnet.errors import DataError, MessError, RecipeError
+from messnet.network.exit_head import HeadSpace, plain_head_config
+from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.network.zoo import mobilenetv2_fcn
+from messnet.records.run_directory import Checkpoint
+from messnet.training import (
+    ComputeOptions,
+    DistillOptions,
+    PretrainOptions,
+    TrainOptions,
+    active_exits,
+    distill,
+    pretrain,
+)
+
+SIZE, CLASSES = (32, 40), 3
+AUGMENT = AugmentOptions(crop=SIZE)
+PRETRAIN = PretrainOptions(iterations=6, batch_size=2, augment=AUGMENT, checkpoint_every=2, learning_rate=0.1)
+DISTILL = DistillOptions(iterations=4, batch_size=2, augment=AUGMENT, checkpoint_every=1, learning_rate=0.1)
+SPACE = HeadSpace(channel_reduction=(1,), extra_blocks=(0, 1), rapid_dilation=(True,))
+HERE = ComputeOptions(device="cpu", num_workers=0)
+WORKER = ComputeOptions(device="cpu", num_workers=1)
+
+
+@dataclass
+class Noise:
+    """Random images and labels, the same for every instance."""
+
+    broken: bool = False
+    class_names = ("a", "b", "c")
+    palette = np.zeros((3, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        if self.broken:
+            raise DataError(f"image {index}.png: expected RGB, got nothing")
+        rng = np.random.default_rng(index)
+        mask = rng.choice([0, 1, 2, IGNORE_INDEX], SIZE).astype(np.uint8)
+        return SegmentationSample(name=str(index), image=rng.integers(0, 256, (*SIZE, 3), np.uint8), mask=mask)
+
+
+@dataclass(frozen=True)
+class Interrupting(Checkpoint):
+    """Ctrl-C right after the state of iteration ``after`` was saved."""
+
+    after: int
+
+    def save(self, state: dict[str, object]) -> None:
+        super().save(state)
+        if state["iteration"] == self.after:
+            raise KeyboardInterrupt
+
+
+def build(seed: int = 0) -> MultiExitNet:
+    torch.manual_seed(seed)
+    return convert(mobilenetv2_fcn(CLASSES, width=0.25, depth=0.01), torch.zeros(1, 3, *SIZE), num_exits=3)
+
+
+def tensors(net: MultiExitNet) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def model_parameters(net: MultiExitNet) -> dict[str, Tensor]:
+    return {name: p for name, p in net.named_parameters() if not name.startswith("heads.")}
+
+
+def pretrained(path: Path, options: PretrainOptions = PRETRAIN) -> dict[str, Tensor]:
+    net = build()
+    pretrain(net, Noise(), options, HERE, Checkpoint(path))
+    return tensors(net)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("num_exits", range(2, 7))
+def test_active_exits_are_the_posters(num_exits: int) -> None:
+    for j in range(1, 25):
+        alternating = {1 + (j % (num_exits - 1))}
+        modulo = {i for i in range(1, num_exits) if j % i == 0}
+        assert {index + 1 for index in active_exits("alternating", j, num_exits - 1)} == alternating
+        assert {index + 1 for index in active_exits("modulo", j, num_exits - 1)} == modulo
+    assert active_exits("alternating", 1, 0) == active_exits("modulo", 1, 0) == ()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "schedule", "active"),
+    [
+        ("exit_aware", "alternating", [1]),
+        ("exit_aware", "modulo", [0]),
+        ("baseline", "alternating", []),
+        ("end_to_end", "alternating", [0, 1]),
+    ],
+)
+def test_one_iteration_is_one_step_on_the_posters_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, schedule: str, active: list[int]
+) -> None:
+    monkeypatch.setattr(F, "dropout", lambda x, *_: x)
+    options = replace(PRETRAIN, iterations=1, scheme=scheme, schedule=schedule, momentum=0.0, weight_decay=0.0)
+    net = build().train()
+    heads = [net.head(net.add_head(i, plain_head_config(), seed=options.seed)).train() for i in active]
+    stream = TrainingStream(Noise(), build_augmentation(AUGMENT), iterations=1, batch_size=2, seed=options.seed)
+    images, labels = (torch.stack(x) for x in zip(*(stream[k] for k in range(2)), strict=True))
+    states = list(net.states(images))
+    early = [head(states[i].features) for i, head in zip(active, heads, strict=True)]
+    logits = [*(F.interpolate(y, SIZE, mode="bilinear") for y in early), net(images)]
+    loss = sum(F.cross_entropy(y, labels, ignore_index=IGNORE_INDEX) for y in logits)
+    own = model_parameters(net)
+    gradients = torch.autograd.grad(loss, list(own.values()))
+    rate = options.learning_rate * 2 / 16  # for a batch of 2
+    expected = {name: p - rate * g for (name, p), g in zip(own.items(), gradients, strict=True)}
+
+    trained = build()
+    pretrain(trained, Noise(), options, HERE, Checkpoint(tmp_path / "c"))
+    # The step as a whole: batch statistics of two small images amplify the rounding of another layout or thread count.
+    after = model_parameters(trained)
+    step, error = (
+        torch.cat([(one[name] - two[name]).flatten() for name in own]).norm()
+        for one, two in ((expected, own), (expected, after))
+    )
+    assert step > 0
+    assert error < 0.05 * step  # a wrong exit or weight changes it by tens of percent
+
+
+@pytest.mark.parametrize(("schedule", "after"), [("alternating", 4), ("modulo", 2)])
+def test_interrupted_pretraining_goes_on_bit_for_bit(tmp_path: Path, schedule: str, after: int) -> None:
+    options = replace(PRETRAIN, schedule=schedule)
+    whole = pretrained(tmp_path / "whole", options)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(build(), Noise(), options, HERE, Interrupting(tmp_path / "c", after))
+    net = build(seed=7)  # all that matters comes from the checkpoint
+    pretrain(net, Noise(), options, WORKER, Checkpoint(tmp_path / "c"))
+    assert_equal(tensors(net), whole)
+    assert not any(torch.equal(whole[name], p) for name, p in build().named_parameters())  # it did train
+
+
+def test_interrupted_distillation_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, net = build(), build()
+    distill(whole, Noise(), SPACE, DISTILL, HERE, Checkpoint(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        distill(net, Noise(), SPACE, DISTILL, HERE, Interrupting(tmp_path / "c", 2))
+    net = build()
+    distill(net, Noise(), SPACE, DISTILL, WORKER, Checkpoint(tmp_path / "c"))
+    assert_equal(tensors(net), tensors(whole))
+
+
+def test_heads_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    once = replace(PRETRAIN, iterations=1)
+    before = tensors(build())
+    same, faster = (
+        pretrained(tmp_path / str(rate), replace(once, head_learning_rate=rate))
+        for rate in (None, 10 * once.learning_rate)
+    )
+    for name, _ in build().named_parameters():
+        is_head = name.startswith("backbone.final_head.")
+        steps = (same[name] - before[name], faster[name] - before[name])
+        torch.testing.assert_close(steps[1], (10 if is_head else 1) * steps[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rate", "head_rate"),
+    [(0.1, 0.0), (0.1, -1.0), (0.1, math.inf), (0.0, 0.1), (-1.0, None), (math.inf, None), (math.nan, None)],
+)
+def test_rates_are_checked(rate: float, head_rate: float | None) -> None:
+    with pytest.raises(RecipeError, match=r"learning_rate .*(above|at least) 0( and finite)?, got"):
+        replace(PRETRAIN, learning_rate=rate, head_learning_rate=head_rate)
+
+
+def test_a_rate_for_heads_needs_a_final_head() -> None:
+    net = build()
+    net.backbone.final_head = nn.Identity()
+    with pytest.raises(RecipeError, match="a final head with parameters of its own"):
+        pretrain(net, Noise(), replace(PRETRAIN, head_learning_rate=1.0), HERE, Checkpoint(Path("c")))
+
+
+def stall_in_the_second_save(path: Path, stalled: Path) -> None:
+    """Runs in a process of its own, which is killed with a checkpoint half written."""
+    fsync, calls = os.fsync, iter(range(100))
+
+    def stalling(descriptor: int) -> None:
+        if next(calls) == 1:
+            os.ftruncate(descriptor, 1000)
+            stalled.touch()
+            time.sleep(1000)
+        fsync(descriptor)
+
+    os.fsync = stalling
+    pretrained(path)
+
+
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    path, stalled = tmp_path / "c", tmp_path / "stalled"
+    # Spawned: a fork of a process whose autograd has threads cannot train.
+    process = multiprocessing.get_context("spawn").Process(target=stall_in_the_second_save, args=(path, stalled))
+    process.start()
+    while not stalled.exists() and process.is_alive():
+        time.sleep(0.1)
+    process.kill()
+    process.join()
+    assert stalled.exists()
+    assert process.exitcode == -9
+    state = Checkpoint(path).load()
+    assert state is not None
+    assert state["iteration"] == 2
+    assert_equal(pretrained(path), pretrained(tmp_path / "whole"))
+
+
+def test_distillation_leaves_the_users_model_alone(tmp_path: Path) -> None:
+    net = build()
+    before = {name: tensor.clone() for name, tensor in net.model_state_dict().items()}
+    distill(net, Noise(), SPACE, DISTILL, HERE, Checkpoint(tmp_path / "c"))
+    assert_equal(net.model_state_dict(), before)  # backbone, final head and their statistics
+    fresh = build()
+    for exit in net.exits[:-1]:
+        fresh.add_head(exit.exit_index, *[c for c in SPACE.configs(64) if c.name == exit.head])
+        initial = dict(fresh.head(exit).named_parameters())
+        assert not [
+            n for n, p in net.head(exit).named_parameters() if torch.equal(p, initial[n])
+        ]  # all of a head moved
+
+
+def test_a_head_learns_the_same_alone_and_among_others(tmp_path: Path) -> None:
+    together = build()
+    distill(together, Noise(), SPACE, DISTILL, HERE, Checkpoint(tmp_path / "together"))
+    assert len(together.exits) == 2 * 4 + 1
+    for head in ("fcn", "deeplabv3"):
+        alone = build()
+        space = replace(SPACE, extra_blocks=(1,), segmentation_head=(head,))
+        distill(alone, Noise(), space, DISTILL, HERE, Checkpoint(tmp_path / head))
+        assert len(alone.exits) == 2 * 1 + 1
+        for exit in alone.exits[:-1]:
+            assert_equal(alone.head(exit).state_dict(), together.head(exit).state_dict())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path: Path, stage: str) -> None:
+    rest = (HERE, Checkpoint(tmp_path / "c"))
+    train = {
+        "pretrain": lambda: pretrain(build(), Noise(), replace(PRETRAIN, learning_rate=1e30), *rest),
+        "distill": lambda: distill(build(), Noise(), SPACE, replace(DISTILL, learning_rate=1e30), *rest),
+    }[stage]
+    with pytest.raises(MessError, match=rf"the loss of {stage} is (nan|inf).* lower {stage}.learning_rate") as info:
+        train()
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("compute", [HERE, WORKER], ids=["here", "worker"])
+def test_broken_data_is_told_in_one_line(tmp_path: Path, compute: ComputeOptions) -> None:
+    with pytest.raises(DataError) as info:
+        pretrain(build(), Noise(broken=True), PRETRAIN, compute, Checkpoint(tmp_path / "c"))
+    assert str(info.value) in [f"image {index}.png: expected RGB, got nothing" for index in range(5)]
+
+
+def test_class_weights_are_one_per_class(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"pretrain.class_weights has 2 values for 3 classes"):
+        pretrain(build(), Noise(), replace(PRETRAIN, class_weights=(1.0, 2.0)), HERE, Checkpoint(tmp_path / "c"))
+    options = replace(PRETRAIN, iterations=1)
+    weighted, ones, none = (
+        pretrained(tmp_path / str(weights), replace(options, class_weights=weights))[
+            "backbone.final_head.classifier.4.bias"
+        ]
+        for weights in ((1.0, 5.0, 0.0), (1.0, 1.0, 1.0), None)
+    )
+    torch.testing.assert_close(ones, none)
+    assert not torch.allclose(weighted, none)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("iterations", 0, 1), ("batch_size", 1, 2), ("loss_stride", 0, 1), ("checkpoint_every", 0, 1)],
+)
+def test_options_out_of_range_are_told(name: str, value: int, least: int) -> None:
+    for kind in (TrainOptions, PretrainOptions, DistillOptions):
+        kind(**{name: least})
+        with pytest.raises(RecipeError, match=f"{name} must be at least {least}, got {value}"):
+            kind(**{name: value})
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ComputeOptions().fabric().device == torch.device("cpu")
+    with pytest.raises(RecipeError, match="torch sees no CUDA device"):
+        ComputeOptions(device="cuda").fabric()
+    with pytest.raises(RecipeError, match="must be 'auto', 'cpu' or 'cuda', got 'tpu'"):
+        ComputeOptions(device="tpu").fabric()
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_bf16_that_is_emulated_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, has_instructions: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions)
+    compute = replace(HERE, precision="bf16-mixed")
+    once = replace(PRETRAIN, iterations=1, checkpoint_every=1)
+    pretrain(build(), Noise(), once, compute, Checkpoint(tmp_path / "state.pt"))
+    assert ("--compute.precision 32-true" in capsys.readouterr().err) != has_instructions
+
+
+def test_bf16_autocast_trains_close_to_float32(tmp_path: Path) -> None:
+    half = replace(HERE, precision="bf16-mixed")
+    nets = []
+    for compute in (HERE, half):
+        net = build()
+        pretrain(net, Noise(), PRETRAIN, compute, Checkpoint(tmp_path / f"{compute.precision}1"))
+        distill(net, Noise(), SPACE, DISTILL, compute, Checkpoint(tmp_path / f"{compute.precision}2"))
+        nets.append(tensors(net))
+    start = tensors(build())
+    assert all(tensor.dtype == nets[0][name].dtype for name, tensor in nets[1].items())  # weights stay float32
+    moved = {name for name in start if not torch.equal(nets[0][name], start[name])}
+    full, low = (torch.cat([(net[name] - start[name]).flatten().double() for name in sorted(moved)]) for net in nets)
+    assert not torch.equal(full, low)
+    assert float(torch.cosine_similarity(full, low, dim=0)) > 0.9
