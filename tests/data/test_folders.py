@@ -100,7 +100,7 @@ def test_list_layout_keeps_the_order_of_the_list(root: Path) -> None:
     assert [sample.name for sample in (dataset[0], dataset[1])] == ["q", "p"]
     assert len(dataset) == 2
     (root / "mine.txt").write_text("q\nnobody\n")
-    with pytest.raises(DataError, match=r"mine\.txt names nobody, not in .*images: list file names without suffix"):
+    with pytest.raises(DataError, match=r"mine\.txt names nobody, not in .*images: list one file name a line"):
         read(root, "mine")
     (root / "mine.txt").write_text("\n")
     with pytest.raises(DataError, match=r"no images named in .*mine\.txt"):
@@ -190,7 +190,7 @@ def test_pairs_must_be_whole(root: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_names": ()}, "expected 1 to 255 class names, got 0"),
+        ({"class_names": ()}, "expected 2 to 255 class names, got 0"),
         ({"class_names": NAMES, "void_index": 2}, "void_index is 3 to 255, beyond the class indices, not 2"),
         ({"class_names": NAMES, "mask_values": (0, 1)}, "mask_values 0, 1 for 3 class names: expected as many"),
         ({"class_names": NAMES, "mask_values": (0, 1, 1)}, "mask_values 0, 1, 1 for 3 .* expected as many different"),

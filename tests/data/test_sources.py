@@ -57,7 +57,7 @@ def test_folders_with_splits_of_other_names(tmp_path: Path) -> None:
     assert (train[0].image[0, 0, 0], val[0].image[0, 0, 0]) == (10, 20)
     assert val[0].mask[0].tolist() == [0, 1, 2, 255, 255, 1]
     with pytest.raises(DataError, match="no split 'train'"):
-        open_dataset(DataOptions(source="folder", root=tmp_path, class_names=("a",)), "train")
+        open_dataset(DataOptions(source="folder", root=tmp_path, class_names=("a", "b")), "train")
 
 
 def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             DataOptions(source="camvid", root=Path(), class_names=("a",)),
             r"data\.class_names is for the source 'folder'",
         ),
-        (DataOptions(source="folder", root=Path("no/such"), class_names=("a",)), "no folder no/such"),
+        (DataOptions(source="folder", root=Path("no/such"), class_names=("a", "b")), "no folder no/such"),
     ],
 )
 def test_what_is_no_data_set(options: DataOptions, message: str) -> None:

@@ -249,7 +249,11 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+            )
             if not found:
                 raise DataError(f"folder {path} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
             files += found

@@ -39,7 +39,7 @@ def check_data(
 ) -> None:
     """Read every image and mask of a data set and say what is in them, what is wrong, and what to do about it."""
     from messnet.data.checks import shared_images
-    from messnet.data.image_files import some
+    from messnet.data.listings import some
 
     options, is_unnamed = _data_options(target, overrides)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -7,7 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import FileDataset, MaskReader, expect_files, find_root, list_files
+from messnet.data.image_files import FileDataset, MaskReader
+from messnet.data.listings import expect_files, find_root, list_files
 from messnet.data.palettes import default_palette
 from messnet.errors import DataError
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from messnet.data.folders import open_folder
-from messnet.data.image_files import FileDataset, MaskReader, expect_files, list_files
+from messnet.data.image_files import FileDataset, MaskReader
+from messnet.data.listings import expect_files, list_files
 from messnet.errors import DataError
 
 __all__ = ["CAMVID_CLASSES", "open_camvid"]

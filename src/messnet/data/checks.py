@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.data import IGNORE_INDEX, SegmentationDataset, SegmentationSample
-from messnet.data.image_files import FileDataset, SampleError, some
+from messnet.data.image_files import FileDataset, SampleError
+from messnet.data.listings import some
 from messnet.errors import DataError
 
 __all__ = ["DatasetReport", "check_dataset", "failed_report", "shared_images"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import FileDataset, MaskReader, find_root, some
+from messnet.data.image_files import FileDataset, MaskReader
+from messnet.data.listings import find_root, some, visible
 from messnet.errors import DataError
 
 __all__ = ["CITYSCAPES_CLASSES", "open_cityscapes"]
@@ -62,7 +63,7 @@ def open_cityscapes(root: Path, split: str) -> FileDataset[Path]:
 
 def _by_name(folder: Path, suffix: str) -> dict[str, Path]:
     """The files of all cities, sorted."""
-    return {path.name.removesuffix(suffix): path for path in sorted(folder.glob(f"*/*{suffix}"))}
+    return {path.name.removesuffix(suffix): path for path in visible(folder.glob(f"*/*{suffix}"))}
 
 
 def _ids() -> dict[int, int]:

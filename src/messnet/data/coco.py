@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import FileDataset, SampleError, expect_files, find_root, list_files
+from messnet.data.image_files import FileDataset, SampleError
+from messnet.data.listings import expect_files, find_root, list_files
 from messnet.data.voc import VOC_CLASSES, voc_palette
 from messnet.errors import DataError
 

@@ -8,6 +8,7 @@ other values, or RGB masks, are read with ``mask_values``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import IMAGE_SUFFIXES, FileDataset, MaskReader, some
+from messnet.data.image_files import IMAGE_SUFFIXES, FileDataset, MaskReader, expect_class_names
+from messnet.data.listings import bare_name, composed, list_files, read_text, some
 from messnet.data.palettes import default_palette
 from messnet.errors import DataError
 
@@ -40,9 +42,7 @@ def open_folder(
     ``void_index`` (if given) and 255 (unless a class, or colours) are ignored; any other is an error. ``palette``:
     (K, 3) RGB, of RGB masks by default their own. Raises DataError when the folders are not in order.
     """
-    num_classes = len(class_names)
-    if not 1 <= num_classes <= IGNORE_INDEX:
-        raise DataError(f"expected 1 to {IGNORE_INDEX} class names, got {num_classes}")
+    num_classes = len(expect_class_names(class_names))
     values = tuple(mask_values) or tuple(range(num_classes))
     if len(set(values)) != num_classes or not all(0 <= value <= 0xFFFFFF for value in values):
         raise DataError(
@@ -99,19 +99,14 @@ def _find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
         if not folder.is_dir():
             raise DataError(f"no folder {folder}: {LAYOUT} in {root}")
 
-    masks = {path.stem: path for path in sorted((base / "masks").iterdir()) if path.suffix.lower() == ".png"}
-    images: dict[str, Path] = {}
-    for path in sorted((base / "images").iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if path.stem in images:
-                raise DataError(f"{images[path.stem]} and {path.name} share one name: keep one of them")
-            images[path.stem] = path
+    masks = _by_stem(base / "masks", (".png",))
+    images = _by_stem(base / "images", IMAGE_SUFFIXES)
 
     if base == root:
-        lines = (line.strip() for line in listing.read_text(encoding="utf-8").splitlines())
-        names = [line for line in lines if line]
+        lines = (composed(line.strip()) for line in read_text(listing).splitlines())
+        names = [line if line in images else bare_name(line, IMAGE_SUFFIXES) for line in lines if line]
         if absent := [name for name in names if name not in images]:
-            raise DataError(f"{listing} names {some(absent)}, not in {base / 'images'}: list file names without suffix")
+            raise DataError(f"{listing} names {some(absent)}, not in {base / 'images'}: list one file name a line")
     else:
         # Here a mask without an image is a lost image; with a list it may belong to another split.
         names = list(images)
@@ -125,3 +120,16 @@ def _find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     if unlabelled := [name for name in names if name not in masks]:
         raise DataError(f"no mask for {some(unlabelled)}: expected {base / 'masks' / (unlabelled[0] + '.png')}")
     return [(images[name], masks[name]) for name in names]
+
+
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """The files with one of these suffixes, in any case, by their names without it; sorted."""
+    found: dict[str, Path] = {}
+    for name, path in list_files(folder).items():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in suffixes:
+            continue
+        if stem in found:
+            raise DataError(f"{found[stem]} and {path.name} share one name: keep one of them")
+        found[stem] = path
+    return found

@@ -6,7 +6,7 @@ are here, so that ``check-data`` can say for every format alike what is wrong.
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from messnet.data import SegmentationSample
+from messnet.data import IGNORE_INDEX, SegmentationSample
+from messnet.data.listings import composed, some
 from messnet.errors import DataError
 from messnet.images.reading import rgb_of
 
@@ -27,12 +28,8 @@ __all__ = [
     "MaskReader",
     "ProblemKind",
     "SampleError",
-    "expect_files",
-    "find_root",
-    "list_files",
+    "expect_class_names",
     "read_image",
-    "read_names",
-    "some",
 ]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -67,7 +64,7 @@ class FileDataset(Generic[Label]):
         palette: NDArray[np.uint8],
         cache: bool = False,
     ) -> None:
-        self.class_names = tuple(class_names)
+        self.class_names = expect_class_names(class_names)
         self.palette = np.asarray(palette, np.uint8)
         num_classes = len(self.class_names)
         if self.palette.shape != (num_classes, 3):
@@ -100,7 +97,7 @@ class FileDataset(Generic[Label]):
                 f"{image.shape[1]} x {image.shape[0]} (width x height): a mask has the size of its image",
                 kind="mask of another size",
             )
-        sample = SegmentationSample(name=path.stem, image=image, mask=mask)
+        sample = SegmentationSample(name=composed(path.stem), image=image, mask=mask)
         if self._cache is not None:
             image.flags.writeable = mask.flags.writeable = False
             self._cache[index] = sample
@@ -179,6 +176,24 @@ class MaskReader:
         return labels.astype(np.uint8)[places].reshape(values.shape)
 
 
+def expect_class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a data set's classes, 2 to 255 different ones. Raises DataError that says what to do otherwise."""
+    names = tuple(names)
+    if len(names) == 1:
+        # With one class every pixel is right whatever the network says: 100 % mIoU, and nothing learnt.
+        raise DataError(
+            f"{names[0]!r} is the only class, and a network learns to tell classes apart: name what is around it too, "
+            f"such as class_names: [background, {names[0]}], and for black and white masks say mask_values: [0, 255]"
+        )
+    if not 2 <= len(names) <= IGNORE_INDEX:
+        raise DataError(f"expected 2 to {IGNORE_INDEX} class names, got {len(names)}")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise DataError(f"class names are words, not {some(wrong)}: put them in quotes")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{some(twice)} is the name of more than one class: give each class a name of its own")
+    return names
+
+
 def read_image(path: Path) -> NDArray[np.uint8]:
     """(H, W, 3) RGB, as ``rgb_of``. Raises SampleError for a file that is no whole image."""
     # Pillow, since OpenCV returns a truncated JPEG partly grey without a word.
@@ -238,50 +253,3 @@ def _read_colours(path: Path) -> NDArray[np.int32]:
 def _packed(colours: NDArray[np.uint8]) -> NDArray[np.int32]:
     red, green, blue = np.moveaxis(colours[..., :3].astype(np.int32), -1, 0)
     return np.asarray((red << 16) | (green << 8) | blue)
-
-
-def find_root(root: Path, places: Sequence[str], holds: str, *, download: str) -> Path:
-    """The first of ``root / place`` that has ``holds`` in it. Raises DataError, which says what to download."""
-    for place in places:
-        if (root / place / holds).exists():
-            return root / place
-    raise DataError(f"no {holds} in {root}{'' if root.is_dir() else ' (no such folder)'}: expected {download}")
-
-
-def list_files(folder: Path) -> dict[str, Path]:
-    """Files by name, sorted; in one go, since a call for each takes long on network drives."""
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}: unpack the whole archive, or correct data.root")
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    return {name: folder / name for name in names}
-
-
-def read_names(listing: Path) -> list[str]:
-    """The names in a list of a split, one a line."""
-    if not listing.is_file():
-        found = [path.stem for path in sorted(listing.parent.glob("*.txt"))]
-        raise DataError(f"no split {listing.stem!r}: no {listing}; there are {some(found) or 'none'}")
-    try:
-        names = [line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {listing} ({error}): expected a name a line") from error
-    if not names:
-        raise DataError(f"no images named in {listing}: expected a name a line")
-    return names
-
-
-def expect_files(what: str, names: Sequence[str], found: Mapping[str, Path], folder: Path) -> list[Path]:
-    """The files of these names, all of them there. ``what`` is "image" or "mask"."""
-    if missing := [name for name in names if name not in found]:
-        raise DataError(
-            f"no {what} for {some([Path(name).stem for name in missing])}: expected {folder / missing[0]}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; unpack the archive again"
-        )
-    return [found[name] for name in names]
-
-
-def some(items: Sequence[object]) -> str:
-    """The first few of them, and how many more."""
-    shown = ", ".join(map(str, items[:5]))
-    return shown if len(items) <= 5 else f"{shown} and {len(items) - 5} more"

@@ -13,6 +13,7 @@ from messnet.data.camvid import open_camvid
 from messnet.data.cityscapes import open_cityscapes
 from messnet.data.coco import CocoOptions, open_coco
 from messnet.data.folders import open_folder
+from messnet.data.image_files import expect_class_names
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.voc import VocOptions, open_voc
 from messnet.errors import DataError, RecipeError
@@ -80,6 +81,7 @@ def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> Segmen
         except (ImportError, AttributeError) as error:
             raise DataError(f"data set {source!r} not found ({error}); expected 'module:function'") from error
         dataset = make(split)
+        expect_class_names(dataset.class_names)
     if len(dataset) == 0:
         raise DataError(f"the {split} split of data source {source!r} holds no image")
     return dataset

@@ -16,15 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import (
-    FileDataset,
-    MaskReader,
-    expect_files,
-    find_root,
-    list_files,
-    read_names,
-    unreadable,
-)
+from messnet.data.image_files import FileDataset, MaskReader, unreadable
+from messnet.data.listings import expect_files, find_root, list_files, read_names
 from messnet.errors import DataError
 
 __all__ = ["VOC_CLASSES", "VocOptions", "open_voc", "voc_palette"]

@@ -151,7 +151,9 @@ def _samples_of(folder: Path, options: ServeOptions) -> list[Sample]:
     if not folder.is_dir():
         raise DataError(f"--samples {folder} is no folder; expected one that holds images")
     found = []
-    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)[:MAX_SAMPLES]:
+    for file in sorted(
+        file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    )[:MAX_SAMPLES]:
         data = file.read_bytes()
         try:
             decode_image(data, max_pixels=options.max_pixels)
