@@ -18,12 +18,12 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
+from messnet.apps import video
 from messnet.apps.exit_control import first_confident
 from messnet.apps.timeline import FrameRecord, Timeline, draw_timeline
 from messnet.apps.video import VideoOptions, predict_video
 from messnet.cli import main
 from messnet.data.scenes import Scenes, ScenesOptions
-from messnet.deployment import video
 from messnet.deployment.loading import load
 from messnet.errors import DataError, RecipeError
 from messnet.records.instance import ExitChoice, Instance

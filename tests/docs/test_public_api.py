@@ -35,11 +35,11 @@ QUIET_IMPORT = """
 import random, sys, warnings
 import numpy  # which adds filters of its own
 state, filters = random.getstate(), list(warnings.filters)
-import messnet, messnet.searching.exact.engine
+import messnet
 from types import FunctionType
 assert not {"torch", "torchvision", "lightning", "cv2", "matplotlib"} & set(sys.modules), "import messnet is heavy"
 assert random.getstate() == state and warnings.filters == filters
-assert isinstance(messnet.searching, FunctionType), messnet.searching
+assert isinstance(messnet.search, FunctionType), messnet.search
 import messnet.cli, messnet.records.tables, messnet.records.instance
 try:
     messnet.cli.main(["--help"])
@@ -72,11 +72,7 @@ def test_a_result_has_what_is_promised() -> None:
     assert promised <= set(messnet.Result.__dataclass_fields__) | set(dir(messnet.Result))
 
 
-def test_search_is_the_function() -> None:
-    import messnet.searching.exact.engine
-
-    assert callable(messnet.searching)
-    assert not isinstance(messnet.searching, ModuleType)
+def test_zoo_is_the_module() -> None:
     assert isinstance(messnet.zoo, ModuleType)
 
 

@@ -26,8 +26,8 @@ from messnet.network.exit_head import HeadConfig, HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.tapping import TappedModel
 from messnet.records.instance import FINAL_HEAD, ExitChoice, Instance
-from messnet.records.run_directory import Checkpoint
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions, distill, pretrain
+from messnet.training.checkpoint import Checkpoint
 
 CLASSES, SIZE = 3, (32, 40)
 HEADS = (HeadConfig(), HeadConfig(2, 1, True, "deeplabv3"))

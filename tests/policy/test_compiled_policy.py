@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import ndimage, special, stats
 
-from messnet import exit_kernel, exit_policy
+from messnet.policy import compiled as exit_kernel
+from messnet.policy import reference as exit_policy
 from messnet.policy.compiled import confident_share
 from messnet.policy.reference import Policy, confidence_map, image_confidence
 

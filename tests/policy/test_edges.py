@@ -8,7 +8,7 @@ from scipy import ndimage
 from skimage.morphology import footprint_rectangle
 from skimage.segmentation import find_boundaries
 
-from messnet import edges
+from messnet.policy import edges
 from messnet.policy.edges import canny_edges, label_boundary, thicken, window_majority, window_median
 
 

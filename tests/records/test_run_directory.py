@@ -10,7 +10,8 @@ import torch
 
 from messnet.errors import RunError
 from messnet.records.files import write_atomically
-from messnet.records.run_directory import Checkpoint, RunDirectory
+from messnet.records.run_directory import RunDirectory
+from messnet.training.checkpoint import Checkpoint
 
 
 class TornError(OSError):

@@ -22,10 +22,11 @@ from messnet.deployment.loading import instance_names, load_instance
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.records.measurements import Gallery, Measurements
-from messnet.records.run_directory import Checkpoint, RunDirectory
+from messnet.records.run_directory import RunDirectory
 from messnet.run.run import FORMATS, fingerprint, open_run
 from messnet.run.stages import STAGES, run_stage
 from messnet.searching import cost_of, route
+from messnet.training.checkpoint import Checkpoint
 
 ARTEFACTS = {
     "exits.json",

@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import DISTILL, HERE, SPACE, Noise, assert_equal, build
 from torch import Tensor
 
+from helpers.training import DISTILL, HERE, SPACE, Noise, assert_equal, build
 from messnet.cli import main
 from messnet.errors import MessError, RecipeError, RunError
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import Exit
-from messnet.records.run_directory import Checkpoint, RunDirectory
-from messnet.run.shards import deal, expect_whole, join, read_parts, write_part
-from messnet.training import Part, Shard, distill, pack, space_exits, unpack
+from messnet.records.run_directory import RunDirectory
+from messnet.run.shards import Part, Shard, deal, expect_whole, join, pack, read_parts, unpack, write_part
+from messnet.training import distill, space_exits
+from messnet.training.checkpoint import Checkpoint
 from messnet.training.losses import DistillationLoss
 
 RECIPE = """

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import CLASSES, DISTILL, HERE, PRETRAIN, SPACE, Interrupting, Noise, assert_equal, build, tensors
 
+from helpers.training import CLASSES, DISTILL, HERE, PRETRAIN, SPACE, Interrupting, Noise, assert_equal, build, tensors
 from messnet.data import SegmentationSample
 from messnet.errors import RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.exit_head import plain_head_config
-from messnet.records.run_directory import Checkpoint
 from messnet.training import Monitor, distill, pretrain
+from messnet.training.checkpoint import Checkpoint
 from messnet.training.journal import Journal, Validation
 
 LOOKING = replace(HERE, validate_images=3)

@@ -4,22 +4,34 @@ import math
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from messnet.data import IGNORE_INDEX, SegmentationSample
-from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
+from helpers.training import (
+    AUGMENT,
+    DISTILL,
+    HERE,
+    PRETRAIN,
+    SIZE,
+    SPACE,
+    WORKER,
+    Interrupting,
+    Noise,
+    assert_equal,
+    build,
+    model_parameters,
+    pretrained,
+    tensors,
+)
+from messnet.data import IGNORE_INDEX
+from messnet.data.transforms import TrainingStream, build_augmentation
 from messnet.errors import DataError, MessError, RecipeError
-from messnet.network.exit_head import HeadSpace, plain_head_config
-from messnet.network.multi_exit import MultiExitNet, convert
-from messnet.network.zoo import mobilenetv2_fcn
-from messnet.records.run_directory import Checkpoint
+from messnet.network.exit_head import plain_head_config
 from messnet.training import (
     ComputeOptions,
     DistillOptions,
@@ -29,69 +41,7 @@ from messnet.training import (
     distill,
     pretrain,
 )
-
-SIZE, CLASSES = (32, 40), 3
-AUGMENT = AugmentOptions(crop=SIZE)
-PRETRAIN = PretrainOptions(iterations=6, batch_size=2, augment=AUGMENT, checkpoint_every=2, learning_rate=0.1)
-DISTILL = DistillOptions(iterations=4, batch_size=2, augment=AUGMENT, checkpoint_every=1, learning_rate=0.1)
-SPACE = HeadSpace(channel_reduction=(1,), extra_blocks=(0, 1), rapid_dilation=(True,))
-HERE = ComputeOptions(device="cpu", num_workers=0)
-WORKER = ComputeOptions(device="cpu", num_workers=1)
-
-
-@dataclass
-class Noise:
-    """Random images and labels, the same for every instance."""
-
-    broken: bool = False
-    class_names = ("a", "b", "c")
-    palette = np.zeros((3, 3), np.uint8)
-
-    def __len__(self) -> int:
-        return 5
-
-    def __getitem__(self, index: int) -> SegmentationSample:
-        if self.broken:
-            raise DataError(f"image {index}.png: expected RGB, got nothing")
-        rng = np.random.default_rng(index)
-        mask = rng.choice([0, 1, 2, IGNORE_INDEX], SIZE).astype(np.uint8)
-        return SegmentationSample(name=str(index), image=rng.integers(0, 256, (*SIZE, 3), np.uint8), mask=mask)
-
-
-@dataclass(frozen=True)
-class Interrupting(Checkpoint):
-    """Ctrl-C right after the state of iteration ``after`` was saved."""
-
-    after: int
-
-    def save(self, state: dict[str, object]) -> None:
-        super().save(state)
-        if state["iteration"] == self.after:
-            raise KeyboardInterrupt
-
-
-def build(seed: int = 0) -> MultiExitNet:
-    torch.manual_seed(seed)
-    return convert(mobilenetv2_fcn(CLASSES, width=0.25, depth=0.01), torch.zeros(1, 3, *SIZE), num_exits=3)
-
-
-def tensors(net: MultiExitNet) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-
-def model_parameters(net: MultiExitNet) -> dict[str, Tensor]:
-    return {name: p for name, p in net.named_parameters() if not name.startswith("heads.")}
-
-
-def pretrained(path: Path, options: PretrainOptions = PRETRAIN) -> dict[str, Tensor]:
-    net = build()
-    pretrain(net, Noise(), options, HERE, Checkpoint(path))
-    return tensors(net)
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
+from messnet.training.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("num_exits", range(2, 7))
