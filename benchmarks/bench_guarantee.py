@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from scipy.special import rel_entr
 from scipy.stats import binom
 
-from messnet.records.tables import CostTable, ExitTables
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.searching import Grid, Guarantee, cost_of, pareto_front, route
 from messnet.searching.guarantee import certified_step, images_needed, loss_of, no_dearer, retreat_path
 

@@ -26,8 +26,9 @@ from messnet.data.sources import open_dataset
 from messnet.evaluation import EvaluationOptions, evaluate
 from messnet.network.multi_exit import MultiExitNet
 from messnet.profiling import profile
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.run_directory import Checkpoint
-from messnet.records.tables import CostTable, ExitTables
 from messnet.run.recipe import recipe_from_record
 from messnet.run.stages import build_network
 from messnet.searching import Grid, cost_of, pareto_front, route

@@ -43,8 +43,8 @@ from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy
 from messnet.profiling import profile
+from messnet.records.costs import CostTable
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.tables import CostTable
 from messnet.run.run import open_run
 
 RUNTIMES = ["torch", "torch-compiled", "onnxruntime", "openvino", "openvino:bf16", "openvino:f16"]

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from messnet.errors import MessError
+from messnet.records.costs import CostTable, PartCost
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
-from messnet.records.tables import CostTable, ExitTables, PartCost
 from messnet.searching import Grid, Objective, SearchResult, pareto_front, search_for
 from messnet.searching.exact.engine import Engine
 from messnet.searching.exact.outcome import Region

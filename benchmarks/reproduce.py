@@ -32,9 +32,10 @@ from messnet.errors import MessError
 from messnet.evaluation import evaluate
 from messnet.network.exit_head import plain_head_config
 from messnet.network.zoo import MODELS
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically
 from messnet.records.instance import FINAL_HEAD, Instance
-from messnet.records.tables import CostTable, ExitTables
 from messnet.run.recipe import Recipe, load_recipe
 from messnet.run.run import Run, open_run
 from messnet.run.stages import adopt_pretrained, run_stage

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from messnet.network.exit_head import HeadConfig, HeadSpace
     from messnet.network.multi_exit import MultiExitNet, convert
     from messnet.profiling import profile
+    from messnet.records.costs import CostTable
+    from messnet.records.exit_tables import ExitTables
     from messnet.records.instance import Exit, ExitChoice, Instance
-    from messnet.records.tables import CostTable, ExitTables
     from messnet.searching import search
 
 __all__ = [
@@ -47,10 +48,10 @@ __version__ = "0.1.0"
 
 # Resolved when first used: the command's --help and a search should not wait for torch.
 _HOMES = {
-    "CostTable": "messnet.records.tables",
+    "CostTable": "messnet.records.costs",
     "Exit": "messnet.records.instance",
     "ExitChoice": "messnet.records.instance",
-    "ExitTables": "messnet.records.tables",
+    "ExitTables": "messnet.records.exit_tables",
     "HeadConfig": "messnet.network.exit_head",
     "HeadSpace": "messnet.network.exit_head",
     "Instance": "messnet.records.instance",

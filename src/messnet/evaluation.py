@@ -17,9 +17,10 @@ from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, labels_at
 from messnet.policy.reference import Policy, image_confidence
+from messnet.records.arrays import IntArray
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
 from messnet.records.metrics import pixel_counts
-from messnet.records.tables import ExitTables, IntArray
 from messnet.training.checkpoint import Checkpoint
 
 __all__ = ["EvaluationOptions", "evaluate", "merge_shards"]

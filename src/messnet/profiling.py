@@ -21,9 +21,9 @@ from messnet.costs.workload import Count, copy_module, dtype_of, metering, shado
 from messnet.errors import ModelError
 from messnet.network.multi_exit import MultiExitNet, labels_at
 from messnet.policy.reference import Policy, image_confidence, should_exit
+from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit
 from messnet.records.run_directory import provenance
-from messnet.records.tables import CostTable, PartCost
 
 __all__ = ["profile"]
 

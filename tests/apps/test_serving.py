@@ -47,8 +47,8 @@ from messnet.apps.serving.server import describe, open_service
 from messnet.cli import main
 from messnet.deployment.export import export
 from messnet.errors import DataError, MessError, ModelError, RecipeError
+from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.tables import CostTable, PartCost
 
 FCN = "crm1-blocks0-fcn"
 REFINING = Instance(

@@ -8,8 +8,8 @@ import pytest
 
 from messnet.costs.break_even import break_even, verdict
 from messnet.errors import RecipeError, RunError
+from messnet.records.costs import CostName, CostTable, PartCost
 from messnet.records.instance import Exit
-from messnet.records.tables import CostName, CostTable, PartCost
 
 
 def part(macs: float, latency_ms: float | None = None) -> PartCost:

@@ -15,8 +15,8 @@ from messnet.deployment.session import Session
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy
 from messnet.profiling import profile
+from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.records.tables import CostTable
 
 OPTIONS = LatencyOptions(repeats=1, threads=1)
 SIZE = (64, 80)

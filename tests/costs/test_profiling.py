@@ -14,8 +14,8 @@ from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.profiling import profile
+from messnet.records.costs import CostTable
 from messnet.records.instance import Exit
-from messnet.records.tables import CostTable
 
 SIZE = (72, 96)
 

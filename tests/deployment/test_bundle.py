@@ -34,8 +34,8 @@ from messnet.errors import MessError, ModelError, RunError
 from messnet.images.preprocessing import MEAN, STD
 from messnet.network.backbone import Chain
 from messnet.network.blueprint import Blueprint
+from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.records.tables import CostTable
 
 FCN, DEEPLAB = "crm1-blocks0-fcn", "crm1-blocks0-deeplabv3"
 IMAGES = [smooth_image(64, 80, 0), smooth_image(61, 83, 1), np.full((90, 35, 3), 90, np.uint8)]

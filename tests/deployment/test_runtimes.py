@@ -32,8 +32,8 @@ from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.policy.labels import upsampled_labels
 from messnet.policy.reference import Policy, image_confidence
+from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.records.tables import CostTable
 
 READER = Path(__file__).parents[2] / "runtime/messnet_runtime.py"
 FCN = "crm1-blocks0-fcn"

@@ -15,8 +15,9 @@ from messnet.deployment.session import Session
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy, refined_confidence_map
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.records.tables import ExitTables, mean_iou
+from messnet.records.iou import mean_iou
 from messnet.run.run import open_run
 from messnet.searching import route
 

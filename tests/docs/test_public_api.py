@@ -40,7 +40,7 @@ from types import FunctionType
 assert not {"torch", "torchvision", "lightning", "cv2", "matplotlib"} & set(sys.modules), "import messnet is heavy"
 assert random.getstate() == state and warnings.filters == filters
 assert isinstance(messnet.search, FunctionType), messnet.search
-import messnet.cli, messnet.records.tables, messnet.records.instance
+import messnet.cli, messnet.records.exit_tables, messnet.records.costs, messnet.records.instance
 try:
     messnet.cli.main(["--help"])
 except SystemExit as end:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from helpers.files import module_of
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD
-from messnet.records.tables import CostTable, ExitTables
 from messnet.run.recipe import load_recipe
 from messnet.run.run import open_run
 from messnet.searching import cost_of, pareto_front, route

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 
@@ -25,7 +24,6 @@ INSTANCE = Instance(
 
 def test_reads_its_own_json() -> None:
     assert Instance.from_json(INSTANCE.to_json()) == INSTANCE
-    assert Instance.from_record(asdict(INSTANCE)) == INSTANCE
     assert INSTANCE.exits[0].exit == Exit(1, "r2b1fcn")
 
 

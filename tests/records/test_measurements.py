@@ -65,9 +65,10 @@ def test_measurements_round_trip(measurements: Measurements) -> None:
     assert Measurements.from_json(measurements.to_json()) == measurements
 
 
-def test_measurements_round_trip_keeps_nan(measurements: Measurements) -> None:
-    measurements.difficulty[1] = float("nan")
-    assert np.isnan(Measurements.from_json(measurements.to_json()).difficulty[1])
+def test_difficulty_that_is_not_recorded(measurements: Measurements) -> None:
+    measurements.difficulty[1] = None
+    assert json.loads(measurements.to_json())["difficulty"] == [0.1, None, 0.2, 0.3]
+    assert Measurements.from_json(measurements.to_json()) == measurements
 
 
 def test_exit_shares_are_shares_of_images(measurements: Measurements) -> None:

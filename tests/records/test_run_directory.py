@@ -11,7 +11,6 @@ import torch
 from messnet.errors import RunError
 from messnet.records.files import write_atomically
 from messnet.records.run_directory import RunDirectory
-from messnet.training.checkpoint import Checkpoint
 
 
 class TornError(OSError):
@@ -118,29 +117,3 @@ def test_an_artefact_that_is_missing_names_its_verb(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=rf"has no tables.npz yet; make it with `messnet evaluate {tmp_path}`"):
         run.read("tables.npz", made_by="evaluate")
     assert run.write("tables.npz", b"\x00").read_bytes() == run.read("tables.npz", made_by="evaluate") == b"\x00"
-
-
-def test_a_checkpoint_round_trips_and_is_discarded(tmp_path: Path) -> None:
-    checkpoint = RunDirectory(tmp_path).checkpoint("pretrain")
-    assert checkpoint.load() is None
-    state = {"stage": {"w": torch.arange(3.0)}, "iteration": 7}
-    checkpoint.save(state)
-    loaded = checkpoint.load()
-    assert loaded is not None
-    assert loaded["iteration"] == 7
-    assert torch.equal(loaded["stage"]["w"], state["stage"]["w"])
-    assert files(tmp_path) == ["pretrain.checkpoint"]
-    checkpoint.discard()
-    checkpoint.discard()  # twice is as good as once
-    assert checkpoint.load() is None
-
-
-@pytest.mark.parametrize("damage", ["empty", "garbage", "half"])
-def test_a_damaged_checkpoint_is_told(tmp_path: Path, damage: str) -> None:
-    checkpoint = Checkpoint(tmp_path / "pretrain.checkpoint")
-    checkpoint.save({"w": torch.arange(1000.0)})
-    data = checkpoint.path.read_bytes()
-    checkpoint.path.write_bytes({"empty": b"", "garbage": b"garbage", "half": data[: len(data) // 2]}[damage])
-    with pytest.raises(RunError, match=r"pretrain.checkpoint cannot be read .*delete it to start the stage") as info:
-        checkpoint.load()
-    assert "\n" not in str(info.value)  # torch's own words are many, and advise to read the file unsafely

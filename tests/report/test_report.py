@@ -15,9 +15,10 @@ import scipy.stats
 from rich.console import Console
 
 from messnet.errors import RunError
+from messnet.records.costs import CostTable, PartCost
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.measurements import Gallery, Measurement, Measurements
-from messnet.records.tables import CostTable, ExitTables, PartCost
 from messnet.report.page import (
     ReportInputs,
     headline,

@@ -19,8 +19,8 @@ from messnet.evaluation import EvaluationOptions, evaluate, merge_shards
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy, refined_confidence_map
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
-from messnet.records.tables import ExitTables
 from messnet.training.checkpoint import Checkpoint
 
 OPTIONS = EvaluationOptions(policies=("top1+native", "entropy+paper"), pixel_thresholds=(0.3, 0.5, 0.8))

@@ -20,8 +20,9 @@ from scipy.stats import binom
 
 from messnet.cli import main
 from messnet.errors import RecipeError
+from messnet.records.costs import CostTable, PartCost
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.records.tables import CostTable, ExitTables, PartCost
 from messnet.searching import Grid, Guarantee, Objective, SearchResult, certify, choose, cost_of, pareto_front, route
 from messnet.searching.guarantee import certified_step, images_needed, loss_of, p_value, retreat_path
 

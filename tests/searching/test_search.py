@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from messnet.errors import InfeasibleError, RecipeError, RunError
+from messnet.records.costs import CostName, CostTable, PartCost
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.records.tables import CostName, CostTable, ExitTables, PartCost
 from messnet.searching import Front, Grid, Objective, choose, cost_of, pareto_front, route, search
 from messnet.searching.exact import engine as engine_module
 from messnet.searching.exact import front as front_module

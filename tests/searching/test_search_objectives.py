@@ -13,8 +13,9 @@ import pytest
 from test_search import COMPLETE, COST_NAMES, all_instances, exact_miou, simulate, tiny
 
 from messnet.errors import InfeasibleError, MessError, RecipeError, RunError
+from messnet.records.costs import CostName, CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
-from messnet.records.tables import CostName, CostTable, ExitTables
 from messnet.searching import AnytimeObjective, Grid, Limit, cost_of, pareto_front, route, search
 from messnet.searching.exact import engine as engine_module
 

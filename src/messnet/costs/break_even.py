@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from messnet.errors import RecipeError
+from messnet.records.costs import CostName, CostTable
 from messnet.records.instance import Exit
-from messnet.records.tables import CostName, CostTable
 
 __all__ = ["BreakEven", "break_even", "verdict"]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from messnet.errors import RunError
+from messnet.records.codec import from_plain
 from messnet.records.files import reading, write_atomically
 from messnet.records.instance import FINAL_HEAD, Instance, Setting
 
@@ -123,7 +124,7 @@ class Manifest:
             record["palette"] = tuple((r, g, b) for r, g, b in record["palette"])
             sizes = {name: tuple(values) for name, values in record["preprocessing"].items()}
             record["preprocessing"] = Preprocessing(**sizes)
-            record["instance"] = Instance.from_record(record["instance"])
+            record["instance"] = from_plain(record["instance"], Instance)
             record["runtimes"] = {name: Runtime(**runtime) for name, runtime in record["runtimes"].items()}
             record["files"] = {name: StoredFile(**stored) for name, stored in record["files"].items()}
             manifest = cls(**record)

@@ -23,9 +23,9 @@ from messnet.images.preprocessing import MEAN, STD
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy
+from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, Instance
 from messnet.records.run_directory import RunDirectory
-from messnet.records.tables import CostTable
 
 __all__ = ["check_graphs", "export"]
 

@@ -31,9 +31,9 @@ from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.network.weights import expect_fit
 from messnet.policy.reference import Policy
+from messnet.records.costs import CostTable
 from messnet.records.instance import Instance
 from messnet.records.run_directory import RunDirectory
-from messnet.records.tables import CostTable
 
 __all__ = [
     "COSTS",

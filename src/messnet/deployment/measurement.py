@@ -17,10 +17,11 @@ from messnet.deployment.loading import graph_runner
 from messnet.deployment.runtimes import DTYPES, Live, RuntimeName
 from messnet.deployment.session import Session
 from messnet.network.multi_exit import MultiExitNet
+from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.iou import mean_iou
 from messnet.records.measurements import Gallery
 from messnet.records.metrics import pixel_counts
-from messnet.records.tables import CostTable, PartCost, mean_iou
 
 __all__ = [
     "Running",

@@ -18,8 +18,8 @@ from messnet.deployment.runtimes import Precision, Runner, RuntimeName, TorchRun
 from messnet.errors import DataError, ModelError, RecipeError
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy, image_confidence, refined_confidence_map
+from messnet.records.costs import CostTable
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.tables import CostTable
 
 __all__ = ["Result", "Session"]
 

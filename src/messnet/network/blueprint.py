@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
-from messnet.records.files import expect_schema, reading
+from messnet.records.codec import Format
 from messnet.records.instance import FINAL_HEAD, Exit
 
 __all__ = ["Blueprint"]
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +46,12 @@ class Blueprint:
         return net.eval()
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
+        return _FORMAT.to_json(self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Blueprint:
         """Raises RunError when ``text`` is no blueprint of this schema version."""
-        with reading("a network's exits.json", made_by="profile"):
-            record: dict[str, Any] = json.loads(text)
-            expect_schema(record, SCHEMA_VERSION, "exits.json")
-            record["class_names"] = tuple(record["class_names"])
-            record["palette"] = tuple((r, g, b) for r, g, b in record["palette"])
-            record["input_size"] = tuple(record["input_size"])
-            record["exit_points"] = tuple(ExitPoint(**point) for point in record["exit_points"])
-            return cls(**record)
+        return _FORMAT.from_json(text)
+
+
+_FORMAT = Format(Blueprint, "a network's exits.json", version=1, made_by="profile")

@@ -7,12 +7,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 from messnet.errors import RunError
 
-__all__ = ["expect_schema", "reading", "write_atomically", "writing"]
+__all__ = ["reading", "write_atomically", "writing"]
 
 # What json, zipfile, numpy and our own constructors raise; RuntimeError for an encrypted zip and for JSON too deep.
 _DAMAGED = (
@@ -51,13 +50,6 @@ def reading(what: str, *, made_by: str) -> Iterator[None]:
         yield
     except _DAMAGED as error:
         raise RunError(f"not {what} ({error}); make it again with `messnet {made_by}`") from error
-
-
-def expect_schema(record: dict[str, Any], version: int, what: str) -> None:
-    """Takes the schema version out of a record. Raises RunError when it is another one."""
-    found = record.pop("schema_version")
-    if found != version:
-        raise RunError(f"{what} of schema version {found}: this messnet reads {version}; make it again")
 
 
 @contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from messnet.records.files import expect_schema, reading
+from messnet.records.codec import Format
 
 __all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting"]
 
-SCHEMA_VERSION = 1
 FINAL_HEAD = "final"
 Setting = Literal["budgeted", "anytime", "input_dependent"]
 
@@ -58,17 +56,12 @@ class Instance:
     certificate: str = ""
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
+        return _FORMAT.to_json(self)
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Instance:
-        """The instance of a plain record, as ``dataclasses.asdict`` makes one."""
-        return cls(**{**record, "exits": tuple(ExitChoice(**choice) for choice in record["exits"])})
-
-    @classmethod
-    def from_json(cls, text: str) -> Instance:
+    def from_json(cls, text: str | bytes) -> Instance:
         """Raises RunError when ``text`` is not an instance of this schema version."""
-        with reading("an instance file", made_by="search"):
-            record: dict[str, Any] = json.loads(text)
-            expect_schema(record, SCHEMA_VERSION, "instance")
-            return cls.from_record(record)
+        return _FORMAT.from_json(text)
+
+
+_FORMAT = Format(Instance, "an instance file", version=1, made_by="search", indent=2)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.records.files import expect_schema, reading
+from messnet.records.codec import Format
 from messnet.records.instance import Exit, Instance
 
 __all__ = ["Gallery", "Measurement", "Measurements"]
-
-SCHEMA_VERSION = 1
-_PER_IMAGE = ("difficulty", "final_exit_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,34 +60,23 @@ class Measurements:
     """In words: processor, threads, runtime, dtype."""
     input_size: tuple[int, int]
     image_names: list[str]
-    difficulty: list[float]
-    """[0, 1], NaN where the data set records none."""
-    final_exit_error: list[float]
-    """Share of wrong pixels of the final exit, [0, 1]: stands in for difficulty where none is recorded."""
+    difficulty: list[float | None]
+    """[0, 1], None where the data set records none."""
+    final_exit_error: list[float | None]
+    """Share of wrong pixels of the final exit, [0, 1], None where no pixel is labelled: stands in for difficulty where
+    none is recorded."""
     num_selection_images: int
     """Images that the search selected on, disjoint from ``image_names``."""
     rows: list[Measurement]
     skipped: list[str]
 
     def to_json(self) -> str:
-        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        for name in _PER_IMAGE:  # JSON has no NaN
-            record[name] = [None if math.isnan(value) else value for value in record[name]]
-        return json.dumps(record, indent=1, allow_nan=False) + "\n"
+        return _MEASUREMENTS.to_json(self)
 
     @classmethod
-    def from_json(cls, text: str) -> Measurements:
+    def from_json(cls, text: str | bytes) -> Measurements:
         """Raises RunError when ``text`` is not a measurements file of this schema version."""
-        with reading("a measurements file", made_by="report"):
-            record: dict[str, Any] = json.loads(text)
-            expect_schema(record, SCHEMA_VERSION, "measurements")
-            record["input_size"] = tuple(record["input_size"])
-            for name in _PER_IMAGE:
-                record[name] = [float("nan") if value is None else value for value in record[name]]
-            record["rows"] = [
-                Measurement(**{**row, "instance": Instance.from_record(row["instance"])}) for row in record["rows"]
-            ]
-            return cls(**record)
+        return _MEASUREMENTS.from_json(text)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,26 +105,13 @@ class Gallery:
     """(G,): exit_index where the instance stopped."""
 
     def to_bytes(self) -> bytes:
-        buffer = io.BytesIO()
-        meta = {
-            "schema_version": SCHEMA_VERSION,
-            "image_names": self.image_names,
-            "class_names": self.class_names,
-            "exits": self.exits,
-        }
-        arrays: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        np.savez_compressed(buffer, meta=np.array(json.dumps(meta)), **arrays)
-        return buffer.getvalue()
+        return _GALLERY.to_npz(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Gallery:
         """Raises RunError when ``data`` is not a gallery of this schema version."""
-        with reading("a gallery", made_by="report"), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            meta: dict[str, Any] = json.loads(str(arrays["meta"]))
-            expect_schema(meta, SCHEMA_VERSION, "gallery")
-            return cls(
-                image_names=tuple(meta["image_names"]),
-                class_names=tuple(meta["class_names"]),
-                exits=tuple(Exit(index, head) for index, head in meta["exits"]),
-                **{name: arrays[name] for name in arrays.files if name != "meta"},
-            )
+        return _GALLERY.from_npz(data)
+
+
+_MEASUREMENTS = Format(Measurements, "a measurements file", version=1, made_by="report")
+_GALLERY = Format(Gallery, "a gallery", version=1, made_by="report")

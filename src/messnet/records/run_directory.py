@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from messnet.errors import RunError
-from messnet.records.files import expect_schema, reading, write_atomically
+from messnet.records.files import reading, write_atomically
 
 __all__ = ["RunDirectory"]
 
@@ -52,7 +52,8 @@ class RunDirectory:
             raise RunError(f"{self.path} is no run directory (no {RUN_FILE}); start one with `messnet run RECIPE`")
         with reading(f"a run's record: {file}", made_by="run"):
             record: dict[str, Any] = json.loads(file.read_text())
-            expect_schema(record, SCHEMA_VERSION, RUN_FILE)
+            if (found := record["schema_version"]) != SCHEMA_VERSION:
+                raise RunError(f"{file} of schema version {found}: this messnet reads {SCHEMA_VERSION}")
             return {"recipe": dict(record["recipe"]), "stages": dict(record["stages"])}
 
     def fingerprint(self, stage: str) -> str | None:

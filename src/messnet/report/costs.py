@@ -8,8 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from messnet.costs.break_even import verdict
+from messnet.records.costs import CostTable
 from messnet.records.instance import FINAL_HEAD, Exit
-from messnet.records.tables import CostTable
 
 __all__ = ["cost_notes", "cost_table"]
 

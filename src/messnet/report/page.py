@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from messnet.errors import RunError
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD, Exit, ExitChoice
 from messnet.records.measurements import Gallery, Measurement, Measurements
-from messnet.records.tables import CostTable, ExitTables
 from messnet.report.figures import (
     as_svg,
     confidence_colours,

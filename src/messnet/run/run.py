@@ -21,8 +21,9 @@ from messnet.data.sources import SOURCES, DataOptions, open_dataset
 from messnet.errors import DataError, RunError
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
+from messnet.records.costs import COST_TABLE, CostTable
+from messnet.records.exit_tables import EXIT_TABLES, ExitTables
 from messnet.records.run_directory import RunDirectory
-from messnet.records.tables import COSTS_SCHEMA_VERSION, SCHEMA_VERSION, CostTable, ExitTables
 from messnet.run.recipe import Recipe, load_recipe, recipe_from_record, recipe_to_record
 from messnet.training import Monitor
 from messnet.training.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ SECTIONS = {
     "report": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
 }
 # A stage whose artefacts have another format today is done again; trainings have none but safetensors.
-FORMATS = {"costs": COSTS_SCHEMA_VERSION, "tables": SCHEMA_VERSION}
+FORMATS = {"costs": COST_TABLE.version, "tables": EXIT_TABLES.version}
 FORMATS_OF = {
     "profile": ("costs",),
     "evaluate": ("tables",),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_weights
 from messnet.network.zoo import build_model
 from messnet.profiling import profile
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.files import writing
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.measurements import Gallery, Measurement, Measurements
 from messnet.records.run_directory import RunDirectory
-from messnet.records.tables import CostTable, ExitTables
 from messnet.report.page import ReportInputs, render_report
 from messnet.run.recipe import ModelOptions, recipe_from_record, recipe_to_record
 from messnet.run.run import ARTEFACTS, Run, expect_same, fingerprint, parts_fingerprint, tables_origin
@@ -383,8 +385,8 @@ def report_stage(run: Run) -> None:
         device=device_in_words(run.device),
         input_size=costs.input_size,
         image_names=list(tables_reported.image_names),
-        difficulty=[float(d) for d in tables_reported.difficulty],
-        final_exit_error=runnings[0].errors(),
+        difficulty=_known(tables_reported.difficulty),
+        final_exit_error=_known(runnings[0].errors()),
         num_selection_images=len(selection),
         rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
         skipped=front["skipped"],
@@ -479,6 +481,11 @@ def _gallery(
     samples = [sample for sample in samples if sample.mask.shape == samples[0].mask.shape]
     taken = [row.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
     return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
+
+
+def _known(values: Iterable[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(value) else float(value) for value in values]
 
 
 def _start_from(weights: str, net: MultiExitNet, options: ModelOptions) -> None:

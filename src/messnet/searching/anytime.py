@@ -17,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.errors import InfeasibleError, RecipeError
+from messnet.records.arrays import FloatArray, IntArray
+from messnet.records.costs import CostName, CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.tables import CostName, CostTable, ExitTables, FloatArray, IntArray, mean_iou
+from messnet.records.iou import mean_iou
 from messnet.searching.exact.problem import checked
 
 __all__ = ["AnytimeObjective", "AnytimePoint", "AnytimeResult", "Figures", "figures_of", "search_anytime"]

@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from messnet.errors import RecipeError
+from messnet.records.arrays import FloatArray, IntArray
+from messnet.records.costs import CostName, CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
 from messnet.searching.exact.problem import DECIMALS
 from messnet.searching.results import SearchResult
 from messnet.searching.space import Objective, confidence_at, cost_of, image_thresholds, route

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from messnet.errors import InfeasibleError, RecipeError
+from messnet.records.costs import CostName, CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance, Setting
-from messnet.records.tables import CostName, CostTable, ExitTables
 from messnet.searching.anytime import AnytimeObjective, search_anytime
 from messnet.searching.exact.outcome import Outcome, Region
 from messnet.searching.exact.problem import DECIMALS, Found, Problem, cost_rows

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.errors import RecipeError, RunError
+from messnet.records.arrays import FloatArray, IntArray
+from messnet.records.costs import CostName, CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.tables import CostName, CostTable, ExitTables, FloatArray, IntArray
 
 __all__ = [
     "Column",

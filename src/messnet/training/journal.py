@@ -22,8 +22,8 @@ from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.files import write_atomically, writing
 from messnet.records.instance import Exit
+from messnet.records.iou import mean_iou
 from messnet.records.metrics import pixel_counts
-from messnet.records.tables import mean_iou
 from messnet.training.options import LogKind
 
 __all__ = ["Journal", "Monitor", "Validation", "say"]

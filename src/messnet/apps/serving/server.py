@@ -17,8 +17,8 @@ from messnet.deployment.loading import load
 from messnet.deployment.runtimes import Precision, RuntimeName
 from messnet.deployment.session import Session
 from messnet.errors import DataError, MessError, RunError
+from messnet.records.costs import CostTable
 from messnet.records.measurements import Gallery
-from messnet.records.tables import CostTable
 
 if TYPE_CHECKING:
     from messnet.apps.serving.app import Sample, Service

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.records.tables import FloatArray, IntArray
+from messnet.records.arrays import FloatArray, IntArray
 from messnet.searching.exact.bounds import compiled, remainder
 from messnet.searching.exact.kernels import try_triple
 from messnet.searching.exact.problem import Arrays

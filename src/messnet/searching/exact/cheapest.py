@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from messnet.records.tables import FloatArray
+from messnet.records.arrays import FloatArray
 from messnet.searching.exact.problem import WHOLE_MAX, WHOLE_SUM, WORST, Arrays
 
 __all__ = ["cheapest", "least_cost"]

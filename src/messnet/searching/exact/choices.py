@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.records.tables import FloatArray, IntArray
+from messnet.records.arrays import FloatArray, IntArray
 from messnet.searching.exact import kernels
 from messnet.searching.exact.bounds import MARGIN
 from messnet.searching.exact.cheapest import cheapest, least_cost

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from messnet.errors import RecipeError
-from messnet.records.tables import FloatArray, IntArray
+from messnet.records.arrays import FloatArray, IntArray
 from messnet.searching.exact import kernels
 from messnet.searching.exact.bounds import MARGIN, bound_triples
 from messnet.searching.exact.cells import Form, Sets, bound_choices, classes_of, fill_ranges, form_at, try_choices

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from messnet.records.tables import FloatArray, IntArray
+from messnet.records.arrays import FloatArray, IntArray
 from messnet.searching.exact.cheapest import least_cost
 from messnet.searching.exact.choices import Choices, wanted
 from messnet.searching.exact.outcome import OutOfTimeError

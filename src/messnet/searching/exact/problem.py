@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.errors import RecipeError, RunError
+from messnet.records.arrays import FloatArray, IntArray
+from messnet.records.costs import CostColumn, CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance, Setting
-from messnet.records.tables import CostColumn, CostTable, ExitTables, FloatArray, IntArray
 from messnet.searching.space import Column, Grid, Limit, Objective, columns_of
 
 __all__ = ["Arrays", "CostRow", "Found", "Problem", "checked", "cost_rows"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.records.tables import FloatArray
+from messnet.records.arrays import FloatArray
 from messnet.searching.exact.problem import Problem
 
 __all__ = ["NO_TANGENT", "Tangent", "tangent_at"]

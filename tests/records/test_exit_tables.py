@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from messnet.errors import RunError
+from messnet.records.costs import CostName, CostTable, PartCost
+from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
-from messnet.records.tables import CostName, CostTable, ExitTables, PartCost, class_iou, mean_iou
+from messnet.records.iou import class_iou, mean_iou
 
 
 def make_costs() -> CostTable:

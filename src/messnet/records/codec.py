@@ -1,0 +1,227 @@
+"""Records (frozen dataclasses) to plain values and back: one codec for every JSON, .npz and YAML file of messnet.
+
+msgspec checks the types and builds the records; what it leaves out is here: keys that no field has are refused with the
+nearest name, and a dictionary whose keys are tuples is written as rows, for JSON knows only text as a key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import re
+import zlib
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from zipfile import BadZipFile
+
+import msgspec
+import numpy as np
+
+from messnet.errors import RunError
+
+__all__ = ["Format", "MismatchError", "Plain", "field_type", "from_plain", "to_plain"]
+
+Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
+"""What JSON and YAML hold."""
+
+_Record = TypeVar("_Record")
+
+# What json, zipfile and numpy raise for bytes that are not theirs: RuntimeError for JSON that is too deep and for a zip
+# that is encrypted or of a kind of its own, KeyError for an array that is not there.
+_UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error, MemoryError)
+
+
+class MismatchError(ValueError):
+    """A value that does not fit its record. ``place`` is where, as "pretrain.augment.crop[0]"; empty: the whole."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(f"{place}: {problem}" if place else problem)
+        self.place, self.problem = place, problem
+
+
+class _OtherTypeError(ValueError):
+    """Raised in ``_convert_other`` only, so that it is told from the errors of a record's own checks."""
+
+
+def to_plain(value: object) -> Plain:
+    """Plain values of a record, its fields in their order. Arrays are none: see ``Format.to_npz``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case dict() if any(isinstance(key, tuple) for key in value):
+            return [[*map(to_plain, key), to_plain(item)] for key, item in value.items()]
+        case dict():
+            return {str(key): to_plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [to_plain(item) for item in value]
+        case Path():
+            return str(value)
+    raise TypeError(f"{type(value).__name__} is no plain value")
+
+
+def from_plain(value: object, kind: type[_Record], *, texts: bool = False) -> _Record:
+    """The record of type ``kind`` that ``to_plain`` made ``value`` of. ``texts``: numbers may come as text, "1e-3".
+
+    Raises MismatchError where a key is unknown or missing, or a value is of another type. What the record's own checks
+    raise is passed on.
+    """
+    value = _prepared(value, kind, "")
+    try:
+        return msgspec.convert(value, kind, strict=not texts, dec_hook=_convert_other)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause, _OtherTypeError):
+            raise cause from None  # a ValueError or TypeError of the record's own checks is a fault of ours, not damage
+        raise _mismatch(error, value, kind) from None
+
+
+@dataclass(frozen=True)
+class Format(Generic[_Record]):
+    """A kind of file that holds one record, and its version."""
+
+    kind: type[_Record]
+    what: str
+    """In words, for errors: "a cost table"."""
+    version: int
+    made_by: str
+    """The verb that makes such a file."""
+    indent: int = 1
+
+    def to_json(self, record: _Record) -> str:
+        return json.dumps(self._stamped(to_plain(record)), indent=self.indent) + "\n"
+
+    def from_json(self, text: str | bytes) -> _Record:
+        """Raises RunError, one line, when ``text`` is damaged, something else, or of another version."""
+        try:
+            record: object = json.loads(text)
+        except _UNREADABLE as error:
+            raise self._refused(error) from error
+        return self._built(record)
+
+    def to_npz(self, record: _Record) -> bytes:
+        """Arrays as they are, all other fields as JSON in the array ``meta``."""
+        arrays = {name: value for name, value in vars(record).items() if isinstance(value, np.ndarray)}
+        meta = self._stamped({name: to_plain(value) for name, value in vars(record).items() if name not in arrays})
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    def from_npz(self, data: bytes) -> _Record:
+        """Raises RunError as ``from_json`` does."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            meta: object = json.loads(str(arrays.pop("meta")))
+        except _UNREADABLE as error:
+            raise self._refused(error) from error
+        return self._built({**meta, **arrays} if isinstance(meta, dict) else meta)
+
+    def _stamped(self, record: Plain) -> dict[str, Plain]:
+        assert isinstance(record, dict)
+        return {"schema_version": self.version, **record}
+
+    def _built(self, record: object) -> _Record:
+        if not isinstance(record, dict) or "schema_version" not in record:
+            raise self._refused("it names no schema_version")
+        if (found := record["schema_version"]) != self.version:
+            raise RunError(
+                f"{self.what} of schema version {found}: this messnet reads {self.version}; make it again with "
+                f"`messnet {self.made_by}`"
+            )
+        try:
+            return from_plain({key: value for key, value in record.items() if key != "schema_version"}, self.kind)
+        except MismatchError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, reason: object) -> RunError:
+        return RunError(f"not {self.what} ({reason}); make it again with `messnet {self.made_by}`")
+
+
+def field_type(kind: object, key: str | int) -> object:
+    """The declared type of what lies under ``key`` in a value of type ``kind``; ``object`` where there is none."""
+    for option in _options(kind):
+        args = get_args(option)
+        if is_dataclass(option):
+            return _hints(cast("type", option)).get(str(key), object)
+        if get_origin(option) is dict:
+            return args[1]
+        if get_origin(option) is list or (get_origin(option) is tuple and args[-1] is ...):
+            return args[0]
+        if get_origin(option) is tuple and isinstance(key, int) and key < len(args):
+            return args[key]
+    return object
+
+
+def _options(kind: object) -> tuple[object, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+@cache
+def _hints(kind: type) -> dict[str, object]:
+    return get_type_hints(kind)
+
+
+def _prepared(value: object, kind: object, place: str) -> object:
+    """``value`` with rows for a dictionary put back into one. Raises MismatchError for a key that no field has."""
+    if isinstance(value, dict):
+        record = next((option for option in _options(kind) if is_dataclass(option)), None)
+        if record is not None:
+            _expect_fields(value, [field.name for field in fields(cast("type", record))], place)
+        dotted = f"{place}." if place else ""
+        return {key: _prepared(item, field_type(kind, key), f"{dotted}{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        if any(get_origin(option) is dict for option in _options(kind)):
+            return _from_rows(value, field_type(kind, ""), place)
+        return [_prepared(item, field_type(kind, i), f"{place}[{i}]") for i, item in enumerate(value)]
+    return value
+
+
+def _from_rows(rows: list[object], kind: object, place: str) -> dict[tuple[object, ...], object]:
+    found = {}
+    for i, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) < 2 or any(isinstance(part, list | dict) for part in row[:-1]):
+            raise MismatchError(f"{place}[{i}]", "expected a key and its value in a row")
+        found[tuple(row[:-1])] = _prepared(row[-1], kind, f"{place}[{i}]")
+    return found
+
+
+def _expect_fields(value: dict[str, object], known: list[str], place: str) -> None:
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise MismatchError(place, f"unknown key {str(key)!r}: {advice}")
+
+
+def _convert_other(kind: type, value: object) -> object:
+    """Types that msgspec does not know: paths, and arrays, which stay as they are."""
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, np.ndarray):
+        return value
+    raise _OtherTypeError(f"Expected `{'path' if kind is Path else 'array'}`, got another type")
+
+
+def _mismatch(error: msgspec.ValidationError, value: object, kind: object) -> MismatchError:
+    """msgspec's words, made to name the value and the choices there were."""
+    problem, _, place = str(error).partition(" - at `$")
+    place = place.strip("`").removeprefix(".")
+    for step in re.findall(r"[^.\[\]]+", place):
+        key = int(step) if isinstance(value, list) and step.isdigit() else step
+        inside = isinstance(value, dict) and key in value
+        value = value[key] if inside or isinstance(key, int) else None  # type: ignore[index]
+        kind = field_type(kind, key)
+    choices = [choice for option in _options(kind) if get_origin(option) is Literal for choice in get_args(option)]
+    if problem.startswith("Invalid enum value"):
+        problem = f"expected {' or '.join(map(repr, choices))}, got {value!r}"
+    elif problem.startswith("Expected") and ", got " in problem:
+        expected = problem.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
+        problem = f"expected {expected}, got {value!r}"
+    return MismatchError(place, problem.replace("`", "'").replace("Object missing required field", "no key"))

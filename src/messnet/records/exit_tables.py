@@ -1,0 +1,105 @@
+"""What every exit predicted on every image of a labelled split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.errors import RunError
+from messnet.records.arrays import FloatArray, IntArray
+from messnet.records.codec import Format
+from messnet.records.instance import Exit
+from messnet.records.iou import mean_iou
+
+__all__ = ["EXIT_TABLES", "ExitTables"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExitTables:
+    """What every exit predicted on every image of a labelled split (method.md section 8).
+
+    V images, H exits (every head of every exit point, the final one last), K classes, P policies, T thresholds.
+    Counts are pixels at input resolution, ignored pixels in none of them. With them the mIoU of any routing is exact.
+    """
+
+    image_names: tuple[str, ...]
+    difficulty: FloatArray
+    """(V,) in [0, 1], NaN where the data set records none."""
+    class_names: tuple[str, ...]
+    exits: tuple[Exit, ...]
+    """H exits, ordered by exit_index."""
+    intersection: NDArray[np.int32]
+    """(V, H, K)"""
+    predicted: NDArray[np.int32]
+    """(V, H, K)"""
+    labelled: NDArray[np.int32]
+    """(V, K)"""
+    policies: tuple[str, ...]
+    """P names, as ``Policy.name`` gives them, such as "top1+native"."""
+    pixel_thresholds: FloatArray
+    """(T,) ascending."""
+    image_confidence: NDArray[np.float32]
+    """(V, H, P, T): c_img of the exit under the policy at the pixel threshold, all pixels counted. A policy without
+    pixel threshold repeats its value over T."""
+    origin: str = ""
+    """What the tables were made from, weights, recipe and part of the split; empty where nobody said."""
+
+    @property
+    def final(self) -> int:
+        """Position of the final exit in ``exits``."""
+        return len(self.exits) - 1
+
+    def subset(self, images: IntArray) -> ExitTables:
+        """The same tables for some images (V', positions)."""
+        return replace(
+            self,
+            image_names=tuple(self.image_names[int(v)] for v in images),
+            difficulty=self.difficulty[images],
+            intersection=self.intersection[images],
+            predicted=self.predicted[images],
+            labelled=self.labelled[images],
+            image_confidence=self.image_confidence[images],
+        )
+
+    def halves(self, seed: int = 0) -> tuple[IntArray, IntArray]:
+        """Positions of two disjoint halves of the images, drawn with ``seed``: one to select on, one to report."""
+        order = np.random.default_rng(seed).permutation(len(self.image_names))
+        middle = (len(order) + 1) // 2
+        return np.sort(order[:middle]), np.sort(order[middle:])
+
+    def counts(self, routing: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Summed (intersection, predicted, labelled), each (K,), when image v leaves at ``exits[routing[v]]``."""
+        images = np.arange(len(self.image_names))
+        return (
+            self.intersection[images, routing].sum(0, dtype=np.int64),
+            self.predicted[images, routing].sum(0, dtype=np.int64),
+            self.labelled.sum(0, dtype=np.int64),
+        )
+
+    def miou(self, routing: IntArray) -> float:
+        """mIoU in [0, 1] of a routing (V,) of positions in ``exits``."""
+        return mean_iou(*self.counts(routing))
+
+    def to_bytes(self) -> bytes:
+        return EXIT_TABLES.to_npz(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ExitTables:
+        """Raises RunError when ``data`` is not exit tables of this schema version."""
+        tables = EXIT_TABLES.from_npz(data)
+        tables._expect_finite()
+        return tables
+
+    def _expect_finite(self) -> None:
+        broken = np.argwhere(~np.isfinite(self.image_confidence))
+        if len(broken):
+            v, h = broken[0, :2]
+            raise RunError(
+                f"exit tables with NaN or infinite confidences, first at exit {self.exits[h].exit_index}, head "
+                f"{self.exits[h].head}, image {self.image_names[v]!r}; make them again with `messnet evaluate`"
+            )
+
+
+EXIT_TABLES = Format(ExitTables, "exit tables", version=1, made_by="evaluate")
