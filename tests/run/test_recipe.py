@@ -62,6 +62,28 @@ def test_what_the_file_says(tmp_path: Path) -> None:
     assert recipe.distill == Recipe().distill
 
 
+def test_text_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    text = (
+        "data: {source: folder, class_names: [NO, on, 0x10, 1.0, ~x], mask_values: [0x10, 1_000, 7, 8, 9]}\n"
+        "model: {weights: None, width: 5e-1}\n"
+        "pretrain: {learning_rate: 1e-3}\n"
+    )
+    recipe = load_recipe(recipe_file(tmp_path, text), ["--data.train_split", "012", "--distill.learning-rate=1e-4"])
+    assert recipe.data.class_names == ("NO", "on", "0x10", "1.0", "~x")
+    assert recipe.data.mask_values == (16, 1000, 7, 8, 9)
+    assert recipe.data.train_split == "012"
+    assert recipe.model.weights is None
+    assert (recipe.model.width, recipe.pretrain.learning_rate, recipe.distill.learning_rate) == (0.5, 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"), [(["auto"], "auto"), (["null"], None), (["1", "2.5"], (1.0, 2.5)), (["[3, 4]"], (3.0, 4.0))]
+)
+def test_a_list_a_word_or_nothing(tmp_path: Path, words: list[str], weights: object) -> None:
+    path = recipe_file(tmp_path, "pretrain: {class_weights: [9, 9, 9]}\n")
+    assert load_recipe(path, ["--pretrain.class_weights", *words]).pretrain.class_weights == weights
+
+
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert load_recipe(recipe_file(tmp_path, "")) == Recipe()
 
@@ -134,7 +156,11 @@ def test_wrong_overrides_are_named(tmp_path: Path) -> None:
     for overrides, word in (
         (["--pretrain.iteration", "5"], "--pretrain.iteration"),
         (["--pretrain.iterations", "many"], "many"),
+        (["--pretrain.iteration", "5"], "did you mean --pretrain.iterations?"),
+        (["--pretrain.iterations", "many"], "--pretrain.iterations: expected a whole number"),
         (["--pretrain.iterations"], "--pretrain.iterations"),
+        (["--pretrain.iterations", "5", "6"], "takes one value"),
+        (["--data.scenes.size", "5"], "--data.scenes.size: expected a list of length 2, got [5]"),
         (["stray"], "stray"),
         (["--distill.loss", "mse"], "mse"),
     ):
@@ -160,6 +186,6 @@ def test_a_picture_is_no_recipe(tmp_path: Path) -> None:
 def test_a_record_of_another_version() -> None:
     record = recipe_to_record(Recipe())
     record["pretrain"]["momentums"] = 0.9
-    with pytest.raises(RecipeError, match=r"momentums.* from the recorded recipe") as error:
+    with pytest.raises(RecipeError, match=r"the recorded recipe: pretrain: unknown key .momentums.") as error:
         recipe_from_record(record)
     one_line(error)

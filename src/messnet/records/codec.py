@@ -23,7 +23,7 @@ import numpy as np
 
 from messnet.errors import RunError
 
-__all__ = ["Format", "MismatchError", "Plain", "field_type", "from_plain", "to_plain"]
+__all__ = ["Format", "MismatchError", "Plain", "field_type", "from_plain", "to_plain", "type_options"]
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """What JSON and YAML hold."""
@@ -33,6 +33,18 @@ _Record = TypeVar("_Record")
 # What json, zipfile and numpy raise for bytes that are not theirs: RuntimeError for JSON that is too deep and for a zip
 # that is encrypted or of a kind of its own, KeyError for an array that is not there.
 _UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error, MemoryError)
+
+
+_WORDS = {  # for msgspec's names of types
+    "object": "keys and values",
+    "array": "a list",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "path": "a path",
+    "|": "or",
+}
 
 
 class MismatchError(ValueError):
@@ -145,7 +157,7 @@ class Format(Generic[_Record]):
 
 def field_type(kind: object, key: str | int) -> object:
     """The declared type of what lies under ``key`` in a value of type ``kind``; ``object`` where there is none."""
-    for option in _options(kind):
+    for option in type_options(kind):
         args = get_args(option)
         if is_dataclass(option):
             return _hints(cast("type", option)).get(str(key), object)
@@ -158,7 +170,7 @@ def field_type(kind: object, key: str | int) -> object:
     return object
 
 
-def _options(kind: object) -> tuple[object, ...]:
+def type_options(kind: object) -> tuple[object, ...]:
     """The members of a union, or the type itself."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
@@ -171,13 +183,13 @@ def _hints(kind: type) -> dict[str, object]:
 def _prepared(value: object, kind: object, place: str) -> object:
     """``value`` with rows for a dictionary put back into one. Raises MismatchError for a key that no field has."""
     if isinstance(value, dict):
-        record = next((option for option in _options(kind) if is_dataclass(option)), None)
+        record = next((option for option in type_options(kind) if is_dataclass(option)), None)
         if record is not None:
             _expect_fields(value, [field.name for field in fields(cast("type", record))], place)
         dotted = f"{place}." if place else ""
         return {key: _prepared(item, field_type(kind, key), f"{dotted}{key}") for key, item in value.items()}
     if isinstance(value, list):
-        if any(get_origin(option) is dict for option in _options(kind)):
+        if any(get_origin(option) is dict for option in type_options(kind)):
             return _from_rows(value, field_type(kind, ""), place)
         return [_prepared(item, field_type(kind, i), f"{place}[{i}]") for i, item in enumerate(value)]
     return value
@@ -218,10 +230,11 @@ def _mismatch(error: msgspec.ValidationError, value: object, kind: object) -> Mi
         inside = isinstance(value, dict) and key in value
         value = value[key] if inside or isinstance(key, int) else None  # type: ignore[index]
         kind = field_type(kind, key)
-    choices = [choice for option in _options(kind) if get_origin(option) is Literal for choice in get_args(option)]
+    choices = [choice for option in type_options(kind) if get_origin(option) is Literal for choice in get_args(option)]
     if problem.startswith("Invalid enum value"):
         problem = f"expected {' or '.join(map(repr, choices))}, got {value!r}"
     elif problem.startswith("Expected") and ", got " in problem:
-        expected = problem.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
-        problem = f"expected {expected}, got {value!r}"
+        expected = problem.removeprefix("Expected ").partition(", got ")[0]
+        words = [_WORDS.get(word, word) for word in expected.replace("`", "").split()]
+        problem = f"expected {' '.join(words)}, got {value!r}"
     return MismatchError(place, problem.replace("`", "'").replace("Object missing required field", "no key"))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Literal, cast, get_args, get_origin
 
 import yaml
-from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Yaml
 
 from messnet.data.sources import DataOptions
 from messnet.errors import RecipeError
 from messnet.evaluation import EvaluationOptions
 from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
+from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain, type_options
 from messnet.searching import Grid
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
@@ -93,91 +94,125 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise RecipeError(f"no recipe {path}: expected a YAML file; the ones that come with messnet are in configs/")
-    _expect_sections(path)
-    app = App(
-        default_parameter=Parameter(consume_multiple=True),
-        config=Yaml(path, use_commands_as_keys=False),
-        help_flags=[],
-        version_flags=[],
-    )
-
-    @app.default
-    def collect(*, recipe: Annotated[Recipe, Parameter(name="*")] = Recipe()) -> Recipe:
-        return recipe
-
-    try:
-        recipe = app(_joined(overrides), exit_on_error=False, print_error=False, result_action="return_value")
-    except (CycloptsError, RecipeError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, CycloptsError) and error.msg and error.argument:  # such a message does not say where
-            message = f"{error.argument.name.removeprefix('--')}: {message}"
-        raise RecipeError(message if str(path) in message else f"{path}: {message}") from error
-    assert isinstance(recipe, Recipe)
-    return recipe
+    return _recipe(_read_yaml(path), overrides, source=str(path))
 
 
-def recipe_to_record(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_record(recipe: Recipe) -> dict[str, Plain]:
     """Plain values only, as JSON and YAML hold them."""
-    return {name: _plain(value) for name, value in asdict(recipe).items()}
+    return cast("dict[str, Plain]", to_plain(recipe))
 
 
-def recipe_from_record(record: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def recipe_from_record(record: Mapping[str, object], overrides: Sequence[str] = ()) -> Recipe:
     """The inverse of ``recipe_to_record``. Raises RecipeError for keys that this version does not know."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(_without_none(record)))
-        try:
-            return load_recipe(path, overrides)
-        except RecipeError as error:
-            raise RecipeError(str(error).replace(str(path), "the recorded recipe")) from error
+    return _recipe(dict(record), overrides, source="the recorded recipe")
 
 
-def _joined(overrides: Sequence[str]) -> list[str]:
-    """``--key true`` as ``--key=true``: cyclopts takes the former for a flag and a stray word."""
-    joined: list[str] = []
-    key = ""
-    for token in overrides:
-        if token.startswith("--"):
-            key = token
-        if token in ("true", "false") and key:
-            if joined[-1] == key:
-                joined.pop()
-            token = f"{key}={token}"
-        joined.append(token)
-    return joined
-
-
-def _expect_sections(path: Path) -> None:
+def _recipe(content: dict[str, object], overrides: Sequence[str], *, source: str) -> Recipe:
+    said = dict(_parse_overrides(overrides))
+    for name, value in said.items():
+        *sections, key = name.split(".")
+        place = content
+        for section in sections:
+            inner = place.get(section)
+            place[section] = dict(inner) if isinstance(inner, dict) else {}
+            place = cast("dict[str, object]", place[section])
+        place[key] = value
     try:
-        content = yaml.safe_load(path.read_bytes())
+        return from_plain(content, Recipe, texts=True)
+    except MismatchError as error:
+        of_override = error.place.partition("[")[0] in said
+        raise RecipeError(f"--{error}" if of_override else f"{source}: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    """The sections of a recipe file. YAML reads a class called `no` as false and 0x10 as 16, so what the recipe takes
+    as text is kept as it is written."""
+    data = path.read_bytes()
+    try:
+        values, texts = yaml.safe_load(data), yaml.load(data, yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{path}{line} is not YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    sections = [field.name for field in fields(Recipe)]
-    if content is not None and not isinstance(content, dict):
-        raise RecipeError(f"{path} must hold sections ({', '.join(sections)}), got {type(content).__name__}")
-    for name, value in (content or {}).items():
-        if name in sections and not isinstance(value, dict):
-            raise RecipeError(f"section {name!r} of {path} must hold keys and values, got {value!r}")
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        sections = ", ".join(field.name for field in fields(Recipe))
+        raise RecipeError(f"{path} must hold sections ({sections}), got {type(values).__name__}")
+    return cast("dict[str, object]", _as_meant(values, texts, Recipe))
 
 
-def _plain(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case Path():
-            return str(value)
-        case _:
-            return value
-
-
-def _without_none(value: Any) -> Any:
+def _as_meant(value: object, text: object, kind: object) -> object:
+    """``value`` as YAML reads it, or ``text`` as it is written where the type ``kind`` is text."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value
+        texts = text if isinstance(text, dict) else {}
+        return {str(key): _as_meant(item, texts.get(key), field_type(kind, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        texts = text if isinstance(text, list) else [None] * len(value)
+        return [_as_meant(item, texts[i], field_type(kind, i)) for i, item in enumerate(value)]
+    options = type_options(kind)
+    if value == "None" and NoneType in options:
+        return None
+    is_text = any(option in (str, Path) or get_origin(option) is Literal for option in options)
+    return text if is_text and isinstance(text, str) and value is not None else value
+
+
+def _parse_overrides(tokens: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of ``--section.key value ...``. Raises RecipeError for what is no option of a recipe."""
+    words: list[str] = []
+    for token in [*reversed(tokens)]:
+        if not token.startswith("--"):
+            words.insert(0, token)
+            continue
+        option, assigned, first = token.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        kind = _type_of(name, option)
+        yield name, _value_of([first, *words] if assigned else words, kind, option)
+        words = []
+    if words:
+        raise RecipeError(f"{words[0]!r} is no option of a recipe: expected --section.key value")
+
+
+def _type_of(name: str, option: str) -> object:
+    known = dict(_names(Recipe))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean --{near[0]}?" if near else "`messnet recipe` shows all"
+        raise RecipeError(f"{option} is no option of a recipe: {advice}")
+    return known[name]
+
+
+def _names(kind: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted name and type of every value of a recipe."""
+    for field in fields(kind):
+        inner = field_type(kind, field.name)
+        if is_dataclass(inner):
+            yield from _names(cast("type", inner), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", inner
+
+
+def _value_of(words: list[str], kind: object, option: str) -> object:
+    options = type_options(kind)
+    if not words and bool in options:
+        return True
+    if not words:
+        raise RecipeError(f"{option} needs a value")
+    takes_list = any(get_origin(one) in (tuple, list) for one in options)
+    if len(words) > 1 and not takes_list:
+        raise RecipeError(f"{option} takes one value, got {' '.join(words)}")
+    choices = [choice for one in options if get_origin(one) is Literal for choice in get_args(one)]
+    is_whole = words[0].startswith("[") or words[0] in ("null", "None", *choices)
+    if takes_list and not (len(words) == 1 and is_whole):
+        return [_scalar(word, field_type(kind, i)) for i, word in enumerate(words)]
+    return _scalar(words[0], kind)
+
+
+def _scalar(word: str, kind: object) -> object:
+    try:
+        return _as_meant(yaml.safe_load(word), yaml.load(word, yaml.BaseLoader), kind)
+    except yaml.YAMLError:  # a text that looks like YAML, such as "a: b: c"
+        return word
