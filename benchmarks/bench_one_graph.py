@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from messnet.costs.latency import device_name
-from messnet.deployment.graphs import IR_VERSION, OPSET, stage_name
-from messnet.deployment.loading import restore_run
-from messnet.deployment.planes import normalised_planes
-from messnet.deployment.runtimes import load_graph
+from messnet.deployment.graph_runner import load_graph, stage_name
+from messnet.deployment.graphs import IR_VERSION, OPSET
+from messnet.deployment.restoring import restore_run
 from messnet.deployment.session import Session
+from messnet.images.preprocessing import normalise
 from messnet.policy.labels import upsampled_labels
 from messnet.records.instance import ExitChoice
 from messnet.run.run import open_run
@@ -143,7 +143,7 @@ def whole(data: bytes, runtime: str, threads: int) -> Way:
     graph = load_graph(data, runtime, "f32", threads)
 
     def run(image: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8], float]:
-        images = normalised_planes(image[None])
+        images = normalise(image[None])
         start = time.perf_counter()
         logits, taken = graph.run({"images": images}, ["0/logits", "0/exit"])
         labels = upsampled_labels(logits, (image.shape[0], image.shape[1]))[0]

@@ -34,11 +34,13 @@ from messnet.costs.latency import LatencyOptions, device_name
 from messnet.costs.workload import copy_module
 from messnet.data import SegmentationDataset
 from messnet.deployment.bundle import is_bundle, open_bundle
+from messnet.deployment.graph_runner import GraphRunner, load_graph
 from messnet.deployment.graphs import make_graphs, policy_graph
-from messnet.deployment.loading import bundle_tensors, restore_bundle, restore_run
 from messnet.deployment.measurement import measure_session
-from messnet.deployment.runtimes import GraphRunner, Runner, TorchRunner, load_graph, size_multiple
+from messnet.deployment.restoring import bundle_tensors, restore_bundle, restore_run
+from messnet.deployment.runner import Runner
 from messnet.deployment.session import Result, Session
+from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy
@@ -78,7 +80,7 @@ class Graphs:
         strides = [point.output_stride for point in self.net.exit_points]
         return GraphRunner(
             self.made[exits],
-            exits,
+            instance.exits,
             strides,
             runtime=runtime,
             precision=precision,
@@ -152,7 +154,7 @@ def in_turn(pair: Sequence[Session], images: Sequence[np.ndarray], batch: int, r
                     cpu_ms = (time.process_time() - start) * 1000
                     laps[s][b].append((max(result.latency_ms for result in found), cpu_ms))
                     # Of a batch's logits each result would keep all.
-                    results[s][b] = [replace(result, logits=torch.empty(0)) for result in found]
+                    results[s][b] = [replace(result, logits=np.empty(0, np.float32)) for result in found]
     return [
         [Lap(found, *map(float, np.median(times, 0))) for found, times in zip(*rows, strict=True)]
         for rows in zip(results, laps, strict=True)
@@ -254,7 +256,7 @@ def by_torch(net: MultiExitNet, instance: Instance, images: Sequence[np.ndarray]
     """What every runtime is compared with: torch, float32, image by image."""
     session = Session(net, instance)
     found = (session.predict([image])[0] for image in tqdm(images, desc="reference", mininterval=5))
-    return [replace(result, logits=torch.empty(0)) for result in found]
+    return [replace(result, logits=np.empty(0, np.float32)) for result in found]
 
 
 def parts(runtime: str, session: Session, costs: CostTable, repeats: int) -> list[Figure]:

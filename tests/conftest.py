@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def small_net() -> MultiExitNet:
     for i in range(3):
         net.add_head(i, HeadConfig())
         net.add_head(i, HeadConfig(channel_reduction=2, extra_blocks=1))
-    images = torch.stack([normalise(smooth_image(64, 80, seed)) for seed in range(4)])
+    images = torch.from_numpy(normalise(np.stack([smooth_image(64, 80, seed) for seed in range(4)])))
     with torch.no_grad():
         for _ in range(5):  # for the statistics of the normalisation layers
             states = list(net.states(images))

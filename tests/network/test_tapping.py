@@ -268,7 +268,7 @@ def test_a_session_predicts(tapped: tuple[Deciding, MultiExitNet], ran: list[str
     exits = (early, ExitChoice(exit_index=2, head=FINAL_HEAD))
     (result,) = Session(net, Instance(name="two", setting="input_dependent", exits=exits)).predict([image])
     with torch.no_grad():
-        expected = model(normalise(image)[None]).argmax(1)[0]
+        expected = model(torch.from_numpy(normalise(image))[None]).argmax(1)[0]
     assert result.exit_index == 2
     assert np.array_equal(result.labels, expected.numpy())
 

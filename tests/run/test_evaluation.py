@@ -45,7 +45,7 @@ class Pictures:
 
 
 def as_input(sample: SegmentationSample) -> torch.Tensor:
-    return normalise(sample.image)[None].to(memory_format=torch.channels_last)
+    return torch.from_numpy(normalise(sample.image))[None].to(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")

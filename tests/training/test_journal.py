@@ -82,7 +82,7 @@ def test_what_is_seen_is_the_miou_over_the_images() -> None:
     for v in (0, 2, 4):
         sample = Noise()[v]
         with torch.no_grad():
-            labels = net(normalise(sample.image)[None])[0].argmax(0).numpy()
+            labels = net(torch.from_numpy(normalise(sample.image))[None])[0].argmax(0).numpy()
         valid = sample.mask < CLASSES
         for k in range(CLASSES):
             a, b = (labels == k) & valid, sample.mask == k

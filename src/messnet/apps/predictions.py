@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -32,7 +31,6 @@ __all__ = [
     "overlay",
     "predict_files",
     "read_image",
-    "torch_device",
     "write_mask",
 ]
 
@@ -269,13 +267,6 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
             raise DataError(f"{seen[file.stem]} and {file} would both be written as {file.stem}.png: rename one")
         seen[file.stem] = file
     return files
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of "auto", "cpu" or "cuda". Raises DataError where there is no such."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda was asked for but torch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def write_mask(path: Path, labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> None:

@@ -6,19 +6,22 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from messnet import __version__
-from messnet.errors import MessError
+from messnet.errors import MessError, needing_extras
+from messnet.records.names import Precision, RuntimeName, precision_named, runtime_named
 
 __all__ = [
     "AsJson",
     "Out",
     "Overrides",
+    "PrecisionOption",
+    "RuntimeOption",
     "Target",
     "app",
     "do_stage",
@@ -58,10 +61,23 @@ Overrides = Annotated[
 ]
 
 
+def _precision(_: object, tokens: Sequence[Token]) -> Precision:
+    return precision_named(tokens[0].value, option=tokens[0].keyword or "precision")
+
+
+def _runtime(_: object, tokens: Sequence[Token]) -> RuntimeName:
+    return runtime_named(tokens[0].value, option=tokens[0].keyword or "runtime")
+
+
+PrecisionOption = Annotated[Precision, Parameter(converter=_precision)]
+RuntimeOption = Annotated[RuntimeName, Parameter(converter=_runtime)]
+
+
 def main(tokens: Sequence[str] | None = None) -> None:
     """Runs the command; exits with 0, 1 (a bug, with its traceback), 2 (bad input, one line) or 130 (interrupted)."""
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with needing_extras():
+            app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (MessError, CycloptsError) as error:
         print(f"messnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -106,6 +122,8 @@ def say(stage: str, did: bool, quiet: bool) -> None:
 
 
 def print_table(path: Path, as_json: bool) -> None:
+    from rich.console import Console
+
     from messnet.records.measurements import Measurements
     from messnet.report.page import headline, terminal_table
 
@@ -135,6 +153,8 @@ def quieten() -> None:
 @cache
 def _tell_of_compiling() -> None:
     """A line before numba compiles the first of the inner loops that no earlier command left on the disk."""
+    if find_spec("numba") is None:
+        return
     from numba.core import event
     from tqdm import tqdm
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, app, examples, quieten
+from messnet.cli.app import AsJson, PrecisionOption, RuntimeOption, app, examples, quieten
 from messnet.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from messnet.deployment.session import Session
 
 __all__ = ["predict"]
 
@@ -30,9 +33,9 @@ def predict(
     *images: Path,
     out: Path = Path("predictions"),
     instance: str | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    runtime: Literal["torch", "torch-compiled", "onnxruntime", "openvino"] = "torch",
-    precision: Literal["f32", "bf16", "f16"] = "f32",
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto",
+    runtime: RuntimeOption | None = None,
+    precision: PrecisionOption = "f32",
     threads: int | None = None,
     batch_size: int = 1,
     deadline_ms: float | None = None,
@@ -57,9 +60,9 @@ def predict(
         images: Image files and folders of them, or video files.
         out: Where to write.
         instance: One of the run's instances; by default the cheapest within 1 pp. A bundle has but one.
-        device: Where to compute.
-        runtime: What computes. A run's graphs are made anew, which takes seconds an exit; a bundle exported for the
-            runtime has them.
+        device: Where torch computes: auto is CUDA where there is any. mps and xpu are untested.
+        runtime: What computes; by default torch, or for a bundle with graphs onnxruntime where torch is not installed.
+            A run's graphs are made anew, which takes seconds an exit; a bundle exported for the runtime has them.
         precision: Of weights and activations, where the runtime has it.
         threads: Of the processor, for the network; by default as many as the runtime takes.
         batch_size: Images of one size, or tiles, that go through the network together.
@@ -77,12 +80,17 @@ def predict(
         max_frames: Stop a video or a camera after so many frames.
     """
     quieten()
-    from messnet.apps.predictions import PredictOptions, image_files, predict_files, torch_device
+    from messnet.apps.predictions import PredictOptions, image_files, predict_files
     from messnet.deployment.loading import load
 
-    def open_session() -> Any:
-        where = torch_device(device)
-        return load(target, instance=instance, device=where, runtime=runtime, precision=precision, threads=threads)
+    def open_session() -> Session:
+        how: dict[str, Any] = {"device": device, "runtime": runtime, "precision": precision, "threads": threads}
+        session = load(target, instance=instance, **how)
+        if runtime is None and session.runtime != "torch":
+            print(
+                f"messnet: {session.runtime} computes, for torch is not installed or not in {target}", file=sys.stderr
+            )
+        return session
 
     sources = _videos(images, camera)
     of_images = {"--batch-size": batch_size if batch_size != 1 else None, "--deadline-ms": deadline_ms, "--tile": tile}
@@ -112,7 +120,7 @@ def predict(
 
 
 def _predict_videos(
-    session: Any, sources: list[Path | int], out: Path, given: dict[str, Any], *, as_json: bool
+    session: Session, sources: list[Path | int], out: Path, given: dict[str, Any], *, as_json: bool
 ) -> None:
     """One after the other with the same network. What is damaged is told at the end, when the others are done."""
     from messnet.apps.video import VideoOptions, predict_video

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import platform
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import trange
 
+from messnet.costs.processor import processor_name
 from messnet.errors import RecipeError
 
 __all__ = ["DType", "LatencyOptions", "Stopwatch", "device_name", "node_latencies", "num_threads"]
@@ -153,12 +152,7 @@ def num_threads(threads: int | None) -> Iterator[None]:
 
 def device_name(device: torch.device) -> str:
     """The processor's or accelerator's own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def _slug(words: str) -> str:

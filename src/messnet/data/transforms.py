@@ -69,7 +69,7 @@ def build_augmentation(options: AugmentOptions) -> Augmentation:
             labels = v2.functional.resize(labels, size, v2.InterpolationMode.NEAREST_EXACT)
         crop = v2.RandomCrop(options.crop or mask.shape, pad_if_needed=True, fill=outside)
         pixels, labels = flip(crop(tv_tensors.Image(pixels), tv_tensors.Mask(labels)))
-        return normalise(pixels.permute(1, 2, 0).numpy()), labels[0].as_subclass(Tensor).long()
+        return torch.from_numpy(normalise(pixels.permute(1, 2, 0).numpy())), labels[0].as_subclass(Tensor).long()
 
     return augment
 

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from messnet import __version__
 from messnet.deployment.bundle import Bundle, Manifest, Preprocessing, Runtime, is_bundle, open_bundle, write_bundle
-from messnet.deployment.graphs import OUTPUT, make_graphs
-from messnet.deployment.loading import COSTS, GRAPHS, bundle_tensors, restore_bundle, restore_run
-from messnet.deployment.runtimes import Graph, GraphRunner, Runner, TorchRunner, load_graph, size_multiple
+from messnet.deployment.graph_runner import GRAPHS, OUTPUT, Graph, GraphRunner, load_graph
+from messnet.deployment.graphs import make_graphs
+from messnet.deployment.loading import COSTS
+from messnet.deployment.restoring import bundle_tensors, restore_bundle, restore_run
+from messnet.deployment.runner import Runner
+from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.errors import ModelError, RunError
 from messnet.images.preprocessing import MEAN, STD
 from messnet.network.blueprint import Blueprint
@@ -125,7 +128,6 @@ def check_graphs(
     The first image is run once more without its last rows and columns: no size may be fixed. Raises ModelError when
     they disagree, or no runtime is installed.
     """
-    exits = tuple(choice.exit for choice in instance.exits)
     multiple = size_multiple(net)
     runtime: Literal["onnxruntime", "openvino"] = "onnxruntime" if find_spec("onnxruntime") else "openvino"
     output = load_graph(graphs[OUTPUT], runtime, "f32", 1)
@@ -133,7 +135,7 @@ def check_graphs(
         TorchRunner(net, Policy.parse(instance.policy)),
         GraphRunner(
             graphs,
-            exits,
+            instance.exits,
             [point.output_stride for point in net.exit_points],
             runtime=runtime,
             size_multiple=multiple,
@@ -174,7 +176,9 @@ def _compare(
             for runner, live in zip(runners, lives, strict=True)
         ]
         lives = [step.live for step in steps]
-        ours, theirs = (np.asarray(step.logits, np.float64) for step in steps)
+        ours, theirs = (
+            runner.array(step.logits, 0).astype(np.float64) for runner, step in zip(runners, steps, strict=True)
+        )
         shares = [float(step.confidence[0]) for step in steps if step.confidence is not None]
         decisions = [share >= choice.image_threshold for share in shares if choice.image_threshold is not None]
         expected, found = (

@@ -25,22 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from messnet.errors import ModelError
+from messnet.deployment.graph_runner import OUTPUT, stage_name
+from messnet.errors import ModelError, needing_extras
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.reference import Policy
 from messnet.records.instance import FINAL_HEAD, Exit
 
-__all__ = ["OPSET", "OUTPUT", "leading_to", "make_graphs", "output_graph", "policy_graph", "stage_name"]
+__all__ = ["OPSET", "make_graphs", "output_graph", "policy_graph"]
 
 OPSET = 20
 IR_VERSION = 10
-OUTPUT = "output"
 _BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others have
-
-
-def stage_name(position: int) -> str:
-    return f"stage{position}"
 
 
 def make_graphs(
@@ -78,31 +74,10 @@ def make_graphs(
             io_map=[("logits", "logits")],
             outputs=[*keep, "confidence"],
         )
+        del whole.opset_import[1:]  # both parts' set, which is the same: twice, the checker and quantisers refuse it
         graphs[stage_name(position)] = _serialised(onnx, whole)
         live, start = following, exit.exit_index + 1
     return {**graphs, OUTPUT: output_graph()}
-
-
-def leading_to(graph: bytes, outputs: Sequence[str]) -> bytes:
-    """The part of a graph that ``outputs`` come from, nothing else. Raises ModelError without the package onnx."""
-    onnx, _ = _packages()
-    model = onnx.load_from_string(graph)
-    needed, kept = {*outputs}, []
-    for node in reversed(model.graph.node):
-        if needed & {*node.output}:
-            needed |= {name for name in node.input if name}
-            kept.append(node)
-    parts = (
-        (model.graph.node, kept[::-1]),
-        (model.graph.input, [one for one in model.graph.input if one.name in needed]),
-        (model.graph.initializer, [one for one in model.graph.initializer if one.name in needed]),
-        (model.graph.output, [one for one in model.graph.output if one.name in outputs]),
-    )
-    for field, left in parts:
-        del field[:]
-        field.extend(left)
-    data: bytes = model.SerializeToString()
-    return data
 
 
 class _Stage(nn.Module):
@@ -182,7 +157,7 @@ def _serialised(onnx: Any, model: Any) -> bytes:
         del node.metadata_props[:]  # where it stood in the source
         node.doc_string = ""
     data: bytes = model.SerializeToString()
-    onnx.checker.check_model(data)
+    onnx.checker.check_model(data, full_check=True)
     return data
 
 
@@ -331,12 +306,10 @@ def _expect_tensors(following: Sequence[Any], exit: Exit) -> None:
 
 
 def _packages() -> tuple[Any, Any]:
-    try:
+    with needing_extras():
         import onnx
         import onnxscript  # noqa: F401  torch's exporter needs it
         from onnx import compose
-    except ImportError as error:
-        raise ModelError(f"ONNX graphs need the package {error.name}: pip install messnet[onnx]") from error
     return onnx, compose
 
 

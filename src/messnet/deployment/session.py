@@ -6,20 +6,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
-from messnet.deployment.runtimes import Precision, Runner, RuntimeName, TorchRunner
+from messnet.deployment.runner import Runner
 from messnet.errors import DataError, ModelError, RecipeError
-from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.reference import Policy, image_confidence, refined_confidence_map
 from messnet.records.costs import CostTable
 from messnet.records.instance import ExitChoice, Instance
+from messnet.records.names import Precision, RuntimeName
+
+if TYPE_CHECKING:
+    from messnet.network.multi_exit import MultiExitNet
+    from messnet.policy.reference import Policy
 
 __all__ = ["Result", "Session"]
 
@@ -40,7 +40,7 @@ class Result:
     latency_ms: float
     """From the normalised image on the device to the labels, everything before this exit included; of a batch from its
     beginning."""
-    logits: Tensor
+    logits: NDArray[np.float32]
     """(1, K, h, w) at the exit's own resolution."""
     output_stride: int
     policy: Policy
@@ -56,7 +56,12 @@ class Result:
         is the threshold of the last exit that does."""
         if self.decided_on is not None:
             return self.decided_on
-        shares = image_confidence(self.logits, self.output_stride, self._seen, [self.pixel_threshold], self.policy)
+        import torch
+
+        from messnet.policy.reference import image_confidence
+
+        logits = torch.from_numpy(self.logits)
+        shares = image_confidence(logits, self.output_stride, self._seen, [self.pixel_threshold], self.policy)
         return float(shares[0, 0])
 
     @property
@@ -67,8 +72,12 @@ class Result:
     def confidence_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The confidence map before and after edge refinement, each (H, W) float32 in [0, 1]."""
         height, width = self.labels.shape
-        maps = refined_confidence_map(self.logits, self.output_stride, self._seen, self.policy)
-        before, after = (_to_input(one, self._seen)[:height, :width] for one in maps)
+        import torch
+
+        from messnet.policy.reference import refined_confidence_map
+
+        maps = refined_confidence_map(torch.from_numpy(self.logits), self.output_stride, self._seen, self.policy)
+        before, after = (_to_input(one[0].numpy(), self._seen)[:height, :width] for one in maps)
         return before, after
 
     @property
@@ -91,7 +100,7 @@ class Session:
         *,
         class_names: Sequence[str] = (),
         palette: NDArray[np.uint8] | None = None,
-        device: torch.device | str = "cpu",
+        device: str = "cpu",
         costs: CostTable | None = None,
         input_size: tuple[int, int] | None = None,
     ) -> None:
@@ -99,11 +108,11 @@ class Session:
         parts take, for deadlines."""
         if not instance.exits:
             raise ModelError("the instance has no exits")
+        from messnet.policy.reference import Policy
+
         self.instance = instance
         self.policy = Policy.parse(instance.policy)
-        self.runner: Runner = (
-            TorchRunner(network, self.policy, device=device) if isinstance(network, MultiExitNet) else network
-        )
+        self.runner = network if isinstance(network, Runner) else _run_by_torch(network, self.policy, device)
         for choice in instance.exits:
             self.runner.expect(choice.exit)  # raises for one that the network does not have
         thresholds = [choice.pixel_threshold for choice in instance.exits if choice.pixel_threshold is not None]
@@ -127,13 +136,15 @@ class Session:
     @property
     def net(self) -> MultiExitNet:
         """The network that torch runs. Raises ModelError in another runtime, which has graphs of it only."""
-        if not isinstance(self.runner, TorchRunner):
+        if self.runtime not in ("torch", "torch-compiled"):
             raise ModelError(f"a session in {self.runtime} holds graphs, no network: load it with runtime='torch'")
-        return self.runner.net
+        net: MultiExitNet = self.runner.net  # type: ignore[attr-defined]
+        return net
 
     @property
-    def device(self) -> torch.device:
-        return self.runner.device if isinstance(self.runner, TorchRunner) else torch.device("cpu")
+    def device(self) -> str:
+        """Where it computes, as torch names it: "cpu", "cuda"."""
+        return self.runner.device
 
     def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], *, batch_size: int = 1) -> list[Result]:
         """Runs each image, (H, W, 3) uint8 RGB of any size, until it may stop. Results come in the images' order.
@@ -264,12 +275,11 @@ class Session:
         seen: tuple[int, int],
         decided_on: float | None,
     ) -> Result:
-        alone = torch.as_tensor(logits if len(logits) == 1 else logits[row : row + 1])
         return Result(
             labels=labels,
             exit_index=choice.exit_index,
             latency_ms=seconds * 1000,
-            logits=alone,
+            logits=self.runner.array(logits, row),
             output_stride=self.runner.output_stride(choice.exit),
             policy=self.policy,
             pixel_threshold=self._pixel_threshold if choice.pixel_threshold is None else choice.pixel_threshold,
@@ -323,6 +333,17 @@ def _expect_image(image: Any) -> None:
         raise DataError(f"an image has at least one pixel, this one is {image.shape}")
 
 
-def _to_input(confidence: Tensor, size: tuple[int, int]) -> NDArray[np.float32]:
-    full: Any = F.interpolate(confidence[None], size=size, mode="nearest")[0, 0].cpu().numpy()
-    return full  # type: ignore[no-any-return]
+def _run_by_torch(net: MultiExitNet, policy: Policy, device: str) -> Runner:
+    from messnet.deployment.torch_runner import TorchRunner
+
+    return TorchRunner(net, policy, device=device)
+
+
+def _to_input(confidence: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """The nearest neighbours of a map (h, w) at ``size``, as torch's ``interpolate`` chooses them."""
+    rows, columns = (
+        np.minimum((np.arange(long) * np.float32(short / long)).astype(np.int64), short - 1)
+        for long, short in zip(size, confidence.shape, strict=True)
+    )
+    nearest: NDArray[np.float32] = confidence[rows[:, None], columns]
+    return nearest

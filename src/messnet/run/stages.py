@@ -18,18 +18,11 @@ import yaml
 from messnet.costs.latency import LatencyOptions, num_threads
 from messnet.data import SegmentationDataset
 from messnet.deployment.bundle import open_bundle
-from messnet.deployment.loading import COSTS, INSTANCES, load, load_instance, restore_bundle
-from messnet.deployment.measurement import (
-    Running,
-    check_additivity,
-    device_in_words,
-    make_gallery,
-    measure_heads,
-    measure_session,
-    run_side_by_side,
-)
-from messnet.deployment.runtimes import DTYPES, RuntimeName
+from messnet.deployment.loading import COSTS, INSTANCES, load, load_instance
+from messnet.deployment.measurement import check_additivity, measure_heads, measure_session
+from messnet.deployment.restoring import restore_bundle
 from messnet.deployment.session import Session
+from messnet.deployment.side_by_side import Running, device_in_words, make_gallery, run_side_by_side
 from messnet.errors import InfeasibleError, ModelError, RunError
 from messnet.evaluation import evaluate, merge_shards
 from messnet.network.blueprint import Blueprint
@@ -43,6 +36,7 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.files import writing
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.measurements import Gallery, Measurement, Measurements
+from messnet.records.names import GRAPH_RUNTIMES, RuntimeName, precision_of_dtype
 from messnet.records.run_directory import RunDirectory
 from messnet.report.page import ReportInputs, render_report
 from messnet.run.recipe import ModelOptions, recipe_from_record, recipe_to_record
@@ -137,7 +131,7 @@ def profile_bundle(
         return net, profile(net, blueprint.input_size, model=model)
     if runtime == "torch":
         return net, _measure_costs(net, blueprint.input_size, latency, model=model)
-    precision = next(name for name, dtype in DTYPES.items() if dtype == latency.dtype)
+    precision = precision_of_dtype(latency.dtype)
     session = load(path, runtime=runtime, precision=precision, threads=latency.threads, device=latency.device)
     return net, measure_session(session, profile(net, blueprint.input_size, model=model), latency)
 
@@ -148,7 +142,7 @@ def measure_run(run: Run, latency: LatencyOptions, name: str, runtime: RuntimeNa
     blueprint = run.blueprint()
     net = blueprint.build()
     _add_heads(net, run.recipe.heads)
-    if runtime == "torch":
+    if runtime not in GRAPH_RUNTIMES:
         costs = _measure_costs(net, blueprint.input_size, latency, model=blueprint.model)
     else:
         workload = profile(net, blueprint.input_size, model=blueprint.model)
@@ -376,7 +370,7 @@ def report_stage(run: Run) -> None:
         name="baseline", setting="budgeted", exits=(ExitChoice(exit_index=final.exit_index, head=final.head),)
     )
     instances = [baseline, *(load_instance(run.directory.path, name) for name in found)]
-    sessions = [load(run.directory.path, instance=instance, device=run.device) for instance in instances]
+    sessions = [load(run.directory.path, instance=instance, device=str(run.device)) for instance in instances]
     samples = ((val[v].image, val[v].mask) for v in reported)
     runnings = run_side_by_side(sessions, samples, len(tables.class_names))
     tables_reported = tables.subset(half)

@@ -118,7 +118,7 @@ class Validation:
         """What each exit makes of the images; ``net`` is in eval mode. One image at a time, in its own size."""
         if not self._samples:
             samples = [self.dataset[v] for v in self.indices]
-            self._samples = [(normalise(s.image)[None], torch.tensor(s.mask)[None]) for s in samples]
+            self._samples = [(torch.from_numpy(normalise(s.image))[None], torch.tensor(s.mask)[None]) for s in samples]
         counts = {exit: torch.zeros(3, net.num_classes, dtype=torch.int64, device=device) for exit in exits}
         with torch.no_grad():
             for image, label in self._samples:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from PIL import Image
 
-from messnet.apps.predictions import IMAGE_SUFFIXES, torch_device
+from messnet.apps.predictions import IMAGE_SUFFIXES
 from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.bundle import is_bundle, open_bundle
 from messnet.deployment.loading import load
-from messnet.deployment.runtimes import Precision, RuntimeName
 from messnet.deployment.session import Session
 from messnet.errors import DataError, MessError, RunError
 from messnet.records.costs import CostTable
 from messnet.records.measurements import Gallery
+from messnet.records.names import Precision, RuntimeName
 
 if TYPE_CHECKING:
     from messnet.apps.serving.app import Sample, Service
@@ -72,13 +72,13 @@ def open_service(path: Path, options: ServeOptions, **model: Unpack[ModelOptions
     except ImportError as error:
         raise MessError(f"{_EXTRA} ({error})") from error
 
-    folder, device, runtime = model.get("samples"), model.get("device", "auto"), model.get("runtime", "torch")
+    folder = model.get("samples")
     chosen = None if folder is None else _samples_of(folder, options)
     session = load(
         path,
         instance=model.get("instance"),
-        device=torch_device(device) if runtime.startswith("torch") or device == "cuda" else "cpu",
-        runtime=runtime,
+        device=model.get("device", "auto"),
+        runtime=model.get("runtime"),
         precision=model.get("precision", "f32"),
         threads=model.get("threads"),
     )

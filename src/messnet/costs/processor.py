@@ -1,0 +1,48 @@
+"""The processor at hand: its name, and how many of its cores a runtime takes by default. Works without torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+
+__all__ = ["default_threads", "processor_name"]
+
+
+@cache
+def processor_name() -> str:
+    """The processor's own name, such as "AMD EPYC 9R14"; its architecture where the system tells no name."""
+    models = [value for name, value in _cpuinfo() if name == "model name"]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def default_threads() -> int:
+    """As many threads as torch is set to where it is loaded; else ``OMP_NUM_THREADS``, else one for each physical core
+    that this process may use, which is torch's own rule."""
+    if "torch" in sys.modules:
+        return int(sys.modules["torch"].get_num_threads())
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else _physical_cores()
+
+
+@cache
+def _physical_cores() -> int:
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores, number, socket = set(), 0, ""
+    for name, value in _cpuinfo():  # of each logical processor: its number, its socket, then its core
+        if name == "processor" and value.isdecimal():
+            number = int(value)
+        elif name == "physical id":
+            socket = value
+        elif name == "core id" and number in usable:
+            cores.add((socket, value))
+    return len(cores) or len(usable)
+
+
+@cache
+def _cpuinfo() -> tuple[tuple[str, str], ...]:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return tuple((name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in lines))

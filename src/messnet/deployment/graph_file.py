@@ -1,0 +1,194 @@
+"""ONNX files without the package onnx: what they take and give, whether a bundle may hold them, and their parts.
+
+An ONNX file is one protobuf message. Its encoding is a sequence of fields, each a key (number and wire type) and a
+value that says its own length, so it can be walked without knowing every field: see
+https://protobuf.dev/programming-guides/encoding and onnx.proto for the numbers below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from messnet.errors import RunError
+
+__all__ = ["GraphPorts", "expect_self_contained", "leading_to"]
+
+_VARINT, _FIXED64, _MESSAGE, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4, groups, occur in no ONNX file
+_MODEL_OPSET, _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 8, 7, 20, 25
+_NODE, _INITIALIZER, _INPUT, _OUTPUT, _SPARSE_INITIALIZER = 1, 5, 11, 12, 15  # of a graph
+_NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 5, 7
+_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
+_TENSOR_NAME, _TENSOR_EXTERNAL = 8, (13, 14)  # external_data and data_location
+_VALUE_NAME = 1
+_OPSET_DOMAIN = 1
+_DOMAINS = (b"", b"ai.onnx")  # operators that every runtime has
+_MAX_DEPTH = 8  # of graphs inside of attributes
+
+
+class GraphPorts(NamedTuple):
+    """The names of what a graph takes and gives."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class _Field(NamedTuple):
+    number: int
+    wire: int
+    value: memoryview
+    """The content of a message, string or packed field; the encoded number of the others."""
+    raw: memoryview
+    """Key and value as they stand in the file."""
+
+
+def expect_self_contained(data: bytes, source: str) -> GraphPorts:
+    """What the ONNX file ``data``, which came from ``source``, takes and gives.
+
+    Raises RunError for what a runtime must not see in a stranger's file: data that lie in other files or in the
+    process's memory, operators of other domains than ONNX's own, functions, and bytes that are no ONNX file.
+    """
+    ports = GraphPorts((), ())
+    found = False
+    try:
+        for field in _fields(memoryview(data)):
+            if field.number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
+                raise RunError(f"{source} is refused: a graph of a bundle defines no functions; export it again")
+            if field.number == _MODEL_OPSET:
+                _expect_domain(field.value, _OPSET_DOMAIN, source)
+            if field.number == _MODEL_GRAPH:
+                more, found = _ports(field.value), True
+                ports = GraphPorts(ports.inputs + more.inputs, ports.outputs + more.outputs)
+                _expect_sound_graph(field.value, source, 0)
+    except (ValueError, IndexError) as error:
+        raise RunError(f"{source} is no ONNX graph ({error}); export the bundle again") from error
+    if not found:
+        raise RunError(f"{source} is no ONNX graph (it holds none); export the bundle again")
+    return ports
+
+
+def leading_to(data: bytes, outputs: Collection[str]) -> bytes:
+    """The part of the ONNX file ``data`` that ``outputs`` are computed from, as a file of its own."""
+    wanted = {name.encode() for name in outputs}
+    model = list(_fields(memoryview(data)))
+    graph = [part for field in model if field.number == _MODEL_GRAPH for part in _fields(field.value)]
+
+    # Nodes stand in the order in which they run, so one pass from the end finds all that is needed.
+    needed, kept = set(wanted), []
+    for node in (part for part in reversed(graph) if part.number == _NODE):
+        if needed & {*_strings(node.value, _NODE_OUTPUT)}:
+            needed |= {*_strings(node.value, _NODE_INPUT)}
+            kept.append(node.raw)
+    parts = [bytes(raw) for raw in reversed(kept)]
+    names = {_INITIALIZER: (_TENSOR_NAME, needed), _INPUT: (_VALUE_NAME, needed), _OUTPUT: (_VALUE_NAME, wanted)}
+    for part in graph:
+        if part.number in names:
+            field, those = names[part.number]
+            if those & {*_strings(part.value, field)}:
+                parts.append(bytes(part.raw))
+        elif part.number != _NODE:
+            parts.append(bytes(part.raw))
+    whole = b"".join(parts)
+    others = b"".join(bytes(field.raw) for field in model if field.number != _MODEL_GRAPH)
+    return others + _varint(_MODEL_GRAPH << 3 | _MESSAGE) + _varint(len(whole)) + whole
+
+
+def _ports(graph: memoryview) -> GraphPorts:
+    names: dict[int, list[str]] = {_INPUT: [], _OUTPUT: []}
+    for field in _fields(graph):
+        if field.number in names:
+            names[field.number] += [name.decode() for name in _strings(field.value, _VALUE_NAME)]
+    return GraphPorts(tuple(names[_INPUT]), tuple(names[_OUTPUT]))
+
+
+def _expect_sound_graph(graph: memoryview, source: str, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise RunError(f"{source} is refused: graphs are nested more than {_MAX_DEPTH} deep; export the bundle again")
+    for field in _fields(graph):
+        if field.number == _INITIALIZER:
+            _expect_own_data(field.value, source)
+        elif field.number == _SPARSE_INITIALIZER:
+            _expect_own_sparse_data(field.value, source)
+        elif field.number == _NODE:
+            _expect_domain(field.value, _NODE_DOMAIN, source)
+            for part in _fields(field.value):
+                if part.number == _NODE_ATTRIBUTE:
+                    _expect_sound_attribute(part.value, source, depth)
+
+
+def _expect_sound_attribute(attribute: memoryview, source: str, depth: int) -> None:
+    for field in _fields(attribute):
+        if field.number in _ATTRIBUTE_TENSORS and field.wire == _MESSAGE:
+            _expect_own_data(field.value, source)
+        elif field.number in _ATTRIBUTE_SPARSE:
+            _expect_own_sparse_data(field.value, source)
+        elif field.number in _ATTRIBUTE_GRAPHS and field.wire == _MESSAGE:
+            _expect_sound_graph(field.value, source, depth + 1)
+
+
+def _expect_own_sparse_data(tensor: memoryview, source: str) -> None:
+    for part in _fields(tensor):
+        if part.wire == _MESSAGE and part.number in (1, 2):  # values and their places
+            _expect_own_data(part.value, source)
+
+
+def _expect_own_data(tensor: memoryview, source: str) -> None:
+    for field in _fields(tensor):
+        if field.number in _TENSOR_EXTERNAL and (field.wire == _MESSAGE or any(field.value)):
+            raise RunError(
+                f"{source} is refused: it says that data lie outside of it, where no bundle can vouch for them; "
+                f"graphs of a bundle hold all their weights: export it again"
+            )
+
+
+def _expect_domain(message: memoryview, number: int, source: str) -> None:
+    for domain in _strings(message, number):
+        if domain not in _DOMAINS:
+            name = domain.decode(errors="replace")
+            raise RunError(f"{source} is refused: it uses operators of {name!r}, a bundle's are ONNX's own")
+
+
+def _strings(message: memoryview, number: int) -> Sequence[bytes]:
+    return [bytes(field.value) for field in _fields(message) if field.number == number and field.wire == _MESSAGE]
+
+
+def _fields(message: memoryview) -> Iterator[_Field]:
+    """The fields of an encoded message, one after the other. Raises ValueError or IndexError where it is none."""
+    at = 0
+    while at < len(message):
+        start = at
+        key, at = _read_varint(message, at)
+        wire = key & 7
+        begin = at
+        if wire == _VARINT:
+            _, at = _read_varint(message, at)
+        elif wire in (_FIXED32, _FIXED64):
+            at += 4 if wire == _FIXED32 else 8
+        elif wire == _MESSAGE:
+            length, begin = _read_varint(message, at)
+            at = begin + length
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at > len(message):
+            raise ValueError("it is cut short")
+        yield _Field(key >> 3, wire, message[begin:at], message[start:at])
+
+
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
+    """A number of 7 bits a byte, the least significant first, and where the next field begins."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number of more than 64 bits")
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])

@@ -1,0 +1,99 @@
+"""From a run or a bundle back to the network with its weights, for torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from messnet.deployment.bundle import Bundle
+from messnet.deployment.graph_runner import GraphRunner
+from messnet.deployment.graphs import make_graphs
+from messnet.deployment.loading import DEFAULT_INSTANCE, bundled_instance, instance_names, load_instance
+from messnet.deployment.torch_runner import size_multiple
+from messnet.errors import RunError
+from messnet.network.blueprint import Blueprint
+from messnet.network.multi_exit import MultiExitNet
+from messnet.network.weights import expect_fit
+from messnet.policy.reference import Policy
+from messnet.records.instance import Instance
+from messnet.records.names import GraphRuntime, Precision
+from messnet.records.run_directory import RunDirectory
+
+__all__ = ["bundle_tensors", "graph_runner", "restore_bundle", "restore_run"]
+
+
+def restore_run(path: Path, instance: str | Instance | None = None) -> tuple[Blueprint, MultiExitNet, Instance]:
+    """A run's network with the heads of an instance, chosen as for ``load``. Raises RunError as ``load`` does."""
+    run = RunDirectory(path)
+    run.record()
+    blueprint = Blueprint.from_json(run.read("exits.json", made_by="profile"))
+    if instance is None:
+        names = instance_names(path)
+        instance = names[0] if len(names) == 1 else DEFAULT_INSTANCE
+    chosen = load_instance(path, instance) if isinstance(instance, str) else instance
+    net = blueprint.build(tuple(choice.exit for choice in chosen.exits))
+    try:
+        net.load_model_state_dict(safetensors.torch.load(run.read("stage1.safetensors", made_by="pretrain")))
+        heads = safetensors.torch.load(run.read("stage2.safetensors", made_by="distill"))
+        net.heads.load_state_dict({name: heads[name] for name in net.heads.state_dict()})
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise RunError(f"the weights in {path} are damaged or of another network ({error})") from error
+    return blueprint, net, chosen
+
+
+def restore_bundle(bundle: Bundle, instance: str | Instance | None = None) -> tuple[Blueprint, MultiExitNet, Instance]:
+    """A bundle's network, which ends where its instance does. Raises RunError, or ModelError for a model of the user's
+    own whose function is not to be found here."""
+    manifest, path = bundle.manifest, bundle.path
+    chosen = bundled_instance(bundle, instance)
+    weights = manifest.runtimes["torch"].files.get("weights") if "torch" in manifest.runtimes else None
+    if weights is None:
+        raise RunError(f"{path} holds no weights for torch; it is for {', '.join(manifest.runtimes) or 'no runtime'}")
+    own = {"class_names": manifest.class_names, "palette": manifest.palette}
+    record = {**manifest.network, **own, "input_size": manifest.preprocessing.input_size}
+    blueprint = Blueprint.from_json(json.dumps(record))
+    exits = tuple(choice.exit for choice in manifest.instance.exits)
+    net = blueprint.build(exits)
+    net.keep_only(exits)
+    try:
+        tensors = safetensors.torch.load(bundle.read(weights))
+    except SafetensorError as error:
+        raise RunError(f"{path}/{weights} cannot be read ({error}); export the bundle again") from error
+    places = bundle_tensors(net)
+    expect_fit(tensors, places, source=f"{path}/{weights}")
+    for name, place in places.items():
+        place.copy_(tensors[name])
+    return blueprint, net, chosen
+
+
+def bundle_tensors(net: MultiExitNet) -> dict[str, Tensor]:
+    """What a bundle holds of ``net``, by name: the user's model under its own names, the heads by exit; not copied."""
+    model = {f"model.{name}": tensor for name, tensor in net.model_state_dict().items()}
+    return model | {f"heads.{name}": tensor for name, tensor in net.heads.state_dict().items()}
+
+
+def graph_runner(
+    net: MultiExitNet,
+    instance: Instance,
+    input_size: tuple[int, int],
+    *,
+    runtime: GraphRuntime = "onnxruntime",
+    precision: Precision = "f32",
+    threads: int | None = None,
+) -> GraphRunner:
+    """The graphs of an instance, made of a network on the CPU, in a runtime that runs graphs."""
+    exits = tuple(choice.exit for choice in instance.exits)
+    graphs = make_graphs(net, exits, Policy.parse(instance.policy), input_size)
+    return GraphRunner(
+        graphs,
+        instance.exits,
+        [point.output_stride for point in net.exit_points],
+        runtime=runtime,
+        precision=precision,
+        threads=threads,
+        size_multiple=size_multiple(net),
+    )

@@ -1,0 +1,95 @@
+"""Running instances side by side on the same images: real stops, measured milliseconds, and pictures of all exits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from messnet.costs.latency import device_name
+from messnet.deployment.session import Session
+from messnet.records.iou import mean_iou
+from messnet.records.measurements import Gallery
+from messnet.records.metrics import pixel_counts
+
+__all__ = ["Running", "device_in_words", "make_gallery", "run_side_by_side"]
+
+WARM_UP_IMAGES = 3
+
+
+@dataclass
+class Running:
+    """What one session did, image by image."""
+
+    exit_taken: list[int] = field(default_factory=list)
+    image_confidence: list[float] = field(default_factory=list)
+    latency_ms: list[float] = field(default_factory=list)
+    counts: list[NDArray[np.int64]] = field(default_factory=list)
+    """Per image (3, K): intersection, predicted, labelled."""
+
+    def miou(self) -> float:
+        return mean_iou(*np.sum(self.counts, 0))
+
+    def errors(self) -> list[float]:
+        """Share of wrong pixels per image; NaN without a labelled pixel."""
+        return [1 - float(c[0].sum() / c[2].sum()) if c[2].sum() else float("nan") for c in self.counts]
+
+
+def run_side_by_side(
+    sessions: Sequence[Session], samples: Iterable[tuple[NDArray[np.uint8], NDArray[np.uint8]]], num_classes: int
+) -> list[Running]:
+    """Runs every session on every (image (H, W, 3), mask (H, W)), both uint8.
+
+    Image by image, the sessions in turn and each image beginning with another one, so that a busy machine or a warm
+    cache favours none. The first images are run once before, unmeasured.
+    """
+    runnings = [Running() for _ in sessions]
+    for v, (image, mask) in enumerate(tqdm(samples, desc="measure", unit="img", mininterval=2, dynamic_ncols=True)):
+        if v < WARM_UP_IMAGES:
+            for session in sessions:
+                session.predict([image])
+        for turn in range(len(sessions)):
+            s = (v + turn) % len(sessions)
+            result = sessions[s].predict([image])[0]
+            label = torch.tensor(mask)[None]
+            counts = pixel_counts(torch.from_numpy(result.labels)[None], label, num_classes)
+            runnings[s].exit_taken.append(result.exit_index)
+            runnings[s].image_confidence.append(result.image_confidence)
+            runnings[s].latency_ms.append(result.latency_ms)
+            runnings[s].counts.append(np.stack([count[0].numpy() for count in counts]))
+    return runnings
+
+
+def make_gallery(
+    session: Session, samples: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]], exit_taken: Sequence[int]
+) -> Gallery:
+    """Each (name, image, mask), all of one size, through every exit of the session's instance."""
+    results = [list(session.anytime(image)) for _, image, _ in samples]
+    maps = [[result.confidence_maps() for result in row] for row in results]
+    assert session.palette is not None
+    return Gallery(
+        image_names=tuple(name for name, _, _ in samples),
+        class_names=session.class_names,
+        exits=tuple(choice.exit for choice in session.instance.exits),
+        palette=session.palette,
+        images=np.stack([image for _, image, _ in samples]),
+        masks=np.stack([mask for _, _, mask in samples]),
+        predictions=np.stack([[result.labels for result in row] for row in results]),
+        confidence=np.stack([[before for before, _ in row] for row in maps]).astype(np.float16),
+        refined=np.stack([[after for _, after in row] for row in maps]).astype(np.float16),
+        image_confidence=np.array([[result.image_confidence for result in row] for row in results], np.float32),
+        exit_taken=np.array(exit_taken, np.int64),
+    )
+
+
+def device_in_words(device: torch.device) -> str:
+    """Processor or accelerator, threads, runtime and dtype: what a latency was measured on."""
+    if device.type == "cuda":
+        return f"{device_name(device)}, torch {torch.__version__} eager float32"
+    threads = torch.get_num_threads()
+    plural = "s" if threads > 1 else ""
+    return f"{device_name(device)}, {threads} thread{plural}, torch {torch.__version__} eager float32"
