@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from messnet.data import SegmentationDataset
+from messnet.data import SegmentationDataset, SegmentationSample
 from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, labels_at
@@ -71,14 +71,17 @@ def evaluate(
     positions, marked = _positions(part, len(dataset)), _marked(origin, part)
     key = f"{marked} on {torch.device(device).type}"
     tables = _resumed(checkpoint, key) or _empty(net, dataset, options, marked, num_images=len(positions))
-    names, saved = list(tables.image_names), time.perf_counter()
+    names, groups, saved = list(tables.image_names), list(tables.groups), time.perf_counter()
     todo = range(len(names), len(positions))
     for v in tqdm(todo, desc="evaluate", unit="img", mininterval=2, dynamic_ncols=True, disable=not todo):
-        names.append(_evaluate_image(net, dataset, int(positions[v]), tables, v, options, device))
+        sample = dataset[int(positions[v])]
+        _evaluate_image(net, sample, tables, v, options, device)
+        names.append(sample.name)
+        groups.append(sample.group)
         if checkpoint and time.perf_counter() - saved >= _CHECKPOINT_SECONDS:
-            _save(checkpoint, key, replace(tables, image_names=tuple(names)))
+            _save(checkpoint, key, replace(tables, image_names=tuple(names), groups=tuple(groups)))
             saved = time.perf_counter()
-    return replace(tables, image_names=tuple(names))
+    return replace(tables, image_names=tuple(names), groups=tuple(groups) if any(groups) else ())
 
 
 def merge_shards(shards: Mapping[tuple[int, int], ExitTables], origin: str) -> ExitTables:
@@ -109,7 +112,9 @@ def merge_shards(shards: Mapping[tuple[int, int], ExitTables], origin: str) -> E
     merged: dict[str, Any] = {
         name: np.concatenate([getattr(tables, name) for tables in ordered])[order] for name in _ARRAYS
     }
-    return replace(ordered[0], image_names=tuple(names[i] for i in order), origin=origin, **merged)
+    labels = [label for tables in ordered for label in tables.groups or [""] * len(tables.image_names)]
+    groups = tuple(labels[i] for i in order) if any(labels) else ()
+    return replace(ordered[0], image_names=tuple(names[i] for i in order), groups=groups, origin=origin, **merged)
 
 
 def _positions(part: tuple[int, int], num_images: int) -> IntArray:
@@ -123,15 +128,13 @@ def _marked(origin: str, part: tuple[int, int]) -> str:
 
 def _evaluate_image(
     net: MultiExitNet,
-    dataset: SegmentationDataset,
-    position: int,
+    sample: SegmentationSample,
     tables: ExitTables,
     row: int,
     options: EvaluationOptions,
     device: torch.device | str,
-) -> str:
-    """Fills one row of the tables' arrays; the name of the image."""
-    sample = dataset[position]
+) -> None:
+    """Fills one row of the tables' arrays."""
     tables.difficulty[row] = sample.difficulty
     image = torch.from_numpy(normalise(sample.image))[None].to(device, memory_format=torch.channels_last)
     label = torch.tensor(sample.mask)[None].to(device)  # copies: cached masks are read-only
@@ -150,7 +153,6 @@ def _evaluate_image(
             tables.intersection[row, h], tables.predicted[row, h], tables.labelled[row] = (
                 count[0].cpu() for count in counts
             )
-    return sample.name
 
 
 def _expect_finite(logits: Tensor, exit: Exit, image_name: str) -> None:
@@ -191,7 +193,15 @@ def _save(checkpoint: Checkpoint, key: str, tables: ExitTables) -> None:
         "pixel_thresholds": tables.pixel_thresholds.tolist(),
         "origin": tables.origin,
     }
-    checkpoint.save({"key": key, "image_names": list(tables.image_names), "fixed": fixed, "arrays": arrays})
+    checkpoint.save(
+        {
+            "key": key,
+            "image_names": list(tables.image_names),
+            "groups": list(tables.groups),
+            "fixed": fixed,
+            "arrays": arrays,
+        }
+    )
 
 
 def _resumed(checkpoint: Checkpoint | None, key: str) -> ExitTables | None:
@@ -202,6 +212,8 @@ def _resumed(checkpoint: Checkpoint | None, key: str) -> ExitTables | None:
     fixed = state["fixed"]
     return ExitTables(
         image_names=tuple(state["image_names"]),
+        # A checkpoint from before there were groups has none.
+        groups=tuple(state.get("groups", [""] * len(state["image_names"]))),
         class_names=tuple(fixed["class_names"]),
         exits=tuple(Exit(*exit) for exit in fixed["exits"]),
         policies=tuple(fixed["policies"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
@@ -97,6 +98,33 @@ def test_halves_are_disjoint_and_cover(num_images: int) -> None:
     assert half.image_names == tuple(tables.image_names[v] for v in first)
     np.testing.assert_array_equal(half.image_confidence, tables.image_confidence[first])
     assert half.miou(np.zeros(len(first), np.int64)) >= 0
+
+
+def test_groups_are_kept_and_stay_whole() -> None:
+    tables = replace(make_tables(6), groups=("a", "b", "a", "", "b", "a"))
+    again = ExitTables.from_bytes(tables.to_bytes())
+    assert again.groups == tables.groups
+    assert again.group_ids().tolist() == [0, 1, 0, 2, 1, 0]
+    for seed in range(5):
+        first, second = again.halves(seed)
+        labels = [{again.groups[v] for v in half} for half in (first, second)]
+        assert not labels[0] & labels[1]
+        assert again.subset(first).groups == tuple(again.groups[v] for v in first)
+    with pytest.raises(RunError, match=r"all 6 validation images are of one group \(a\), which cannot be split"):
+        replace(tables, groups=("a",) * 6).halves()
+
+
+def test_tables_without_groups_are_those_of_before() -> None:
+    """Files without the key open: each image is a group of its own."""
+    with np.load(io.BytesIO(make_tables().to_bytes())) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays.pop("meta")))
+    del meta["groups"]
+    buffer = io.BytesIO()
+    np.savez(buffer, meta=np.array(json.dumps(meta)), **arrays)
+    tables = ExitTables.from_bytes(buffer.getvalue())
+    assert tables.groups == ()
+    assert tables.group_ids().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_cost_table_reads_its_own_json() -> None:

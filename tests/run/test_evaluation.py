@@ -41,7 +41,9 @@ class Pictures:
         mask = np.random.default_rng(v).integers(0, 4, SIZES[v]).astype(np.uint8)  # class 4 is nowhere
         mask[:9] = IGNORE_INDEX
         difficulty = {} if v == 2 else {"difficulty": 0.25 + v / 2}
-        return SegmentationSample(name=f"image {v}", image=smooth_image(*SIZES[v], v), mask=mask, **difficulty)
+        group = "" if v == 1 else "walk"
+        image = smooth_image(*SIZES[v], v)
+        return SegmentationSample(name=f"image {v}", image=image, mask=mask, group=group, **difficulty)
 
 
 def as_input(sample: SegmentationSample) -> torch.Tensor:
@@ -55,6 +57,7 @@ def tables(small_net: MultiExitNet) -> ExitTables:
 
 def test_what_the_tables_are_about(tables: ExitTables, small_net: MultiExitNet) -> None:
     assert tables.image_names == ("image 0", "image 1", "image 2")
+    assert tables.groups == ("walk", "", "walk")
     np.testing.assert_array_equal(tables.difficulty, [0.25, 0.75, np.nan])
     assert tables.class_names == Pictures.class_names
     assert tables.policies == OPTIONS.policies
@@ -115,7 +118,7 @@ def assert_equal_tables(a: ExitTables, b: ExitTables) -> None:
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
         assert getattr(a, name).dtype == getattr(b, name).dtype
-    for name in ("image_names", "class_names", "exits", "policies", "origin"):
+    for name in ("image_names", "groups", "class_names", "exits", "policies", "origin"):
         assert getattr(a, name) == getattr(b, name)
 
 

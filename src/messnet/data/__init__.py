@@ -17,12 +17,14 @@ IGNORE_INDEX = 255
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSample:
     """One labelled image. ``image`` (H, W, 3) uint8 RGB; ``mask`` (H, W) uint8 class indices or IGNORE_INDEX;
-    ``difficulty`` in [0, 1], NaN where unknown."""
+    ``difficulty`` in [0, 1], NaN where unknown; ``group`` names what the image has in common with others (a drive, a
+    patient, a scene, a video), "" where it stands for itself."""
 
     name: str
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
     difficulty: float = field(default=float("nan"))
+    group: str = ""
 
 
 class SegmentationDataset(Protocol):

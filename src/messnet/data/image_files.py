@@ -74,9 +74,20 @@ class FileDataset(Generic[Label]):
         self._pairs = tuple(pairs)
         self._read_label = read_label
         self._cache: dict[int, SegmentationSample] | None = {} if cache else None
+        self.groups: tuple[str, ...] = ()
+        """The group of each image, in order; empty where none is known."""
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    @property
+    def image_paths(self) -> tuple[Path, ...]:
+        return tuple(path for path, _ in self._pairs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that samples have, known without reading them."""
+        return tuple(composed(path.stem) for path, _ in self._pairs)
 
     def __getitem__(self, index: int) -> SegmentationSample:
         """Raises SampleError for a file that cannot be read, a mask of another size, or ids that are no class."""
@@ -97,7 +108,8 @@ class FileDataset(Generic[Label]):
                 f"{image.shape[1]} x {image.shape[0]} (width x height): a mask has the size of its image",
                 kind="mask of another size",
             )
-        sample = SegmentationSample(name=composed(path.stem), image=image, mask=mask)
+        group = self.groups[index] if self.groups else ""
+        sample = SegmentationSample(name=composed(path.stem), image=image, mask=mask, group=group)
         if self._cache is not None:
             image.flags.writeable = mask.flags.writeable = False
             self._cache[index] = sample

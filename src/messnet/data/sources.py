@@ -13,6 +13,7 @@ from messnet.data.camvid import open_camvid
 from messnet.data.cityscapes import open_cityscapes
 from messnet.data.coco import CocoOptions, open_coco
 from messnet.data.folders import open_folder
+from messnet.data.groups import with_groups
 from messnet.data.image_files import expect_class_names
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.voc import VocOptions, open_voc
@@ -51,6 +52,11 @@ class DataOptions:
     train_split: str = "train"
     """For "voc" also "trainval" or "trainaug", which has SBD's labels."""
     val_split: str = "val"
+    group: str | None = None
+    """Which images belong together (a drive, a patient, a scene, a video), so that no split separates them: a regular
+    expression that is searched for in an image's name (its groups in parentheses, else all it matches), such as
+    "^([^_]+)_"; "folder" (or "folder:2", the one above) for the folder that holds the image; or a file (.csv, .tsv,
+    .txt) of two columns, name and group. None: each image stands for itself."""
     cache: bool = True
     """For "folder" and "camvid": keep decoded images in memory. The other sets do not fit there."""
     scenes: ScenesOptions = ScenesOptions()
@@ -84,7 +90,7 @@ def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> Segmen
         expect_class_names(dataset.class_names)
     if len(dataset) == 0:
         raise DataError(f"the {split} split of data source {source!r} holds no image")
-    return dataset
+    return dataset if options.group is None else with_groups(dataset, options.group, options.root)
 
 
 def _open_files(options: DataOptions, split: Literal["train", "val"]) -> SegmentationDataset:

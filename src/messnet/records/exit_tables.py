@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from messnet.errors import RunError
 from messnet.records.arrays import FloatArray, IntArray
 from messnet.records.codec import Format
+from messnet.records.groups import group_ids, halves
 from messnet.records.instance import Exit
 from messnet.records.iou import mean_iou
 
@@ -45,6 +46,8 @@ class ExitTables:
     pixel threshold repeats its value over T."""
     origin: str = ""
     """What the tables were made from, weights, recipe and part of the split; empty where nobody said."""
+    groups: tuple[str, ...] = ()
+    """(V,) the group of each image, images that belong together; "" is a group of its own. Empty: all are."""
 
     @property
     def final(self) -> int:
@@ -61,13 +64,23 @@ class ExitTables:
             predicted=self.predicted[images],
             labelled=self.labelled[images],
             image_confidence=self.image_confidence[images],
+            groups=tuple(self.groups[int(v)] for v in images) if self.groups else (),
         )
 
+    def group_ids(self) -> IntArray:
+        """(V,) the number of each image's group, from 0 in the order in which groups appear."""
+        return group_ids(self.groups or [""] * len(self.image_names))
+
     def halves(self, seed: int = 0) -> tuple[IntArray, IntArray]:
-        """Positions of two disjoint halves of the images, drawn with ``seed``: one to select on, one to report."""
-        order = np.random.default_rng(seed).permutation(len(self.image_names))
-        middle = (len(order) + 1) // 2
-        return np.sort(order[:middle]), np.sort(order[middle:])
+        """Positions of two disjoint halves of the images, drawn with ``seed``: one to select on, one to report. Groups
+        stay whole. Raises RunError when all images are of one group."""
+        first, second = halves(self.group_ids(), seed)
+        if self.groups and not len(second):
+            raise RunError(
+                f"all {len(first)} validation images are of one group ({self.groups[0]}), which cannot be split in one "
+                "part to select on and one to report: change data.group, or validate on images of other groups too"
+            )
+        return first, second
 
     def counts(self, routing: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Summed (intersection, predicted, labelled), each (K,), when image v leaves at ``exits[routing[v]]``."""

@@ -150,10 +150,22 @@ def _known_recipe(directory: RunDirectory) -> dict[str, Any]:
 
 def fingerprint(record: dict[str, Any], stage: str) -> str:
     """Of the recipe's sections that a stage is made from, and of the formats that it reads and writes."""
-    parts: dict[str, Any] = {section: record[section] for section in SECTIONS[stage]}
+    parts: dict[str, Any] = _made_from(record, stage)
     if formats := [FORMATS[name] for name in FORMATS_OF.get(stage, ())]:
         parts["formats"] = formats
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _made_from(record: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
+    """The sections of the recipe that a stage's artefact depends on.
+
+    ``data.group`` splits nothing but validation images, so costs and trainings are the same with any. Where it is not
+    given, it is left out: fingerprints are then those of runs from before it existed.
+    """
+    parts = {section: dict(record.get(section, {})) for section in SECTIONS[stage]}
+    if stage in ("profile", *TRAINING) or parts["data"].get("group") is None:
+        parts["data"].pop("group", None)
+    return parts
 
 
 def parts_fingerprint(run: Run) -> str:
@@ -180,8 +192,9 @@ def _refuse_other_recipe(directory: RunDirectory, known: dict[str, Any], record:
 
 def expect_same(stage: str, known: dict[str, Any], record: dict[str, Any], *, was: str, advice: str) -> None:
     """Raises RunError that names the first key where two recipes differ in what ``stage`` is made from."""
+    known, record = _made_from(known, stage), _made_from(record, stage)
     for section in SECTIONS[stage]:
-        old, new = _flat(known.get(section, {})), _flat(record[section])
+        old, new = _flat(known[section]), _flat(record[section])
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 raise RunError(
