@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# Made when that extra is installed: dev holds train.
+TRAIN := $(VENV)/.train
+DEV := $(VENV)/.dev
 
 .PHONY: help demo test check format clean
 .DEFAULT_GOAL := help
@@ -14,27 +16,27 @@ help:
 	@echo "make format   mend what ruff can mend"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
-demo: $(READY)
+demo: $(TRAIN)
 	$(BIN)/messnet run configs/demo.yaml
 
 # Two processes of one thread each: half the time of one process of two threads.
-test: $(READY)
+test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: $(READY)
+check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
 
-$(READY): pyproject.toml
+$(TRAIN) $(DEV): $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable ".[$*]"
 	touch $@

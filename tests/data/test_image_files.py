@@ -1,9 +1,8 @@
-"""Image files become pixels the same way in training, prediction, the service and the reader without torch."""
+"""Image files become pixels the same way in training, prediction and the service."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -11,51 +10,38 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.files import module_of
 from helpers.images import smooth_image
 from messnet.apps.predictions import read_image as predicted
 from messnet.data.image_files import SampleError, read_image
 from messnet.errors import DataError
 from messnet.images.reading import rgb_of
 
-READER = Path(__file__).parents[2] / "runtime/messnet_runtime.py"
 
-
-def torch_free(file: Image.Image) -> np.ndarray:
-    return np.asarray(module_of(READER)._rgb(file))
-
-
-READERS = pytest.mark.parametrize("read", [rgb_of, torch_free])
-
-
-@READERS
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_grey_is_scaled(tmp_path: Path, read: Callable[[Image.Image], np.ndarray], suffix: str) -> None:
+def test_16_bit_grey_is_scaled(tmp_path: Path, suffix: str) -> None:
     grey = smooth_image(40, 48)[..., 0]
     cv2.imwrite(str(tmp_path / f"deep.{suffix}"), grey.astype(np.uint16) * 257)
     with Image.open(tmp_path / f"deep.{suffix}") as file:
         assert file.mode.startswith("I;16")
-        np.testing.assert_array_equal(read(file), np.repeat(grey[..., None], 3, axis=2))
+        np.testing.assert_array_equal(rgb_of(file), np.repeat(grey[..., None], 3, axis=2))
 
 
-@READERS
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_upright(read: Callable[[Image.Image], np.ndarray], orientation: int) -> None:
+def test_photographs_are_upright(orientation: int) -> None:
     image, buffer = Image.fromarray(smooth_image(40, 48)), io.BytesIO()
     image.getexif()[0x0112] = orientation
     image.save(buffer, "JPEG", exif=image.getexif(), quality=95)
     upright = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)  # OpenCV heeds EXIF
     with Image.open(buffer) as file:
-        found = read(file)
+        found = rgb_of(file)
     assert found.shape == upright.shape
     assert np.abs(found.astype(int) - upright[..., ::-1]).max() <= 3  # two JPEG decoders
 
 
-@READERS
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_other_modes_are_pillows(read: Callable[[Image.Image], np.ndarray], mode: str) -> None:
+def test_other_modes_are_pillows(mode: str) -> None:
     image = Image.fromarray(smooth_image(40, 48)).convert(mode)
-    np.testing.assert_array_equal(read(image.copy()), np.array(image.convert("RGB")))
+    np.testing.assert_array_equal(rgb_of(image.copy()), np.array(image.convert("RGB")))
 
 
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Runtimes against torch: the same exits, confidences and labels; batches against single images; the reader without
-torch."""
+"""Runtimes against torch: the same exits, confidences and labels; batches against single images."""
 
 from __future__ import annotations
 
@@ -37,7 +36,6 @@ from messnet.policy.reference import Policy, image_confidence
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, ExitChoice, Instance
 
-READER = Path(__file__).parents[2] / "runtime/messnet_runtime.py"
 FCN = "crm1-blocks0-fcn"
 SIZES = [(64, 80), (61, 83), (90, 35)]
 IMAGES = [smooth_image(*SIZES[i % 3], seed=i) for i in range(9)] + [np.full((64, 80, 3), 90, np.uint8)] * 2
@@ -371,97 +369,6 @@ def test_a_network_of_its_own_stride_is_found_out(small_net: MultiExitNet) -> No
 
     net = convert(Skipping().eval(), torch.zeros(1, 3, 64, 64), exit_points=["down"])
     assert size_multiple(net) == 32
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Only what the reader needs, as links: no torch."""
-    folder = tmp_path_factory.mktemp("bare")
-    (folder / READER.name).symlink_to(READER)
-    for name in ("numpy", "pillow", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
-        try:
-            files = distribution(name).files or []
-        except Exception:  # what this version of onnxruntime does not need
-            continue
-        root = Path(str(distribution(name).locate_file("")))
-        for top in {file.parts[0] for file in files if not file.parts[0].startswith(("..", "__pycache__"))}:
-            if not (folder / top).exists() and top != "bin":
-                (folder / top).symlink_to(root / top)
-    return folder
-
-
-def without_torch(bare: Path, code: str, *tokens: object) -> subprocess.CompletedProcess[str]:
-    begin = f"import sys; sys.path.append({str(bare)!r}); "
-    return subprocess.run(
-        [sys.executable, "-S", "-I", "-c", begin + code, *map(str, tokens)], capture_output=True, text=True
-    )
-
-
-def test_the_reader_needs_no_torch_and_decides_alike(bundle: Path, bare: Path, tmp_path: Path) -> None:
-    for i, image in enumerate(IMAGES):
-        Image.fromarray(image).save(tmp_path / f"{i:02}.png")
-    photos = sorted(tmp_path.glob("*.png"))
-    code = (
-        "import messnet_runtime as r, json, importlib.util as u, numpy as np; from PIL import Image; "
-        "assert u.find_spec('torch') is None and u.find_spec('messnet') is None; "
-        "images = [np.array(Image.open(p)) for p in sys.argv[2:]]; m = r.load(sys.argv[1], threads=1); "
-        "print(json.dumps([[x.exit_index, x.image_confidence] for x in m.predict(images)])); "
-        "print(len(list(m.anytime(images[0]))), len(list(m.anytime(images[0], deadline_ms=0)))); "
-        "sys.exit(r.main([*sys.argv[1:], '--out', sys.argv[2] + '.masks']))"
-    )
-    done = without_torch(bare, code, bundle, *photos)
-    assert (done.returncode, done.stderr) == (0, "")
-    expected = load(bundle).predict(IMAGES)
-    first, second, *said = done.stdout.splitlines()
-    assert [e for e, _ in json.loads(first)] == [result.exit_index for result in expected]
-    np.testing.assert_allclose([c for _, c in json.loads(first)], [r.image_confidence for r in expected], atol=1e-6)
-    assert second == "2 1"
-    assert len(said) == len(IMAGES)
-    for photo, result in zip(photos, expected, strict=True):
-        with Image.open(f"{photos[0]}.masks/{photo.name}") as mask:
-            np.testing.assert_array_equal(np.array(mask), result.labels)
-
-
-def test_the_reader_refuses_what_is_not_whole(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hashlib
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("messnet_runtime", READER)
-    assert spec is not None
-    assert spec.loader is not None
-    reader = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "messnet_runtime", reader)
-    spec.loader.exec_module(reader)
-    assert len(READER.read_text().splitlines()) < 300
-
-    def edited(change: Callable[[dict[str, Any]], object]) -> Path:
-        copy = shutil.copytree(bundle, tmp_path / str(len(list(tmp_path.iterdir()))))
-        record = json.loads((copy / "manifest.json").read_text())
-        del record["sha256"]
-        change(record)
-        record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        (copy / "manifest.json").write_text(json.dumps(record))
-        return copy
-
-    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", bundle)
-    assert reader.load(archive, threads=1).predict(IMAGES[:1])[0].exit_index in (1, 3)
-    wrong = {
-        "schema version 2": edited(lambda record: record.update(schema_version=2)),
-        "no messnet bundle": edited(lambda record: record.update(format="x")),
-        "outside": edited(lambda record: record["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
-        "no graphs": edited(lambda record: record["runtimes"].pop("onnx")),
-        "not whole": edited(lambda record: record["instance"].pop("exits")),
-        "no whole": tmp_path / "nowhere",
-    }
-    damaged = edited(lambda record: None)
-    (damaged / "onnx/stage1.onnx").write_bytes((bundle / "onnx/stage1.onnx").read_bytes()[:-1] + b"x")
-    linked = edited(lambda record: None)
-    (linked / "onnx").rename(tmp_path / "moved")
-    (linked / "onnx").symlink_to(tmp_path / "moved")
-    for words, path in {**wrong, "differs from its SHA-256": damaged, "is a link": linked}.items():
-        with pytest.raises(reader.BundleError, match=words):
-            reader.load(path)
-    assert reader.main([str(damaged), "x.png"]) == 2
 
 
 def test_a_graph_runs_in_no_runtime_but_the_one_asked_for() -> None:
