@@ -9,7 +9,7 @@ session = messnet.load("runs/demo")
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from messnet.costs.latency import LatencyOptions
@@ -64,15 +64,18 @@ _HOMES = {
     "load": "messnet.deployment.loading",
     "profile": "messnet.profiling",
     "search": "messnet.searching",
+    "zoo": "messnet.network.zoo",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "zoo":
-        return importlib.import_module("messnet.network.zoo")
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'messnet' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    from messnet.errors import needing_extras
+
+    with needing_extras():
+        module = importlib.import_module(_HOMES[name])
+    return module if name == "zoo" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

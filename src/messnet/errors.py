@@ -22,8 +22,10 @@ __all__ = ["DataError", "InfeasibleError", "MessError", "ModelError", "RecipeErr
 _EXTRA_OF = {
     "cv2": "train",
     "greenlet": "train",
+    "jinja2": "report",
     "lightning": "train",
     "lightning_fabric": "train",
+    "markupsafe": "report",
     "matplotlib": "report",
     "numba": "train",
     "onnx": "train",
@@ -67,15 +69,16 @@ class InfeasibleError(MessError):
 
 
 @contextmanager
-def needing_extras() -> Iterator[None]:
+def needing_extras(**smallest: str) -> Iterator[None]:
     """Around code that imports what the core does without: a package that is not installed becomes a MessError that
-    names the extra which brings it."""
+    names the extra which brings it. ``smallest`` names another extra for a package, where less than all is enough."""
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRA_OF:
+        extra = (_EXTRA_OF | smallest).get(package)
+        if extra is None:
             raise
         raise MessError(
-            f"this needs the package {package}, which is not installed: pip install 'messnet[{_EXTRA_OF[package]}]'"
+            f"this needs the package {package}, which is not installed: pip install 'messnet[{extra}]'"
         ) from error

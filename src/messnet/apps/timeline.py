@@ -8,15 +8,16 @@ import json
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from messnet.apps.exit_control import Reason, change_rate
 from messnet.apps.predictions import exit_colour
 from messnet.records.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["FrameRecord", "Timeline", "draw_timeline"]
 
@@ -129,6 +130,8 @@ class Timeline:
 def draw_timeline(timeline: Timeline) -> Figure:
     """Exit taken, confidence and latency over time, 1200 x 750 pixels as PNG; colours by exit, a dashed line for the
     budget."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 7.5), layout="constrained", facecolor=PAPER)
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
     taken, sure, spent = figure.subplots(3, sharex=True, height_ratios=(1, 1, 1.3))

@@ -28,9 +28,8 @@ from messnet.apps.timeline import FrameRecord, Timeline
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, RecipeError
 
-__all__ = ["VIDEO_SUFFIXES", "VideoOptions", "predict_video"]
+__all__ = ["VideoOptions", "predict_video"]
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 CODEC = "mp4v"  # what OpenCV's own wheels can write into mp4
 _WARM_UP = 3
 _ANNOUNCED_SLACK = 0.02  # containers round the number of their frames

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, PrecisionOption, RuntimeOption, app, examples, quieten
-from messnet.errors import DataError, RecipeError
+from messnet.errors import DataError, RecipeError, needing_extras
 
 if TYPE_CHECKING:
     from messnet.deployment.session import Session
@@ -123,7 +123,8 @@ def _predict_videos(
     session: Session, sources: list[Path | int], out: Path, given: dict[str, Any], *, as_json: bool
 ) -> None:
     """One after the other with the same network. What is damaged is told at the end, when the others are done."""
-    from messnet.apps.video import VideoOptions, predict_video
+    with needing_extras(cv2="video", matplotlib="video"):
+        from messnet.apps.video import VideoOptions, predict_video
 
     options = VideoOptions(**{name: value for name, value in given.items() if value is not None})
     summaries, damaged = {}, []
@@ -151,7 +152,7 @@ def _predict_videos(
 
 def _videos(files: tuple[Path, ...], camera: int | None) -> list[Path | int]:
     """The videos among the arguments; empty when they are images."""
-    from messnet.apps.video import VIDEO_SUFFIXES
+    from messnet.apps.predictions import VIDEO_SUFFIXES
 
     videos: list[Path | int] = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES and not file.is_dir()]
     if camera is not None:
