@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import messnet
 from helpers.images import smooth_image

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
 from messnet.apps.exit_control import Reason, change_rate
 from messnet.apps.predictions import exit_colour
 from messnet.records.files import write_atomically
