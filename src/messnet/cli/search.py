@@ -11,11 +11,11 @@ from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, Out, Overrides, Target, app, examples, open_target, plain_name
 from messnet.errors import MessError
-from messnet.records.costs import CostName
 from messnet.records.files import write_atomically
-from messnet.records.instance import Instance, Setting
+from messnet.records.names import CostName, Setting
 
 if TYPE_CHECKING:
+    from messnet.records.instance import Instance
     from messnet.searching import AnytimeObjective, Objective
 
 __all__ = ["search"]

@@ -14,11 +14,11 @@ from messnet.records.arrays import FloatArray, IntArray
 from messnet.records.codec import Format
 from messnet.records.files import write_atomically
 from messnet.records.instance import Exit
+from messnet.records.names import CostName
 
 __all__ = ["COST_TABLE", "Convention", "CostColumn", "CostName", "CostTable", "PartCost"]
 
 Convention = Literal["conv", "paper"]
-CostName = Literal["macs", "macs_paper", "parameters", "memory_bytes", "latency_ms", "latency_p95_ms"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from messnet.records.codec import Format
+from messnet.records.names import Setting
 
 __all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting"]
 
 FINAL_HEAD = "final"
-Setting = Literal["budgeted", "anytime", "input_dependent"]
 
 
 class Exit(NamedTuple):

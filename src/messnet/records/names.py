@@ -1,5 +1,5 @@
-"""The names of precisions and runtimes, which recipes, commands, bundles and cost tables share. This module imports
-nothing that takes time."""
+"""The names that recipes, commands, bundles and tables share: of precisions, runtimes, costs and settings. This module
+imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from messnet.errors import RecipeError
 __all__ = [
     "DTYPES",
     "GRAPH_RUNTIMES",
+    "CostName",
     "GraphRuntime",
     "Precision",
     "RuntimeName",
+    "Setting",
     "expect_runtime",
     "precision_named",
     "precision_of_dtype",
@@ -28,6 +30,10 @@ graphs of a bundle."""
 GraphRuntime = Literal["onnxruntime", "openvino"]
 Precision = Literal["f32", "bf16", "f16"]
 """The number format of weights and activations."""
+CostName = Literal["macs", "macs_paper", "parameters", "memory_bytes", "latency_ms", "latency_p95_ms"]
+"""The columns of a cost table: multiply-accumulates in two conventions, sizes, measured times."""
+Setting = Literal["budgeted", "anytime", "input_dependent"]
+"""How an instance uses its exits: one, all in turn, or the first that is confident."""
 
 GRAPH_RUNTIMES: tuple[GraphRuntime, ...] = get_args(GraphRuntime)
 
