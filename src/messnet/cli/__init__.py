@@ -4,3 +4,6 @@ from messnet.cli import data, deployment, evaluate, predict, profile, search, se
 from messnet.cli.app import app, main
 
 __all__ = ["app", "data", "deployment", "evaluate", "main", "predict", "profile", "search", "serve", "stages"]
+
+for verb in app:
+    app[verb].help_format = "markdown"

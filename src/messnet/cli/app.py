@@ -45,12 +45,13 @@ app = App(
     name="messnet",
     version=__version__,
     help="Turn a semantic segmentation model into a multi-exit one and deploy it on the device at hand.",
-    help_epilogue=examples(
-        "run configs/demo.yaml",
-        "run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid",
-        "predict runs/camvid photos/ --out predictions",
-    ),
-    help_format="markdown",
+    help_epilogue="""Examples
+
+  messnet run configs/demo.yaml
+  messnet run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid
+  messnet predict runs/camvid photos/ --out predictions
+""",
+    help_format="plaintext",  # markdown, which the verbs' pages are, takes as long to load as all the rest
 )
 
 Target = Annotated[Path, Parameter(help="A recipe (YAML), or the directory of a run, which remembers its recipe.")]
