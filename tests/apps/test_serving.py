@@ -10,17 +10,15 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
-import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -32,40 +30,34 @@ from PIL import Image
 
 from helpers.images import smooth_image
 
-pytest.importorskip("fastapi", reason="the service needs the extra 'serve'")
+pytest.importorskip("starlette", reason="the service needs the extra 'serve'")
 pytest.importorskip("prometheus_client", reason="the service needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="the service needs the extra 'serve'")
 
 from prometheus_client.parser import text_string_to_metric_families
 
 import messnet
+from helpers.serving import (
+    REFINING,
+    encoded,
+    expect_error,
+    fake,
+    grey,
+    listening,
+    result,
+    running,
+    until,
+)
 from messnet.apps.predictions import overlay
-from messnet.apps.serving import ServeOptions, draining, server
+from messnet.apps.serving import server
 from messnet.apps.serving.app import Service
-from messnet.apps.serving.draining import Server
-from messnet.apps.serving.server import describe, open_service
+from messnet.apps.serving.description import describe
+from messnet.apps.serving.options import ServeOptions
+from messnet.apps.serving.server import open_service
 from messnet.cli import main
 from messnet.deployment.export import export
-from messnet.errors import DataError, MessError, ModelError, RecipeError
+from messnet.errors import DataError, MessError, RecipeError
 from messnet.records.costs import CostTable, PartCost
-from messnet.records.instance import ExitChoice, Instance
-
-FCN = "crm1-blocks0-fcn"
-REFINING = Instance(
-    name="refining",
-    setting="anytime",
-    exits=(
-        *(ExitChoice(exit_index=i, head=FCN, pixel_threshold=0.4, image_threshold=2.0) for i in range(3)),
-        ExitChoice(exit_index=3, head="final"),
-    ),
-)
-
-
-def encoded(image: NDArray[np.uint8], format: str = "PNG", **how: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format, **how)
-    return buffer.getvalue()
-
 
 IMAGE = smooth_image(64, 80, 3)
 PNG, JPEG = encoded(IMAGE), encoded(IMAGE, "JPEG")
@@ -74,76 +66,6 @@ PNG, JPEG = encoded(IMAGE), encoded(IMAGE, "JPEG")
 @pytest.fixture(scope="module")
 def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tiny_run, tmp_path_factory.mktemp("bundles") / "good.mess", instance="max-miou").path
-
-
-@contextmanager
-def running(service: Service) -> Iterator[httpx.Client]:
-    """A client of ``service``, which listens on the loopback in a thread. Every request must have been answered."""
-    with listening(service) as (server, client):
-        yield client
-        server.handle_exit(signal.SIGTERM, None)
-    assert service.gate.num_in_work == 0
-
-
-@contextmanager
-def listening(service: Service) -> Iterator[tuple[Server, httpx.Client]]:
-    server = Server(service)
-    with socket.create_server(("127.0.0.1", 0)) as sock, ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(server.run, sockets=[sock])
-        try:
-            while not server.started:
-                assert not ended.done(), ended.exception()
-                time.sleep(0.005)
-            with httpx.Client(
-                base_url=f"http://127.0.0.1:{sock.getsockname()[1]}", timeout=20, trust_env=False
-            ) as client:
-                yield server, client
-        finally:
-            server.should_exit = True
-        ended.result(20)
-
-
-class FakeSession:
-    """Answers with the image's first value as the label; while ``open`` is not set it does not."""
-
-    palette = np.arange(768, dtype=np.uint8).reshape(256, 3)
-    class_names = tuple(map(str, range(256)))
-    instance = REFINING
-    input_size = (8, 8)
-
-    def __init__(self) -> None:
-        self.open, self.batches, self.exits_run = threading.Event(), [], 0
-        self.open.set()
-
-    def predict(self, images: Sequence[NDArray[np.uint8]], batch_size: int = 1) -> list[Any]:
-        self.batches.append(len(images))
-        assert self.open.wait(20)
-        if any(image[0, 0, 0] == 255 for image in images):
-            raise ModelError("it does not\nlike white")
-        if any(image[0, 0, 0] == 254 for image in images):
-            raise ZeroDivisionError
-        return [result(image[..., 0]) for image in images]
-
-    def anytime(self, image: NDArray[np.uint8], *, deadline_ms: float | None = None) -> Iterator[Any]:
-        for i in range(4):
-            assert self.open.wait(20)
-            self.exits_run += 1
-            yield result(image[..., 0], i)
-
-
-def result(labels: NDArray[np.uint8], exit_index: int = 0) -> Any:
-    return SimpleNamespace(labels=labels, exit_index=exit_index, image_confidence=0.25 * exit_index, latency_ms=1.0)
-
-
-def grey(value: int, side: int = 4) -> bytes:
-    return encoded(np.full((side, side, 3), value, np.uint8))
-
-
-def until(holds: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +83,6 @@ def service(tiny_run: Path, session: messnet.Session) -> Service:
 def client(service: Service) -> Iterator[httpx.Client]:
     with running(service) as client:
         yield client
-
-
-def fake(**options: Any) -> tuple[FakeSession, Service]:
-    session = FakeSession()
-    return session, Service(session, ServeOptions(**{"drain_s": 0, **options}))  # type: ignore[arg-type]
 
 
 def labels_of(png: bytes) -> NDArray[np.uint8]:
@@ -328,13 +245,6 @@ def test_what_is_refused(client: httpx.Client, request_: dict[str, Any], status:
     response = client.post("/v1/predict", **request_)
     assert response.status_code == status, response.text
     expect_error(response, words)
-
-
-def expect_error(response: httpx.Response, words: str = "") -> None:
-    record = response.json()
-    assert list(record) == ["error"]
-    assert "\n" not in record["error"]
-    assert re.search(words, record["error"]), record
 
 
 def test_the_rest_of_http(client: httpx.Client) -> None:
@@ -569,7 +479,7 @@ def answers(client: httpx.Client) -> bool:
         return False
 
 
-def test_what_cannot_be_served(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_served(tiny_run: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(MessError, match=r"cannot listen on .*--port"):
         server.serve(tiny_run, ServeOptions(port=taken.getsockname()[1]))
     for wrong, words in (
@@ -586,11 +496,13 @@ def test_what_cannot_be_served(tiny_run: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "a.png").write_bytes(PNG[:100])
     with pytest.raises(DataError, match=r"a\.png: the image is damaged"):
         open_service(tiny_run, ServeOptions(), samples=tmp_path)
-    for module in [name for name in sys.modules if name.startswith("messnet.apps.serving.")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    with pytest.raises(MessError, match=r"pip install 'messnet\[serve\]'"):
-        server.serve(tiny_run, ServeOptions(port=0))
+
+
+def test_the_extra_that_is_missing_is_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['starlette'] = None; from messnet.cli import main; main(['serve', 'a.mess'])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"messnet: .*pip install 'messnet\[serve\]'.*\n", ended.stderr), ended.stderr
 
 
 def test_latencies_where_they_were_measured(tiny_run: Path) -> None:
@@ -686,10 +598,7 @@ def malformed_bundles(bundle: Path, folder: Path) -> Iterator[Path]:
         yield folder / f"{i}.zip"
 
 
-def test_malformed_bundles(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(draining, "run_until_stopped", lambda *_: pytest.fail("it was served"))
+def test_malformed_bundles(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     for i, path in enumerate(malformed_bundles(bundle, tmp_path)):
         verb = ["serve", str(path), "--port", "0"] if i % 2 else ["predict", str(path), str(tmp_path / "a.png")]

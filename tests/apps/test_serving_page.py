@@ -13,15 +13,15 @@ from PIL import Image
 from helpers.images import smooth_image
 
 pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
-pytest.importorskip("fastapi", reason="the service needs the extra 'serve'")
+pytest.importorskip("starlette", reason="the service needs the extra 'serve'")
 
 from playwright.sync_api import expect, sync_playwright
-from test_serving import REFINING, encoded, listening
 
 import messnet
-from messnet.apps.serving import ServeOptions
+from helpers.serving import REFINING, encoded, listening
 from messnet.apps.serving.app import Sample, Service
-from messnet.apps.serving.server import describe
+from messnet.apps.serving.description import describe
+from messnet.apps.serving.options import ServeOptions
 
 CHROMIUM = Path("/usr/bin/chromium")
 TIMES = "\N{MULTIPLICATION SIGN}"

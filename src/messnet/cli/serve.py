@@ -15,6 +15,7 @@ __all__ = ["serve"]
         "serve runs/demo",
         "serve demo.mess --port 9000 --samples photos/",
         "serve demo.mess --host 0.0.0.0 --max-body-mb 4 --max-queue 32",
+        "serve demo.mess --proxy 10.0.0.7 --cors https://example.org",
     )
 )
 def serve(
@@ -32,16 +33,21 @@ def serve(
     max_pixels: int = 2**22,
     max_queue: int = 64,
     max_concurrency: int = 32,
+    max_connections: int = 256,
     timeout_s: float = 30.0,
+    header_s: float = 10.0,
+    decode_s: float = 2.0,
     batch_size: int = 8,
     batch_wait_ms: float = 5.0,
     drain_s: float = 0.5,
+    proxy: str | None = None,
+    cors: tuple[str, ...] = (),
 ) -> None:
     """Serve an instance over HTTP, with a page to try it on.
 
     POST an image to /v1/predict and get a mask, to /v1/anytime and get a line of JSON per exit; GET / is the page,
     /v1/info says what the model is, /openapi.json how to ask; /health, /ready and /metrics are for operators. SIGTERM
-    ends it when every accepted request has been answered.
+    ends it when every accepted request has been answered, within drain-s and timeout-s.
 
     Args:
         target: A finished run, or a bundle.
@@ -57,14 +63,19 @@ def serve(
         max_pixels: Of an image.
         max_queue: Requests in work at once; one more is answered 503.
         max_concurrency: Of them from one address; one more is answered 429.
+        max_connections: Open at once; one more closes the one that has waited longest for a request.
         timeout_s: For a request, from its first byte to its answer.
+        header_s: For the head of a request; a connection that asks nothing for so long is closed.
+        decode_s: Of processor time to decode an image; more is answered 422.
         batch_size: Requests run together at most.
         batch_wait_ms: How long a batch waits for requests that are on their way.
         drain_s: After SIGTERM: how long connections that stand may bring one more request.
+        proxy: Address of a proxy in front, whose X-Forwarded-For is believed; by default nobody's.
+        cors: Origins whose pages may ask, such as https://example.org, or *; by default only the service's own page.
     """
     quieten()
-    from messnet.apps.serving import ServeOptions
-    from messnet.apps.serving import serve as serve_until_stopped
+    from messnet.apps.serving.options import ServeOptions
+    from messnet.apps.serving.server import serve as serve_until_stopped
 
     options = ServeOptions(
         host=host,
@@ -73,10 +84,15 @@ def serve(
         max_pixels=max_pixels,
         max_queue=max_queue,
         max_concurrency=max_concurrency,
+        max_connections=max_connections,
         timeout_s=timeout_s,
+        header_s=header_s,
+        decode_s=decode_s,
         batch_size=batch_size,
         batch_wait_ms=batch_wait_ms,
         drain_s=drain_s,
+        proxy=proxy,
+        cors=cors,
     )
     serve_until_stopped(
         target,

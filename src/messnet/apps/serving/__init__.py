@@ -1,17 +1,17 @@
 """The service: one instance behind HTTP, with batches, limits, metrics and a page.
 
-    server.py     starts it, stops it without losing a request
-    app.py        the endpoints
-    gate.py       who is let in; every request is counted and timed here
-    batching.py   the one thread that owns the session; batches of requests, refinements one by one
-    images.py     bytes to image and back, within limits
-    options.py    the limits
-    page.html     the page at /
+    server.py       starts it, stops it without losing a request
+    draining.py     the HTTP server, and how it ends
+    connections.py  connections that keep it waiting are closed; how much it logs
+    gate.py         who is let in; every request is counted and timed here
+    app.py          the endpoints
+    openapi.py      how to ask them, for programs
+    description.py  what it says of the model
+    decoders.py     bytes to image, in processes that can be ended; decoding.py runs in them
+    batching.py     the one thread that owns the session; batches of requests, refinements one by one
+    images.py       labels to PNG
+    options.py      the limits
+    page.html       the page at /
 
-FastAPI, uvicorn and prometheus_client come with the extra "serve" and are imported when a service is started.
+Nothing is imported here, so that a process that decodes is soon ready: ``server.serve`` starts a service.
 """
-
-from messnet.apps.serving.options import ServeOptions
-from messnet.apps.serving.server import serve
-
-__all__ = ["ServeOptions", "serve"]

@@ -11,89 +11,37 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect
-from starlette.types import Message
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message
 
 from messnet import __version__
 from messnet.apps.serving.batching import Answer, Stopped, Worker
+from messnet.apps.serving.decoders import Decoders
+from messnet.apps.serving.decoding import RequestError
+from messnet.apps.serving.description import ModelInfo
 from messnet.apps.serving.gate import BUSY, Gate, Metrics, drain, track
-from messnet.apps.serving.images import FORMATS, RequestError, decode_image, encode_mask, encode_overlay
+from messnet.apps.serving.images import encode_mask, encode_overlay
+from messnet.apps.serving.openapi import FORMAT_NAMES, NDJSON, STOP_NAMES, specification
 from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.session import Session
 from messnet.errors import MessError
 
-__all__ = ["NDJSON", "Sample", "Service"]
-
-NDJSON = "application/x-ndjson"
+__all__ = ["Sample", "Service"]
 
 _T = TypeVar("_T")
 _PAGE = Path(__file__).with_name("page.html")
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            **{media: {"schema": {"type": "string", "format": "binary"}} for media in FORMATS.values()},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            },
-        },
-    }
-}
-_STATUSES = {
-    408: "The body did not arrive in time.",
-    413: "The body, or the image, is larger than the service takes.",
-    415: "The body is no JPEG, PNG, WebP or BMP.",
-    422: "The image is damaged, or a parameter is not valid.",
-    429: "Too many requests of this client are in work.",
-    503: "The service is busy, or the answer took too long; Retry-After says when to try again.",
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}},
-    }
-    for status, text in _STATUSES.items()
-}
-_MASK = {
-    200: {
-        "description": "The classes, the overlay, or a record with the mask in base64.",
-        "content": {
-            "image/png": {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {"schema": {"type": "object"}},
-        },
-        "headers": {
-            name: {"schema": {"type": kind}}
-            for name, kind in (
-                ("X-Messnet-Exit", "integer"),
-                ("X-Messnet-Confidence", "number"),
-                ("X-Messnet-Latency-Ms", "number"),
-            )
-        },
-    },
-    **_ERRORS,
-}
-_STREAM = {
-    200: {
-        "description": "One JSON record per line: a refinement per exit, at last why there are no more.",
-        "content": {NDJSON: {"schema": {"type": "string"}}},
-    },
-    **_ERRORS,
-}
 # The page is one file: a browser is told to take nothing from anywhere else.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -102,13 +50,12 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-
-Format = Annotated[
-    Literal["mask", "overlay", "json"],
-    Query(description="mask: PNG of class indices; overlay: PNG to look at; json: a record, mask included."),
-]
-Deadline = Annotated[float | None, Query(ge=0, description="Begin no exit after this many milliseconds.")]
-Threshold = Annotated[float | None, Query(ge=0, le=1, description="Stop at the first exit this confident.")]
+# Two decoders, and two threads for encoding, which lets go of the interpreter lock, keep the network fed.
+_NUM_DECODERS = _NUM_ENCODERS = 2
+# For so long after a request that was given up for time, and none answered since, the service says it is overloaded.
+_OVERLOADED_S = 5.0
+_LONGEST_ERROR = 500
+_ANSWERED = (RequestError, HTTPException, MessError, ClientDisconnect, Exception)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +74,11 @@ class _TimeLimit:
         self._seconds, self._until = seconds, asyncio.get_running_loop().time() + seconds
 
     @asynccontextmanager
-    async def or_status(self, status: int) -> AsyncGenerator[None]:
+    async def or_status(self, status: int) -> AsyncGenerator[asyncio.Timeout]:
         """Raises RequestError with ``status`` when what is done within is not done in time."""
         try:
-            async with asyncio.timeout_at(self._until):
-                yield
+            async with asyncio.timeout_at(self._until) as timeout:
+                yield timeout
         except TimeoutError as error:
             what = "the body did not arrive" if status == 408 else "there was no answer"
             raise RequestError(status, f"{what} within {self._seconds:g} s; try again later") from error
@@ -149,16 +96,18 @@ class Service:
         options: ServeOptions | None = None,
         *,
         samples: Sequence[Sample] = (),
-        info: dict[str, Any] | None = None,
+        info: ModelInfo | None = None,
     ) -> None:
         self.session, self.options, self.samples = session, options or ServeOptions(), samples
         self.metrics = Metrics()
         assert session.palette is not None
         self._palette: NDArray[np.uint8] = session.palette
-        self._info = info or {}
-        # Decoding and encoding let go of the interpreter lock; two are enough to keep the network fed.
-        self._codecs = ThreadPoolExecutor(2, thread_name_prefix="codec")
-        self.app = self.gate = Gate(self._endpoints(), options=self.options, metrics=self.metrics)
+        self._info: ModelInfo = info or {}
+        self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encoder")
+        self._decoders = Decoders(_NUM_DECODERS, max_pixels=self.options.max_pixels, decode_s=self.options.decode_s)
+        self.gate = Gate(
+            self._endpoints(), options=self.options, metrics=self.metrics, num_given_up=lambda: self.worker.num_given_up
+        )
         self.worker = Worker(
             session,
             batch_size=self.options.batch_size,
@@ -167,99 +116,128 @@ class Service:
             num_requests=lambda: self.gate.num_in_work,
             on_batch=self.metrics.batch_size.observe,
         )
-        self.ready = False
-        track(self.metrics, lambda: self.worker.depth, lambda: self.gate.num_in_work, self._is_ready)
+        self.app: ASGIApp = self.gate
+        if self.options.cors:  # outside the gate: pages may read its refusals too
+            self.app = CORSMiddleware(
+                self.gate,
+                allow_origins=self.options.cors,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Content-Type"],
+                expose_headers=["X-Messnet-Exit", "X-Messnet-Confidence", "X-Messnet-Latency-Ms", "Retry-After"],
+            )
+        self._started = False
+        self._given_up_at: float | None = None
+        self._arriving: set[asyncio.Timeout] = set()
+        track(self.metrics, lambda: self.worker.depth, lambda: self.gate.num_in_work, lambda: self.status == "ready")
 
-    def _is_ready(self) -> bool:
-        return self.ready and not self.gate.draining
+    @property
+    def status(self) -> str:
+        """Whether requests are welcome: "ready", or why not. "no_decoder": no process for decoding runs; "stalled": the
+        network has run for longer than a request may take; "overloaded": requests were given up for time a moment ago,
+        and none was answered since."""
+        if self.gate.draining:
+            return "draining"
+        if not self._started:
+            return "starting"
+        if not self._decoders.num_running:
+            return "no_decoder"
+        if self.worker.busy_s > self.options.timeout_s:
+            return "stalled"
+        now = asyncio.get_running_loop().time()
+        if self._given_up_at is not None and now - self._given_up_at < _OVERLOADED_S:
+            return "overloaded"
+        return "ready"
+
+    def end_arrivals(self) -> None:
+        """Gives up requests whose bodies have not arrived whole, for the service is about to end."""
+        self._started = False
+        for timeout in self._arriving:
+            timeout.reschedule(asyncio.get_running_loop().time())
 
     @asynccontextmanager
-    async def _life(self, app: FastAPI) -> AsyncGenerator[None]:
+    async def _life(self, app: Starlette) -> AsyncGenerator[None]:
         height, width = self.session.input_size or (256, 256)
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        await self._decoders.start()
         answers = await self.worker.start(noise)
         for record, answer in zip(self._info.get("exits", ()), answers, strict=False):
             record["warm_up_latency_ms"] = answer.latency_ms
-        self.ready = True
+        self._started = True
         yield
-        self.ready = False
+        self._started = False
         await self.worker.stop()
-        self._codecs.shutdown()
+        await self._decoders.stop()
+        self._encoders.shutdown()
 
-    def _endpoints(self) -> FastAPI:
-        about = "One MESS instance: images in, class indices out, each image only as deep as it needs."
-        app = FastAPI(
-            title="messnet",
-            version=__version__,
-            description=about,
+    def _endpoints(self) -> Starlette:
+        app = Starlette(
             lifespan=self._life,
-            docs_url=None,  # their pages load scripts from elsewhere; /openapi.json is here
-            redoc_url=None,
+            routes=[
+                Route("/", self._page),
+                Route("/samples/{index:int}", self._sample),
+                Route("/v1/predict", self._predict, methods=["POST"]),
+                Route("/v1/anytime", self._anytime, methods=["POST"]),
+                Route("/v1/info", self._describe),
+                Route("/health", self._health),
+                Route("/ready", self._ready),
+                Route("/metrics", self._prometheus),
+                Route("/openapi.json", self._openapi),
+            ],
+            exception_handlers=dict.fromkeys(_ANSWERED, _say),
         )
-        post, get = app.post, app.get
-        get("/", include_in_schema=False)(self.page)
-        get("/samples/{index}", include_in_schema=False)(self.sample)
-        known = [Depends(_expect_known_parameters)]
-        post("/v1/predict", responses=_MASK, openapi_extra=_BODY, dependencies=known)(self.predict)
-        post("/v1/anytime", responses=_STREAM, openapi_extra=_BODY, dependencies=known)(self.anytime)
-        get("/v1/info")(self.info)
-        get("/health")(self.health)
-        get("/ready", responses={503: {"description": "Starting, or about to stop."}})(self.readiness)
-        get("/metrics", response_class=Response)(self.prometheus)
-        app.add_exception_handler(RequestError, _say)
-        app.add_exception_handler(HTTPException, _say)
-        app.add_exception_handler(RequestValidationError, _say)
-        app.add_exception_handler(MessError, _say)
-        app.add_exception_handler(ClientDisconnect, _say)
-        app.add_exception_handler(Exception, _say)
+        # A path with a slash too many would be sent on to whatever host the request names.
+        app.router.redirect_slashes = False
         return app
 
-    async def page(self) -> Response:
+    async def _page(self, request: Request) -> Response:
         return HTMLResponse(_PAGE.read_text(), headers=_PAGE_HEADERS)
 
-    async def sample(self, index: int) -> Response:
-        if not 0 <= index < len(self.samples):
+    async def _sample(self, request: Request) -> Response:
+        index = int(request.path_params["index"])
+        if not index < len(self.samples):
             raise RequestError(404, f"no sample {index}: there are {len(self.samples)}")
         sample = self.samples[index]
         return Response(sample.data, media_type=sample.media_type, headers={"X-Content-Type-Options": "nosniff"})
 
-    async def health(self) -> dict[str, str]:
-        """Whether the process lives."""
-        return {"status": "alive"}
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
 
-    async def readiness(self) -> Response:
-        """Whether requests are welcome: the model is loaded, and the service is not about to stop."""
-        ready = self._is_ready()
-        status = "ready" if ready else "draining" if self.gate.draining else "starting"
-        return JSONResponse({"status": status}, 200 if ready else 503)
+    async def _ready(self, request: Request) -> Response:
+        status = self.status
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
-    async def prometheus(self) -> Response:
-        """Requests by status, exit rates, latencies, batch sizes, queue depth."""
+    async def _prometheus(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def info(self) -> dict[str, Any]:
-        """The model: its classes and their colours, its exits with their thresholds and what each costs; the limits."""
-        return {
-            "messnet_version": __version__,
-            "instance": self.session.instance.name,
-            "runtime": f"{self.session.runtime} {self.session.precision}",
-            "setting": self.session.instance.setting,
-            "class_names": list(self.session.class_names),
-            "palette": self._palette.tolist(),
-            **self._info,
-            "samples": [sample.name for sample in self.samples],
-            "limits": {
-                "max_body_bytes": self.options.max_body_bytes,
-                "max_pixels": self.options.max_pixels,
-                "timeout_s": self.options.timeout_s,
-            },
-        }
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(specification())
 
-    async def predict(self, request: Request, format: Format = "mask") -> Response:
-        """Segment an image (the body, or the file of a form) in the instance's setting."""
+    async def _describe(self, request: Request) -> Response:
+        """The model: its classes and their colours, its exits with their thresholds and what each costs; the limits."""
+        return JSONResponse(
+            {
+                "messnet_version": __version__,
+                "instance": self.session.instance.name,
+                "runtime": f"{self.session.runtime} {self.session.precision}",
+                "setting": self.session.instance.setting,
+                "class_names": list(self.session.class_names),
+                "palette": self._palette.tolist(),
+                **self._info,
+                "samples": [sample.name for sample in self.samples],
+                "limits": {
+                    "max_body_bytes": self.options.max_body_bytes,
+                    "max_pixels": self.options.max_pixels,
+                    "timeout_s": self.options.timeout_s,
+                    "decode_s": self.options.decode_s,
+                },
+            }
+        )
+
+    async def _predict(self, request: Request) -> Response:
+        format = _choice(request, "format", FORMAT_NAMES, known=("format",))
         limit = self._time_limit()
         image = await self._image(request, limit)
-        async with limit.or_status(503):
+        async with self._answered(limit):
             answer = await self.worker.predict(image)
         self.metrics.took("/v1/predict", answer.exit_index, answer.latency_ms)
         headers = {
@@ -268,17 +246,22 @@ class Service:
             "X-Messnet-Latency-Ms": f"{answer.latency_ms:.3f}",
         }
         if format == "json":
-            return JSONResponse(await self._coded(partial(self._record, answer)), headers=headers)
+            return JSONResponse(await self._encoded(partial(self._record, answer)), headers=headers)
         encode = partial(encode_overlay, image) if format == "overlay" else encode_mask
-        png = await self._coded(lambda: encode(answer.labels, self._palette))
+        png = await self._encoded(lambda: encode(answer.labels, self._palette))
         return Response(png, media_type="image/png", headers=headers)
 
-    async def anytime(self, request: Request, deadline_ms: Deadline = None, threshold: Threshold = None) -> Response:
-        """Segment an image exit by exit: a line of JSON for each, as it is ready."""
+    async def _anytime(self, request: Request) -> Response:
+        known = ("deadline_ms", "threshold", "stop")
+        deadline_ms, threshold = _number(request, "deadline_ms"), _number(request, "threshold", 1)
+        stop = _choice(request, "stop", STOP_NAMES, known=known)
         limit = self._time_limit()
         image = await self._image(request, limit)
-        refinements = self.worker.refine(image, deadline_ms=deadline_ms, threshold=threshold)
-        async with limit.or_status(503):
+        thresholds = [
+            choice.image_threshold if stop == "instance" else threshold for choice in self.session.instance.exits
+        ]
+        refinements = self.worker.refine(image, deadline_ms=deadline_ms, thresholds=thresholds)
+        async with self._answered(limit):
             first = await anext(refinements)
         lines = self._lines(first, refinements, limit)
         return StreamingResponse(lines, media_type=NDJSON, headers={"Cache-Control": "no-store"})
@@ -293,15 +276,15 @@ class Service:
                     yield json.dumps({"stopped": answer}) + "\n"
                 else:
                     self.metrics.took("/v1/anytime", answer.exit_index, answer.latency_ms)
-                    yield json.dumps(await self._coded(partial(self._record, answer))) + "\n"
-                async with limit.or_status(503):
+                    yield json.dumps(await self._encoded(partial(self._record, answer))) + "\n"
+                async with self._answered(limit):
                     answer = await anext(refinements, None)
         except (RequestError, MessError) as error:  # too late for a status
-            yield json.dumps({"error": _one_line(error)}) + "\n"
+            yield json.dumps({"error": _one_line(str(error))}) + "\n"
         finally:
             await refinements.aclose()
 
-    def _record(self, answer: Answer) -> dict[str, Any]:
+    def _record(self, answer: Answer) -> dict[str, object]:
         counts = np.bincount(answer.labels.ravel(), minlength=len(self._palette))
         height, width = answer.labels.shape
         return {
@@ -315,12 +298,28 @@ class Service:
         }
 
     async def _image(self, request: Request, limit: _TimeLimit) -> NDArray[np.uint8]:
-        async with limit.or_status(408):
-            data = await self._body(request)
+        async with limit.or_status(408) as arriving:
+            self._arriving.add(arriving)
+            try:
+                data = await self._body(request)
+            finally:
+                self._arriving.discard(arriving)
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             data = await _file_of_form(request, data)
-        async with limit.or_status(503):
-            return await self._coded(partial(decode_image, data, max_pixels=self.options.max_pixels))
+        async with self._answered(limit):
+            return await self._decoders.decode(data)
+
+    @asynccontextmanager
+    async def _answered(self, limit: _TimeLimit) -> AsyncGenerator[None]:
+        """Raises RequestError (503) when what is done within is not done in time, and notes whether it was."""
+        try:
+            async with limit.or_status(503):
+                yield
+        except RequestError as error:
+            if error.status == 503:
+                self._given_up_at = asyncio.get_running_loop().time()
+            raise
+        self._given_up_at = None
 
     async def _body(self, request: Request) -> bytes:
         """Raises RequestError (413) as soon as more has come than is allowed: a length is not always sent, or true."""
@@ -336,16 +335,35 @@ class Service:
     def _time_limit(self) -> _TimeLimit:
         return _TimeLimit(self.options.timeout_s)
 
-    async def _coded(self, call: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._codecs, call)
+    async def _encoded(self, call: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, call)
 
 
-def _expect_known_parameters(request: Request) -> None:
-    """Raises RequestError (422) for a parameter that the route does not have, such as a misspelt one."""
-    known = [field.alias for field in request.scope["route"].dependant.query_params]
-    for name in request.query_params:
-        if name not in known:
-            raise RequestError(422, f"there is no parameter {name!r}: expected {' or '.join(known)}; correct its name")
+def _choice(request: Request, name: str, values: Sequence[str], *, known: Sequence[str]) -> str:
+    """The parameter ``name``, by default the first of ``values``. Raises RequestError (422) for another value, and for
+    a parameter that is not ``known``, such as a misspelt one."""
+    for given in request.query_params:
+        if given not in known:
+            raise RequestError(422, f"there is no parameter {given!r}: expected {' or '.join(known)}; correct its name")
+    value = request.query_params.get(name, values[0])
+    if value not in values:
+        raise RequestError(422, f"{name}: expected {' or '.join(values)}, got {value!r}")
+    return value
+
+
+def _number(request: Request, name: str, most: float = float("inf")) -> float | None:
+    """The parameter ``name``, a number from 0 to ``most``, or None. Raises RequestError (422) for anything else."""
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= most:
+        expected = "a number of at least 0" if most == float("inf") else f"a number from 0 to {most:g}"
+        raise RequestError(422, f"{name}: expected {expected}, got {text!r}")
+    return value
 
 
 async def _file_of_form(request: Request, body: bytes) -> bytes:
@@ -360,9 +378,8 @@ async def _file_of_form(request: Request, body: bytes) -> bytes:
                 if isinstance(value, UploadFile):
                     return await value.read()
     except (MultiPartException, HTTPException, ValueError, KeyError, LookupError) as error:
-        raise RequestError(
-            422, f"the form cannot be read ({_one_line(error)}); send it as multipart/form-data"
-        ) from error
+        why = _one_line(str(error.detail if isinstance(error, HTTPException) else error))
+        raise RequestError(422, f"the form cannot be read ({why}); send it as multipart/form-data") from error
     raise RequestError(422, "the form has no file: send the image as its field 'file'")
 
 
@@ -371,28 +388,24 @@ async def _say(request: Request, error: Exception) -> Response:
     headers: dict[str, str] = {}
     match error:
         case RequestError():
-            status = error.status
+            status, text = error.status, str(error)
             if status == 503:
                 headers = BUSY
             elif status in (408, 413):
                 headers = {"Connection": "close"}  # what is left of the body is not wanted
         case HTTPException():
-            status, headers = error.status_code, dict(error.headers or {})
-        case RequestValidationError() | MessError():
-            status = 422
+            status, text, headers = error.status_code, str(error.detail), dict(error.headers or {})
+        case MessError():
+            status, text = 422, str(error)
         case ClientDisconnect():
-            status = 499  # nobody will read it
+            status, text = 499, "the client went away"  # nobody will read it
         case _:
-            status = 500
-            return JSONResponse({"error": "the service has a bug; its log says where"}, status)
-    return JSONResponse({"error": _one_line(error)}, status, headers=headers)
+            status, text = 500, "the service has a bug; its log says where"
+    return JSONResponse({"error": _one_line(text)}, status, headers=headers)
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, RequestValidationError):
-        return "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}" for item in error.errors()
-        )
-    if isinstance(error, HTTPException):
-        return str(error.detail)
-    return " ".join(str(error).split())
+def _one_line(text: str) -> str:
+    """``text`` as it may be shown anywhere: one line, no control characters, which may come from a stranger's file and
+    do things to a terminal or turn the direction of writing, and no more of it than one reads."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return line if len(line) <= _LONGEST_ERROR else line[:_LONGEST_ERROR] + " ..."

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from messnet.deployment.session import Result, Session
 
 __all__ = ["Answer", "Stopped", "Worker"]
+
+_T = TypeVar("_T")
 
 Stopped = Literal["threshold", "deadline", "last_exit"]
 """Why refinements ended: confident enough, out of time, or nothing deeper there."""
@@ -37,12 +39,16 @@ class _Predict:
     image: NDArray[np.uint8]
     answer: asyncio.Future[Answer]
 
+    @property
+    def abandoned(self) -> bool:
+        return self.answer.cancelled()
+
 
 @dataclass(kw_only=True, eq=False)
 class _Refine:
     image: NDArray[np.uint8]
     deadline_ms: float | None
-    threshold: float | None
+    thresholds: Sequence[float | None]
     answers: asyncio.Queue[Answer | Stopped | Exception] = field(default_factory=asyncio.Queue)
     abandoned: bool = False
 
@@ -71,11 +77,23 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
         self._dispatcher: asyncio.Task[None] | None = None
         self._held: _Predict | _Refine | None = None
+        self._running: Sequence[_Predict | _Refine] = ()
+        self._running_since = 0.0
 
     @property
     def depth(self) -> int:
         """Requests that wait."""
         return self._queue.qsize() + (self._held is not None)
+
+    @property
+    def num_given_up(self) -> int:
+        """Requests that the network runs though nobody waits for them any more; nothing can interrupt it."""
+        return sum(job.abandoned for job in self._running)
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the network has been running what it runs."""
+        return asyncio.get_running_loop().time() - self._running_since if self._running else 0.0
 
     async def start(self, warm_up: NDArray[np.uint8]) -> list[Answer]:
         """Starts taking requests. Returns every exit's answer to the image ``warm_up``, the second time it was run."""
@@ -100,13 +118,14 @@ class Worker:
         return await job.answer
 
     async def refine(
-        self, image: NDArray[np.uint8], *, deadline_ms: float | None, threshold: float | None
+        self, image: NDArray[np.uint8], *, deadline_ms: float | None, thresholds: Sequence[float | None]
     ) -> AsyncGenerator[Answer | Stopped]:
-        """As ``Session.anytime``, until the image confidence reaches ``threshold``; then the reason for the end.
+        """As ``Session.anytime``, until an exit's image confidence reaches its entry of ``thresholds``, where that has
+        one; then the reason for the end.
 
         Stop iterating and the work ends with the exit that is running.
         """
-        job = _Refine(image=image, deadline_ms=deadline_ms, threshold=threshold)
+        job = _Refine(image=image, deadline_ms=deadline_ms, thresholds=thresholds)
         self._queue.put_nowait(job)
         try:
             while True:
@@ -124,8 +143,8 @@ class Worker:
             self._held = None
             if isinstance(job, _Refine):
                 if not job.abandoned:
-                    await self._in_thread(partial(self._refine, job, asyncio.get_running_loop()))
-            elif not job.answer.cancelled():
+                    await self._in_thread(partial(self._refine, job, asyncio.get_running_loop()), [job])
+            elif not job.abandoned:
                 await self._predict(await self._collect(job))
 
     async def _collect(self, first: _Predict) -> list[_Predict]:
@@ -148,7 +167,7 @@ class Worker:
                     self._queue.put_nowait(None)
                 self._held = job
                 break
-            if not job.answer.cancelled():
+            if not job.abandoned:
                 batch.append(job)
                 pixels += job.image.size // 3
         return batch
@@ -156,20 +175,25 @@ class Worker:
     async def _predict(self, batch: Sequence[_Predict]) -> None:
         self._on_batch(len(batch))
         try:
-            answers = await self._in_thread(partial(self._run, [job.image for job in batch]))
+            answers = await self._in_thread(partial(self._run, [job.image for job in batch]), batch)
         except Exception as error:
             if len(batch) > 1:  # one of them; the others shall not suffer for it
                 for job in batch:
                     await self._predict([job])
-            elif not batch[0].answer.cancelled():
+            elif not batch[0].abandoned:
                 batch[0].answer.set_exception(error)
             return
         for job, answer in zip(batch, answers, strict=True):
-            if not job.answer.cancelled():
+            if not job.abandoned:
                 job.answer.set_result(answer)
 
-    async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def _in_thread(self, call: Callable[[], _T], jobs: Sequence[_Predict | _Refine] = ()) -> _T:
+        loop = asyncio.get_running_loop()
+        self._running, self._running_since = jobs, loop.time()
+        try:
+            return await loop.run_in_executor(self._thread, call)
+        finally:
+            self._running = ()
 
     def _run(self, images: list[NDArray[np.uint8]]) -> list[Answer]:
         return [_answer(result) for result in self._session.predict(images, batch_size=self._batch_size)]
@@ -180,12 +204,13 @@ class Worker:
 
         stopped: Stopped = "deadline"
         try:
-            for result in self._session.anytime(job.image, deadline_ms=job.deadline_ms):
+            results = self._session.anytime(job.image, deadline_ms=job.deadline_ms)
+            for result, threshold in zip(results, job.thresholds, strict=False):
                 answer = _answer(result)
                 put(answer)
                 if result.exit_index == self._session.instance.exits[-1].exit_index:
                     stopped = "last_exit"
-                elif job.threshold is not None and answer.image_confidence >= job.threshold:
+                elif threshold is not None and answer.image_confidence >= threshold:
                     stopped = "threshold"
                     break
                 if job.abandoned:

@@ -1,10 +1,15 @@
-"""The HTTP server, and its end: what has been accepted is answered."""
+"""The HTTP server, and its end: what has been accepted is answered, and it does end."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import os
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,32 +17,69 @@ from types import FrameType
 import uvicorn
 
 from messnet.apps.serving.app import Service
+from messnet.apps.serving.connections import ACCEPTED_AT_ONCE, LogLimit, connections_within
+from messnet.errors import MessError
 
 __all__ = ["Server", "run_until_stopped"]
+
+_HANDLES_KEPT = 16  # for what comes and goes: forms on disk, the pipes of a new decoder, the page
+_END_S = 5.0  # for a process whose requests are all answered
+_BACKLOG = 1024
 
 
 class Server(uvicorn.Server):
     """At SIGTERM or SIGINT uvicorn ends connections that are between two requests, though one may be on its way.
 
-    Here listening ends first; for ``drain_s`` connections that stand are served and each answer closes its own; then
-    uvicorn waits for what is in work. SIGINT once more ends that too.
+    Here listening ends first; for ``drain_s`` connections that stand are served and each answer closes its own; what
+    has not arrived whole by then is refused. The rest is answered within ``timeout_s``, the limit of every request,
+    and then the process ends, whatever hangs. SIGINT once more ends it sooner.
     """
 
     def __init__(self, service: Service) -> None:
-        super().__init__(uvicorn.Config(service.app, log_level="warning", access_log=False, server_header=False))
+        options = service.options
+        self._connections = connections_within(options)
+        config = uvicorn.Config(
+            service.app,
+            http=self._connections,
+            loop="asyncio",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=ACCEPTED_AT_ONCE,
+            timeout_graceful_shutdown=math.ceil(options.timeout_s),
+            # Anyone can send X-Forwarded-For: believed from a client, it is another address for every request.
+            proxy_headers=options.proxy is not None,
+            forwarded_allow_ips=options.proxy or "",
+        )
+        super().__init__(config)
         self._service = service
+        self._overdue: threading.Timer | None = None
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            super().run(sockets)
+        finally:
+            if self._overdue is not None:
+                self._overdue.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        gate = self._service.gate
+        gate, options = self._service.gate, self._service.options
         if gate.draining or not self.started:
             super().handle_exit(sig, frame)
-        else:
-            gate.draining = True
-            self._loop.call_soon_threadsafe(self._drain)
+            return
+        gate.draining = True
+        self._overdue = threading.Timer(options.drain_s + options.timeout_s + _END_S, self._end_now)
+        self._overdue.daemon = True
+        self._overdue.start()
+        self._loop.call_soon_threadsafe(self._drain)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._connections.max_connections = _connections_that_fit(self._service.options.max_connections)
+        for sock in sockets or ():
+            sock.listen(_BACKLOG)  # the kernel may hold more than asyncio accepts at once
 
     def _drain(self) -> None:
         for server in self.servers:
@@ -45,13 +87,51 @@ class Server(uvicorn.Server):
         self._loop.call_later(self._service.options.drain_s, self._exit)
 
     def _exit(self) -> None:
+        self._service.end_arrivals()
         self.should_exit = True
+
+    def _end_now(self) -> None:
+        """In a thread of its own: the loop, or what it waits for, may hang."""
+        print(f"messnet: ended with {self._service.gate.num_in_work} requests in work", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _connections_that_fit(wanted: int) -> int:
+    """As many connections as wanted, or as file handles are left for. Raises MessError when there are none."""
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    left = limit - lowest_free - ACCEPTED_AT_ONCE - _HANDLES_KEPT
+    if limit == resource.RLIM_INFINITY or left >= wanted:
+        return wanted
+    if left < 1:
+        raise MessError(f"the service may open {limit} files, it needs {limit - left + 1}: raise the limit (ulimit -n)")
+    print(f"messnet: {left} connections at once, for there are {limit} file handles (ulimit -n)", file=sys.stderr)
+    return left
 
 
 def run_until_stopped(service: Service, sock: socket.socket) -> None:
     """Serves on ``sock``, which is bound; returns after SIGTERM or SIGINT, when every request has been answered."""
-    with _calm():
+    with _calm(), _limited_log():
         Server(service).run(sockets=[sock])
+
+
+@contextmanager
+def _limited_log() -> Generator[None]:
+    """Warnings and errors to standard error, each kind a few times a minute."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(LogLimit())
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 @contextmanager

@@ -6,15 +6,15 @@ import asyncio
 import logging
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from messnet.apps.serving.images import RequestError
+from messnet.apps.serving.decoding import RequestError
 from messnet.apps.serving.options import ServeOptions
 
 __all__ = ["BUSY", "Gate", "Metrics", "drain"]
@@ -32,23 +32,21 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own: dict[str, Any] = {"namespace": "messnet", "registry": self.registry}
-        self.requests = Counter("requests", "Requests by path and status.", ["path", "status"], **own)
-        self.request_seconds = Histogram(
-            "request_seconds",
-            "From a request's first byte to the end of its answer.",
-            ["path"],
-            buckets=_SECONDS,
-            **own,
+        counter = partial(Counter, namespace="messnet", registry=self.registry)
+        histogram = partial(Histogram, namespace="messnet", registry=self.registry)
+        gauge = partial(Gauge, namespace="messnet", registry=self.registry)
+        self.requests = counter("requests", "Requests by path and status.", ["path", "status"])
+        self.request_seconds = histogram(
+            "request_seconds", "From a request's first byte to the end of its answer.", ["path"], buckets=_SECONDS
         )
-        self.exits = Counter("exits", "Answers by the exit they come from.", ["path", "exit_index"], **own)
-        self.inference_seconds = Histogram(
-            "inference_seconds", "From the image on the device to its labels.", ["exit_index"], buckets=_SECONDS, **own
+        self.exits = counter("exits", "Answers by the exit they come from.", ["path", "exit_index"])
+        self.inference_seconds = histogram(
+            "inference_seconds", "From the image on the device to its labels.", ["exit_index"], buckets=_SECONDS
         )
-        self.batch_size = Histogram("batch_size", "Requests run together.", buckets=(1, 2, 4, 8, 16, 32, 64), **own)
-        self.queue_depth = Gauge("queue_depth", "Requests that wait for the network.", **own)
-        self.in_work = Gauge("requests_in_work", "Requests being read, waiting, run or answered.", **own)
-        self.ready = Gauge("ready", "1 while new requests are welcome.", **own)
+        self.batch_size = histogram("batch_size", "Requests run together.", buckets=(1, 2, 4, 8, 16, 32, 64))
+        self.queue_depth = gauge("queue_depth", "Requests that wait for the network.")
+        self.in_work = gauge("requests_in_work", "Requests being read, waiting, run or answered.")
+        self.ready = gauge("ready", "1 while new requests are welcome.")
         ProcessCollector(registry=self.registry)
 
     def took(self, path: str, exit_index: int, latency_ms: float) -> None:
@@ -62,10 +60,14 @@ class Gate:
 
     ``draining`` says that the service is about to end: what comes is answered still, and its connection closed then.
     ``accepted`` and ``answered`` count requests for work; a client that goes away has been answered.
+    ``num_given_up()`` of them have been answered with 503 while the network still runs their images: they too take
+    a place, or else a service that cannot keep up would take on ever more.
     """
 
-    def __init__(self, app: ASGIApp, *, options: ServeOptions, metrics: Metrics) -> None:
-        self.app, self.options, self.metrics = app, options, metrics
+    def __init__(
+        self, app: ASGIApp, *, options: ServeOptions, metrics: Metrics, num_given_up: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.app, self.options, self.metrics, self._num_given_up = app, options, metrics, num_given_up
         self.draining = False
         self.accepted = self.answered = 0
         self._addresses: Tally[str] = Tally()
@@ -80,7 +82,7 @@ class Gate:
             return
         start, status = time.perf_counter(), 499  # a client that went away before there was an answer
 
-        async def counted(message: MutableMapping[str, Any]) -> None:
+        async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -130,8 +132,9 @@ class Gate:
             return RequestError(
                 413, f"the body has {length} bytes, {options.max_body_bytes} are the limit; scale it down"
             )
-        if self.num_in_work >= options.max_queue:
-            return RequestError(503, f"busy: {self.num_in_work} requests are in work; try again later")
+        num_in_work = self.num_in_work + self._num_given_up()
+        if num_in_work >= options.max_queue:
+            return RequestError(503, f"busy: {num_in_work} requests are in work; try again later")
         if self._addresses[address] >= options.max_concurrency:
             count = self._addresses[address]
             return RequestError(429, f"{count} requests from {address} are in work already; wait for their answers")

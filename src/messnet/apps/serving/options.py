@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from messnet.errors import RecipeError
 
@@ -12,7 +13,8 @@ __all__ = ["ServeOptions"]
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """Memory is bounded by them: ``max_queue`` images of ``max_body_mb`` and ``max_pixels`` may be held at once, and
-    one batch of ``max_pixels`` in total goes through the network at a time."""
+    one batch of ``max_pixels`` in total goes through the network at a time. So is time: ``decode_s`` for an image,
+    ``timeout_s`` for a request, ``header_s`` for a connection that asks nothing."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every one that the machine has."""
@@ -26,26 +28,41 @@ class ServeOptions:
     """Requests in work at once, waiting and arriving ones included; one more is 503."""
     max_concurrency: int = 32
     """Of them from one address; one more is 429."""
+    max_connections: int = 256
+    """Open at once; then the one that has waited longest for a request is closed."""
     timeout_s: float = 30.0
     """For a request, from its first byte to its answer; then it is 408 while its body comes in, else 503."""
+    header_s: float = 10.0
+    """For the head of a request, from the beginning of its connection or the end of the answer before."""
+    decode_s: float = 2.0
+    """Of processor time to decode one image; more is 422."""
     batch_size: int = 8
     """Requests run together at most."""
     batch_wait_ms: float = 5.0
     """How long a batch waits for requests that are on their way."""
     drain_s: float = 0.5
-    """After SIGTERM: how long connections that stand may bring one more request."""
+    """After SIGTERM: how long connections that stand may bring one more request. What has been accepted is answered
+    within ``timeout_s`` more, and then the process ends whatever is left."""
+    proxy: str | None = None
+    """Address of a proxy in front, whose X-Forwarded-For is believed; None: nobody's."""
+    cors: tuple[str, ...] = ()
+    """Origins (https://example.org, or *) whose pages may ask; none: only the service's own page."""
 
     def __post_init__(self) -> None:
-        least = {"port": 0, "max_pixels": 1, "max_queue": 1, "max_concurrency": 1, "batch_size": 1}
-        least |= {"batch_wait_ms": 0, "drain_s": 0}
+        least = {"port": 0, "max_pixels": 1, "max_queue": 1, "max_concurrency": 1, "max_connections": 1}
+        least |= {"batch_size": 1, "batch_wait_ms": 0, "drain_s": 0}
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise RecipeError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
-        for name in ("max_body_mb", "timeout_s"):
+        for name in ("max_body_mb", "timeout_s", "header_s", "decode_s"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(self, name)}")
         if self.port > 65535:
             raise RecipeError(f"--port must be at most 65535, got {self.port}")
+        for origin in self.cors:
+            parts = urlsplit(origin)
+            if origin != "*" and origin != f"{parts.scheme}://{parts.netloc}":
+                raise RecipeError(f"--cors takes an origin such as https://example.org, or *, got {origin!r}")
 
     @property
     def max_body_bytes(self) -> int:

@@ -6,27 +6,26 @@ import io
 import socket
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from PIL import Image
 
 from messnet.apps.predictions import IMAGE_SUFFIXES
+from messnet.apps.serving.app import Sample, Service
+from messnet.apps.serving.decoding import FORMATS, RequestError, decode_image
+from messnet.apps.serving.description import describe
+from messnet.apps.serving.draining import run_until_stopped
+from messnet.apps.serving.images import encode_png
 from messnet.apps.serving.options import ServeOptions
-from messnet.deployment.bundle import is_bundle, open_bundle
+from messnet.deployment.bundle import is_bundle
 from messnet.deployment.loading import load
-from messnet.deployment.session import Session
-from messnet.errors import DataError, MessError, RunError
-from messnet.records.costs import CostTable
+from messnet.errors import DataError, MessError
 from messnet.records.measurements import Gallery
 from messnet.records.names import Precision, RuntimeName
 
-if TYPE_CHECKING:
-    from messnet.apps.serving.app import Sample, Service
-
-__all__ = ["describe", "open_service", "serve"]
+__all__ = ["open_service", "serve"]
 
 MAX_SAMPLES = 12
-_EXTRA = "the service needs FastAPI, uvicorn and prometheus_client: pip install 'messnet[serve]'"
 
 
 class ModelOptions(TypedDict, total=False):
@@ -46,14 +45,8 @@ class ModelOptions(TypedDict, total=False):
 def serve(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> None:
     """Serves a run's instance, or a bundle, until SIGTERM or SIGINT; then answers every request that it has accepted.
 
-    Raises MessError, one line, when the model cannot be loaded, the address cannot be listened to, or the extra "serve"
-    is not installed.
+    Raises MessError, one line, when the model cannot be loaded or the address cannot be listened to.
     """
-    try:
-        from messnet.apps.serving.draining import run_until_stopped
-    except ImportError as error:
-        raise MessError(f"{_EXTRA} ({error})") from error
-
     # Pillow warns of what the service refuses.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     with _listening(options) as sock:  # before the model is loaded: a port that is taken is known at once
@@ -67,11 +60,6 @@ def serve(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> N
 
 def open_service(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> Service:
     """The service that ``serve`` runs. Raises as it does."""
-    try:
-        from messnet.apps.serving.app import Service
-    except ImportError as error:
-        raise MessError(f"{_EXTRA} ({error})") from error
-
     folder = model.get("samples")
     chosen = None if folder is None else _samples_of(folder, options)
     session = load(
@@ -84,46 +72,6 @@ def open_service(path: Path, options: ServeOptions, **model: Unpack[ModelOptions
     )
     found = _gallery_of(path) if chosen is None else chosen
     return Service(session, options, samples=found, info=describe(path, session))
-
-
-def describe(path: Path, session: Session) -> dict[str, Any]:
-    """What /v1/info says of the model at ``path``: per exit its thresholds and, for an image that leaves there, the
-    latency where it was measured on this device, and the multiply-accumulates; without a table of them it says why."""
-    exits: list[dict[str, Any]] = [
-        {
-            "exit_index": choice.exit_index,
-            "head": choice.head,
-            "pixel_threshold": choice.pixel_threshold,
-            "image_threshold": choice.image_threshold,
-        }
-        for choice in session.instance.exits
-    ]
-    record: dict[str, Any] = {"exits": exits}
-    chosen = [choice.exit for choice in session.instance.exits]
-    if session.costs is not None:
-        times = session.costs.column("latency_ms", chosen).leaving().tolist()
-        for entry, latency_ms in zip(exits, times, strict=True):
-            entry["latency_ms"] = round(latency_ms, 3)
-        record["latency_conditions"] = session.costs.conditions
-    try:
-        costs = CostTable.from_json(_workload(path))
-        macs = costs.column("macs", chosen).leaving()
-        total = costs.total_macs()
-        for entry, value in zip(exits, macs.tolist(), strict=True):
-            entry |= {"macs": round(value), "share_of_original": round(value / total, 4)}
-        record["workload"] = {"input_size": list(costs.input_size), "original_macs": round(total)}
-    except (RunError, OSError) as error:
-        record["workload"] = {"missing": " ".join(str(error).split())}
-    return record
-
-
-def _workload(path: Path) -> str:
-    if is_bundle(path):
-        bundle = open_bundle(path)
-        if "costs/workload.json" not in bundle.manifest.files:
-            raise RunError(f"{path} holds no costs/workload.json")
-        return bundle.read("costs/workload.json").decode()
-    return (path / "profile.json").read_text()
 
 
 def _listening(options: ServeOptions) -> socket.socket:
@@ -145,9 +93,6 @@ def _listening(options: ServeOptions) -> socket.socket:
 
 def _samples_of(folder: Path, options: ServeOptions) -> list[Sample]:
     """The first images of a folder. Raises DataError when there is none, or one that the service would not take."""
-    from messnet.apps.serving.app import Sample
-    from messnet.apps.serving.images import FORMATS, RequestError, decode_image
-
     if not folder.is_dir():
         raise DataError(f"--samples {folder} is no folder; expected one that holds images")
     found = []
@@ -169,9 +114,6 @@ def _samples_of(folder: Path, options: ServeOptions) -> list[Sample]:
 
 def _gallery_of(path: Path) -> list[Sample]:
     """The images that a run's report shows; a bundle and a run without a report have none."""
-    from messnet.apps.serving.app import Sample
-    from messnet.apps.serving.images import encode_png
-
     if is_bundle(path) or not (path / "gallery.npz").is_file():
         return []
     gallery = Gallery.from_bytes((path / "gallery.npz").read_bytes())

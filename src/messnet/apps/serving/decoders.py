@@ -1,0 +1,173 @@
+"""The processes that decode images, from the service's side: a few that wait for work, each replaced when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError, read_exactly
+
+__all__ = ["Decoders"]
+
+_RESTART_S = 1.0
+_PIPE_BYTES = 2**20  # the most that Linux gives to anyone; by default an image of 4 megapixels takes 200 turns
+
+
+class _EndedError(Exception):
+    """The process ended before it answered."""
+
+
+class _Decoder:
+    """One process. Its methods wait; they are called in a thread, all but ``kill`` by one at a time."""
+
+    def __init__(self, max_pixels: int, decode_s: float) -> None:
+        # -I would be safest, but the package need not be installed: -P leaves the working directory out all the same.
+        self._command = [sys.executable, "-P", "-W", "ignore", "-m", "messnet.apps.serving.decoding"]
+        self._command += [str(max_pixels), str(decode_s)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Returns once the process waits for work. Raises OSError when it cannot be started."""
+        if self._process is not None:
+            self.end()
+        # A session of its own: ctrl-c in a terminal is for the service, which has accepted requests to answer.
+        self._process = subprocess.Popen(
+            self._command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pipesize=_PIPE_BYTES,
+            start_new_session=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each thread would map 32 MB for sums it never does
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.read(1) != READY:
+            self.end()
+            raise OSError(f"it ended with exit code {self._process.returncode} at its start")
+
+    def ask(self, data: bytes) -> NDArray[np.uint8]:
+        """(H, W, 3) pixels. Raises RequestError as the process says, _EndedError when it says nothing more."""
+        assert self._process is not None
+        requests, answers = self._process.stdin, self._process.stdout
+        assert isinstance(requests, io.FileIO)
+        assert isinstance(answers, io.FileIO)
+        try:
+            for part in (REQUEST.pack(len(data)), data):
+                view = memoryview(part)
+                while view:
+                    view = view[requests.write(view) :]
+            status, first, second = ANSWER.unpack(read_exactly(answers, ANSWER.size))
+            if status != 200:
+                raise RequestError(status, read_exactly(answers, first).decode())
+            pixels = np.frombuffer(read_exactly(answers, first * second * 3), np.uint8)
+        except (EOFError, OSError) as error:
+            raise _EndedError from error
+        return pixels.reshape(first, second, 3)
+
+    def kill(self) -> None:
+        """Ends the process at once, whatever it does; who waits in ``ask`` learns it."""
+        if self._process is not None:
+            self._process.kill()
+
+    def end(self) -> int:
+        """Ends the process, waits until it has, and lets go of its pipes. Returns its exit code."""
+        if self._process is None:
+            return 0
+        with self._process as process:
+            process.kill()
+        return process.returncode
+
+
+class Decoders:
+    """``count`` processes that decode one image each at a time.
+
+    An image that takes more than ``decode_s`` seconds of processor time ends its process, and so does one whose
+    request is given up: work for an image never outlives its request.
+    """
+
+    def __init__(self, count: int, *, max_pixels: int, decode_s: float) -> None:
+        self._decode_s = decode_s
+        self._all = [_Decoder(max_pixels, decode_s) for _ in range(count)]
+        self._free: asyncio.Queue[_Decoder] = asyncio.Queue()
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoder")
+        self._restarts: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_running(self) -> int:
+        return sum(decoder.runs for decoder in self._all)
+
+    async def start(self) -> None:
+        """Raises OSError when no process can be started."""
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(self._threads, decoder.start) for decoder in self._all))
+        for decoder in self._all:
+            self._free.put_nowait(decoder)
+
+    async def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """As ``decode_image``; raises RequestError (422) too for an image that takes too long or crashes its decoder.
+        Cancel it and the work has ended when it returns."""
+        decoder = await self._free.get()
+        work = asyncio.get_running_loop().run_in_executor(self._threads, decoder.ask, data)
+        ended = True  # unless it answers
+        try:
+            image = await asyncio.shield(work)
+            ended = False
+        except RequestError:
+            ended = False
+            raise
+        except asyncio.CancelledError:
+            decoder.kill()
+            await asyncio.wait([work])
+            raise
+        except _EndedError as error:
+            exit_code = await asyncio.get_running_loop().run_in_executor(self._threads, decoder.end)
+            raise RequestError(422, self._why(exit_code)) from error
+        finally:
+            if ended:
+                restart = asyncio.create_task(self._restart(decoder, work))
+                self._restarts.add(restart)
+                restart.add_done_callback(self._restarts.discard)
+            else:
+                self._free.put_nowait(decoder)
+        return image
+
+    def _why(self, exit_code: int) -> str:
+        if sys.platform != "win32" and exit_code == -signal.SIGPROF:
+            took = f"takes more than {self._decode_s:g} s of processor time to decode, which is the limit"
+            return f"the image {took}; save it again as a plain JPEG or PNG"
+        return "the image makes its decoder crash; save it again as a plain JPEG or PNG"
+
+    async def _restart(self, decoder: _Decoder, work: asyncio.Future[NDArray[np.uint8]]) -> None:
+        await asyncio.wait([work])  # it has the decoder's pipes
+        work.exception()  # was told already, or nobody is left to be told
+        while True:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._threads, decoder.start)
+            except OSError as error:
+                logging.getLogger(__name__).warning("messnet: no process for decoding could be started: %s", error)
+                await asyncio.sleep(_RESTART_S)
+            else:
+                self._free.put_nowait(decoder)
+                return
+
+    async def stop(self) -> None:
+        """Ends all processes."""
+        for restart in self._restarts:
+            restart.cancel()
+        await asyncio.gather(*self._restarts, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(self._threads, decoder.end) for decoder in self._all))
+        self._threads.shutdown()

@@ -1,0 +1,84 @@
+"""What /v1/info says of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from messnet.deployment.bundle import is_bundle, open_bundle
+from messnet.deployment.session import Session
+from messnet.errors import RunError
+from messnet.records.costs import CostTable
+
+__all__ = ["ExitInfo", "ModelInfo", "WorkloadInfo", "describe"]
+
+
+class ExitInfo(TypedDict):
+    exit_index: int
+    head: str
+    pixel_threshold: float | None
+    image_threshold: float | None
+    latency_ms: NotRequired[float]
+    """Of an image that leaves here, where that was measured on this device."""
+    macs: NotRequired[int]
+    """Multiply-accumulates of an image that leaves here."""
+    share_of_original: NotRequired[float]
+    """``macs`` over those of the original model."""
+    warm_up_latency_ms: NotRequired[float]
+    """Of this process's second call."""
+
+
+class WorkloadInfo(TypedDict, total=False):
+    input_size: list[int]
+    """height, width"""
+    original_macs: int
+    missing: str
+    """Why there is no table."""
+
+
+class ModelInfo(TypedDict, total=False):
+    exits: list[ExitInfo]
+    latency_conditions: object
+    workload: WorkloadInfo
+
+
+def describe(path: Path, session: Session) -> ModelInfo:
+    """The exits of the model at ``path`` with their thresholds and costs; without a table of costs why there is none.
+    Nothing tells where the files lie: anyone may read it."""
+    chosen = [choice.exit for choice in session.instance.exits]
+    exits: list[ExitInfo] = [
+        {
+            "exit_index": choice.exit_index,
+            "head": choice.head,
+            "pixel_threshold": choice.pixel_threshold,
+            "image_threshold": choice.image_threshold,
+        }
+        for choice in session.instance.exits
+    ]
+    record: ModelInfo = {"exits": exits}
+    if session.costs is not None:
+        times = session.costs.column("latency_ms", chosen).leaving().tolist()
+        for entry, latency_ms in zip(exits, times, strict=True):
+            entry["latency_ms"] = round(latency_ms, 3)
+        record["latency_conditions"] = session.costs.conditions
+    try:
+        costs = CostTable.from_json(_workload(path))
+        macs = costs.column("macs", chosen).leaving()
+        total = costs.total_macs()
+    except (RunError, OSError):
+        record["workload"] = {"missing": "the model comes without a table of its parts' multiply-accumulates"}
+        return record
+    for entry, value in zip(exits, macs.tolist(), strict=True):
+        entry["macs"] = round(value)
+        entry["share_of_original"] = round(value / total, 4)
+    record["workload"] = {"input_size": list(costs.input_size), "original_macs": round(total)}
+    return record
+
+
+def _workload(path: Path) -> str:
+    if is_bundle(path):
+        bundle = open_bundle(path)
+        if "costs/workload.json" not in bundle.manifest.files:
+            raise RunError(f"{path} holds no costs/workload.json")
+        return bundle.read("costs/workload.json").decode()
+    return (path / "profile.json").read_text()
