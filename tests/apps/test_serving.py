@@ -252,7 +252,7 @@ def test_the_rest_of_http(client: httpx.Client) -> None:
         (client.get("/nowhere"), 404),
         (client.get("/v1/predict"), 405),
         (client.get("/samples/0"), 404),
-        (client.get("/samples/x"), 422),
+        (client.get("/samples/x"), 404),
         (client.post("/v1/anytime", params={"threshold": 2}, content=PNG), 422),
         (client.post("/v1/anytime", params={"deadline_ms": "nan"}, content=PNG), 422),
         (client.post("/v1/anytime", content=b"no"), 415),
