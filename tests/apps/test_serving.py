@@ -6,12 +6,9 @@ import base64
 import io
 import json
 import os
-import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -27,16 +24,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-
-from helpers.images import smooth_image
-
-pytest.importorskip("starlette", reason="the service needs the extra 'serve'")
-pytest.importorskip("prometheus_client", reason="the service needs the extra 'serve'")
-pytest.importorskip("uvicorn", reason="the service needs the extra 'serve'")
-
 from prometheus_client.parser import text_string_to_metric_families
 
 import messnet
+from helpers.images import smooth_image
 from helpers.serving import (
     REFINING,
     encoded,
@@ -496,13 +487,6 @@ def test_what_cannot_be_served(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG[:100])
     with pytest.raises(DataError, match=r"a\.png: the image is damaged"):
         open_service(tiny_run, ServeOptions(), samples=tmp_path)
-
-
-def test_the_extra_that_is_missing_is_named(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['starlette'] = None; from messnet.cli import main; main(['serve', 'a.mess'])"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert ended.returncode == 2
-    assert re.fullmatch(r"messnet: .*pip install 'messnet\[serve\]'.*\n", ended.stderr), ended.stderr
 
 
 def test_latencies_where_they_were_measured(tiny_run: Path) -> None:

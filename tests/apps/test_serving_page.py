@@ -13,7 +13,6 @@ from PIL import Image
 from helpers.images import smooth_image
 
 pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
-pytest.importorskip("starlette", reason="the service needs the extra 'serve'")
 
 from playwright.sync_api import expect, sync_playwright
 

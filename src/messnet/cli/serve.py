@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from messnet.cli.app import app, examples, quieten
+from messnet.cli.app import PrecisionOption, RuntimeOption, app, examples, quieten
 
 __all__ = ["serve"]
 
@@ -24,9 +24,9 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     instance: str | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    runtime: Literal["torch", "torch-compiled", "onnxruntime", "openvino"] = "torch",
-    precision: Literal["f32", "bf16", "f16"] = "f32",
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto",
+    runtime: RuntimeOption | None = None,
+    precision: PrecisionOption = "f32",
     threads: int | None = None,
     samples: Path | None = None,
     max_body_mb: float = 16.0,
@@ -54,10 +54,10 @@ def serve(
         host: Address to listen on; 0.0.0.0 for every one that the machine has.
         port: 0 takes a free one.
         instance: One of the run's instances; by default the cheapest within 1 pp. A bundle has but one.
-        device: Where to compute.
-        runtime: What computes; for onnxruntime and openvino export the bundle with their graphs.
+        device: Where torch computes: auto is CUDA where there is any. mps and xpu are untested.
+        runtime: What computes; by default torch, or for a bundle with graphs onnxruntime where torch is not installed.
         precision: Of weights and activations, where the runtime has it.
-        threads: Of the processor; by default torch's choice.
+        threads: Of the processor, for the network; by default as many as the runtime takes.
         samples: A folder of images that the page offers; by default those of a run's report.
         max_body_mb: Of a request, in 10^6 bytes.
         max_pixels: Of an image.

@@ -33,7 +33,7 @@ class ModelOptions(TypedDict, total=False):
 
     instance: str | None
     """As for ``load``, and so are the other three."""
-    runtime: RuntimeName
+    runtime: RuntimeName | None
     precision: Precision
     threads: int | None
     device: str
