@@ -109,16 +109,16 @@ def search(
     if plot is not None:
         _expect_picture(plot)
     opened = open_target(target, overrides, out)
-    from messnet.deployment.loading import INSTANCES, load_instance
-    from messnet.run.stages import run_stage, search_run
+    from messnet.run.choosing import search_run
+    from messnet.run.stages import run_stage
     from messnet.searching import Guarantee
 
     if name is None:
         run_stage(opened, "search", again=True)
-        record = json.loads((opened.directory.path / "front.json").read_text())
-        names = [n for n in record["names"] if (opened.directory.path / INSTANCES / f"{n}.json").exists()]
-        instances = [load_instance(opened.directory.path, n) for n in names]
-        words, fronts, unit = record["verdicts"] + record["skipped"], record["fronts"], "macs"
+        found = opened.directory.front.read()
+        files = [opened.directory.instance(name) for name in found.names]
+        instances = [file.read() for file in files if file.exists]
+        words, fronts, unit = found.verdicts + found.skipped, found.fronts, "macs"
     else:
         objective = _objective(setting, {**own, **shared}, {**only_anytime, **shared})
         promise = Guarantee(epsilon=guarantee[0], delta=guarantee[1]) if guarantee else None
