@@ -35,7 +35,7 @@ from scipy.stats import binom
 
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
-from messnet.searching import Grid, Guarantee, cost_of, pareto_front, route
+from messnet.searching import CostMeasure, Grid, Guarantee, Objective, cost_of, pareto_front, route
 from messnet.searching.guarantee import certified_step, images_needed, loss_of, no_dearer, retreat_path
 
 EPSILONS, DELTA, SELECTIONS = (0.005, 0.01, 0.02, 0.05, 0.1), 0.1, 20
@@ -56,7 +56,7 @@ def path_of(tables: ExitTables, costs: CostTable, selection: NDArray) -> tuple[N
     chosen = tables.subset(selection)
     front = pareto_front(chosen, costs, grid=Grid(policy="top1+native", max_exits=2, num_image_thresholds=16))
     best = front.points[0].instance
-    path = no_dearer(retreat_path(best, chosen), "macs", chosen, costs)
+    path = no_dearer(retreat_path(best, chosen), CostMeasure.of(Objective(), costs), chosen)
     losses = np.array([loss_of(tables, route(tables, step)) for step in path])
     return losses, np.array([cost_of(tables, costs, step) for step in path]) / costs.total("macs")
 

@@ -23,7 +23,20 @@ from messnet.errors import RecipeError
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.searching import Grid, Guarantee, Objective, SearchResult, certify, choose, cost_of, pareto_front, route
+from messnet.records.selection import CostUnit, Selection
+from messnet.searching import (
+    Grid,
+    Guarantee,
+    Limit,
+    Objective,
+    SearchResult,
+    certify,
+    choose,
+    cost_of,
+    pareto_front,
+    route,
+    search_for,
+)
 from messnet.searching.guarantee import certified_step, images_needed, loss_of, p_value, retreat_path
 
 NUM_PIXELS = 200
@@ -96,7 +109,6 @@ def certified(seed: int, epsilon: float, delta: float, num_calibration: int = 80
     before = searched(selection)
     after = certify(
         before,
-        BOLD,
         Guarantee(epsilon=epsilon, delta=delta),
         selection=selection,
         calibration=calibration,
@@ -325,7 +337,6 @@ def test_a_wrong_certificate_is_as_rare_as_promised(harsh: bool) -> None:
         before = searched(selection)
         after = certify(
             before,
-            BOLD,
             Guarantee(epsilon=epsilon, delta=delta, num_steps=40),
             selection=selection,
             calibration=calibration,
@@ -374,7 +385,7 @@ def test_what_is_certified_is_told() -> None:
     assert instance.selected_on["macs"] == cost_of(selection, costs, instance).mean()
     assert instance.selected_on["loss"] == loss_of(selection, route(selection, instance)).mean()
     assert result.verdict.startswith("retreated from mIoU")
-    assert (instance.name, instance.objective) == ("safe", str(BOLD))
+    assert (instance.name, instance.objective) == ("safe", "cheapest in macs at <= 12 pp drop")
     assert Instance.from_json(instance.to_json()) == instance
 
 
@@ -395,14 +406,73 @@ def test_a_certified_step_costs_no_more_than_the_model() -> None:
     means = [cost_of(selection, dear, step).mean() for step in path]
     assert means[1] > means[0] > means[-1]
     given = {"selection": selection, "calibration": calibration}
-    after = certify(before, BOLD, Guarantee(epsilon=0.05, delta=0.1), **given, costs=dear).instance
+    after = certify(before, Guarantee(epsilon=0.05, delta=0.1), **given, costs=dear).instance
     assert cost_of(selection, dear, after).mean() <= means[0]
-    bold = certify(before, BOLD, Guarantee(epsilon=0.5, delta=0.1), **given, costs=dear)
+    bold = certify(before, Guarantee(epsilon=0.5, delta=0.1), **given, costs=dear)
     assert bold.instance.exits == exits
     assert f"step {sum(mean <= means[0] for mean in means) - 1} of" in bold.certificate
-    asked = certify(before, BOLD, Guarantee(epsilon=0.5, delta=0.1), **given, costs=useless)
+    asked = certify(before, Guarantee(epsilon=0.5, delta=0.1), **given, costs=useless)
     assert asked.instance.exits == exits  # the searched thresholds themselves stay
     assert "step 1 of 1 " in asked.certificate
+
+
+def test_over_two_devices_costs_are_relative_before_and_after_the_retreat() -> None:
+    """One device ten times slower, whose backbone is dear and whose heads are cheap: the largest ratio counts."""
+    (_, costs), (selection, calibration, _) = population(), split(1)
+    slow = replace(
+        costs,
+        segments=tuple(replace(part, macs=1000) for part in costs.segments),
+        heads={exit: replace(part, macs=12 + 9 * exit.exit_index) for exit, part in costs.heads.items()},
+    )
+    devices = [costs, slow]
+
+    def ratio(instance: Instance) -> float:
+        taken = list(by_hand(selection, instance))
+        ratios = []
+        for table in devices:
+            spent = []
+            for position in taken:
+                leaves = selection.exits[position].exit_index
+                passed = [choice for choice in instance.exits if choice.exit_index <= leaves]
+                cost = sum(part.macs for part in table.segments[: leaves + 1]) + table.outputs[leaves].macs
+                cost += sum(table.heads[choice.exit].macs for choice in passed)
+                cost += sum(table.policies[c.exit_index].macs for c in passed if c is not instance.exits[-1])
+                spent.append(cost)
+            final = selection.exits[-1]
+            whole = sum(part.macs for part in table.segments) + table.heads[final].macs + table.outputs[-1].macs
+            ratios.append(np.mean(spent) / whole)
+        return float(max(ratios))
+
+    objective = Objective(minimise="macs", max_drop_pp=12, max_cost_ratio=0.9)
+    before = search_for(selection, devices, objective, grid=Grid(num_image_thresholds=6, max_exits=2), name="safe")
+    assert before.selection.cost == pytest.approx(ratio(before.instance))
+    after = certify(
+        before,
+        Guarantee(epsilon=0.06, delta=0.1),
+        selection=selection,
+        calibration=calibration,
+        costs=devices,
+    )
+    assert after.retreat is not None
+    assert after.retreat.before == before.selection
+    assert after.selection.unit == before.selection.unit == CostUnit("macs", relative=True)
+    assert after.selection.cost == pytest.approx(ratio(after.instance))
+    assert before.selection.cost < after.selection.cost <= 1 == after.selection.baseline_cost
+    assert after.retreat.still_met == (after.selection.cost <= 0.9)
+    assert after.verdict.count("x the model's macs") == 3
+    assert "GMACs" not in after.verdict
+    assert Selection.from_figures(after.instance.selected_on) == after.selection
+
+
+def test_a_retreat_is_held_to_every_constraint() -> None:
+    """The final exit keeps the parameters of the whole model, which the searched instance does not."""
+    (_, costs), (selection, calibration, _) = population(), split(1)
+    objective = Objective(max_drop_pp=40, limits_on=(Limit(cost="parameters", at_most=25),))
+    before = search_for(selection, costs, objective, grid=Grid(num_image_thresholds=6, max_exits=2))
+    tables = {"selection": selection, "calibration": calibration, "costs": costs}
+    after = certify(before, Guarantee(epsilon=0.001, delta=0.001), **tables)
+    assert [choice.exit for choice in after.instance.exits] == [Exit(2, "final")]
+    assert after.verdict.endswith("no longer what was asked for")
 
 
 def test_too_few_images_fall_back_to_the_final_exit() -> None:
@@ -420,10 +490,10 @@ def test_a_retreat_that_breaks_the_objective_says_so() -> None:
     selection, calibration, _ = split(3)
     cheap, (_, costs) = Objective(maximise="miou", max_cost_ratio=0.5), population()
     tables = {"selection": selection, "calibration": calibration, "costs": costs}
-    result = certify(searched(selection, cheap), cheap, Guarantee(epsilon=0.001, delta=0.001), **tables)
+    result = certify(searched(selection, cheap), Guarantee(epsilon=0.001, delta=0.001), **tables)
     assert result.verdict.endswith("no longer what was asked for")
     before = searched(selection)
-    after = certify(before, BOLD, Guarantee(epsilon=0.9, delta=0.5), **tables)
+    after = certify(before, Guarantee(epsilon=0.9, delta=0.5), **tables)
     assert after.verdict == before.verdict
     assert after.instance.exits == before.instance.exits
 
@@ -438,10 +508,10 @@ def test_bad_guarantees_are_refused() -> None:
     guarantee, costs = Guarantee(epsilon=0.1, delta=0.1), population()[1]
     for bad in (selection, calibration.subset(np.arange(0))):
         with pytest.raises(RecipeError, match="not selected on"):
-            certify(searched(selection), BOLD, guarantee, selection=selection, calibration=bad, costs=costs)
+            certify(searched(selection), guarantee, selection=selection, calibration=bad, costs=costs)
     static = choose(pareto_front(selection, costs, setting="budgeted"), BOLD)
     with pytest.raises(RecipeError, match="search input_dependent"):
-        certify(static, BOLD, guarantee, selection=selection, calibration=calibration, costs=costs)
+        certify(static, guarantee, selection=selection, calibration=calibration, costs=costs)
 
 
 def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,14 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_search import COMPLETE, COST_NAMES, all_instances, exact_miou, simulate, tiny
 
+from helpers.tables import COMPLETE, COST_NAMES, all_instances, exact_miou, larger, simulate, tiny
 from messnet.errors import InfeasibleError, MessError, RecipeError, RunError
-from messnet.records.costs import CostName, CostTable
+from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
-from messnet.searching import AnytimeObjective, Grid, Limit, cost_of, pareto_front, route, search
-from messnet.searching.exact import engine as engine_module
+from messnet.records.names import CostName
+from messnet.searching import (
+    AnytimeObjective,
+    Grid,
+    Limit,
+    Objective,
+    cost_of,
+    pareto_front,
+    route,
+    search,
+    search_for,
+)
 
 
 def statistic_of(spent: list[float], statistic: str) -> Fraction:
@@ -187,31 +197,6 @@ def test_anytime_equals_brute_force(goal: Any, seed: int) -> None:
         assert all(choice.pixel_threshold is None for choice in found.exits)
 
 
-def larger(seed: int) -> tuple[ExitTables, CostTable]:
-    """Tables on which bounds rule most choices out: many images, exits that get better."""
-    draw = np.random.default_rng(seed)
-    tables, costs = tiny(seed, num_exit_points=3)
-    num, size = 60, 300
-    labels = draw.integers(0, 3, (num, size))
-    skill = np.linspace(0.6, 0.95, len(tables.exits))[None, :, None] - draw.beta(1, 4, (num, 1, 1)) * 0.5
-    shape = (num, len(tables.exits), size)
-    predictions = np.where(draw.random(shape) < skill, labels[:, None], draw.integers(0, 3, shape))
-    one_hot = np.eye(3, dtype=np.int32)
-    right = predictions == labels[:, None]
-    confidence = np.repeat(right.mean(2)[:, :, None, None], 2, axis=3) + draw.normal(0, 0.03, (*shape[:2], 1, 2))
-    return replace(
-        tables,
-        image_names=tuple(map(str, range(num))),
-        difficulty=np.full(num, np.nan),
-        class_names=("a", "b", "c"),
-        intersection=(one_hot[predictions] * right[..., None]).sum(2, dtype=np.int32),
-        predicted=one_hot[predictions].sum(2, dtype=np.int32),
-        labelled=one_hot[labels].sum(1, dtype=np.int32),
-        policies=("top1+none",),
-        image_confidence=confidence.astype(np.float32),
-    ), replace(costs, segments=tuple(replace(part, macs=10 + part.macs) for part in costs.segments))
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_bounds_rule_out_and_stay_right(seed: int) -> None:
     """The search for one objective, mostly bounds, finds what the enumerated front says."""
@@ -238,29 +223,26 @@ def test_stopped_early_it_tells_the_gap() -> None:
     assert stopped.instance.selected_on["macs"] >= exact.instance.selected_on["macs"]
 
 
-@pytest.mark.parametrize("after", [0, 1, 3])
-def test_interrupted_it_keeps_the_best_and_its_gap(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_stopped_by_its_caller_it_keeps_the_best_and_its_gap(share: float) -> None:
     tables, costs = larger(60_001)
-    grid, calls = Grid(num_image_thresholds=12), itertools.count()
-    exact = search(tables, costs, max_drop_pp=2, grid=grid)
-    original = engine_module.Engine._promising
+    grid, looks = Grid(num_image_thresholds=12), itertools.count()
+    objective = Objective(max_drop_pp=2)
 
-    def interrupt(self: Any, *arguments: Any) -> Any:
-        if next(calls) >= after:
-            monkeypatch.setattr(engine_module.Engine, "_each", raising)
-        return original(self, *arguments)
+    def count() -> bool:
+        next(looks)
+        return False
 
-    def raising(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine_module, "PER_BATCH", 1)
-    monkeypatch.setattr(engine_module.Engine, "_promising", interrupt)
-    result = search(tables, costs, max_drop_pp=2, grid=grid)
+    exact = search_for(tables, costs, objective, grid=grid, should_stop=count)
+    last = int(share * next(looks))
+    looks = itertools.count()
+    result = search_for(tables, costs, objective, grid=grid, should_stop=lambda: next(looks) >= last)
     cost, best = result.instance.selected_on["macs"], exact.instance.selected_on["macs"]
-    if result.gap_cost != 0:
-        assert "interrupted" in result.certificate
-    assert result.gap_cost is not None
-    assert (1 - result.gap_cost) * cost <= best <= cost
+    assert "stopped (interrupted)" in result.certificate
+    assert best <= cost
+    if result.gap_cost is not None:
+        assert result.gap_cost > 0
+        assert (1 - result.gap_cost) * cost <= best
 
 
 def test_infeasible_names_what_each_constraint_takes() -> None:

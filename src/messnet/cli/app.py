@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
 from messnet import __version__
 from messnet.errors import MessError, needing_extras
 from messnet.records.names import Precision, RuntimeName, precision_named, runtime_named
-
-if TYPE_CHECKING:
-    from messnet.records.run_directory import RunDirectory
-    from messnet.run.recipe import Recipe
-    from messnet.run.run import Run
 
 __all__ = [
     "AsJson",
@@ -98,23 +93,23 @@ def main(tokens: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Run:
+def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Any:
     quieten()
-    from messnet.run.opening import open_run
+    from messnet.run.run import open_run
 
     return open_run(target, overrides, out=out)
 
 
-def recipe_of(target: Path, overrides: Sequence[str]) -> Recipe:
+def recipe_of(target: Path, overrides: Sequence[str]) -> Any:
     from messnet.records.run_directory import RunDirectory
     from messnet.run.recipe import load_recipe, recipe_from_record
 
     if target.is_dir():
-        return recipe_from_record(RunDirectory(target).record().recipe, overrides)
+        return recipe_from_record(RunDirectory(target).record()["recipe"], overrides)
     return load_recipe(target, overrides)
 
 
-def do_stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Run:
+def do_stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Any:
     opened = open_target(target, overrides, out)
     from messnet.run.stages import run_stage
 
@@ -127,19 +122,21 @@ def say(stage: str, did: bool, quiet: bool) -> None:
         print(f"{stage}: {'done' if did else 'already done'}")
 
 
-def print_table(directory: RunDirectory, as_json: bool) -> None:
+def print_table(path: Path, as_json: bool) -> None:
     from rich.console import Console
 
+    from messnet.records.measurements import Measurements
     from messnet.report.page import headline, terminal_table
 
-    measurements = directory.measurements.read()
+    text = (path / "measurements.json").read_text()
     if as_json:
-        print(measurements.to_json(), end="")
+        print(text, end="")
         return
+    measurements = Measurements.from_json(text)
     console = Console()
     console.print(terminal_table(measurements))
     console.print(headline(measurements))
-    print(f"report: {directory.report.path}")
+    print(f"report: {path / 'report.html'}")
 
 
 def plain_name(name: str) -> str:

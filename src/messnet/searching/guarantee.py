@@ -16,23 +16,23 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from messnet.errors import RecipeError
 from messnet.records.arrays import FloatArray, IntArray
-from messnet.records.costs import CostName, CostTable
+from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
-from messnet.searching.exact.problem import DECIMALS
-from messnet.searching.results import SearchResult
-from messnet.searching.space import Objective, confidence_at, cost_of, image_thresholds, route
-from messnet.searching.words import amount
+from messnet.searching import words
+from messnet.searching.answers import MOST_IMAGES, Promise, Retreat, SearchResult, Shortfall
+from messnet.searching.grid import confidence_at, image_thresholds, route
+from messnet.searching.measure import CostMeasure, meets, miou_of
+from messnet.searching.objective import Guarantee, Objective
 
 __all__ = [
-    "MOST_IMAGES",
-    "Guarantee",
     "certified_step",
     "certify",
     "images_needed",
@@ -42,48 +42,24 @@ __all__ = [
     "retreat_path",
 ]
 
-MOST_IMAGES = 1 << 20
-"""``images_needed`` counts no further."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guarantee:
-    """With probability >= 1 - delta over the draw of the calibration images, the expected loss is <= epsilon."""
-
-    epsilon: float
-    """Largest expected loss per image, see ``loss_of``; in (0, 1)."""
-    delta: float
-    """Largest probability that the promise is wrong; in (0, 1)."""
-    num_steps: int = 100
-    """Steps of the path, >= 1; those that route alike count once."""
-
-    def __post_init__(self) -> None:
-        if not (0 < self.epsilon < 1 and 0 < self.delta < 1):
-            raise RecipeError(
-                f"a guarantee takes epsilon and delta, both between 0 and 1, such as 0.01 0.1; "
-                f"got {self.epsilon:g} {self.delta:g}"
-            )
-        if self.num_steps < 1:
-            raise RecipeError(f"num_steps is {self.num_steps}, expected at least 1")
-
 
 def certify(
     result: SearchResult,
-    objective: Objective,
     guarantee: Guarantee,
     *,
     selection: ExitTables,
     calibration: ExitTables,
-    costs: CostTable,
+    costs: CostTable | Sequence[CostTable],
 ) -> SearchResult:
     """``result`` with the boldest instance of its path that the calibration images certify, at worst the final exit.
 
-    ``selection`` are the tables that ``result`` was searched on; by them, too, steps that cost more than the final exit
-    alone are left out. The new certificate says in words what is promised and, where the path was not walked to its
-    end, how many images would do. Raises RecipeError for a budgeted instance, which has no thresholds, and for
-    calibration images that are none or were selected on.
+    ``selection`` and ``costs`` are the tables that ``result`` was searched on; by them, too, steps that cost more than
+    the final exit alone are left out. The result's ``promise`` says what is certified and, where the path was not
+    walked to its end, how many images would do. Raises RecipeError for a budgeted instance, which has no thresholds,
+    and for calibration images that are none or were selected on.
     """
-    if result.instance.setting != "input_dependent":
+    objective = result.objective
+    if result.instance.setting != "input_dependent" or not isinstance(objective, Objective):
         raise RecipeError("a guarantee moves image thresholds, a budgeted instance has none: search input_dependent")
     num_images, shared = len(calibration.image_names), {*selection.image_names} & {*calibration.image_names}
     if not num_images or shared:
@@ -91,21 +67,35 @@ def certify(
             f"a guarantee calibrates on images that were not selected on: got {num_images}, {len(shared)} of them were"
         )
 
-    path = retreat_path(result.instance, selection, guarantee.num_steps)
-    path = no_dearer(path, objective.cost_name, selection, costs)
+    measure = CostMeasure.of(objective, costs)
+    path = no_dearer(retreat_path(result.instance, selection, guarantee.num_steps), measure, selection)
     losses = np.array([loss_of(calibration, route(calibration, step)) for step in path])
     # p_value bets on one image after the other: a trend in the order of the files is no loss of their source.
     losses = losses[:, np.random.default_rng(0).permutation(num_images)]
-    certified, p = certified_step(losses, guarantee)
-    retreats = certified + 1 < len(path)
+    step, p = certified_step(losses, guarantee)
+    certified, retreats = path[step], step + 1 < len(path)
 
-    certificate = _certificate(guarantee, losses[certified], p, certified, len(path) - 1)
+    after = replace(
+        result.selection,
+        miou=miou_of(selection, certified),
+        cost=measure.measure(selection, certified),
+        loss=float(loss_of(selection, route(selection, certified)).mean()),
+    )
+    retreat = None
     if retreats:
-        certificate += f"; {_shortfall(guarantee, losses[certified + 1 :])}"
-    measured = result.instance.selected_on | _measure(path[certified], objective, selection, costs)
-    instance = replace(path[certified], selected_on=measured, certificate=f"{certificate}; {result.certificate}")
-    verdict = _verdict(result.instance, instance, objective) if retreats else result.verdict
-    return replace(result, instance=instance, certificate=instance.certificate, verdict=verdict)
+        still_met = meets(objective, measure, selection, certified)
+        retreat = Retreat(before=result.selection, after=after, still_met=still_met)
+    promise = Promise(
+        guarantee=guarantee,
+        num_images=num_images,
+        p_value=p,
+        mean_loss=float(losses[step].mean()),
+        step=step,
+        num_steps=len(path) - 1,
+        shortfall=_shortfall(guarantee, losses[step + 1 :]) if retreats else None,
+    )
+    certified = replace(certified, selected_on=after.to_figures())
+    return words.with_words(replace(result, instance=certified, selection=after, promise=promise, retreat=retreat))
 
 
 def certified_step(losses: FloatArray, guarantee: Guarantee) -> tuple[int, float]:
@@ -199,10 +189,10 @@ def retreat_path(instance: Instance, selection: ExitTables, num_steps: int = 100
     return path if path[-1] == instance else [*path, instance]
 
 
-def no_dearer(path: list[Instance], cost: CostName, selection: ExitTables, costs: CostTable) -> list[Instance]:
-    """The path without the steps that cost more than the final exit alone: where few images leave, their heads cost
-    more than they save. The searched instance stays: it is what was asked for."""
-    means = [float(cost_of(selection, costs, step, cost).mean()) for step in path]
+def no_dearer(path: list[Instance], measure: CostMeasure, selection: ExitTables) -> list[Instance]:
+    """The path without the steps whose mean cost is above that of the final exit alone: where few images leave, their
+    heads cost more than they save. The searched instance stays: it is what was asked for."""
+    means = [measure.measure(selection, step, "mean") for step in path]
     return [step for step, mean in zip(path, means, strict=True) if mean <= means[0] or step is path[-1]]
 
 
@@ -222,7 +212,8 @@ def _with_thresholds(choice: ExitChoice, instance: Instance, selection: ExitTabl
 
 
 def _keep(choice: ExitChoice, policy: str, selection: ExitTables, k: int, num_steps: int) -> ExitChoice | None:
-    """``choice`` with the image threshold that the k / num_steps most confident of its selection images reach."""
+    """``choice`` with the image threshold that the k / num_steps most confident of its selection images reach; None: it
+    keeps none."""
     assert choice.image_threshold is not None
     observed = np.sort(confidence_at(selection, choice, policy))
     num_kept = int((observed >= np.float64(choice.image_threshold)).sum()) * k // num_steps
@@ -232,48 +223,16 @@ def _keep(choice: ExitChoice, policy: str, selection: ExitTables, k: int, num_st
     return replace(choice, image_threshold=float(threshold))
 
 
-def _measure(instance: Instance, objective: Objective, selection: ExitTables, costs: CostTable) -> dict[str, float]:
-    """What the retreated instance does to the selection images, under the search's own keys."""
-    routing = route(selection, instance)
-    return {
-        "miou": round(selection.miou(routing), DECIMALS),
-        objective.cost_name: float(cost_of(selection, costs, instance, objective.cost_name).mean()),
-        "loss": float(loss_of(selection, routing).mean()),
-    }
-
-
-def _certificate(guarantee: Guarantee, losses: FloatArray, p: float, position: int, num_steps: int) -> str:
-    """The promise in words."""
-    if position == 0:
-        nothing = "every image runs to the final exit and loses nothing against it"
-        why = f": none of {num_steps} steps from there to the searched thresholds could be certified"
-        return nothing + (why if num_steps else "")
-    return (
-        f"an image's expected loss of correct pixels against the final exit is <= {guarantee.epsilon:g} with "
-        f"probability >= {1 - guarantee.delta:g} over the draw of {len(losses)} calibration images, if these and new "
-        f"images are drawn independently from one source: p-value {p:.3g} at mean loss {losses.mean():.3g}, step "
-        f"{position} of {num_steps} from the final exit to the searched thresholds, tested in this order"
-    )
-
-
-def _shortfall(guarantee: Guarantee, ahead: FloatArray) -> str:
+def _shortfall(guarantee: Guarantee, ahead: FloatArray) -> Shortfall:
     """Why the path was not walked to its end; ``ahead`` are the losses (steps, n) of the steps not certified."""
-    num_images = ahead.shape[1]
-    least = images_needed(np.zeros(1), guarantee)
-    if least is None or num_images < least:
-        takes = f"more than {MOST_IMAGES}" if least is None else f"at least {least}"
-        return (
-            f"{num_images} calibration images can certify no epsilon below {_least_epsilon(num_images, guarantee):.3g}"
-            f", even without any loss; {guarantee.epsilon:g} takes {takes}"
-        )
     worst = ahead[ahead.mean(1).argmax()]
-    words = f"the steps ahead have mean losses up to {worst.mean():.3g}"
-    if worst.mean() >= guarantee.epsilon:
-        return f"{words}: more images would not certify the searched thresholds"
-    needed = images_needed(worst, guarantee)
-    if needed is None:
-        return f"{words}: more than {MOST_IMAGES} images would be needed to certify the searched thresholds"
-    return f"{words}: about {needed} images like these would certify the searched thresholds"
+    hopeless = worst.mean() >= guarantee.epsilon
+    return Shortfall(
+        least_images=images_needed(np.zeros(1), guarantee),
+        least_epsilon=_least_epsilon(ahead.shape[1], guarantee),
+        worst_loss=float(worst.mean()),
+        images_needed=None if hopeless else images_needed(worst, guarantee),
+    )
 
 
 def _least_epsilon(num_images: int, guarantee: Guarantee) -> float:
@@ -285,17 +244,3 @@ def _least_epsilon(num_images: int, guarantee: Guarantee) -> float:
         key=lambda m: p_value(none, replace(guarantee, epsilon=m / 1e6)) <= guarantee.delta,
     )
     return (place + 1) / 1e6
-
-
-def _verdict(searched: Instance, retreated: Instance, objective: Objective) -> str:
-    """What the retreat cost, and whether the objective still holds, on the selection images."""
-    cost, before, after = objective.cost_name, searched.selected_on, retreated.selected_on
-    whole = after[f"baseline_{cost}"]
-    least_miou, largest_cost = objective.limits(after["baseline_miou"], whole)
-    holds = after["miou"] >= round(least_miou, DECIMALS) and after[cost] <= largest_cost
-    return (
-        f"retreated from mIoU {100 * before['miou']:.2f} % at {amount(cost, before[cost], whole)} to "
-        f"{100 * after['miou']:.2f} % at {amount(cost, after[cost], whole)} (the model itself: "
-        f"{100 * after['baseline_miou']:.2f} % at {amount(cost, whole, whole)})"
-        + ("" if holds else ": no longer what was asked for")
-    )

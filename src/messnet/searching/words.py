@@ -1,19 +1,53 @@
-"""A search's answer in words."""
+"""What a search was asked and what it answers, in English: the only module of the search that writes sentences for
+users.
+
+Records of ``answers`` and ``objective`` in, one line of text out. (Errors about input are written where they are
+found.)
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import replace
+from math import inf
 
-import numpy as np
+from messnet.records.instance import Instance
+from messnet.records.names import CostName
+from messnet.records.selection import CostUnit, Selection
+from messnet.searching.answers import (
+    MOST_IMAGES,
+    AnytimeProof,
+    AnytimeReach,
+    Comparison,
+    FrontPoint,
+    Infeasible,
+    Promise,
+    Proof,
+    Relaxed,
+    Retreat,
+    SearchResult,
+    Shortfall,
+)
+from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
-if TYPE_CHECKING:
-    from messnet.searching.results import Front, FrontPoint
+__all__ = [
+    "amount",
+    "anytime_infeasible",
+    "axis",
+    "certificate",
+    "describe",
+    "infeasible",
+    "objective_text",
+    "proof",
+    "runner_up",
+    "scaled_axis",
+    "verdict",
+    "with_words",
+]
 
-__all__ = ["amount", "certificate_of", "difference", "words"]
-
-_UNITS = {
+_UNITS: dict[CostName, tuple[float, str]] = {
     "macs": (1e9, "GMACs"),
-    "macs_paper": (1e9, "GMACs in the posters' count"),
+    "macs_paper": (1e9, "GMACs in the paper's count"),
     "parameters": (1e6, "million parameters"),
     "memory_bytes": (2.0**20, "MiB"),
     "latency_ms": (1.0, "ms"),
@@ -21,53 +55,318 @@ _UNITS = {
 }
 
 
-def certificate_of(
-    declared: int,
-    evaluated: int,
-    stopped: str,
-    *,
-    gap_miou: float,
-    gap_cost: float | None = None,
-    exact_from: float = np.inf,
-    precision: float = 0.0,
-) -> str:
-    """What was proved; a front that is proved from some mIoU on says so."""
-    grid = f"the declared grid of {spaced(declared)} instances"
-    if not gap_miou and not gap_cost:
-        return f"optimal over {grid}: {spaced(evaluated)} were evaluated, all others were bounded"
-    how = f"to {100 * precision:.2g} pp" if precision else "exact"
-    if not stopped:
-        done = f"{spaced(evaluated)} were evaluated, all others were bounded"
-        return f"no instance of {grid} has a larger mIoU at its cost by more than {100 * gap_miou:.2g} pp: {done}"
-    why = f"stopped ({stopped}) after {spaced(evaluated)} of {grid}"
-    if gap_miou == np.inf:
+def with_words(result: SearchResult) -> SearchResult:
+    """A finished result whose instance says in words what was asked for and what was proved."""
+    asked, proved = objective_text(result.objective), certificate(result)
+    return replace(result, instance=replace(result.instance, objective=asked, certificate=proved))
+
+
+# -- what was asked ------------------------------------------------------------------------------------------------
+
+
+def objective_text(objective: Objective | AnytimeObjective) -> str:
+    """Such as "cheapest in macs at <= 1 pp drop"."""
+    goal, constraints = _anytime_text(objective) if isinstance(objective, AnytimeObjective) else _text(objective)
+    return f"{goal} at {' and '.join(constraints)}" if constraints else goal
+
+
+def _text(objective: Objective) -> tuple[str, list[str]]:
+    which = f"{_statistic(objective.statistic)}{objective.cost_name}"
+    constraints = _given(
+        (objective.max_drop_pp, "<= {} pp drop"),
+        (objective.min_miou, "mIoU >= {}"),
+        (objective.max_cost, f"<= {{}} {which}"),
+        (objective.max_cost_ratio, f"<= {{}}x the model's {which}"),
+    )
+    constraints += [_limit(limit) for limit in objective.limits_on]
+    constraints += [f"IoU of {name} >= {floor:g}" for name, floor in objective.min_class_iou]
+    return "most accurate" if objective.maximise else f"cheapest in {which}", constraints
+
+
+def _anytime_text(objective: AnytimeObjective) -> tuple[str, list[str]]:
+    goals = {
+        "area": f"largest area under the curve up to {objective.horizon:g}x the model's {objective.cost}",
+        "first_cost": f"cheapest first result in {objective.cost}",
+        "overhead": f"least overhead in {objective.cost}",
+        "miou": "most accurate last result",
+    }
+    constraints = _given(
+        (objective.max_first_cost, f"first result <= {{}} {objective.cost}"),
+        (objective.max_first_ratio, f"first result <= {{}}x the model's {objective.cost}"),
+        (objective.min_first_miou, "first mIoU >= {}"),
+        (objective.max_overhead, "overhead <= {}"),
+        (objective.min_area, "area >= {}"),
+        (objective.min_miou, "mIoU >= {}"),
+        (objective.max_drop_pp, "<= {} pp drop"),
+    )
+    return goals[objective.goal], constraints
+
+
+def _given(*constraints: tuple[float | None, str]) -> list[str]:
+    return [text.format(f"{value:g}") for value, text in constraints if value is not None]
+
+
+def _statistic(statistic: str) -> str:
+    return "" if statistic == "mean" else f"{statistic} "
+
+
+def _limit(limit: Limit) -> str:
+    return f"{_statistic(limit.statistic)}{limit.cost} <= {limit.at_most:g}{'x the model' if limit.relative else ''}"
+
+
+# -- what was proved -----------------------------------------------------------------------------------------------
+
+
+def certificate(result: SearchResult) -> str:
+    """What was proved of a result: its promise on images not seen, if it has one, and its optimality."""
+    if isinstance(result.proof, AnytimeProof):
+        one = result.proof
+        return f"optimal: all {one.num_evaluated} choices of {one.min_exits} to {one.max_exits} exits were evaluated"
+    proved = proof(result.proof)
+    return f"{_promise(result.promise)}; {proved}" if result.promise else proved
+
+
+def proof(proved: Proof) -> str:
+    """What was proved over the declared grid; a front that is proved from some mIoU on says so."""
+    grid = f"the declared grid of {_spaced(proved.num_declared)} instances"
+    evaluated, gap = _spaced(proved.num_evaluated), f"{100 * proved.gap_miou:.2g} pp"
+    if proved.optimal:
+        return f"optimal over {grid}: {evaluated} were evaluated, all others were bounded"
+    if not proved.stopped:
+        done = f"{evaluated} were evaluated, all others were bounded"
+        return f"no instance of {grid} has a larger mIoU at its cost by more than {gap}: {done}"
+    why = f"stopped ({proved.stopped}) after {evaluated} of {grid}"
+    if proved.gap_miou == inf:
         return f"{why}: the best of those, nothing is proved of the others"
-    proved = f"no other has a larger mIoU at its cost by more than {100 * gap_miou:.2g} pp"
-    if exact_from < np.inf:
-        proved = f"{how} at mIoU >= {exact_from:.4f}; below, {proved}"
-    if gap_cost is not None and gap_cost < np.inf:
-        proved = f"within {100 * gap_cost:.2g} % of the least cost; {proved}"
-    return f"{why}: {proved}"
+    known = f"no other has a larger mIoU at its cost by more than {gap}"
+    if proved.exact_from < inf:
+        how = f"to {100 * proved.precision:.2g} pp" if proved.precision else "exact"
+        known = f"{how} at mIoU >= {proved.exact_from:.4f}; below, {known}"
+    if proved.gap_cost is not None and proved.gap_cost < inf:
+        known = f"within {100 * proved.gap_cost:.2g} % of the least cost; {known}"
+    return f"{why}: {known}"
 
 
-def difference(front: Front, best: FrontPoint, rival: FrontPoint) -> str:
+def _promise(promise: Promise) -> str:
+    guarantee, steps = promise.guarantee, promise.num_steps
+    if promise.step == 0:
+        text = "every image runs to the final exit and loses nothing against it"
+        if steps:
+            text += f": none of {steps} steps from there to the searched thresholds could be certified"
+    else:
+        text = (
+            f"an image's expected loss of correct pixels against the final exit is <= {guarantee.epsilon:g} with "
+            f"probability >= {1 - guarantee.delta:g} over the draw of {promise.num_images} calibration images, if "
+            f"these and new images are drawn independently from one source: p-value {promise.p_value:.3g} at mean loss "
+            f"{promise.mean_loss:.3g}, step {promise.step} of {steps} from the final exit to the searched thresholds, "
+            "tested in this order"
+        )
+    return f"{text}; {_shortfall(promise, promise.shortfall)}" if promise.shortfall else text
+
+
+def _shortfall(promise: Promise, short: Shortfall) -> str:
+    epsilon, num_images = promise.guarantee.epsilon, promise.num_images
+    if short.least_images is None or num_images < short.least_images:
+        takes = f"more than {MOST_IMAGES}" if short.least_images is None else f"at least {short.least_images}"
+        return (
+            f"{num_images} calibration images can certify no epsilon below {short.least_epsilon:.3g}, even without any "
+            f"loss; {epsilon:g} takes {takes}"
+        )
+    ahead = f"the steps ahead have mean losses up to {short.worst_loss:.3g}"
+    if short.worst_loss >= epsilon:
+        return f"{ahead}: more images would not certify the searched thresholds"
+    if short.images_needed is None:
+        return f"{ahead}: more than {MOST_IMAGES} images would be needed to certify the searched thresholds"
+    return f"{ahead}: about {short.images_needed} images like these would certify the searched thresholds"
+
+
+# -- how it compares -----------------------------------------------------------------------------------------------
+
+
+def verdict(result: SearchResult) -> str:
+    """How a result compares: with its rivals, with what it was before it retreated, or with the model."""
+    if result.retreat is not None:
+        return _retreat(result.retreat)
+    if result.comparison is not None:
+        return f"{_against_static(result.comparison)}; {_against_uniform(result.comparison)}"
+    return _anytime_verdict(result.selection)
+
+
+def _against_static(comparison: Comparison) -> str:
+    best, rival, unit = comparison.chosen, comparison.static, comparison.unit
+    if rival is None:
+        return "no static truncated model meets the constraints, this instance does"
+    here = _point(best, unit)
+    if (best.miou, best.cost) == (rival.miou, rival.cost):
+        return f"no better than the best static truncated model: {here} both"
+    return (
+        f"beats the best static truncated model: {_difference(best, rival, unit)}; {here} against {_point(rival, unit)}"
+    )
+
+
+def _against_uniform(comparison: Comparison) -> str:
+    best, rival = comparison.chosen, comparison.uniform
+    if not comparison.has_early_exits:
+        return "it has no early exit whose head could be uniform"
+    if rival is None:
+        return "with one head at all of its exits no instance meets the constraints"
+    head = rival.instance.exits[0].head
+    if (best.miou, best.cost) == (rival.miou, rival.cost):
+        return f"no better than uniform heads ({head})"
+    return f"against uniform heads ({head}) {_difference(best, rival, comparison.unit)}"
+
+
+def _retreat(retreat: Retreat) -> str:
+    before, after = retreat.before, retreat.after
+    return (
+        f"retreated from mIoU {100 * before.miou:.2f} % at {amount(before.unit, before.cost)} to "
+        f"{100 * after.miou:.2f} % at {amount(after.unit, after.cost)} ({_model(after, 'the model itself')})"
+        + ("" if retreat.still_met else ": no longer what was asked for")
+    )
+
+
+def _model(selection: Selection, name: str) -> str:
+    if selection.baseline_miou is None or selection.baseline_cost is None:
+        return f"{name}: unknown"
+    return f"{name}: {100 * selection.baseline_miou:.2f} % at {amount(selection.unit, selection.baseline_cost)}"
+
+
+def _anytime_verdict(selection: Selection) -> str:
+    figures, model, miou = selection.anytime, selection.baseline_cost, selection.baseline_miou
+    if figures is None or not model or miou is None:
+        return ""
+    return (
+        f"first result (mIoU {figures.first_miou:.4f}) at {figures.first_cost / model:.2f}x the model, last "
+        f"(mIoU {selection.miou:.4f}, the model's {miou:.4f}) at {selection.cost / model:.2f}x, "
+        f"{figures.overhead:.1%} more than the last exit alone; area {figures.area:.4f}"
+    )
+
+
+# -- what cannot be had --------------------------------------------------------------------------------------------
+
+
+def infeasible(why: Infeasible) -> str:
+    """Why no instance meets an objective, and the nearest points."""
+    if why.points and not why.further:
+        return f"no instance has {' and '.join(_asked(why))}: {'; '.join(_nearest(why))}; relax a constraint"
+    notes = []
+    if why.points:
+        notes.append(f"the most accurate within the further limits has {_point(why.points[-1], why.unit)}")
+        notes.append(f"the cheapest has {_point(why.points[0], why.unit)}")
+    notes += [_relaxed(one) for one in why.relaxed]
+    reason = "; ".join(notes) or "several of these constraints cannot be met at once"
+    return f"no instance is {objective_text(why.objective)}: {reason}; relax a constraint"
+
+
+def _asked(why: Infeasible) -> list[str]:
+    asked = [f"mIoU >= {100 * why.least_miou:.2f} %"] if why.least_miou > -inf else []
+    return asked + ([f"<= {amount(why.unit, why.largest_cost)}"] if why.largest_cost < inf else [])
+
+
+def _nearest(why: Infeasible) -> Iterable[str]:
+    affordable = [point for point in why.points if point.cost <= why.largest_cost]
+    accurate = [point for point in why.points if point.miou >= why.least_miou]
+    if affordable and why.largest_cost < inf:
+        yield f"the best mIoU at that cost is {_point(affordable[-1], why.unit)}"
+    if accurate and why.least_miou > -inf:
+        yield f"the least cost at that mIoU is {_point(accurate[0], why.unit)}"
+    if not affordable:
+        yield f"the cheapest instance has {_point(why.points[0], why.unit)}"
+    if not accurate:
+        yield f"the most accurate instance has {_point(why.points[-1], why.unit)}"
+
+
+def _relaxed(one: Relaxed) -> str:
+    if isinstance(one.without, Limit) and isinstance(one.best, FrontPoint):
+        return f"without {_limit(one.without)} it takes {_point(one.best, one.unit)}"
+    assert isinstance(one.without, tuple)
+    assert isinstance(one.best, float)
+    name, floor = one.without
+    return f"without IoU of {name} >= {floor:g} the best of {name} on the front is {one.best:.4f}"
+
+
+def anytime_infeasible(reach: AnytimeReach) -> str:
+    """Why no anytime instance meets an objective."""
+    objective = reach.objective
+    if reach.first_cost is None:
+        return f"no anytime instance of at least {objective.min_exits} exits gets better from exit to exit"
+    return (
+        f"no instance is {objective_text(objective)}; possible are: first result at {reach.first_cost:.4g} "
+        f"{objective.cost}, first mIoU {reach.first_miou:.4f}, overhead {reach.overhead:.3f}, area {reach.area:.4f}, "
+        f"last mIoU {reach.miou:.4f}; relax a constraint"
+    )
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def describe(instance: Instance) -> list[str]:
+    """An instance's objective and figures, then a line for each of its exits."""
+    selection = Selection.from_figures(instance.selected_on)
+    lines = [f"{instance.name}: {instance.objective}" + (f"; {_figures(selection)}" if selection else "")]
+    for choice in instance.exits:
+        rule = "a result" if instance.setting == "anytime" else "last"
+        if choice.image_threshold is not None:
+            rule = f"stop if {choice.image_threshold:.1%} of the pixels have confidence >= {choice.pixel_threshold:g}"
+        lines.append(f"  exit {choice.exit_index}  {choice.head:28} {rule}")
+    return lines
+
+
+def _figures(selection: Selection) -> str:
+    unit = selection.unit
+    text = f"on {selection.num_images} selection images {_figure(selection.miou, selection.cost, unit)}"
+    if selection.baseline_cost and selection.baseline_miou is not None and not selection.anytime:
+        model = _figure(selection.baseline_miou, selection.baseline_cost, unit)
+        text += f", {selection.baseline_cost / selection.cost:.2f}x less than the model's {model}"
+    if figures := selection.anytime:
+        first = _figure(figures.first_miou, figures.first_cost, unit)
+        text += f"; the first result {first}, overhead {figures.overhead:.1%}, area {figures.area:.4f}"
+    if selection.loss is not None:
+        text += f"; {selection.loss:.2%} of an image's pixels lost"
+    return text
+
+
+def runner_up(point: FrontPoint, unit: CostUnit) -> str:
+    """The exits and figures of a next best instance."""
+    return f"{_exits(point.instance)}, {_figure(point.miou, point.cost, unit)}"
+
+
+def amount(unit: CostUnit, cost: float) -> str:
+    """A cost with its unit."""
+    if unit.relative:
+        return f"{cost:.3g}x the model's {unit.name}"
+    scale, text = _UNITS[unit.name]
+    return f"{cost / scale:.4g} {text}"
+
+
+def axis(unit: CostUnit) -> str:
+    """What a front's costs are, for a file."""
+    return f"{unit.name}, relative to the model, worst device" if unit.relative else unit.name
+
+
+def scaled_axis(unit: CostUnit) -> tuple[float, str]:
+    """What a drawing divides costs by, and the label of its axis."""
+    if unit.relative or unit.name not in ("macs", "macs_paper"):
+        return 1.0, axis(unit)
+    return 1e9, f"GMACs{', paper' if unit.name == 'macs_paper' else ''} per image"
+
+
+def _figure(miou: float, cost: float, unit: CostUnit) -> str:
+    return f"{100 * miou:.2f} % mIoU at {amount(unit, cost)}"
+
+
+def _point(point: FrontPoint, unit: CostUnit) -> str:
+    return f"mIoU {100 * point.miou:.2f} % at {amount(unit, point.cost)} (exits {_exits(point.instance)})"
+
+
+def _difference(best: FrontPoint, rival: FrontPoint, unit: CostUnit) -> str:
     more = f"{100 * (best.cost / rival.cost - 1):+.1f} %" if rival.cost else f"{best.cost:+.4g}"
-    return f"{100 * (best.miou - rival.miou):+.2f} pp mIoU, {more} {front.cost_name}"
+    return f"{100 * (best.miou - rival.miou):+.2f} pp mIoU, {more} {unit.name}"
 
 
-def words(point: FrontPoint, front: Front) -> str:
-    exits = " > ".join(f"{choice.exit_index}:{choice.head}" for choice in point.instance.exits)
-    cost = amount(front.cost_name, point.cost, front.baseline_cost)
-    return f"mIoU {100 * point.miou:.2f} % at {cost} (exits {exits})"
+def _exits(instance: Instance) -> str:
+    return " > ".join(f"{choice.exit_index}:{choice.head}" for choice in instance.exits)
 
 
-def amount(name: str, cost: float, of_model: float) -> str:
-    """A cost with its unit; over several devices costs are relative to the model, whose own is then 1."""
-    if of_model == 1.0:
-        return f"{cost:.3g}x the model's {name}"
-    scale, unit = _UNITS[name]
-    return f"{cost / scale:.4g} {unit}"
-
-
-def spaced(number: int) -> str:
+def _spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")

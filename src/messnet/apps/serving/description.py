@@ -9,7 +9,6 @@ from messnet.deployment.bundle import is_bundle, open_bundle
 from messnet.deployment.session import Session
 from messnet.errors import RunError
 from messnet.records.costs import CostTable
-from messnet.records.run_directory import RunDirectory
 
 __all__ = ["ExitInfo", "ModelInfo", "WorkloadInfo", "describe"]
 
@@ -82,4 +81,4 @@ def _workload(path: Path) -> str:
         if "costs/workload.json" not in bundle.manifest.files:
             raise RunError(f"{path} holds no costs/workload.json")
         return bundle.read("costs/workload.json").decode()
-    return RunDirectory(path).profile.read().to_json()
+    return (path / "profile.json").read_text()

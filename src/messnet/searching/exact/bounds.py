@@ -1,31 +1,53 @@
-"""Bounds of all choices of three exits, compiled by numba when first called; ``engine`` says why they hold, ``kernels``
-what V, H, K, a column of thresholds and its bins are."""
+"""Steps 3 to 5 of the derivation: how far an mIoU can be above the tangent, and quick bounds of all choices.
+
+*Step 3, remainder.* Put p_k = l_k / (1 + u_k), so that an instance's mIoU is R + mean p. If its mIoU is at least R +
+tau, then mean p - tau >= 0, and for any stress s >= 0
+
+    mean p  <=  mean p + s (mean p - tau)  =  mean l + mean((1 + s) p - l) - s tau.
+
+So mean((1 + s) p - l) - s tau bounds what the tangent falls short of. For a class, (1 + s) p - l =
+l ((1 + s) / (1 + u) - 1) is linear in l and, for fixed l, monotone in u: where l and u lie within known ends it is at
+most the largest of its values at the four corners. It is also at most (1 + s) (1 - r_k) less the lower end of l, since
+no IoU is above 1. ``remainder`` takes the lesser of the two for each class, sums, and takes the least over some s.
+
+*Step 4, price.* For any price mu >= 0, in mIoU per unit of cost, mean l - mu cost is a sum over images of
+g = (contribution to mean l) - mu (what leaving there costs). With G the largest of these sums over all thresholds,
+
+    mIoU  <=  R + mu cost + G + remainder:
+
+a line in the plane of cost and mIoU, under which all instances of the choice lie. The choice is ruled out if the line
+is below everything that would improve on what is known.
+
+*Step 5, quick bounds.* Let A be the images that reach the first exit's threshold, B those that reach the middle exit's.
+G is at most the best B without the first exit, plus the most that the images of A can gain:
+
+    sum over A of g_a + over B - A of g_b + over the rest of g_c
+        <=  max over B (sum over B of g_b + over the rest of g_c)  +  sum over A of (g_a - min(g_b, g_c)).
+
+``bound_triples`` takes a running sum for the first term and, for the second, all images with a positive difference:
+loose, but it takes a microsecond a choice. ``cells`` bounds what is left more tightly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
-import numba
 import numpy as np
 
-__all__ = ["MARGIN", "bound_triples", "compiled", "remainder", "spread"]
+from messnet.records.arrays import FloatArray
+from messnet.searching.exact.arrays import RULED_OUT, Arrays, Float32, Real
+from messnet.searching.exact.compiling import compiled
 
-STRESSES = np.array([0.0, 0.25, 1.0, 4.0], np.float32)  # on the mIoU to be reached: s of ``engine``
+__all__ = ["MARGIN", "bound_triples", "remainder", "spread"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-MARGIN = 2e-5  # mIoU; more than the float32 sums of a bound lose
-
-
-def compiled(fastmath: bool = False) -> Callable[[F], F]:
-    decorate: Any = numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")
-    return cast(Callable[[F], F], decorate)
+STRESSES = np.array([0.0, 0.25, 1.0, 4.0], np.float32)
+"""The values of s that are tried."""
+MARGIN = 2e-5
+"""mIoU; more than the float32 sums of a bound lose. It is given away wherever a bound is compared."""
 
 
 @compiled(fastmath=True)
-def spread(mine: Any, theirs: Any, out: Any) -> None:
-    """Adds to (4 K,) how far up and how far down any set of images that leaves at an exit (V, 2 K), not at ``theirs``,
-    can move it."""
+def spread(mine: Float32, theirs: Float32, out: Float32) -> None:
+    """Adds to ``out`` (4 K,) the most and the least by which any set of images changes l and u by leaving at one exit,
+    ``mine`` (V, 2 K), instead of another, ``theirs`` (V, 2 K)."""
     width = mine.shape[1]
     for v in range(mine.shape[0]):
         for k in range(width):
@@ -35,8 +57,9 @@ def spread(mine: Any, theirs: Any, out: Any) -> None:
 
 
 @compiled(fastmath=True)
-def _best_prefix(arrays: Any, h: int, gain: Any) -> Any:
-    """The most that the images leaving at exit h can gain, over all its thresholds; 0 for no image."""
+def _best_gain(arrays: Arrays, h: int, gain: Float32) -> np.float32:
+    """The largest sum of ``gain`` (V,) over the images that leave at exit h, over all its thresholds; 0 for no
+    image."""
     best = np.float32(0)
     for column in range(arrays.first_column[h], arrays.first_column[h + 1]):
         order, bins, total = arrays.order[column], arrays.bins[column], np.float32(0)
@@ -50,11 +73,14 @@ def _best_prefix(arrays: Any, h: int, gain: Any) -> Any:
 
 
 @compiled(fastmath=True)
-def remainder(span: Any, floors: Any, num_classes: int, tau: Any, few: Any) -> Any:
-    """What the linear form can be short of the mIoU of any instance whose mIoU is at least ``tau`` above the tangent's:
-    see ``engine``. If less than ``few``, something less than ``few``. ``span`` (6 K,) are the upper, then the lower
-    ends of its l and u, and room; ``floors`` the tangent's."""
+def remainder(span: Float32, floors: Float32, num_classes: int, tau: Real, negligible: Real) -> np.float32:
+    """Step 3: an upper bound of mean p - mean l for all instances whose mIoU is at least ``tau`` above the tangent's.
+
+    ``span`` (6 K,) holds the upper ends of l and u, then their lower ends, then workspace; ``floors`` (2, K) are the
+    tangent's. A bound below ``negligible`` rules out whatever is asked about, so the first one found is returned.
+    """
     classes, best = floors.shape[1], np.float32(1e9)
+    # 1 / (1 + u) at the lower and the upper end of u; 1 + u is at least the share of the labelled pixels.
     for k in range(classes):
         span[4 * classes + k] = np.float32(1) / max(np.float32(1) + span[3 * classes + k], floors[1, k])
         span[5 * classes + k] = np.float32(1) / max(np.float32(1) + span[classes + k], floors[1, k])
@@ -63,35 +89,37 @@ def remainder(span: Any, floors: Any, num_classes: int, tau: Any, few: Any) -> A
         for k in range(classes):
             most, least = span[k], span[2 * classes + k]
             narrow, wide = more * span[4 * classes + k] - np.float32(1), more * span[5 * classes + k] - np.float32(1)
+            # (1 + s) p - l = l ((1 + s) / (1 + u) - 1) at the four corners of the ends of l and u
             corner = max(max(most * narrow, most * wide), max(least * narrow, least * wide))
+            # and (1 + s) p - l <= (1 + s) (1 - r) - l, as p <= 1 - r.
             total += min(corner, more * (np.float32(1) - floors[0, k]) - least)
         best = min(best, total / np.float32(num_classes) - stress * tau)
-        if best < few:
+        if best < negligible:
             break
     return best
 
 
 @compiled(fastmath=True)
 def bound_triples(
-    arrays: Any,
+    arrays: Arrays,
     last: int,
     num: int,
-    x: Any,
-    offset: Any,
-    floors: Any,
-    prices: Any,
+    x: Float32,
+    offset: Float32,
+    floors: Float32,
+    prices: FloatArray,
     tau: float,
     target: float,
-    bound: Any,
+    bound: Float32,
 ) -> int:
-    """Bounds every pair of early exits before ``last``; the number of pairs left.
+    """Step 5: bounds every pair of the ``num`` early exits before ``last``; returns the number of pairs left.
 
-    ``x`` (H, V, 2 K) is l and u of each image at each exit against the tangent, ``offset`` (2 K,) those of ``last`` in
-    all, ``floors`` the tangent's; ``prices`` (4, H) what the parts cost all images, in mIoU.
-    ``bound[middle, first]`` >= ``target`` marks what to bound, and becomes the largest l - price + remainder with every
-    image free to leave at the first exit, or -9 if below ``target``: crude, but it takes a microsecond.
+    ``x`` (H, V, 2 K), ``offset`` (2 K,) of ``last`` and ``floors`` are the tangent's; ``prices`` (4, H) what the parts
+    cost if all images pay them, in mIoU. ``bound[middle, first]`` >= ``target`` marks what to bound; it becomes
+    G + remainder, or RULED_OUT if that is below ``target``.
     """
     num_images, width = arrays.counts.shape[1], x.shape[2]
+    # The most and the least that leaving at an early exit can change l and u (step 3).
     moves = np.zeros((num, 2 * width), np.float32)
     for h in range(num):
         spread(x[h], x[last], moves[h])
@@ -102,6 +130,7 @@ def bound_triples(
             for k in range(width // 2):
                 total += x[h if h < num else last, v, k]
             score[h, v] = total / arrays.num_classes
+    # Of the middle exit with the last one: min(g_b, g_c) of each image, and the best B.
     share = 1 / num_images
     worse, best_pair = np.zeros((num, num_images), np.float32), np.zeros(num, np.float32)
     gain, mine = np.zeros(num_images, np.float32), np.zeros(num_images, np.float32)
@@ -115,7 +144,7 @@ def bound_triples(
             worse[h, v] = min(here, there)
             gain[v] = here - there
             total += there
-        best_pair[h] = total + _best_prefix(arrays, h, gain)
+        best_pair[h] = total + _best_gain(arrays, h, gain)
     left = 0
     span = np.zeros(3 * width, np.float32)
     for first in range(num):
@@ -133,8 +162,9 @@ def bound_triples(
             for k in range(width):
                 span[k] = offset[k] + moves[first, k] + moves[middle, k]
                 span[width + k] = offset[k] + moves[first, width + k] + moves[middle, width + k]
+            # G <= (best B) + (what A gains at most); the remainder of any A and B.
             value = base + free
             value += remainder(span, floors, arrays.num_classes, tau, target - value)
-            bound[middle, first] = value if value >= target else -9
+            bound[middle, first] = value if value >= target else RULED_OUT
             left += value >= target
     return left

@@ -1,72 +1,88 @@
-"""Bounds of choices of three exits by cells of thresholds, compiled by numba when first called; ``kernels`` says what
-V, H, K, a column of thresholds, its bins and levels are, ``engine`` what l, u and the remainder.
+"""Step 6 of the derivation: tighter bounds of a choice of three exits, by cells of its thresholds.
 
-The sets of images that may leave at an exit, over all its thresholds, fall into classes by their size: 4 coarse ones,
-of which each is two of 8, of which each is two of 16. Within a class an image leaves in all sets, in some or in none.
-A cell is a class at the first exit and one at the middle one: where either is undecided about an image, the image takes
-what is best for it, and the sum is an upper bound of l less the price. Cells that may hold news are divided.
+*Classes.* The sets of images that may leave at an exit, over all its thresholds, fall into classes by their size: 4
+coarse ones, of which each is two of 8, of which each is two of 16 fine ones. Within a class an image leaves in no set,
+in some, or in all. A *cell* is a class at the first exit together with one at the middle exit.
 
-The remainder wants the range of l and u over a cell. With A the set that leaves at a, B the one at b, D = A \\ B and
-E = B \\ A, the sums are those of all images at c, and either of A moved from b to a, B from c to b and D from c to b,
-or of A moved from c to a and E from c to b. What moving A or B as a whole does is known over the sets of each class; D
-and E are within the images that some set of the one has and some set of the other lacks: few, where the one is small.
+*Linear form.* Within a cell an image that leaves in all sets, or in none, has no choice; every other image is given the
+exit with the largest g (step 4). The sum is an upper bound of G over the cell.
+
+*Remainder.* Step 3 wants the ends of l and u over the cell. Let A be the images that leave at the first exit, B those
+that reach the middle exit's threshold. Start with all images at the last exit. Then either
+
+- move B from the last exit to the middle one, then A from the middle exit to the first, which is wrong by D = A - B:
+  those images came from the last exit, so add the change from the last exit to the middle one for D; or
+- move A from the last exit to the first, then those of E = B - A from the last exit to the middle one.
+
+What moving A or B as a whole changes is known: ``Form.ranges`` holds the most and the least over the sets of each
+class. D and E lie within the images that some set of one class has and some set of the other class lacks: few where the
+one class is of small sets and the other of large ones, which decides between the two ways.
+
+*Division.* A coarse cell whose bound reaches the target is divided into 4 cells, each of these into 4 fine ones.
+``_divide`` returns the largest bound of all fine cells, and, as ``slack``, the remainder of each fine cell that is
+left: step 7, ``enumeration.try_triple``, looks at their thresholds one by one.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from messnet.records.arrays import FloatArray, IntArray
-from messnet.searching.exact.bounds import compiled, remainder
-from messnet.searching.exact.kernels import try_triple
-from messnet.searching.exact.problem import Arrays
+from messnet.searching.exact.arrays import RULED_OUT, Arrays, Float32, Frontier, Real
+from messnet.searching.exact.bounds import remainder
+from messnet.searching.exact.compiling import compiled
+from messnet.searching.exact.enumeration import try_triple
+from messnet.searching.exact.tangent import Tangent
 
-__all__ = ["FINE", "Form", "Sets", "bound_choices", "classes_of", "fill_ranges", "form_at", "try_choices"]
+__all__ = ["FINE", "Form", "Sets", "bound_choices", "classes_of", "evaluate_choices", "fill_ranges", "form_at"]
 
+Status = NDArray[np.int8]
 COARSE, HALF, FINE = 4, 8, 16
 AT_HALF, AT_FINE = COARSE, COARSE + HALF  # where their classes begin
 CLASSES = COARSE + HALF + FINE
-OUT, SOME, IN = 0, 1, 2
+OUT, SOME, IN = 0, 1, 2  # an image leaves in no set of a class, in some, in all
 BIG = np.float32(1e30)
 
 
 class Sets(NamedTuple):
-    """The classes of the sets of images that may leave, of a problem."""
+    """The classes of the sets of images that may leave, at every early exit."""
 
-    status: NDArray[np.int8]
-    """(H - 1, CLASSES, V): whether the image leaves in no set of the class, in some, or in all (OUT, SOME, IN)."""
+    status: Status
+    """(H - 1, CLASSES, V): OUT, SOME or IN."""
     valid: NDArray[np.bool_]
     """(H - 1, CLASSES): the class has a set."""
     fine: NDArray[np.int64]
-    """(columns, levels + 1): the fine class of each level's set."""
+    """(columns, levels + 1): the fine class of the set at each level."""
     pairs: IntArray
-    """(H,): the pair of exits p < q is at pairs[q] + p of the ranges."""
+    """(H,): the pair of exits p < q is at ``pairs[q] + p`` of ``Form.ranges``."""
 
 
 class Form(NamedTuple):
-    """A tangent's linear form at a price."""
+    """A tangent's linear form at a price (steps 2 and 4)."""
 
-    x: NDArray[np.float32]
-    """(H, V, 2 K): l and u, as the tangent's."""
-    offsets: NDArray[np.float32]
-    """(H, 2 K)"""
-    floors: NDArray[np.float32]
-    """(2, K)"""
-    here: NDArray[np.float32]
-    """(H, V + padding): the mean of l, less the price of the backbone and the output there."""
-    end: NDArray[np.float32]
-    """(H, V + padding): less that of the head too."""
-    entry: NDArray[np.float32]
-    """(H,): price of an early exit's head and decision, for each image that reaches it."""
-    ranges: NDArray[np.float32]
-    """(pairs, AT_FINE, 4 K): over the sets of a class of p, the largest and the least change of l and u when they leave
-    at p, not at q."""
+    x: Float32
+    """(H, V, 2 K), of the tangent."""
+    offsets: Float32
+    """(H, 2 K), of the tangent."""
+    floors: Float32
+    """(2, K), of the tangent."""
+    here: Float32
+    """(H, V + padding): what an image adds to mean l by leaving at an early exit, less the price of the backbone up to
+    there and of the output."""
+    end: Float32
+    """(H, V + padding): the same of a last exit, less the price of its head too."""
+    entry: Float32
+    """(H,): the price of an early exit's head and decision, which each image that reaches it pays."""
+    ranges: Float32
+    """(pairs, AT_FINE, 4 K): the most and the least by which l and u change when a set of a class of p leaves at p
+    instead of q."""
 
 
 def classes_of(arrays: Arrays) -> Sets:
+    """The classes of all early exits."""
     num, num_images = len(arrays.first_column) - 1, arrays.counts.shape[1]
     status, valid = np.zeros((num, CLASSES, num_images), np.int8), np.zeros((num, CLASSES), np.bool_)
     fine = np.zeros((len(arrays.bins), 1 + int(arrays.levels.max(initial=0))), np.int64)
@@ -76,7 +92,8 @@ def classes_of(arrays: Arrays) -> Sets:
 
 
 @compiled()
-def _classify(arrays: Any, status: Any, valid: Any, fine: Any) -> None:
+def _classify(arrays: Arrays, status: Status, valid: NDArray[np.bool_], fine: IntArray) -> None:
+    """Fills ``Sets``: fine classes from the sets of every level, the coarser ones from their two children."""
     num_images = arrays.counts.shape[1]
     for h in range(len(status)):
         for c in range(FINE):
@@ -87,6 +104,7 @@ def _classify(arrays: Any, status: Any, valid: Any, fine: Any) -> None:
             for level in range(arrays.levels[column], 0, -1):
                 while v >= 0 and bins[order[v]] >= level:
                     v -= 1
+                # The class of a set is its size: the share of images in it, in sixteenths.
                 c = min(FINE - 1, (num_images - 1 - v) * FINE // num_images)
                 highest = level == arrays.levels[column] or fine[column, level + 1] != c
                 fine[column, level] = c
@@ -110,8 +128,9 @@ def _classify(arrays: Any, status: Any, valid: Any, fine: Any) -> None:
                 status[h, c, w] = a if a == b else SOME
 
 
-def form_at(arrays: Arrays, sets: Sets, tangent: Any, prices: FloatArray) -> Form:
-    """``prices`` (4, H): what the parts cost all images, in mIoU. The ranges are yet to be filled."""
+def form_at(arrays: Arrays, sets: Sets, tangent: Tangent, prices: FloatArray) -> Form:
+    """The linear form of a tangent; ``prices`` (4, H) are what the parts cost if all images pay them, in mIoU. Its
+    ranges are yet to be filled, see ``fill_ranges``."""
     num_exits, num_images = arrays.counts.shape[:2]
     width = -(-num_images // 32) * 32
     share = 1 / num_images
@@ -125,8 +144,8 @@ def form_at(arrays: Arrays, sets: Sets, tangent: Any, prices: FloatArray) -> For
 
 
 @compiled(fastmath=True)
-def fill_ranges(arrays: Any, sets: Any, form: Any, later: int, before: Any) -> None:
-    """The ranges of the exits ``before`` the later one."""
+def fill_ranges(arrays: Arrays, sets: Sets, form: Form, later: int, before: IntArray) -> None:
+    """Fills the ranges of the exits ``before`` (n,) the later one, by a running sum over each column."""
     width, x = form.x.shape[2], form.x
     total, gain = np.zeros(width, np.float32), np.empty((x.shape[1], width), np.float32)
     for p in before:
@@ -158,145 +177,172 @@ def fill_ranges(arrays: Any, sets: Any, form: Any, later: int, before: Any) -> N
 
 
 @compiled(fastmath=True)
-def _remainder(arrays: Any, form: Any, last: int, one: Any, two: Any, extra: Any, span: Any, tau: Any, few: Any) -> Any:
-    """``remainder`` where l and u are those of all images at ``last`` and the sum of three changes (4 K,)."""
+def _remainder(
+    arrays: Arrays,
+    form: Form,
+    last: int,
+    one: Float32,
+    two: Float32,
+    extra: Float32,
+    span: Float32,
+    tau: Real,
+    negligible: Real,
+) -> np.float32:
+    """Step 3 where l and u are those of all images at the last exit plus three changes (4 K,)."""
     offset = form.offsets[last]
     width = len(offset)
     for k in range(width):
         span[k] = offset[k] + one[k] + two[k] + extra[k]
         span[width + k] = offset[k] + one[width + k] + two[width + k] + extra[width + k]
-    return remainder(span, form.floors, arrays.num_classes, tau, few)
+    return remainder(span, form.floors, arrays.num_classes, tau, negligible)
 
 
 @compiled(fastmath=True)
-def _best_of(here: Any, status: Any, rest: Any) -> Any:
-    """The best that a cell can be: of what may leave at the first exit, and the rest."""
+def _best_of(here: Float32, status: Status, later: Float32) -> np.float32:
+    """The linear form's bound of a cell: each image at the first exit (``here``), or at its best exit after it
+    (``later``), as its status lets it."""
     total = np.float32(0)
     for v in range(len(status)):
-        total += max(rest[v] if status[v] == OUT else here[v], here[v] if status[v] == IN else rest[v])
+        total += max(later[v] if status[v] == OUT else here[v], here[v] if status[v] == IN else later[v])
     return total
 
 
 @compiled(fastmath=True)
-def _rest(arrays: Any, sets: Any, form: Any, last: int, middle: int, rest: Any, worth: Any, spare: Any) -> None:
-    """What depends on the last two exits: ``rest`` (CLASSES, V + padding) the best of an image that does not leave at
-    the first; ``worth`` (V, 4 K) what leaving at the middle one can add to l and u and take from them; ``spare``
-    (2, AT_FINE, 4 K) that of all images that some set of a class lacks, and of those that some set has."""
+def _prepare(
+    arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, later: Float32, change: Float32, whole: Float32
+) -> None:
+    """Computes what depends on the last two exits only, for all first exits before them.
+
+    ``later`` (CLASSES, V + padding): the best that an image can be that does not leave at the first exit, by the class
+    of the middle one. ``change`` (V, 4 K): the most and the least by which an image changes l and u by leaving at the
+    middle exit instead of the last. ``whole`` (2, AT_FINE, 4 K): the sum of these over the images that some set of a
+    class lacks, which hold D = A - B, and over those that some set has, which hold E = B - A.
+    """
     num_images, width = arrays.counts.shape[1], form.x.shape[2]
     entry = form.entry[middle]
     for c in range(CLASSES):
-        status, row = sets.status[middle, c], rest[c]
+        status, row = sets.status[middle, c], later[c]
         for v in range(num_images):
             here, there = form.here[middle, v], form.end[last, v]
             better = max(here, there)
             row[v] = (here if status[v] == IN else there if status[v] == OUT else better) - entry
-    spare[:] = 0
+    whole[:] = 0
     for v in range(num_images):
-        mine, theirs, out = form.x[middle, v], form.x[last, v], worth[v]
+        mine, theirs, out = form.x[middle, v], form.x[last, v], change[v]
         for k in range(width):
             out[k] = max(np.float32(0), mine[k] - theirs[k])
             out[width + k] = min(np.float32(0), mine[k] - theirs[k])
         for c in range(AT_HALF, AT_FINE):
             if sets.status[middle, c, v] != IN:
-                row = spare[0, c]
+                row = whole[0, c]
                 for k in range(len(out)):
                     row[k] += out[k]
             if sets.status[middle, c, v] != OUT:
-                row = spare[1, c]
+                row = whole[1, c]
                 for k in range(len(out)):
                     row[k] += out[k]
     for which in range(2):
         for c in range(COARSE):
-            row, one, two = spare[which, c], spare[which, AT_HALF + 2 * c], spare[which, AT_HALF + 2 * c + 1]
+            row, one, two = whole[which, c], whole[which, AT_HALF + 2 * c], whole[which, AT_HALF + 2 * c + 1]
             for k in range(width):
                 row[k] = max(one[k], two[k])
                 row[width + k] = min(one[width + k], two[width + k])
 
 
 @compiled(fastmath=True)
-def _spare(mine: Any, theirs: Any, worth: Any, extra: Any) -> None:
-    """Sums ``worth`` over the images that some set of ``mine`` has and some set of ``theirs`` lacks."""
+def _sum_between(mine: Status, theirs: Status, change: Float32, extra: Float32) -> None:
+    """Sums ``change`` (V, 4 K) over the images that some set of the one class has and some set of the other lacks."""
     extra[:] = 0
     images, num = np.empty(len(mine), np.int32), 0
     for v in range(len(mine)):
         images[num] = v
         num += (mine[v] != OUT) & (theirs[v] != IN)
     for i in range(num):
-        row = worth[images[i]]
+        row = change[images[i]]
         for k in range(len(extra)):
             extra[k] += row[k]
 
 
 @compiled(fastmath=True)
 def _divide(
-    arrays: Any,
-    sets: Any,
-    form: Any,
-    exits: Any,
-    rest: Any,
-    worth: Any,
-    spare: Any,
-    target: Any,
-    tau: Any,
-    enough: Any,
-    extra: Any,
-    room: Any,
-    need: Any,
-) -> Any:
-    """The largest bound of all cells of a choice (last, middle, first), -9 if all are below ``target``, or the first
-    one that is ``enough``. ``need`` (FINE, FINE), -9 in all, becomes the remainder of each fine cell that may be
-    news."""
+    arrays: Arrays,
+    sets: Sets,
+    form: Form,
+    exits: tuple[int, int, int],
+    later: Float32,
+    change: Float32,
+    whole: Float32,
+    target: Real,
+    tau: Real,
+    enough: Real,
+    extra: Float32,
+    span: Float32,
+    slack: Float32,
+) -> np.float32:
+    """The largest bound of all fine cells of a choice (last, middle, first), RULED_OUT if all are below ``target``, or
+    the first bound that is ``enough``. ``slack`` (FINE, FINE), RULED_OUT everywhere before, becomes the remainder of
+    each fine cell that is not ruled out. ``later``, ``change`` and ``whole`` come from ``_prepare``; ``extra`` (2, 4
+    K), whose second row is 0, and ``span`` (6 K,) are workspace."""
     last, middle, first = exits
     here, mine, theirs = form.here[first], sets.status[first], sets.status[middle]
-    both, later = form.ranges[sets.pairs[middle] + first], form.ranges[sets.pairs[last] + middle]
-    over, none, span = form.ranges[sets.pairs[last] + first], extra[1], room
+    # Changes of l and u: A from the middle exit to the first; B from the last to the middle; A from the last to the
+    # first; nothing.
+    a_from_middle, b_from_last = form.ranges[sets.pairs[middle] + first], form.ranges[sets.pairs[last] + middle]
+    a_from_last, none = form.ranges[sets.pairs[last] + first], extra[1]
     values = np.empty((FINE, FINE), np.float32)
-    paid, best = form.entry[first] * np.float32(arrays.counts.shape[1]), np.float32(-9)
+    paid, best = form.entry[first] * np.float32(arrays.counts.shape[1]), RULED_OUT
     for r in range(COARSE):
         if not sets.valid[first, r]:
             continue
         for s in range(COARSE):
             if not sets.valid[middle, s]:
                 continue
-            value = _best_of(here, mine[r], rest[s]) - paid
-            if r < s:
-                wide = _remainder(arrays, form, last, both[r], later[s], spare[0, s], span, tau, target - value)
-            else:
-                wide = _remainder(arrays, form, last, over[r], none, spare[1, s], span, tau, target - value)
+            # Coarse cell: bound of G, and the remainder with D or E taken as large as the middle exit's class lets it.
+            value = _best_of(here, mine[r], later[s]) - paid
+            if r < s:  # A is small beside B: by D
+                wide = _remainder(
+                    arrays, form, last, a_from_middle[r], b_from_last[s], whole[0, s], span, tau, target - value
+                )
+            else:  # by E
+                wide = _remainder(arrays, form, last, a_from_last[r], none, whole[1, s], span, tau, target - value)
             if value + wide < target:
                 continue
             for i in range(AT_HALF + 2 * r, AT_HALF + 2 * r + 2):
                 for j in range(AT_HALF + 2 * s, AT_HALF + 2 * s + 2):
                     if not (sets.valid[first, i] and sets.valid[middle, j]):
                         continue
-                    value = _best_of(here, mine[i], rest[j]) - paid
+                    # Half cell: a tighter bound of G with the coarse remainder,
+                    value = _best_of(here, mine[i], later[j]) - paid
                     if value + wide < target:
                         continue
+                    # then that of its four fine cells,
                     highest = np.float32(-BIG)
                     for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
                         for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):
                             if sets.valid[first, AT_FINE + a] and sets.valid[middle, AT_FINE + b]:
-                                values[a, b] = _best_of(here, mine[AT_FINE + a], rest[AT_FINE + b]) - paid
+                                values[a, b] = _best_of(here, mine[AT_FINE + a], later[AT_FINE + b]) - paid
                                 highest = max(highest, values[a, b])
                     if highest + wide < target:
                         continue
-                    one, two = both[i] if i < j else over[i], later[j] if i < j else none
-                    few = target - highest
-                    short = _remainder(arrays, form, last, one, two, spare[0 if i < j else 1, j], span, tau, few)
-                    if short < few:
+                    # then the half cell's own remainder, with D or E by the middle exit's class,
+                    one, two = (a_from_middle[i], b_from_last[j]) if i < j else (a_from_last[i], none)
+                    missing = target - highest
+                    short = _remainder(arrays, form, last, one, two, whole[0 if i < j else 1, j], span, tau, missing)
+                    if short < missing:
                         continue
+                    # and with the images that can be in D or E by the classes of both exits.
                     if i < j:
-                        _spare(mine[i], theirs[j], worth, extra[0])
+                        _sum_between(mine[i], theirs[j], change, extra[0])
                     else:
-                        _spare(theirs[j], mine[i], worth, extra[0])
-                    short = min(short, _remainder(arrays, form, last, one, two, extra[0], span, tau, few))
+                        _sum_between(theirs[j], mine[i], change, extra[0])
+                    short = min(short, _remainder(arrays, form, last, one, two, extra[0], span, tau, missing))
                     short = min(short, wide)
                     for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
                         for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):
                             if sets.valid[first, AT_FINE + a] and sets.valid[middle, AT_FINE + b]:
                                 value = values[a, b] + short
                                 if value >= target:
-                                    need[a, b] = short
+                                    slack[a, b] = short
                                     best = max(best, value)
                     if best >= enough:
                         return best
@@ -305,70 +351,94 @@ def _divide(
 
 @compiled()
 def bound_choices(
-    arrays: Any, sets: Any, form: Any, last: int, middles: Any, tau: float, target: float, exact: bool, bound: Any
+    arrays: Arrays,
+    sets: Sets,
+    form: Form,
+    last: int,
+    middles: IntArray,
+    tau: Real,
+    target: Real,
+    exact: bool,
+    bound: Float32,
 ) -> None:
-    """Bounds pairs of ``middles`` and the exits before each. ``bound[middle, first]`` >= ``target``, a bound already,
-    marks what to bound: it becomes the largest l - price + remainder over all thresholds, if that is less, or -9 if
-    below ``target``. Not ``exact``: what is not below stays as it is, at less expense."""
+    """Bounds the pairs of ``middles`` (n,) and the exits before each.
+
+    ``bound[middle, first]`` >= ``target``, a bound already, marks what to bound. It becomes RULED_OUT if no instance of
+    the choice can reach the target, else the largest bound of its cells if that is less. If not ``exact``, what can
+    reach the target keeps its bound, at less expense.
+    """
     width, num_images = 2 * form.x.shape[2], arrays.counts.shape[1]
-    rest, worth = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
-    spare, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
-    room, need = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
+    later, change = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
+    whole, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
+    span, slack = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
     enough = np.float32(1e9) if exact else np.float32(target)
     for middle in middles:
-        known = False
+        prepared = False
         for first in range(bound.shape[1]):
             if bound[middle, first] < target:
                 continue
-            if not known:
-                _rest(arrays, sets, form, last, middle, rest, worth, spare)
-                known = True
+            if not prepared:
+                _prepare(arrays, sets, form, last, middle, later, change, whole)
+                prepared = True
             exits = (last, middle, first)
             value = _divide(
                 arrays,
                 sets,
                 form,
                 exits,
-                rest,
-                worth,
-                spare,
+                later,
+                change,
+                whole,
                 np.float32(target),
                 np.float32(tau),
                 enough,
                 extra,
-                room,
-                need,
+                span,
+                slack,
             )
             if value < target:
-                bound[middle, first] = -9
+                bound[middle, first] = RULED_OUT
             elif exact:
                 bound[middle, first] = min(bound[middle, first], value)
 
 
 @compiled(fastmath=True)
-def _narrow(arrays: Any, sets: Any, form: Any, exits: Any, rest: Any, target: Any, need: Any, narrow: Any) -> bool:
-    """``narrow`` (columns of the first exit, FINE, FINE): what is left of ``need`` at each of its columns, of which
-    every set is looked at now, not a class of them. Whether anything is."""
+def _narrow(
+    arrays: Arrays,
+    sets: Sets,
+    form: Form,
+    exits: tuple[int, int, int],
+    later: Float32,
+    target: Real,
+    slack: Float32,
+    narrow: Float32,
+) -> bool:
+    """Rules out more fine cells by looking at every set of the first exit instead of its classes.
+
+    ``narrow`` (columns of the first exit, FINE, FINE) becomes what is left of ``slack`` at each of its columns. Returns
+    whether anything is left.
+    """
     _, _, first = exits
     num_images, some = arrays.counts.shape[1], False
     gain = np.empty(num_images, np.float32)
-    narrow[:] = -9
+    narrow[:] = RULED_OUT
     for s in range(FINE):
-        if need[:, s].max() <= -8:
+        if slack[:, s].max() <= RULED_OUT + 1:
             continue
-        row, whole = rest[AT_FINE + s], -form.entry[first] * np.float32(num_images)
+        row, total_later = later[AT_FINE + s], -form.entry[first] * np.float32(num_images)
         for v in range(num_images):
             gain[v] = form.here[first, v] - row[v]
-            whole += row[v]
+            total_later += row[v]
         for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
             order, bins, fine = arrays.order[column], arrays.bins[column], sets.fine[column]
             mine = narrow[column - arrays.first_column[first]]
-            total, v = whole, num_images - 1
+            # A running sum: the images of the set at the first exit, all others at their best exit after it.
+            total, v = total_later, num_images - 1
             for level in range(arrays.levels[column], 0, -1):
                 while v >= 0 and bins[order[v]] >= level:
                     total += gain[order[v]]
                     v -= 1
-                short = need[fine[level], s]
+                short = slack[fine[level], s]
                 if total + short >= target:
                     mine[fine[level], s] = short
                     some = True
@@ -376,35 +446,35 @@ def _narrow(arrays: Any, sets: Any, form: Any, exits: Any, rest: Any, target: An
 
 
 @compiled()
-def try_choices(
-    arrays: Any,
-    sets: Any,
-    form: Any,
-    exits: Any,
-    tau: float,
-    target: float,
+def evaluate_choices(
+    arrays: Arrays,
+    sets: Sets,
+    form: Form,
+    exits: IntArray,
+    tau: Real,
+    target: Real,
     max_cost: float,
     least_miou: float,
-    scores: Any,
-    line: Any,
-    steps: Any,
-    found: Any,
+    scores: FloatArray,
+    line: FloatArray,
+    corners: FloatArray,
+    front: Frontier,
 ) -> int:
-    """``try_triple`` for choices (n, 3) of last, middle, first, where their cells may hold news; those of the same last
-    and middle exit are one after another."""
+    """Step 7: evaluates choices (n, 3) of last, middle, first, as far as their cells do not rule them out; those of the
+    same last and middle exit are best one after another. Returns the number of instances whose mIoU was computed."""
     width, num_images = 2 * form.x.shape[2], arrays.counts.shape[1]
-    rest, worth = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
-    spare, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
-    room, need = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
+    later, change = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
+    whole, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
+    span, slack = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
     narrow = np.zeros((np.diff(arrays.first_column).max(), FINE, FINE), np.float32)
     tried, low, enough = 0, np.float32(target), np.float32(1e9)
     for n in range(len(exits)):
         last, middle, first = exits[n]
         if n == 0 or exits[n - 1, 0] != last or exits[n - 1, 1] != middle:
-            _rest(arrays, sets, form, last, middle, rest, worth, spare)
-        need[:] = -9
+            _prepare(arrays, sets, form, last, middle, later, change, whole)
+        slack[:] = RULED_OUT
         one = (last, middle, first)
-        value = _divide(arrays, sets, form, one, rest, worth, spare, low, np.float32(tau), enough, extra, room, need)
-        if value >= target and _narrow(arrays, sets, form, one, rest, low, need, narrow):
-            tried += try_triple(arrays, sets.fine, one, max_cost, least_miou, narrow, scores, line, steps, found)
+        value = _divide(arrays, sets, form, one, later, change, whole, low, np.float32(tau), enough, extra, span, slack)
+        if value >= target and _narrow(arrays, sets, form, one, later, low, slack, narrow):
+            tried += try_triple(arrays, sets.fine, one, max_cost, least_miou, narrow, scores, line, corners, front)
     return tried

@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it answers."""
+"""What a search is asked, what it answers, and how it goes about it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from messnet.searching.exact.problem import Found
+from messnet.searching.answers import FrontPoint, Incumbent, Proof
 
-__all__ = ["OutOfTimeError", "Outcome", "Region"]
+__all__ = ["OutOfTimeError", "Outcome", "Region", "StoppedError", "Tuning"]
 
 
 class Region(NamedTuple):
-    """What is news: points of the front, or the best of one objective within its limits."""
+    """What is looked for: the whole front, or the instance of least cost or largest mIoU within limits."""
 
     goal: Literal["front", "cost", "miou"]
     least_miou: float = -1.0
@@ -22,20 +22,41 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What an engine found, and what it proved."""
+    """What a search found, and what it proved."""
 
-    front: Found
-    near: list[tuple[float, float, int]]
-    """(cost, mIoU, key) of the best instance within the limits of every choice of exits that was evaluated."""
-    num_evaluated: int
-    stopped: Literal["", "time limit", "interrupted"]
-    gap_cost: float
-    """Relative: no instance within the limits costs less than (1 - gap) times the best one. 0: optimal."""
-    gap_miou: float
-    """No instance within the limits has a larger mIoU by more; over a front, at any cost. 0: optimal."""
-    exact_from: float = -1.0
-    """A front is exact at this mIoU and above."""
+    front: tuple[FrontPoint, ...]
+    """The best of everything that was evaluated, by ascending cost."""
+    static: tuple[FrontPoint, ...]
+    """The front of instances of one exit."""
+    best: tuple[FrontPoint, ...]
+    """Of a search for one objective: the best instance within the limits of every choice of exits that was evaluated,
+    best first; at most ``Tuning.num_best``."""
+    proof: Proof
+    incumbents: tuple[Incumbent, ...]
+    """Of a search for one objective: the best so far over time."""
 
 
-class OutOfTimeError(Exception):
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Sizes that change how long a search takes, never what it finds."""
+
+    num_best: int = 4
+    """Instances that ``Outcome.best`` holds."""
+    num_reprice: int = 20_000
+    """Candidates from which on bounds at another price pay."""
+    num_seeds: int = 256
+    """Choices evaluated before any is bounded."""
+    per_batch: int = 8
+    """Candidates that a worker evaluates between two looks at the clock."""
+    bend: float = 3e-3
+    """mIoU by which the front within a strip may be off a line: a strip has one tangent and one price."""
+    rise: float = 13.0
+    """Bends: the largest mIoU less the least within a strip, with which remainders grow."""
+
+
+class StoppedError(Exception):
+    """The caller wants the search to stop."""
+
+
+class OutOfTimeError(StoppedError):
     """Time is up."""

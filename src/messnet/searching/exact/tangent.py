@@ -1,32 +1,42 @@
-"""The linear form that bounds the mIoU of instances near a good one; ``engine`` says how."""
+"""Step 2 of the derivation: a linear form that equals the mIoU at one instance and is close to it nearby.
+
+Take some good instance, the *reference*, with IoU r_k and union U0_k of class k, and let R be the mean of r_k. For any
+instance with intersections I_k and unions U_k put
+
+    l_k = (I_k - r_k U_k) / U0_k    and    u_k = U_k / U0_k - 1.
+
+Then I_k / U_k - r_k = (I_k - r_k U_k) / U_k = l_k / (1 + u_k) exactly, so that its mIoU is R + mean over k of l_k / (1
++ u_k). At the reference l_k = u_k = 0, and l_k is the tangent of the IoU there. Both are linear in the pixel counts:
+each is a sum over images of what the image contributes at the exit that it takes. That is what ``Tangent`` holds.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from messnet.records.arrays import FloatArray
+from messnet.searching.exact.arrays import Float32
 from messnet.searching.exact.problem import Problem
 
 __all__ = ["NO_TANGENT", "Tangent", "tangent_at"]
 
 
 class Tangent(NamedTuple):
-    """The linear form at one instance. K is the number of classes rounded up to a multiple of 8, which is quicker; l
-    and u are 0 for those that are none."""
+    """The linear form at one reference. K is the number of classes rounded up to a multiple of 8, which loops over
+    faster; l and u are 0 for those that are none."""
 
     miou: float
-    x: NDArray[np.float32]
-    """(H, V, 2 K): l and u of every exit and image."""
-    offsets: NDArray[np.float32]
-    """(H, 2 K): of all images at every exit, u less 1."""
+    """R"""
+    x: Float32
+    """(H, V, 2 K): what each image contributes to l and u at each exit."""
+    offsets: Float32
+    """(H, 2 K): l and u where all images leave at one exit."""
     scores: FloatArray
-    """(H, V): the mean of l over the classes."""
-    floors: NDArray[np.float32]
-    """(2, K): r, as no instance's I / U - r is below -r or above 1 - r; the least 1 + u of any, that of the pixels with
-    the label alone."""
+    """(H, V): the contributions to l, averaged over the classes."""
+    floors: Float32
+    """(2, K): r_k; and the least 1 + u_k of any instance, since a union holds at least the pixels with the label."""
 
 
 NO_TANGENT = Tangent(
@@ -43,7 +53,7 @@ def tangent_at(problem: Problem, key: int) -> Tangent:
     x, scores = np.zeros((*counts.shape[:2], 2, width), np.float32), np.empty(counts.shape[:2])
     offsets, floors = np.zeros((len(counts), 2, width), np.float32), np.ones((2, width), np.float32)
     for h, values in enumerate(counts):
-        gains = (values[:, :k] - iou * values[:, k : 2 * k]) / union
+        gains = (values[:, :k] - iou * values[:, k : 2 * k]) / union  # l_k, image by image
         scores[h] = gains.mean(1)
         x[h, :, 0, :k], x[h, :, 1, :k] = gains, values[:, k : 2 * k] / union
         summed = values.sum(0, dtype=np.int64).astype(np.float64)

@@ -1,27 +1,31 @@
-"""The search's inner loops, compiled by numba when first called; ``engine`` says what they are for.
+"""Step 1 of the derivation: instances are evaluated by running sums.
 
-V images, H exits (rows of the tables, the final one last), C = 2 K + X count columns: intersections and unions of the
-K classes that have labels, then unions of the X others, which can only add an IoU of 0. A column of thresholds is one
-early exit at one pixel threshold; ``bins[column, v]`` says how many of its image thresholds image v reaches, so that
-the images leaving at level i are those with bins >= i: nested sets.
+The images that leave at one exit at level i of a column include those that leave at level i + 1. Going down the levels
+images are added one by one, and the pixel counts of the whole instance change by what each image moves from one exit to
+another. So all levels of a column cost one pass over the images instead of one pass each.
+
+mIoU is computed in two goes: in float32 first, which already rules most instances out, then in float64 in a fixed order
+and rounded, so that equal instances have equal mIoU.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
-from messnet.searching.exact.bounds import MARGIN, compiled
-from messnet.searching.exact.problem import MEAN, P95, WHOLE_SUM, WORST
+from messnet.records.arrays import FloatArray, IntArray
+from messnet.searching.exact.arrays import MEAN, P95, RULED_OUT, WHOLE_SUM, WORST, Arrays, Counts, Float32, Frontier
+from messnet.searching.exact.bounds import MARGIN
+from messnet.searching.exact.compiling import compiled
 
-__all__ = ["mean_iou_of", "merge", "try_pair", "try_pairs_before", "try_single", "try_triple"]
+__all__ = ["key_of", "mean_iou_of", "merge", "try_pair", "try_pairs_before", "try_single", "try_triple"]
 
-QUICK = np.float32(2e-6)  # more than float32 loses of an mIoU
+QUICK = np.float32(2e-6)
+"""More than an mIoU loses in float32."""
 
 
 @compiled()
-def mean_iou_of(counts: Any, num_classes: int, floors: Any) -> float:
+def mean_iou_of(counts: Counts, num_classes: int, floors: FloatArray) -> float:
     """mIoU of summed counts (C,) to 12 decimals, or -1 where a class is below its floor."""
     total, num = 0.0, num_classes
     for k in range(num_classes):
@@ -36,7 +40,7 @@ def mean_iou_of(counts: Any, num_classes: int, floors: Any) -> float:
 
 
 @compiled(fastmath=True)
-def _quick_miou(counts: Any, num_classes: int) -> Any:
+def _quick_miou(counts: Counts, num_classes: int) -> np.float32:
     total, num = np.float32(0), num_classes
     for k in range(num_classes):
         total += np.float32(counts[k]) / np.float32(counts[num_classes + k])
@@ -47,9 +51,10 @@ def _quick_miou(counts: Any, num_classes: int) -> Any:
 
 
 @compiled()
-def _leaving(arrays: Any, m: int, positions: Any, out: Any) -> None:
-    """Cost m of an image that leaves at each of an instance's exits, as CostColumn.leaving says it."""
+def _leaving(arrays: Arrays, m: int, positions: IntArray, out: FloatArray) -> None:
+    """Row m of the costs, of an image that leaves at each exit of an instance: ``CostColumn.leaving`` for the loops."""
     parts, last = arrays.parts[m], len(positions) - 1
+    # Parameters and memory are those of all that the instance keeps, whichever exit an image takes.
     if arrays.kinds[m] >= WHOLE_SUM:
         whole = parts[0, positions[last]]
         for e in range(last + 1):
@@ -61,6 +66,8 @@ def _leaving(arrays: Any, m: int, positions: Any, out: Any) -> None:
         for e in range(last + 1):
             out[e] = whole
         return
+    # Work and latency: the backbone up to the exit, every head on the way, every decision but the last exit's, one
+    # output.
     paid = 0.0
     for e in range(last + 1):
         p = positions[e]
@@ -69,7 +76,7 @@ def _leaving(arrays: Any, m: int, positions: Any, out: Any) -> None:
 
 
 @compiled()
-def _statistic(kind: int, leaving: Any, num_left: Any) -> float:
+def _statistic(kind: int, leaving: FloatArray, num_left: IntArray) -> float:
     """The mean, the largest, or the least cost that 95 % of the images do not exceed, where num_left[e] images leave at
     exit e."""
     num_images = 0
@@ -96,8 +103,8 @@ def _statistic(kind: int, leaving: Any, num_left: Any) -> float:
 
 
 @compiled()
-def _objective(arrays: Any, leaving: Any, num_left: Any) -> float:
-    """The objective's cost from leaving costs (m, exits), infinite where a limit is exceeded."""
+def _objective(arrays: Arrays, leaving: FloatArray, num_left: IntArray) -> float:
+    """The objective's cost from leaving costs (M, exits), infinite where a limit is exceeded."""
     worst = -np.inf
     for m in range(len(leaving)):
         value = _statistic(arrays.kinds[m], leaving[m], num_left)
@@ -109,12 +116,12 @@ def _objective(arrays: Any, leaving: Any, num_left: Any) -> float:
 
 
 @compiled()
-def _place(found: Any, cost: float) -> int:
-    """How many points cost at most this."""
-    low, high = 0, found.size[0]
+def _place(front: Frontier, cost: float) -> int:
+    """The number of points that cost at most this."""
+    low, high = 0, front.size[0]
     while low < high:
         middle = (low + high) // 2
-        if found.cost[middle] <= cost:
+        if front.cost[middle] <= cost:
             low = middle + 1
         else:
             high = middle
@@ -122,49 +129,53 @@ def _place(found: Any, cost: float) -> int:
 
 
 @compiled()
-def _insert(found: Any, cost: float, miou: float, key: int) -> None:
-    place, size = _place(found, cost), found.size[0]
+def _insert(front: Frontier, cost: float, miou: float, key: int) -> None:
+    """Enters a point unless one at most as dear is as accurate, and drops those that it dominates."""
+    place, size = _place(front, cost), front.size[0]
     if place > 0:
         before = place - 1
-        if found.miou[before] > miou:
+        if front.miou[before] > miou:
             return
-        if found.miou[before] == miou and (found.cost[before] < cost or found.key[before] < key):
+        # Equal mIoU: the cheaper one stays, of equally cheap ones the smaller key.
+        if front.miou[before] == miou and (front.cost[before] < cost or front.key[before] < key):
             return
-        if found.cost[before] == cost:
+        if front.cost[before] == cost:
             place = before
+    # Points from ``place`` to ``stop`` cost at least as much and are no more accurate: dominated.
     stop = place
-    while stop < size and found.miou[stop] <= miou:
+    while stop < size and front.miou[stop] <= miou:
         stop += 1
     shift = 1 - (stop - place)
-    if size + shift > len(found.cost):
+    if size + shift > len(front.cost):
         raise MemoryError
     if shift > 0:
         for i in range(size - 1, stop - 1, -1):
-            found.cost[i + 1], found.miou[i + 1], found.key[i + 1] = found.cost[i], found.miou[i], found.key[i]
+            front.cost[i + 1], front.miou[i + 1], front.key[i + 1] = front.cost[i], front.miou[i], front.key[i]
     elif shift < 0:
         for i in range(stop, size):
-            found.cost[i + shift], found.miou[i + shift] = found.cost[i], found.miou[i]
-            found.key[i + shift] = found.key[i]
-    found.cost[place], found.miou[place], found.key[place] = cost, miou, key
-    found.size[0] = size + shift
+            front.cost[i + shift], front.miou[i + shift] = front.cost[i], front.miou[i]
+            front.key[i + shift] = front.key[i]
+    front.cost[place], front.miou[place], front.key[place] = cost, miou, key
+    front.size[0] = size + shift
 
 
 @compiled()
-def _try(arrays: Any, counts: Any, cost: float, key: int, least_miou: float, found: Any) -> None:
-    """Enters one instance, cost <= its limits, if it is as good as the front."""
+def _try(arrays: Arrays, counts: Counts, cost: float, key: int, least_miou: float, front: Frontier) -> None:
+    """Enters one instance whose cost is within its limits, if the front has none that is better."""
     if cost == np.inf:
         return
-    place = _place(found, cost)
-    least = max(least_miou, found.miou[place - 1]) if place > 0 else least_miou
+    place = _place(front, cost)
+    least = max(least_miou, front.miou[place - 1]) if place > 0 else least_miou
+    # The float32 mIoU is off by less than QUICK, so nothing that could enter is lost here.
     if _quick_miou(counts, arrays.num_classes) < least - QUICK:
         return
     miou = mean_iou_of(counts, arrays.num_classes, arrays.floors)
     if miou >= least_miou and miou >= 0:
-        _insert(found, cost, miou, key)
+        _insert(front, cost, miou, key)
 
 
 @compiled()
-def _add_all(counts: Any, out: Any) -> None:
+def _add_all(counts: Counts, out: Counts) -> None:
     """Adds counts (V, C) of all images to ``out`` (C,)."""
     for v in range(counts.shape[0]):
         for k in range(counts.shape[1]):
@@ -172,8 +183,12 @@ def _add_all(counts: Any, out: Any) -> None:
 
 
 @compiled()
-def _key(arrays: Any, first: int, middle: int, last: int, row: int, second_row: int) -> Any:
-    """Orders instances as ties are resolved: fewer exits, then the shallower last, middle, first, then small sets."""
+def key_of(arrays: Arrays, first: int, middle: int, last: int, row: int, second_row: int) -> int:
+    """The number that stands for an instance; ``first`` and ``middle`` are -1 where it has no such exit.
+
+    Keys order instances as ties are resolved: fewer exits, then the shallower last, the shallower middle, the shallower
+    first exit, then the pixel thresholds' order and the fewer images leaving early.
+    """
     num_exits = 1 + (first >= 0) + (middle >= 0)
     base = len(arrays.exit_index) + 1
     key = ((num_exits * base + last) * base + middle + 1) * base + first + 1
@@ -181,14 +196,14 @@ def _key(arrays: Any, first: int, middle: int, last: int, row: int, second_row: 
 
 
 @compiled()
-def merge(found: Any, others: Any) -> None:
+def merge(front: Frontier, others: Frontier) -> None:
     """Enters all of ``others``."""
     for i in range(others.size[0]):
-        _insert(found, others.cost[i], others.miou[i], others.key[i])
+        _insert(front, others.cost[i], others.miou[i], others.key[i])
 
 
 @compiled()
-def try_single(arrays: Any, position: int, found: Any) -> None:
+def try_single(arrays: Arrays, position: int, front: Frontier) -> None:
     """All images leave at one exit."""
     leaving = np.zeros((len(arrays.kinds), 1))
     positions, num_left = np.zeros(1, np.int64), np.zeros(1, np.int64)
@@ -199,30 +214,33 @@ def try_single(arrays: Any, position: int, found: Any) -> None:
     _add_all(arrays.counts[position], summed)
     cost = _objective(arrays, leaving, num_left)
     if cost < np.inf:
-        _try(arrays, summed, cost, _key(arrays, -1, -1, position, 0, 0), -1.0, found)
+        _try(arrays, summed, cost, key_of(arrays, -1, -1, position, 0, 0), -1.0, front)
 
 
 @compiled()
 def try_pairs_before(
-    arrays: Any,
+    arrays: Arrays,
     last: int,
-    firsts: Any,
-    part: Any,
+    firsts: IntArray,
+    part: tuple[int, int],
     max_cost: float,
     least_miou: float,
     cheapest: bool,
-    scratch: Any,
-    found: Any,
-) -> Any:
-    """The early exits ``firsts`` (n,) before ``last``, at each of their pixel thresholds or at a ``part`` (start, step)
-    of them. Returns the number of instances, (n, 2) the best of each early exit within the limits, the ``cheapest`` or
-    the most accurate one: its cost and mIoU, infinite if there is none; and its key."""
+    scratch: Frontier,
+    front: Frontier,
+) -> tuple[int, FloatArray, IntArray]:
+    """Evaluates the early exits ``firsts`` (n,) before ``last``, at all pixel thresholds or a ``part`` (start, step) of
+    them.
+
+    Returns the number of instances; the best of each early exit within the limits, the ``cheapest`` or the most
+    accurate one, as cost and mIoU (n, 2), infinite if there is none; and their keys (n,). ``scratch`` is workspace.
+    """
     best, keys = np.zeros((len(firsts), 2)), np.zeros(len(firsts), np.int64)
     tried = 0
     for n in range(len(firsts)):
         scratch.size[0] = 0
         tried += try_pair(arrays, last, firsts[n], part, np.inf, -1.0, scratch)
-        merge(found, scratch)
+        merge(front, scratch)
         best[n, 0] = best[n, 1] = np.inf
         for i in range(scratch.size[0]):
             point = i if cheapest else scratch.size[0] - 1 - i
@@ -234,9 +252,11 @@ def try_pairs_before(
 
 
 @compiled()
-def try_pair(arrays: Any, last: int, first: int, part: Any, max_cost: float, least_miou: float, found: Any) -> int:
-    """Every image threshold of early exit ``first`` before exit ``last``, at the pixel thresholds of a ``part`` (start,
-    step); returns the number of instances."""
+def try_pair(
+    arrays: Arrays, last: int, first: int, part: tuple[int, int], max_cost: float, least_miou: float, front: Frontier
+) -> int:
+    """Evaluates every image threshold of early exit ``first`` before exit ``last``, at the pixel thresholds of a
+    ``part`` (start, step); returns the number of instances."""
     num_images, width = arrays.counts.shape[1:]
     here, there = arrays.counts[first], arrays.counts[last]
     gain = np.zeros((num_images, width), arrays.counts.dtype)
@@ -255,6 +275,7 @@ def try_pair(arrays: Any, last: int, first: int, part: Any, max_cost: float, lea
         order, bins = arrays.order[column], arrays.bins[column]
         for k in range(width):
             summed[k] = everything[k]
+        # Summed counts at level i: all images at the last exit, plus the gain of those with bins >= i.
         v = num_images - 1
         row = (column - arrays.first_column[first]) * (num_images + 1)
         for level in range(arrays.levels[column], 0, -1):
@@ -267,30 +288,34 @@ def try_pair(arrays: Any, last: int, first: int, part: Any, max_cost: float, lea
             num_left[0], num_left[1] = num_images - 1 - v, v + 1
             cost = _objective(arrays, leaving, num_left)
             if cost <= max_cost:
-                key = _key(arrays, first, -1, last, row + num_images - level, 0)
-                _try(arrays, summed, cost, key, least_miou, found)
+                key = key_of(arrays, first, -1, last, row + num_images - level, 0)
+                _try(arrays, summed, cost, key, least_miou, front)
     return tried
 
 
 @compiled()
 def try_triple(
-    arrays: Any,
-    fine: Any,
-    exits: Any,
+    arrays: Arrays,
+    fine: IntArray,
+    exits: tuple[int, int, int],
     max_cost: float,
     least_miou: float,
-    need: Any,
-    scores: Any,
-    line: Any,
-    steps: Any,
-    found: Any,
+    slack: Float32,
+    scores: FloatArray,
+    line: FloatArray,
+    corners: FloatArray,
+    front: Frontier,
 ) -> int:
-    """Every pair of thresholds of a choice (last, middle, first); the number of instances whose mIoU was computed.
+    """Evaluates every pair of thresholds of a choice (last, middle, first) that bounds do not rule out; returns the
+    number of instances whose mIoU was computed.
 
-    What cannot be news is ruled out by the tangent's mean of l, ``scores`` (H, V), and the remainder that each cell
-    ``need``s at each column of the first exit (see ``cells``, of which ``fine`` are the classes): l - slope cost is at
-    least the target of ``line``, a pair, and l at least the first of the first of ``steps`` (n, 2) whose second the
-    cost does not exceed.
+    ``fine`` (columns, levels + 1) is the class of each level, ``slack`` (columns of the first exit, classes, classes)
+    the remainder of step 3 within each cell, RULED_OUT where the cell is ruled out. With ``scores`` (H, V), the mean of
+    l of each image at each exit, an instance is ruled out unless both hold:
+
+    - mean l + slack - price cost >= target, ``line`` being (price, target);
+    - mean l + slack >= the mIoU of some corner of the front at that cost or less, ``corners`` (n, 2) being (mIoU less
+      the tangent's, cost), ascending.
     """
     num_images, width = arrays.counts.shape[1:]
     last, middle, first = exits
@@ -310,30 +335,30 @@ def try_triple(
     most = 0
     for other in range(columns[0], columns[1]):
         most = max(most, arrays.levels[other])
-    ends = np.zeros((2, need.shape[1]), np.int64)
+    ends = np.zeros((2, slack.shape[1]), np.int64)
     tried = 0
     for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
         row = (column - arrays.first_column[first]) * (num_images + 1)
-        here = need[column - arrays.first_column[first]]
-        if here.max() <= -8:
+        here = slack[column - arrays.first_column[first]]
+        if here.max() <= RULED_OUT + 1:
             continue
         keep = np.zeros((arrays.levels[column] + 1, most + 1), np.bool_)
         for other in range(columns[0], columns[1]):
             if not _ends(arrays, fine, column, other, here, ends):
                 continue
-            kept = _sift(arrays, fine, column, other, own, here, ends, price, line, steps, keep)
+            kept = _sift(arrays, fine, column, other, own, here, ends, price, line, corners, keep)
             if kept > 0:
                 second = (other - columns[0]) * (num_images + 1)
                 where = (column, other, row, second)
                 tried += kept
-                _try_columns(arrays, positions, where, leaving, early, max_cost, least_miou, keep, found)
+                _try_columns(arrays, positions, where, leaving, early, max_cost, least_miou, keep, front)
     return tried
 
 
 @compiled()
-def _ends(arrays: Any, fine: Any, column: int, other: int, need: Any, ends: Any) -> bool:
-    """``ends[:, r]``: the least and the largest level of the other column that may be news beside class r of the first
-    one; False if there is none."""
+def _ends(arrays: Arrays, fine: IntArray, column: int, other: int, slack: Float32, ends: IntArray) -> bool:
+    """Fills ``ends[:, r]`` with the least and the largest level of the other column that is not ruled out beside class
+    r of the first one; False if there is none."""
     some = False
     ends[0] = 1
     ends[1] = 0
@@ -344,7 +369,7 @@ def _ends(arrays: Any, fine: Any, column: int, other: int, need: Any, ends: Any)
             continue
         known = r
         for j in range(1, arrays.levels[other] + 1):
-            if need[r, fine[other, j]] > -8:
+            if slack[r, fine[other, j]] > RULED_OUT + 1:
                 if ends[1, r] == 0:
                     ends[0, r] = j
                 ends[1, r] = j
@@ -353,34 +378,40 @@ def _ends(arrays: Any, fine: Any, column: int, other: int, need: Any, ends: Any)
 
 
 @compiled()
-def _price(arrays: Any, leaving: Any) -> Any:
-    """(3,) what an image adds to the objective's cost at each exit, or, on several devices, on one of them; zeros where
-    it is no mean."""
+def _price(arrays: Arrays, leaving: FloatArray) -> FloatArray:
+    """(3,) what one image adds to the objective's cost by leaving at each exit; zeros where the objective is no mean.
+
+    On several devices it is that of one of them: the objective, the largest, is no less, so what is ruled out by it is
+    ruled out.
+    """
     price = np.zeros(3)
     for m in range(len(leaving)):
         if arrays.kinds[m] == MEAN and arrays.weights[m] > 0:
             for e in range(3):
-                price[e] = leaving[m, e] * arrays.weights[m] / arrays.counts.shape[1] * (1 - 1e-9)
+                price[e] = leaving[m, e] * arrays.weights[m] / arrays.counts.shape[1] * (1 - 1e-9)  # float sums
             return price
     return price
 
 
 @compiled()
 def _sift(
-    arrays: Any,
-    fine: Any,
+    arrays: Arrays,
+    fine: IntArray,
     column: int,
     other: int,
-    scores: Any,
-    need: Any,
-    ends: Any,
-    price: Any,
-    line: Any,
-    steps: Any,
-    keep: Any,
+    scores: FloatArray,
+    slack: Float32,
+    ends: IntArray,
+    price: FloatArray,
+    line: FloatArray,
+    corners: FloatArray,
+    keep: NDArray[np.bool_],
 ) -> int:
-    """Marks in ``keep`` (levels + 1, levels + 1) the pairs of levels that may be news: cost and linear form are sums of
-    one number per image and exit. The number of pairs."""
+    """Marks in ``keep`` (levels + 1, levels + 1) the pairs of levels that are not ruled out; returns their number.
+
+    Cost and mean l of a pair are sums over images of one number each, so both are running sums: over the levels of the
+    first exit here, over those of the middle exit in the inner loop.
+    """
     order, bins, other_bins = arrays.order[column], arrays.bins[column], arrays.bins[other]
     num_images, levels = len(order), arrays.levels[other]
     gain, reaching = np.zeros(levels + 1), np.zeros(levels + 1)
@@ -395,6 +426,7 @@ def _sift(
             gain[other_bins[image]] += scores[1, image] - scores[2, image]
             reaching[other_bins[image]] += 1
             v += 1
+        # ``whole``: mean l where the images below this level go to the last exit, all others leave at the first.
         r = fine[column, level]
         low, high = ends[0, r], ends[1, r]
         if low > high:
@@ -406,14 +438,17 @@ def _sift(
         for j in range(high, low - 1, -1):
             total += gain[j]
             left += reaching[j]
-            short = need[r, fine[other, j]]
+            # The images below this level that reach level j of the middle exit move there.
+            short = slack[r, fine[other, j]]
             cost = (num_images - v) * price[0] + v * price[2] + left * saved
-            if short < -8 or total - line[0] * cost < line[1] - short - MARGIN:
+            # Step 4: R + price cost + (mean l - price cost) + slack is below the target.
+            if short <= RULED_OUT + 1 or total - line[0] * cost < line[1] - short - MARGIN:
                 continue
-            step = 0
-            while step < len(steps) and steps[step, 1] < cost:
-                step += 1
-            if step < len(steps) and total >= steps[step, 0] - short - MARGIN:
+            # Step 3: R + mean l + slack is below the front at this cost.
+            corner = 0
+            while corner < len(corners) and corners[corner, 1] < cost:
+                corner += 1
+            if corner < len(corners) and total >= corners[corner, 0] - short - MARGIN:
                 keep[level, j] = True
                 kept += 1
     return kept
@@ -421,19 +456,22 @@ def _sift(
 
 @compiled()
 def _try_columns(
-    arrays: Any,
-    positions: Any,
-    where: Any,
-    leaving: Any,
-    early: Any,
+    arrays: Arrays,
+    positions: IntArray,
+    where: tuple[int, int, int, int],
+    leaving: FloatArray,
+    early: Counts,
     max_cost: float,
     least_miou: float,
-    keep: Any,
-    found: Any,
+    keep: NDArray[np.bool_],
+    front: Frontier,
 ) -> None:
-    """One column of thresholds at each of both early exits: as fewer images leave at the first, the others are added to
-    the bin where the middle exit sends them; running over the bins then gives every level of the middle exit. Only
-    levels to ``keep`` are evaluated."""
+    """Evaluates the pairs of levels to ``keep`` of one column at each of both early exits.
+
+    As the level of the first exit rises, images no longer leave there: each goes to the last exit (``base``) and is
+    entered in the bin that it reaches at the middle exit (``gain``). Adding up the bins from the highest down then
+    gives every level of the middle exit.
+    """
     first, middle, last = positions[0], positions[1], positions[2]
     column, other, row, second = where
     num_images, width = arrays.counts.shape[1:]
@@ -475,5 +513,5 @@ def _try_columns(
             num_left[0], num_left[1], num_left[2] = num_images - v, left, v - left
             cost = _objective(arrays, leaving, num_left)
             if cost <= max_cost:
-                key = _key(arrays, first, middle, last, row + num_images - level, second + num_images - j)
-                _try(arrays, summed, cost, key, least_miou, found)
+                key = key_of(arrays, first, middle, last, row + num_images - level, second + num_images - j)
+                _try(arrays, summed, cost, key, least_miou, front)

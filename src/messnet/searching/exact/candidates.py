@@ -1,0 +1,88 @@
+"""Choices of three exits, one head each, thresholds open: which of them bounds have not ruled out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.records.arrays import FloatArray, IntArray
+from messnet.searching.exact import enumeration
+from messnet.searching.exact.arrays import Arrays, Frontier
+from messnet.searching.exact.bounds import MARGIN
+from messnet.searching.exact.least_cost import least_cost, least_cost_of_row
+from messnet.searching.exact.problem import Problem
+
+__all__ = ["Candidates", "candidate_mask", "evaluate_choice"]
+
+
+class Candidates(NamedTuple):
+    """The choices of three exits that may hold an instance better than what is known, and their bounds at one
+    tangent: an instance of choice i has an mIoU of at most ``base + bounds[i, j] + prices[j] cost``, for every j."""
+
+    exits: IntArray
+    """(n, 3): last, middle, first."""
+    bounds: FloatArray
+    """(n, prices): the largest mean l - price cost, plus the remainder."""
+    base: float
+    """The tangent's mIoU, R."""
+    prices: list[float]
+    """mIoU per unit of the objective's cost."""
+    costs: tuple[float, float] = (-np.inf, np.inf)
+    """The bounds hold for instances that cost more than the one and at most the other."""
+
+    def gaps(self, corners: FloatArray, has_best: bool) -> tuple[float, float]:
+        """By how much an instance of a candidate may be better than ``corners`` (n, 2), of mIoU and cost: in cost,
+        relative to the first corner's if that is the cheapest instance's (``has_best``), else infinite; and in mIoU."""
+        if not len(self.exits) or not len(corners):
+            return 0.0, 0.0
+        prices, gap_cost = np.array(self.prices), np.inf
+        # The lowest line of each candidate at the corner's cost, the highest of the candidates, less the corner's mIoU.
+        gap_miou = max(
+            float((self.base + self.bounds + prices * cost).min(1).max() - miou) + MARGIN for miou, cost in corners
+        )
+        if has_best and (prices > 0).any():
+            # A line with a price reaches the least mIoU at this much less cost, and not before.
+            least_miou, cost = corners[0]
+            saved = (self.base + self.bounds + prices * cost - least_miou)[:, prices > 0] / prices[prices > 0]
+            gap_cost = float((saved.min(1) + MARGIN / prices.max()).max() / cost)
+        return max(gap_cost, 0.0), max(gap_miou, 0.0)
+
+
+def candidate_mask(arrays: Arrays, last: int, num: int, max_cost: float, known: Candidates | None) -> NDArray[np.bool_]:
+    """(middle, first) of the ``num`` exits before ``last``: those in order, not ruled out by what all their instances
+    cost at least, and among those ``known`` if given."""
+    index = arrays.exit_index[:num]
+    marked: NDArray[np.bool_] = index[:, None] > index[None, :]
+    levels = np.diff(arrays.first_column)[:num] > 0
+    marked &= levels[:, None] & levels[None, :]
+    for m in np.flatnonzero(arrays.limits < np.inf):
+        marked &= least_cost_of_row(arrays, int(m), last, num) <= arrays.limits[m]
+    if max_cost < np.inf:
+        marked &= least_cost(arrays, last, num) <= max_cost
+    if known is not None:
+        among = np.zeros_like(marked)
+        here = known.exits[known.exits[:, 0] == last]
+        among[here[:, 1], here[:, 2]] = True
+        marked &= among
+    return marked
+
+
+def evaluate_choice(problem: Problem, positions: tuple[int, ...], max_cost: float, least_miou: float) -> Frontier:
+    """The front of all instances of one choice of one to three exits (positions shallow to deep) within the limits;
+    nothing is ruled out by bounds."""
+    front, limits = Frontier.empty(), (max_cost, least_miou)
+    if len(positions) == 1:
+        enumeration.try_single(problem.arrays, positions[0], front)
+    elif len(positions) == 2:
+        enumeration.try_pair(problem.arrays, positions[1], positions[0], (0, 1), *limits, front)
+    else:
+        first, middle, last = positions
+        # One class for all levels and a line and corner that everything is above: nothing is ruled out.
+        fine = np.zeros((len(problem.arrays.bins), 1 + int(problem.arrays.levels.max(initial=0))), np.int64)
+        slack = np.zeros((int(np.diff(problem.arrays.first_column).max()), 1, 1), np.float32)
+        line, corners = np.array([0.0, -1e9]), np.array([[-1e9, max_cost]])
+        scores, exits = np.zeros((0, 0)), (last, middle, first)
+        enumeration.try_triple(problem.arrays, fine, exits, *limits, slack, scores, line, corners, front)
+    return front

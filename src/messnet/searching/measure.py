@@ -1,0 +1,128 @@
+"""How the objective's cost of an instance is measured, on one device or several, and whether an objective is met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from messnet.errors import RecipeError, RunError
+from messnet.records.arrays import FloatArray
+from messnet.records.costs import CostColumn, CostTable
+from messnet.records.exit_tables import ExitTables
+from messnet.records.instance import Instance
+from messnet.records.iou import class_iou
+from messnet.records.names import CostName
+from messnet.records.selection import CostUnit
+from messnet.searching.grid import cost_of, route
+from messnet.searching.objective import Objective, Statistic
+
+__all__ = ["DECIMALS", "CostMeasure", "baseline_miou_of", "checked_column", "meets", "miou_of"]
+
+DECIMALS = 12
+"""Decimals at which mIoU is compared: beyond, float sums of equal ratios differ."""
+
+
+@dataclass(frozen=True)
+class CostMeasure:
+    """One cost of an instance as one number.
+
+    On one device it is in the unit of the cost. On several it is relative to the user's whole model on each device, and
+    the largest over the devices counts: it says how much less work there is where there is least less.
+    """
+
+    name: CostName
+    statistic: Statistic
+    devices: tuple[CostTable, ...]
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            raise RecipeError("no cost table: expected at least one")
+        if self.unit.relative and min(table.total(self.name) for table in self.devices) <= 0:
+            raise RecipeError(f"the user's model costs no {self.name} on one device: nothing to be relative to")
+
+    @classmethod
+    def of(cls, objective: Objective, costs: CostTable | Sequence[CostTable]) -> CostMeasure:
+        devices = (costs,) if isinstance(costs, CostTable) else tuple(costs)
+        return cls(objective.cost_name, objective.statistic, devices)
+
+    @property
+    def unit(self) -> CostUnit:
+        return CostUnit(self.name, len(self.devices) > 1)
+
+    @property
+    def baseline(self) -> float:
+        """Cost of the user's whole model."""
+        return 1.0 if self.unit.relative else self.devices[0].total(self.name)
+
+    @property
+    def weights(self) -> list[float]:
+        """By device: what its cost is multiplied with before the largest is taken."""
+        return [1 / table.total(self.name) if self.unit.relative else 1.0 for table in self.devices]
+
+    def largest(self, objective: Objective) -> float:
+        """The largest cost that ``max_cost_ratio`` and, on one device, ``max_cost`` allow; infinite: any."""
+        largest = [math.inf]
+        if objective.max_cost is not None and not self.unit.relative:
+            largest.append(objective.max_cost)
+        if objective.max_cost_ratio is not None:
+            largest.append(objective.max_cost_ratio * self.baseline)
+        return min(largest)
+
+    def measure(self, tables: ExitTables, instance: Instance, statistic: Statistic | None = None) -> float:
+        """The cost of an instance over the images of ``tables``."""
+        kind = statistic or self.statistic
+        spent = [statistic_of(cost_of(tables, table, instance, self.name), kind) for table in self.devices]
+        return max(weight * value for weight, value in zip(self.weights, spent, strict=True))
+
+
+def statistic_of(values: FloatArray, statistic: Statistic) -> float:
+    """A statistic of costs (V,): their mean, the largest, or the least that 95 % of them do not exceed."""
+    if statistic == "mean":
+        return float(values.mean())
+    if statistic == "worst":
+        return float(values.max())
+    return float(np.sort(values)[-(-19 * len(values) // 20) - 1])
+
+
+def miou_of(tables: ExitTables, instance: Instance) -> float:
+    """mIoU of an instance over the images of ``tables``, as searches compare it."""
+    return round(tables.miou(route(tables, instance)), DECIMALS)
+
+
+def baseline_miou_of(tables: ExitTables) -> float:
+    """mIoU of the final exit alone."""
+    return round(tables.miou(np.full(len(tables.image_names), tables.final)), DECIMALS)
+
+
+def meets(objective: Objective, measure: CostMeasure, tables: ExitTables, instance: Instance) -> bool:
+    """Whether an instance is within every constraint of an objective on the images of ``tables``: written from the
+    definitions, beside the search."""
+    routing = route(tables, instance)
+    if miou_of(tables, instance) < round(objective.least_miou(baseline_miou_of(tables)), DECIMALS):
+        return False
+    if measure.measure(tables, instance) > measure.largest(objective):
+        return False
+    for table in measure.devices:
+        if objective.max_cost is not None:
+            spent = cost_of(tables, table, instance, objective.cost_name)
+            if statistic_of(spent, objective.statistic) > objective.max_cost:
+                return False
+        for limit in objective.limits_on:
+            at_most = limit.at_most * (table.total(limit.cost) if limit.relative else 1)
+            if statistic_of(cost_of(tables, table, instance, limit.cost), limit.statistic) > at_most:
+                return False
+    iou = dict(zip(tables.class_names, class_iou(*tables.counts(routing)), strict=True))
+    return all(iou[name] >= floor for name, floor in objective.min_class_iou)
+
+
+def checked_column(table: CostTable, tables: ExitTables, name: CostName) -> CostColumn:
+    """One cost of the tables' exits. Raises RunError for an exit that the cost table lacks and for a cost below 0."""
+    column = table.column(name, tables.exits)
+    for values in (column.segments, column.heads, column.policies, column.outputs):
+        if not (values >= 0).all():
+            bad = values[~(values >= 0)][0]
+            raise RunError(f"the cost table holds {name} = {bad:g}: costs are finite and >= 0; measure it again")
+    return column

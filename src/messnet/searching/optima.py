@@ -1,0 +1,323 @@
+"""The search: a front of mIoU against cost, or the best instance for one objective, beside its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from messnet.errors import InfeasibleError, RecipeError
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
+from messnet.records.instance import Exit, Instance
+from messnet.records.iou import class_iou
+from messnet.records.names import CostName, Setting
+from messnet.searching import words
+from messnet.searching.answers import (
+    Comparison,
+    Front,
+    FrontPoint,
+    Infeasible,
+    Proof,
+    Relaxed,
+    SearchResult,
+    SearchSetting,
+)
+from messnet.searching.anytime import search_anytime
+from messnet.searching.exact import Outcome, Problem, Region, solve
+from messnet.searching.grid import Grid, route
+from messnet.searching.measure import DECIMALS, CostMeasure, baseline_miou_of
+from messnet.searching.objective import AnytimeObjective, Limit, Objective, Statistic
+
+__all__ = ["choose", "pareto_front", "search", "search_for"]
+
+SECONDS_TO_EXPLAIN = 20.0
+"""How long an infeasible search looks for the nearest points."""
+
+
+def search(
+    tables: ExitTables,
+    costs: CostTable | Sequence[CostTable],
+    *,
+    setting: Setting = "input_dependent",
+    minimise: CostName | None = None,
+    maximise: Literal["miou"] | None = None,
+    cost: CostName = "macs",
+    statistic: Statistic = "mean",
+    max_drop_pp: float | None = None,
+    min_miou: float | None = None,
+    max_cost: float | None = None,
+    max_cost_ratio: float | None = None,
+    limits: Sequence[Limit | str] = (),
+    min_class_iou: dict[str, float] | None = None,
+    anytime: AnytimeObjective | None = None,
+    grid: Grid | None = None,
+    name: str = "instance",
+    time_limit: float | None = None,
+    progress: bool = False,
+) -> SearchResult:
+    """The best instance for one objective: ``search_for`` with the fields of an Objective as keywords.
+
+    ``limits`` are as Limit or its text ("latency_ms.p95<=40"). ``setting="anytime"`` takes its objective from
+    ``anytime``. For several objectives of one cost call ``pareto_front`` once and ``choose`` for each.
+    """
+    if setting == "anytime":
+        return search_for(tables, costs, anytime or AnytimeObjective(), grid=grid, name=name)
+    objective = Objective(
+        minimise=minimise,
+        maximise=maximise,
+        cost=cost,
+        statistic=statistic,
+        max_drop_pp=max_drop_pp,
+        min_miou=min_miou,
+        max_cost=max_cost,
+        max_cost_ratio=max_cost_ratio,
+        limits_on=tuple(Limit.parse(one) if isinstance(one, str) else one for one in limits),
+        min_class_iou=tuple((min_class_iou or {}).items()),
+    )
+    return search_for(
+        tables, costs, objective, setting=setting, grid=grid, name=name, time_limit=time_limit, progress=progress
+    )
+
+
+def search_for(
+    tables: ExitTables,
+    costs: CostTable | Sequence[CostTable],
+    objective: Objective | AnytimeObjective,
+    *,
+    setting: SearchSetting = "input_dependent",
+    grid: Grid | None = None,
+    name: str = "instance",
+    time_limit: float | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = False,
+) -> SearchResult:
+    """The best instance for an objective over everything that ``grid`` declares.
+
+    Several cost tables: the least bad over these devices, each relative to the user's model on it (see CostMeasure).
+    After ``time_limit`` seconds, at Ctrl-C, or when ``should_stop``, called every now and then, says so, the best so
+    far is returned with its proved gap. An AnytimeObjective takes one cost table and is not stopped. Raises
+    InfeasibleError, with the nearest feasible points, when no instance meets the constraints; RecipeError and RunError
+    for tables and objectives that do not fit.
+    """
+    grid = grid or Grid()
+    if isinstance(objective, AnytimeObjective):
+        return search_anytime(tables, costs, objective, grid=grid, name=name)
+    _expect_setting(setting)
+    measure = CostMeasure.of(objective, costs)
+    problem = Problem(tables, measure, objective, grid)
+    least_miou, largest_cost = _limits(tables, measure, objective)
+    region = Region(objective.goal, max(-1.0, least_miou), largest_cost)
+    outcome = solve(problem, region, setting=setting, time_limit=time_limit, should_stop=should_stop, progress=progress)
+    if not outcome.best:
+        raise InfeasibleError(words.infeasible(_infeasible(tables, measure, objective, setting, grid)))
+    front = _front_of(problem, measure, outcome, setting)
+    result = _result(front, objective, outcome.best, outcome.proof, name)
+    return replace(result, incumbents=outcome.incumbents)
+
+
+def pareto_front(
+    tables: ExitTables,
+    costs: CostTable | Sequence[CostTable],
+    *,
+    setting: SearchSetting = "input_dependent",
+    cost: CostName = "macs",
+    grid: Grid | None = None,
+    time_limit: float | None = None,
+    precision: float = 0.0,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = False,
+) -> Front:
+    """The front of mIoU against one mean cost over everything that ``grid`` declares: exact, or, stopped as
+    ``search_for`` is, with its proved gap. With a ``precision`` (mIoU) of three exits only what is above the front by
+    more is sure to be found: faster, and the gap is proved to be no larger."""
+    objective = Objective(minimise=cost)
+    measure = CostMeasure.of(objective, costs)
+    return _front(
+        tables,
+        measure,
+        objective,
+        setting,
+        grid or Grid(),
+        time_limit,
+        precision,
+        should_stop=should_stop,
+        progress=progress,
+    )
+
+
+def choose(front: Front, objective: Objective, *, name: str = "instance") -> SearchResult:
+    """The point of ``front`` that ``objective`` asks for. Raises InfeasibleError when there is none."""
+    if objective.cost_name != front.unit.name:
+        raise RecipeError(f"the front is over {front.unit.name}, the objective asks for {objective.cost_name}")
+    if objective.limits_on or objective.min_class_iou or objective.statistic != "mean":
+        raise RecipeError("a front knows its own mean cost and mIoU only: search for this objective instead")
+    if objective.max_cost is not None and front.unit.relative:
+        raise RecipeError("a front over several devices knows relative costs only: search for this objective instead")
+    feasible = _feasible(front, front.points, objective)
+    if not feasible:
+        least_miou, largest_cost = _limits_at(front, objective)
+        why = Infeasible(
+            objective=objective,
+            unit=front.unit,
+            least_miou=least_miou,
+            largest_cost=largest_cost,
+            points=front.points,
+            further=False,
+        )
+        raise InfeasibleError(words.infeasible(why))
+    return _result(front, objective, feasible, front.proof, name)
+
+
+def _expect_setting(setting: str) -> None:
+    if setting not in ("budgeted", "input_dependent"):
+        raise RecipeError(
+            f"cannot search the setting {setting!r} for mIoU against cost: expected 'budgeted' or 'input_dependent'"
+        )
+
+
+def _front(
+    tables: ExitTables,
+    measure: CostMeasure,
+    objective: Objective,
+    setting: SearchSetting,
+    grid: Grid,
+    time_limit: float | None,
+    precision: float = 0.0,
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = False,
+) -> Front:
+    """The front of everything within the objective's further limits and floors."""
+    _expect_setting(setting)
+    problem = Problem(tables, measure, objective, grid)
+    outcome = solve(
+        problem,
+        Region("front"),
+        setting=setting,
+        time_limit=time_limit,
+        precision=precision,
+        should_stop=should_stop,
+        progress=progress,
+    )
+    return _front_of(problem, measure, outcome, setting)
+
+
+def _front_of(problem: Problem, measure: CostMeasure, outcome: Outcome, setting: SearchSetting) -> Front:
+    return Front(
+        points=outcome.front,
+        static=outcome.static,
+        setting=setting,
+        unit=measure.unit,
+        baseline_miou=baseline_miou_of(problem.tables),
+        baseline_cost=measure.baseline,
+        num_images=problem.num_images,
+        proof=outcome.proof,
+        problem=problem,
+    )
+
+
+def _limits(tables: ExitTables, measure: CostMeasure, objective: Objective) -> tuple[float, float]:
+    """Least mIoU, -inf for any, and largest cost, in the measure's unit."""
+    return round(objective.least_miou(baseline_miou_of(tables)), DECIMALS), measure.largest(objective)
+
+
+def _limits_at(front: Front, objective: Objective) -> tuple[float, float]:
+    """The same of a front, whose problem knows no cost tables any more."""
+    ratio = np.inf if objective.max_cost_ratio is None else objective.max_cost_ratio * front.baseline_cost
+    absolute = np.inf if objective.max_cost is None or front.unit.relative else objective.max_cost
+    return round(objective.least_miou(front.baseline_miou), DECIMALS), min(ratio, absolute)
+
+
+def _feasible(front: Front, points: Sequence[FrontPoint], objective: Objective) -> list[FrontPoint]:
+    """The points (by ascending cost) that meet the constraints, best first."""
+    least_miou, largest_cost = _limits_at(front, objective)
+    feasible = [p for p in points if p.miou >= least_miou and p.cost <= largest_cost]
+    return feasible[::-1] if objective.maximise else feasible
+
+
+def _result(front: Front, objective: Objective, best: Sequence[FrontPoint], proof: Proof, name: str) -> SearchResult:
+    """The best of some points, best first; the next ones are its runners-up."""
+    chosen = best[0]
+    selection = front.select(chosen)
+    result = SearchResult(
+        instance=replace(chosen.instance, name=name, selected_on=selection.to_figures()),
+        objective=objective,
+        selection=selection,
+        front=list(front.points),
+        runners_up=list(best[1:4]),
+        proof=proof,
+        comparison=_compare(front, objective, chosen),
+    )
+    return words.with_words(result)
+
+
+def _compare(front: Front, objective: Objective, chosen: FrontPoint) -> Comparison:
+    """The rivals under the same constraints: the best static truncated model, and the best instance with one head at
+    all exits of the chosen one but the final, its thresholds free."""
+    tables = front.problem.tables
+    final = tables.exits[tables.final]
+    indices = [choice.exit_index for choice in chosen.instance.exits if choice.exit != final]
+    static = _feasible(front, front.static, objective)
+    rivals: list[FrontPoint] = []
+    heads = {exit.head for exit in tables.exits if indices and exit.exit_index == indices[0]}
+    for head in sorted(heads):
+        exits = [Exit(index, head) for index in indices]
+        if not all(one in tables.exits for one in exits):
+            continue
+        exits += [final] if len(indices) < len(chosen.instance.exits) else []
+        least_miou, largest_cost = _limits_at(front, objective)
+        region = Region(objective.goal, max(-1.0, least_miou), largest_cost)
+        positions = [tables.exits.index(one) for one in exits]
+        rivals += solve(front.problem, region, setting=front.setting, choice=positions).best[:1]
+
+    def rank(point: FrontPoint) -> tuple[float, float]:
+        return (-point.miou, point.cost) if objective.maximise else (point.cost, -point.miou)
+
+    return Comparison(
+        chosen=chosen,
+        unit=front.unit,
+        static=static[0] if static else None,
+        has_early_exits=bool(indices),
+        uniform=min(rivals, key=rank, default=None),
+    )
+
+
+def _infeasible(
+    tables: ExitTables, measure: CostMeasure, objective: Objective, setting: SearchSetting, grid: Grid
+) -> Infeasible:
+    """The nearest feasible points in each constraint: what is possible when the others hold."""
+
+    def front_under(other: Objective) -> tuple[Front, CostMeasure]:
+        own = CostMeasure.of(other, measure.devices)
+        return _front(tables, own, other, setting, grid, SECONDS_TO_EXPLAIN), own
+
+    least_miou, largest_cost = _limits(tables, measure, objective)
+    front, _ = front_under(objective)
+    relaxed: list[Relaxed] = []
+    for limit in objective.limits_on:
+        others = tuple(one for one in objective.limits_on if one is not limit)
+        one = replace(objective, minimise=limit.cost, maximise=None, statistic=limit.statistic, limits_on=others)
+        without, own = front_under(replace(one, max_cost=None, max_cost_ratio=None))
+        reached = [point for point in without.points if point.miou >= least_miou]
+        relaxed += [Relaxed(limit, point, own.unit) for point in reached[:1]]
+    for name, floor in objective.min_class_iou:
+        floors = tuple(one for one in objective.min_class_iou if one[0] != name)
+        without, own = front_under(replace(objective, min_class_iou=floors))
+        ious = [_class_iou(tables, point.instance, name) for point in without.points]
+        relaxed += [Relaxed((name, floor), max(ious), own.unit)] if ious else []
+    return Infeasible(
+        objective=objective,
+        unit=measure.unit,
+        least_miou=least_miou,
+        largest_cost=largest_cost,
+        points=front.points,
+        further=bool(objective.limits_on or objective.min_class_iou or measure.unit.relative),
+        relaxed=relaxed,
+    )
+
+
+def _class_iou(tables: ExitTables, instance: Instance, name: str) -> float:
+    return float(class_iou(*tables.counts(route(tables, instance)))[tables.class_names.index(name)])
