@@ -34,7 +34,8 @@ from messnet.network.multi_exit import convert
 from messnet.network.zoo import drn50_fcn, mobilenetv2_fcn
 from messnet.policy.compiled import confident_share
 from messnet.policy.edges import label_boundary, thicken
-from messnet.policy.reference import Policy, image_confidence, refined_confidence_map, should_exit
+from messnet.policy.policy import Policy
+from messnet.policy.reference import image_confidence, refined_confidence_map, should_exit
 
 Figure = tuple[str, float, str, float | None]
 """name, value, unit, goal: at least so much; negative: at most its absolute value; None: reported only."""

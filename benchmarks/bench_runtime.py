@@ -43,7 +43,7 @@ from messnet.deployment.session import Result, Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.reference import Policy
+from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.instance import ExitChoice, Instance

@@ -16,7 +16,8 @@ from messnet.data import SegmentationDataset, SegmentationSample
 from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, labels_at
-from messnet.policy.reference import Policy, image_confidence
+from messnet.policy.policy import Policy
+from messnet.policy.reference import image_confidence
 from messnet.records.arrays import IntArray
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit

@@ -20,7 +20,8 @@ from messnet.costs.latency import LatencyOptions, Stopwatch, num_threads
 from messnet.costs.workload import Count, copy_module, dtype_of, metering, shadow
 from messnet.errors import ModelError
 from messnet.network.multi_exit import MultiExitNet, labels_at
-from messnet.policy.reference import Policy, image_confidence, should_exit
+from messnet.policy.policy import Policy
+from messnet.policy.reference import image_confidence, should_exit
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit
 from messnet.records.run_directory import provenance

@@ -13,7 +13,7 @@ from messnet.deployment.measurement import check_additivity, measure_heads, meas
 from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner
 from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.reference import Policy
+from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, ExitChoice, Instance

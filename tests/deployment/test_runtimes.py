@@ -29,7 +29,8 @@ from messnet.errors import MessError, ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.policy.labels import upsampled_labels
-from messnet.policy.reference import Policy, image_confidence
+from messnet.policy.policy import Policy
+from messnet.policy.reference import image_confidence
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, ExitChoice, Instance
 

@@ -14,7 +14,8 @@ from messnet.deployment.loading import load
 from messnet.deployment.session import Session
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.reference import Policy, refined_confidence_map
+from messnet.policy.policy import Policy
+from messnet.policy.reference import refined_confidence_map
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.iou import mean_iou

@@ -8,7 +8,8 @@ from scipy import ndimage, special, stats
 from messnet.policy import compiled as exit_kernel
 from messnet.policy import reference as exit_policy
 from messnet.policy.compiled import confident_share
-from messnet.policy.reference import Policy, confidence_map, image_confidence
+from messnet.policy.policy import Policy
+from messnet.policy.reference import confidence_map, image_confidence
 
 FORMS = [Policy.parse(f"{confidence}+{form}") for confidence in ("top1", "entropy") for form in ("native", "none")]
 THRESHOLDS = np.linspace(0.05, 0.95, 19, dtype=np.float32)

@@ -9,8 +9,8 @@ import torch
 from scipy import ndimage, special, stats
 
 from messnet.errors import RecipeError
+from messnet.policy.policy import Policy
 from messnet.policy.reference import (
-    Policy,
     _below_top,
     _labels,
     confidence_map,

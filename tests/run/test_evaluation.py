@@ -18,7 +18,8 @@ from messnet.errors import ModelError, RecipeError, RunError
 from messnet.evaluation import EvaluationOptions, evaluate, merge_shards
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.reference import Policy, refined_confidence_map
+from messnet.policy.policy import Policy
+from messnet.policy.reference import refined_confidence_map
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
 from messnet.training.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ from messnet.errors import ModelError, RunError
 from messnet.images.preprocessing import MEAN, STD
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.reference import Policy
+from messnet.policy.policy import Policy
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, Instance
 from messnet.records.run_directory import RunDirectory

@@ -16,6 +16,7 @@ from messnet.deployment.graph_file import expect_self_contained, leading_to
 from messnet.deployment.runner import Live, Runner, Step
 from messnet.errors import ModelError, RunError
 from messnet.images.preprocessing import normalise
+from messnet.policy.labels import upsampled_labels
 from messnet.records.instance import Exit, ExitChoice
 from messnet.records.names import DTYPES, GraphRuntime, Precision, RuntimeName, expect_runtime
 
@@ -139,8 +140,6 @@ class GraphRunner(Runner):
         return logits[row : row + 1]
 
     def labels(self, logits: Any, rows: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.uint8]:
-        from messnet.policy.labels import upsampled_labels
-
         return upsampled_labels(logits[rows], size, threads=self.threads)
 
     def synchronise(self) -> None:

@@ -29,7 +29,7 @@ from messnet.deployment.graph_runner import OUTPUT, stage_name
 from messnet.errors import ModelError, needing_extras
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.reference import Policy
+from messnet.policy.policy import Policy
 from messnet.records.instance import FINAL_HEAD, Exit
 
 __all__ = ["OPSET", "make_graphs", "output_graph", "policy_graph"]

@@ -114,7 +114,7 @@ class _How:
 
     def by_torch(self, net: MultiExitNet, instance: Instance) -> Runner:
         from messnet.deployment.torch_runner import TorchRunner
-        from messnet.policy.reference import Policy
+        from messnet.policy.policy import Policy
 
         return TorchRunner(
             net,

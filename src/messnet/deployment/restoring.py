@@ -18,7 +18,7 @@ from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.network.weights import expect_fit
-from messnet.policy.reference import Policy
+from messnet.policy.policy import Policy
 from messnet.records.instance import Instance
 from messnet.records.names import GraphRuntime, Precision
 from messnet.records.run_directory import RunDirectory

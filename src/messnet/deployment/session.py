@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from messnet.deployment.runner import Runner
 from messnet.errors import DataError, ModelError, RecipeError
+from messnet.policy.arrays import image_confidence, nearest, refined_confidence_map
+from messnet.policy.policy import Policy
 from messnet.records.costs import CostTable
 from messnet.records.instance import ExitChoice, Instance
 from messnet.records.names import Precision, RuntimeName
 
 if TYPE_CHECKING:
     from messnet.network.multi_exit import MultiExitNet
-    from messnet.policy.reference import Policy
 
 __all__ = ["Result", "Session"]
 
@@ -49,6 +50,8 @@ class Result:
     """(H, W) that the network saw, where that is more than the image."""
     decided_on: float | None = None
     """The image confidence that let the image go, where the exit decided."""
+    by_torch: bool = False
+    """Whether torch ran the network, and computes confidences too: to the bit what exit tables hold."""
 
     @property
     def image_confidence(self) -> float:
@@ -56,12 +59,10 @@ class Result:
         is the threshold of the last exit that does."""
         if self.decided_on is not None:
             return self.decided_on
-        import torch
-
-        from messnet.policy.reference import image_confidence
-
-        logits = torch.from_numpy(self.logits)
-        shares = image_confidence(logits, self.output_stride, self._seen, [self.pixel_threshold], self.policy)
+        threshold = [self.pixel_threshold]
+        shares = image_confidence(
+            self.logits, self.output_stride, self._seen, threshold, self.policy, by_torch=self.by_torch
+        )
         return float(shares[0, 0])
 
     @property
@@ -72,12 +73,8 @@ class Result:
     def confidence_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The confidence map before and after edge refinement, each (H, W) float32 in [0, 1]."""
         height, width = self.labels.shape
-        import torch
-
-        from messnet.policy.reference import refined_confidence_map
-
-        maps = refined_confidence_map(torch.from_numpy(self.logits), self.output_stride, self._seen, self.policy)
-        before, after = (_to_input(one[0].numpy(), self._seen)[:height, :width] for one in maps)
+        maps = refined_confidence_map(self.logits, self.output_stride, self._seen, self.policy, by_torch=self.by_torch)
+        before, after = (nearest(one[0], self._seen)[:height, :width] for one in maps)
         return before, after
 
     @property
@@ -108,7 +105,6 @@ class Session:
         parts take, for deadlines."""
         if not instance.exits:
             raise ModelError("the instance has no exits")
-        from messnet.policy.reference import Policy
 
         self.instance = instance
         self.policy = Policy.parse(instance.policy)
@@ -285,6 +281,7 @@ class Session:
             pixel_threshold=self._pixel_threshold if choice.pixel_threshold is None else choice.pixel_threshold,
             padded_size=None if seen == labels.shape else seen,
             decided_on=decided_on,
+            by_torch=self.runtime in ("torch", "torch-compiled"),
         )
 
     def _seen_size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
@@ -337,13 +334,3 @@ def _run_by_torch(net: MultiExitNet, policy: Policy, device: str) -> Runner:
     from messnet.deployment.torch_runner import TorchRunner
 
     return TorchRunner(net, policy, device=device)
-
-
-def _to_input(confidence: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """The nearest neighbours of a map (h, w) at ``size``, as torch's ``interpolate`` chooses them."""
-    rows, columns = (
-        np.minimum((np.arange(long) * np.float32(short / long)).astype(np.int64), short - 1)
-        for long, short in zip(size, confidence.shape, strict=True)
-    )
-    nearest: NDArray[np.float32] = confidence[rows[:, None], columns]
-    return nearest

@@ -18,7 +18,8 @@ from messnet.errors import RecipeError
 from messnet.images.preprocessing import normalise
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet, labels_at
-from messnet.policy.reference import Policy, image_confidence
+from messnet.policy.policy import Policy
+from messnet.policy.reference import image_confidence
 from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.records.names import DTYPES, Precision, RuntimeName
 

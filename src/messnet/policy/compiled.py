@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["confident_share"]
+__all__ = ["confident_share", "fill_rows"]
 
 _ROUNDING = 2.0**-24  # of float32, relative
 
@@ -185,9 +185,61 @@ def _count_images(
         certain[n] = doubtful == 0
 
 
+def _stretch_row(row: Any, left: Any, right: Any, across: Any, out: Any) -> None:
+    """A row of logits (K, w) at full width: (K, W)."""
+    for k in range(len(row)):
+        for x in range(len(left)):
+            weight = across[x]
+            out[k, x] = row[k, left[x]] * (np.float32(1) - weight) + row[k, right[x]] * weight
+
+
+def _fill_label_rows(
+    logits: Any, above: Any, below: Any, down: Any, left: Any, right: Any, across: Any, labels: Any
+) -> None:
+    """See ``labels.upsampled_labels``."""
+    num_classes, height, width = len(logits), len(above), len(left)
+    # The two source rows that an output row lies between, at full width.
+    held = np.empty((2, num_classes, width), np.float32)
+    upper, lower, first, second = held[0], held[1], -1, -1
+    best, which = np.empty((2, width), np.float32), np.empty((2, width), np.int32)
+    for y in range(height):
+        if above[y] != first:
+            upper, lower = lower, upper
+            if above[y] != second:
+                _stretch(logits[:, above[y]], left, right, across, upper)
+            first, second = above[y], below[y]
+            _stretch(logits[:, second], left, right, across, lower)
+        weight, rest = down[y], np.float32(1) - down[y]
+        for x in range(width):
+            best[0, x] = upper[0, x] * rest + lower[0, x] * weight
+            which[0, x] = 0
+        # Two classes at a time and from one array into the other: in place, LLVM stores under a mask, which is slow.
+        turn = 0
+        for k in range(1, num_classes, 2):
+            other = min(k + 1, num_classes - 1)
+            this, that = np.int32(k), np.int32(other)
+            upper_a, lower_a, upper_b, lower_b = upper[k], lower[k], upper[other], lower[other]
+            old_best, new_best, old_which, new_which = best[turn], best[1 - turn], which[turn], which[1 - turn]
+            for x in range(width):
+                value = upper_a[x] * rest + lower_a[x] * weight
+                better = value > old_best[x]
+                most = value if better else old_best[x]
+                label = this if better else old_which[x]
+                value = upper_b[x] * rest + lower_b[x] * weight
+                better = value > most
+                new_best[x] = value if better else most
+                new_which[x] = that if better else label
+            turn = 1 - turn
+        found = which[turn]
+        for x in range(width):
+            labels[y, x] = found[x]
+
+
 # "contract": multiply and add in one instruction.
 _exp: Any = numba.njit(cache=True, nogil=True, fastmath={"contract"})(_exponential)
 _row: Any = numba.njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")(_confidence_row)
 _near: Any = numba.njit(cache=True, nogil=True)(_near_boundaries)
 _majority: Any = numba.njit(cache=True, nogil=True)(_majority_count)
 _count: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(_count_images)
+_stretch: Any = numba.njit(cache=True, nogil=True)(_stretch_row)
+fill_rows: Any = numba.njit(cache=True, nogil=True)(_fill_label_rows)
