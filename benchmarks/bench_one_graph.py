@@ -37,7 +37,7 @@ from messnet.deployment.session import Session
 from messnet.images.preprocessing import normalise
 from messnet.policy.labels import upsampled_labels
 from messnet.records.instance import ExitChoice
-from messnet.run.run import open_run
+from messnet.run.opening import open_run
 
 __all__ = ["one_graph"]
 

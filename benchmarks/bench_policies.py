@@ -29,8 +29,8 @@ from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.run_directory import Checkpoint
+from messnet.run.measuring import build_network
 from messnet.run.recipe import recipe_from_record
-from messnet.run.stages import build_network
 from messnet.searching import Grid, cost_of, pareto_front, route
 
 BASELINE, RANDOM = "top1+native", "random"

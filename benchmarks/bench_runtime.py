@@ -47,7 +47,7 @@ from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.instance import ExitChoice, Instance
-from messnet.run.run import open_run
+from messnet.run.opening import open_run
 
 RUNTIMES = ["torch", "torch-compiled", "onnxruntime", "openvino", "openvino:bf16", "openvino:f16"]
 WARM_UP = 3

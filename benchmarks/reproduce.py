@@ -36,9 +36,10 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically
 from messnet.records.instance import FINAL_HEAD, Instance
+from messnet.run.opening import adopt_pretrained, open_run
 from messnet.run.recipe import Recipe, load_recipe
-from messnet.run.run import Run, open_run
-from messnet.run.stages import adopt_pretrained, run_stage
+from messnet.run.run import Run
+from messnet.run.stages import run_stage
 from messnet.searching import FrontPoint, cost_of, pareto_front, route
 
 
@@ -117,7 +118,7 @@ class Experiment:
         path = run.directory.path / "final.npz"
         if not path.exists():
             tables = evaluate(run.pretrained(), run.dataset("val"), run.recipe.evaluate, run.device)
-            run.directory.write(path.name, tables.to_bytes())
+            write_atomically(path, tables.to_bytes())
         return ExitTables.from_bytes(path.read_bytes()), run.costs()
 
 
@@ -281,7 +282,7 @@ def cost(experiment: Experiment, variant: str, smaller: str | None, num_points: 
     """Minutes of processor time, where the run recorded them, else of the clock."""
 
     def minutes(run: Run, *stages: str) -> float:
-        entries = [run.directory.record()["stages"][stage] for stage in stages]
+        entries = [run.directory.record().stages[stage] for stage in stages]
         return sum(float(entry.get("cpu_seconds", entry["seconds"])) for entry in entries) / 60
 
     rows: dict[str, list[float]] = {}

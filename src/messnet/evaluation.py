@@ -22,6 +22,7 @@ from messnet.records.arrays import IntArray
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
 from messnet.records.metrics import pixel_counts
+from messnet.records.shard import WHOLE, Shard
 from messnet.training.checkpoint import Checkpoint
 
 __all__ = ["EvaluationOptions", "evaluate", "merge_shards"]
@@ -55,14 +56,14 @@ def evaluate(
     options: EvaluationOptions,
     device: torch.device | str = "cpu",
     *,
-    part: tuple[int, int] = (1, 1),
+    part: Shard = WHOLE,
     origin: str = "",
     checkpoint: Checkpoint | None = None,
 ) -> ExitTables:
     """Runs every exit of ``net`` on every image of ``dataset`` (method.md section 8).
 
     One image at a time, in its own size and in float32, as a deployed instance runs it: its decisions can then be read
-    from the tables exactly. ``part`` (i, n), 1 <= i <= n, takes every n-th image from the i-th on: shards that
+    from the tables exactly. ``part`` i of n takes every n-th image from the i-th on: shards that
     ``merge_shards`` joins. ``origin`` says what the tables are made from. With ``checkpoint`` the work goes on after
     the last image that was saved there, if that was of the same origin, part and device; the caller discards it.
     Raises DataError for the first image that cannot be read, ModelError for logits that are not finite.
@@ -85,26 +86,26 @@ def evaluate(
     return replace(tables, image_names=tuple(names), groups=tuple(groups) if any(groups) else ())
 
 
-def merge_shards(shards: Mapping[tuple[int, int], ExitTables], origin: str) -> ExitTables:
-    """The tables of the whole split from those of its parts (i, n), equal to the tables of one pass. ``origin`` is what
+def merge_shards(shards: Mapping[Shard, ExitTables], origin: str) -> ExitTables:
+    """The tables of the whole split from those of its parts, equal to the tables of one pass. ``origin`` is what
     each must have been made from.
 
     Raises RunError when a part is missing or of another origin.
     """
-    counts = sorted({count for _, count in shards})
+    counts = sorted({shard.count for shard in shards})
     if len(counts) != 1:
         found = f"of a split into {' and '.join(map(str, counts))} parts: delete those not meant" if counts else "none"
         raise RunError(
             f"expected the shards of one split, found {found}; `messnet evaluate RUN --shard I/N` makes them"
         )
-    parts = [(i + 1, counts[0]) for i in range(counts[0])]
-    missing = [f"{i}/{n}" for i, n in parts if (i, n) not in shards]
+    parts = [Shard(i + 1, counts[0]) for i in range(counts[0])]
+    missing = [part.words for part in parts if part not in shards]
     if missing:
         raise RunError(f"shards {', '.join(missing)} are missing: make each with `messnet evaluate RUN --shard I/N`")
     for part in parts:
         if shards[part].origin != _marked(origin, part):
             raise RunError(
-                f"shard {part[0]}/{part[1]} was made from another recipe or other weights than this run has: "
+                f"shard {part.words} was made from another recipe or other weights than this run has: "
                 f"delete it and make it again with --shard"
             )
     ordered = [shards[part] for part in parts]
@@ -118,13 +119,13 @@ def merge_shards(shards: Mapping[tuple[int, int], ExitTables], origin: str) -> E
     return replace(ordered[0], image_names=tuple(names[i] for i in order), groups=groups, origin=origin, **merged)
 
 
-def _positions(part: tuple[int, int], num_images: int) -> IntArray:
+def _positions(part: Shard, num_images: int) -> IntArray:
     """Every n-th image: parts take about the same time, whatever the order of the images."""
-    return np.arange(part[0] - 1, num_images, part[1])
+    return np.arange(part.index - 1, num_images, part.count)
 
 
-def _marked(origin: str, part: tuple[int, int]) -> str:
-    return origin if part[1] == 1 else f"{origin} {part[0]}/{part[1]}"
+def _marked(origin: str, part: Shard) -> str:
+    return origin if part.count == 1 else f"{origin} {part.words}"
 
 
 def _evaluate_image(

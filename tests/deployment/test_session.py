@@ -19,7 +19,7 @@ from messnet.policy.reference import refined_confidence_map
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.iou import mean_iou
-from messnet.run.run import open_run
+from messnet.run.opening import open_run
 from messnet.searching import route
 
 FINAL = ExitChoice(exit_index=3, head="final")

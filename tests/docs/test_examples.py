@@ -15,8 +15,8 @@ import messnet
 from helpers.images import smooth_image
 from messnet.cli import main
 from messnet.data.scenes import Scenes, ScenesOptions
-from messnet.deployment.loading import load_instance
 from messnet.images.preprocessing import normalise
+from messnet.records.run_directory import RunDirectory
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BUNDLE = EXAMPLES / "camvid_mobilenetv2.mess"
@@ -35,7 +35,7 @@ def test_the_bundle_runs_alike_in_torch_and_without() -> None:
 def test_the_run_can_be_searched_again(tmp_path: Path) -> None:
     run = shutil.copytree(EXAMPLES / "camvid_mobilenetv2", tmp_path / "run")
     main(["search", str(run), "--name", "half", "--maximise", "miou", "--max-cost-ratio", "0.5"])
-    found = load_instance(run, "half").selected_on
+    found = RunDirectory(run).read_instance("half").selected_on
     assert found["macs"] <= 0.5 * found["baseline_macs"]
 
 

@@ -13,8 +13,8 @@ from helpers.files import module_of
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD
+from messnet.run.opening import open_run
 from messnet.run.recipe import load_recipe
-from messnet.run.run import open_run
 from messnet.searching import cost_of, pareto_front, route
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "reproduce.py"

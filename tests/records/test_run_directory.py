@@ -11,6 +11,7 @@ import torch
 from messnet.errors import RunError
 from messnet.records.files import write_atomically
 from messnet.records.run_directory import RunDirectory
+from messnet.records.shard import Shard
 
 
 class TornError(OSError):
@@ -56,7 +57,7 @@ def test_a_new_run_goes_to_a_new_or_empty_folder(tmp_path: Path) -> None:
         assert not run.exists
         run.create({"seed": 1})
         assert run.exists
-        assert run.record()["recipe"] == {"seed": 1}
+        assert run.record().recipe == {"seed": 1}
         assert files(folder) == ["run.json"]
 
 
@@ -108,12 +109,26 @@ def test_a_stage_is_finished_only_when_it_succeeds(tmp_path: Path) -> None:
     assert 0.2 <= entry["cpu_seconds"] <= entry["seconds"] - 0.1  # not what was slept
     assert torch.__version__.startswith(entry["torch"])
     run.update_recipe({"seed": 2})
-    assert run.record()["recipe"] == {"seed": 2}
+    assert run.record().recipe == {"seed": 2}
     assert run.fingerprint("pretrain") == "abc"
 
 
 def test_an_artefact_that_is_missing_names_its_verb(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with pytest.raises(RunError, match=rf"has no tables.npz yet; make it with `messnet evaluate {tmp_path}`"):
-        run.read("tables.npz", made_by="evaluate")
-    assert run.write("tables.npz", b"\x00").read_bytes() == run.read("tables.npz", made_by="evaluate") == b"\x00"
+        run.tables.read()
+    with pytest.raises(RunError, match=rf"has no costs/cpu.json yet; make it with `messnet profile {tmp_path}`"):
+        run.measured("cpu").read()
+    run.stage1.write(b"\x00")
+    assert (tmp_path / "stage1.safetensors").read_bytes() == run.stage1.read() == b"\x00"
+    with pytest.raises(RunError, match=r"has no instance 'a'; it has none yet: make one with `messnet search"):
+        run.read_instance("a")
+
+
+def test_parts_are_found_by_their_share(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for shard in (Shard(2, 10), Shard(10, 10)):
+        run.part_of_stage2(shard).write(b"")
+    assert files(tmp_path) == ["stage2.10of10.safetensors", "stage2.2of10.safetensors"]
+    assert set(run.parts_of_stage2()) == {Shard(2, 10), Shard(10, 10)}
+    assert run.parts_of_tables() == {}

@@ -22,6 +22,7 @@ from messnet.policy.policy import Policy
 from messnet.policy.reference import refined_confidence_map
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
+from messnet.records.shard import Shard
 from messnet.training.checkpoint import Checkpoint
 
 OPTIONS = EvaluationOptions(policies=("top1+native", "entropy+paper"), pixel_thresholds=(0.3, 0.5, 0.8))
@@ -153,14 +154,15 @@ def test_a_killed_evaluation_goes_on(
 
 
 def test_shards_merge_to_the_tables_of_one_pass(tables: ExitTables, small_net: MultiExitNet) -> None:
-    shards = {(i, 2): evaluate(small_net, Pictures(), OPTIONS, part=(i, 2), origin="a") for i in (1, 2)}
-    assert shards[1, 2].image_names == ("image 0", "image 2")
+    parts = [Shard(1, 2), Shard(2, 2)]
+    shards = {part: evaluate(small_net, Pictures(), OPTIONS, part=part, origin="a") for part in parts}
+    assert shards[Shard(1, 2)].image_names == ("image 0", "image 2")
     assert_equal_tables(merge_shards(dict(reversed(shards.items())), "a"), replace(tables, origin="a"))
     for wrong, message in (
         ({}, "found none"),
-        ({(2, 2): shards[2, 2]}, r"shards 1/2 are missing"),
-        (shards | {(1, 3): shards[1, 2]}, "2 and 3 parts"),
-        ({(1, 2): shards[2, 2], (2, 2): shards[1, 2]}, "shard 1/2 was made from another"),
+        ({Shard(2, 2): shards[Shard(2, 2)]}, r"shards 1/2 are missing"),
+        (shards | {Shard(1, 3): shards[Shard(1, 2)]}, "2 and 3 parts"),
+        ({Shard(1, 2): shards[Shard(2, 2)], Shard(2, 2): shards[Shard(1, 2)]}, "shard 1/2 was made from another"),
     ):
         with pytest.raises(RunError, match=message):
             merge_shards(wrong, "a")

@@ -8,7 +8,7 @@ from pathlib import Path
 from messnet.cli import main
 from messnet.records.exit_tables import ExitTables
 from messnet.run.recipe import load_recipe, recipe_to_record
-from messnet.run.run import SECTIONS, fingerprint
+from messnet.run.stages import STAGES
 
 
 def test_fingerprints_are_those_of_before_there_were_groups(tiny_recipe: Path) -> None:
@@ -16,10 +16,10 @@ def test_fingerprints_are_those_of_before_there_were_groups(tiny_recipe: Path) -
     assert record["data"]["group"] is None
     before = record | {"data": {key: value for key, value in record["data"].items() if key != "group"}}
     grouped = record | {"data": record["data"] | {"group": "^(.)"}}
-    for stage in SECTIONS:
-        assert fingerprint(record, stage) == fingerprint(before, stage)
-        is_same = fingerprint(grouped, stage) == fingerprint(record, stage)
-        assert is_same == (stage in ("profile", "pretrain", "distill"))
+    for stage in STAGES.values():
+        assert stage.fingerprint(record) == stage.fingerprint(before)
+        is_same = stage.fingerprint(grouped) == stage.fingerprint(record)
+        assert is_same == (stage.name in ("profile", "pretrain", "distill"))
 
 
 def test_groups_come_after_training(tiny_run: Path, tmp_path: Path) -> None:

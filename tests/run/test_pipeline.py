@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,11 @@ import yaml
 
 from helpers.files import snapshot
 from messnet.data.scenes import CLASS_NAMES
-from messnet.deployment.loading import instance_names, load_instance
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.records.measurements import Gallery, Measurements
 from messnet.records.run_directory import RunDirectory
-from messnet.run.run import FORMATS, fingerprint, open_run
+from messnet.run.opening import open_run
 from messnet.run.stages import STAGES, run_stage
 from messnet.searching import cost_of, route
 from messnet.training.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ def test_other_search_options_search_again_without_training(copied_run: Path) ->
     after = snapshot(copied_run)
     kept = ("exits.json", "profile.json", "stage1.safetensors", "stage2.safetensors", "tables.npz")
     assert all(after[name] == before[name] for name in kept)
-    assert "drop-2.5pp" in instance_names(copied_run)
+    assert "drop-2.5pp" in RunDirectory(copied_run).instance_names()
     names = [row.instance.name for row in Measurements.from_json((copied_run / "measurements.json").read_text()).rows]
     assert names == ["baseline", "max-miou", "drop-2.5pp"]
     assert open_run(copied_run).recipe.search.max_drops_pp == (2.5,)  # the run remembers
@@ -104,10 +104,9 @@ def test_other_thresholds_tabulate_again_without_training(copied_run: Path) -> N
 
 def test_a_run_from_before_an_option_existed_goes_on(copied_run: Path) -> None:
     def forget(known: RunDirectory) -> None:  # as a messnet without distill.filter_kl would have left it
-        record = known.record()
-        del record["recipe"]["distill"]["filter_kl"]
-        stages = {stage: fingerprint(record["recipe"], stage) for stage in STAGES}
-        known.update_recipe(record["recipe"], stages)
+        recipe = known.record().recipe
+        del recipe["distill"]["filter_kl"]
+        known.update_recipe(recipe, {name: stage.fingerprint(recipe) for name, stage in STAGES.items()})
 
     forget(RunDirectory(copied_run))
     run = open_run(copied_run)
@@ -118,10 +117,14 @@ def test_a_run_from_before_an_option_existed_goes_on(copied_run: Path) -> None:
         open_run(copied_run, ["--distill.filter_kl", "true"])
 
 
-def test_other_formats_are_written_again_without_training(copied_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "costs", 1)
+def test_other_formats_are_written_again_without_training(copied_run: Path) -> None:
     run = open_run(copied_run)
-    assert [stage for stage in STAGES if run_stage(run, stage)] == ["profile", "search", "report"]
+    newer = [
+        replace(stage, formats={**stage.formats, "costs": 99}) for stage in STAGES.values() if "costs" in stage.formats
+    ]
+    assert [stage.name for stage in newer] == ["profile", "search", "report"]
+    assert not any(stage.is_done(run) for stage in newer)
+    assert all(stage.is_done(run) for stage in STAGES.values())
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ def test_the_search_selects_on_one_half_and_the_report_shows_the_other(tiny_run:
     assert len(reported) == len(selected) == measurements.num_selection_images == 8
     half = tables.subset(np.array(selected))
     for name in ("max-miou", "drop-0.1pp", "drop-1pp"):
-        instance = load_instance(tiny_run, name)
+        instance = RunDirectory(tiny_run).read_instance(name)
         assert instance.selected_on["images"] == 8
         assert instance.selected_on["miou"] == pytest.approx(half.miou(route(half, instance)), abs=1e-9)
         assert instance.selected_on["macs"] == pytest.approx(cost_of(half, costs, instance).mean())
@@ -256,7 +259,7 @@ def test_killed_while_training_it_goes_on_from_the_checkpoint(
         assert died.returncode == -signal.SIGKILL, died.stderr
         run = open_run(tiny_recipe, out=out)
         every, iterations = recipe[stage]["checkpoint_every"], recipe[stage]["iterations"]
-        assert run.directory.checkpoint(stage).load()["iteration"] == every
+        assert run.checkpoint(stage).load()["iteration"] == every
         assert not (out / artefact).exists()
         with pytest.raises(RunError, match=f"{stage}.learning_rate"):  # not even now with other options
             open_run(tiny_recipe, [f"--{stage}.learning_rate", "1"], out=out)
@@ -265,4 +268,4 @@ def test_killed_while_training_it_goes_on_from_the_checkpoint(
         assert run_stage(run, stage)
         assert saved == list(range(2 * every, iterations + 1, every))  # nothing is done again
         assert (out / artefact).read_bytes() == (tiny_run / artefact).read_bytes()
-        assert not run.directory.checkpoint(stage).path.exists()
+        assert not run.checkpoint(stage).path.exists()

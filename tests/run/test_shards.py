@@ -24,7 +24,8 @@ from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import Exit
 from messnet.records.run_directory import RunDirectory
-from messnet.run.shards import Part, Shard, deal, expect_whole, join, pack, read_parts, unpack, write_part
+from messnet.records.shard import Shard
+from messnet.run.shards import Part, deal, expect_whole, join, pack, read_parts, share, unpack
 from messnet.training import distill, space_exits
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.losses import DistillationLoss
@@ -130,9 +131,9 @@ def test_shards_divide_the_heads_and_processes_a_shard() -> None:
     exits = space_exits(net, replace(SPACE, channel_reduction=(1, 2)))
     parts = [Shard(k, 2).divided(rank, 3) for k in (1, 2) for rank in range(3)]
     assert [str(part) for part in parts] == [f"{k}of6" for k in range(1, 7)]
-    shares = [part.share(net, exits) for part in parts]
-    assert sorted(exit for share in shares for exit in share) == sorted(exits)
-    assert all(list(share) == [exit for exit in exits if exit in share] for share in shares)
+    shares = [share(part, net, exits) for part in parts]
+    assert sorted(exit for own in shares for exit in own) == sorted(exits)
+    assert all(list(own) == [exit for exit in exits if exit in own] for own in shares)
     heavy = max(exits, key=lambda exit: sum(p.numel() for p in net.head(net.add_head(*parsed(exit))).parameters()))
     assert min(shares[0], key=lambda exit: exit != heavy) == heavy  # the heaviest goes to the first
 
@@ -166,14 +167,14 @@ def test_parts_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_a_merge_says_what_is_missing_and_refuses_what_is_foreign(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    write_part(directory, Shard(2, 3), part_of("0.a", stopped={Exit(0, "b"): 10}))
+    directory.part_of_stage2(Shard(2, 3)).write(pack(part_of("0.a", stopped={Exit(0, "b"): 10})))
     exits = [Exit(0, "a"), Exit(0, "b"), *(Exit(1, f"h{k}") for k in range(7))]
     with pytest.raises(RunError) as info:
         expect_whole(read_parts(directory, "r"), exits, directory)
     assert str(info.value).startswith("7 of 9 heads are missing: exit 1 (h0), ")
     assert "(h4) and 2 more" in str(info.value)
     assert "has the shards 2/3: copy" in str(info.value)
-    write_part(directory, Shard(1, 3), part_of("1.h0", made_from="other"))
+    directory.part_of_stage2(Shard(1, 3)).write(pack(part_of("1.h0", made_from="other")))
     with pytest.raises(RunError, match=r"stage2.1of3.safetensors was made from another recipe or stage 1"):
         read_parts(directory, "r")
     expect_whole(join([part_of("0.a"), part_of("1.b")]), [Exit(0, "a"), Exit(1, "b")], directory)

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
 from messnet import __version__
 from messnet.errors import MessError, needing_extras
 from messnet.records.names import Precision, RuntimeName, precision_named, runtime_named
+
+if TYPE_CHECKING:
+    from messnet.records.run_directory import RunDirectory
+    from messnet.run.recipe import Recipe
+    from messnet.run.run import Run
 
 __all__ = [
     "AsJson",
@@ -93,23 +98,23 @@ def main(tokens: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Any:
+def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Run:
     quieten()
-    from messnet.run.run import open_run
+    from messnet.run.opening import open_run
 
     return open_run(target, overrides, out=out)
 
 
-def recipe_of(target: Path, overrides: Sequence[str]) -> Any:
+def recipe_of(target: Path, overrides: Sequence[str]) -> Recipe:
     from messnet.records.run_directory import RunDirectory
     from messnet.run.recipe import load_recipe, recipe_from_record
 
     if target.is_dir():
-        return recipe_from_record(RunDirectory(target).record()["recipe"], overrides)
+        return recipe_from_record(RunDirectory(target).record().recipe, overrides)
     return load_recipe(target, overrides)
 
 
-def do_stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Any:
+def do_stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Run:
     opened = open_target(target, overrides, out)
     from messnet.run.stages import run_stage
 
@@ -122,21 +127,19 @@ def say(stage: str, did: bool, quiet: bool) -> None:
         print(f"{stage}: {'done' if did else 'already done'}")
 
 
-def print_table(path: Path, as_json: bool) -> None:
+def print_table(directory: RunDirectory, as_json: bool) -> None:
     from rich.console import Console
 
-    from messnet.records.measurements import Measurements
     from messnet.report.page import headline, terminal_table
 
-    text = (path / "measurements.json").read_text()
+    measurements = directory.measurements.read()
     if as_json:
-        print(text, end="")
+        print(measurements.to_json(), end="")
         return
-    measurements = Measurements.from_json(text)
     console = Console()
     console.print(terminal_table(measurements))
     console.print(headline(measurements))
-    print(f"report: {path / 'report.html'}")
+    print(f"report: {directory.report.path}")
 
 
 def plain_name(name: str) -> str:

@@ -90,7 +90,7 @@ def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[An
     """Some of those that are ``named``, or of the run's validation images; None where there are none to be read."""
     from messnet.apps.predictions import image_files, read_image
     from messnet.deployment.bundle import is_bundle
-    from messnet.run.run import open_run
+    from messnet.run.opening import open_run
 
     if named:
         files = image_files(named)

@@ -33,7 +33,7 @@ def evaluate(
 ) -> None:
     """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
     from messnet.errors import RecipeError
-    from messnet.run.shards import Shard
+    from messnet.records.shard import Shard
 
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")

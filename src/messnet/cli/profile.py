@@ -80,7 +80,7 @@ def profile(
         raise MessError(f"--input-size is height and width, at least 1 each, not {input_size[0]} {input_size[1]}")
     quieten()
     from messnet.costs.latency import LatencyOptions
-    from messnet.run.stages import measure_run, profile_bundle, profile_model
+    from messnet.run.measuring import measure_run, profile_bundle, profile_model
 
     latency = LatencyOptions(**how) if measure else None  # type: ignore[arg-type]
     if is_model:
@@ -95,7 +95,7 @@ def profile(
         if latency:
             stated = latency.name if runtime == "torch" else f"{runtime}-{latency.name}"
             costs = measure_run(opened, latency, plain_name(name or stated), runtime)
-        net = opened.blueprint().build()
+        net = opened.network()
     if out is not None and (is_model or bundled):
         costs.to_json(out)
     if plot is not None:

@@ -147,17 +147,17 @@ def search(
     if plot is not None:
         _expect_picture(plot)
     opened: Run = open_target(target, overrides, out)
-    from messnet.deployment.loading import INSTANCES, load_instance
-    from messnet.run.stages import run_stage, search_run
+    from messnet.run.choosing import search_run
+    from messnet.run.stages import run_stage
     from messnet.searching import words
 
     fronts: dict[str, Points]
     if name is None:
         run_stage(opened, "search", again=True)
-        record = json.loads((opened.directory.path / "front.json").read_text())
-        names = [n for n in record["names"] if (opened.directory.path / INSTANCES / f"{n}.json").exists()]
-        instances = [load_instance(opened.directory.path, n) for n in names]
-        texts, fronts, unit = record["verdicts"] + record["skipped"], record["fronts"], CostUnit("macs")
+        found = opened.directory.front.read()
+        files = [opened.directory.instance(name) for name in found.names]
+        instances = [file.read() for file in files if file.exists]
+        texts, fronts, unit = found.verdicts + found.skipped, found.fronts, CostUnit("macs")
     else:
         result = search_run(
             opened,

@@ -40,7 +40,7 @@ def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson 
 
     for stage in STAGES:
         say(stage, run_stage(opened, stage), as_json)
-    print_table(opened.directory.path, as_json)
+    print_table(opened.directory, as_json)
 
 
 @app.command(
@@ -79,7 +79,7 @@ def distill(
     Under torchrun, or with --compute.devices, the processes divide the heads.
     """
     from messnet.errors import RecipeError
-    from messnet.run.shards import Shard
+    from messnet.records.shard import Shard
 
     if merge and (shard or pretrained):
         raise RecipeError("--merge puts together what is there: give it without --shard and --pretrained")
@@ -104,19 +104,19 @@ def _open_together(target: Path, overrides: Sequence[str], out: Path | None, pre
     with compute.launch().rank_zero_first() if compute.is_parallel else nullcontext():
         opened = open_target(target, overrides, out)
         if pretrained is not None:
-            from messnet.run.stages import adopt_pretrained
+            from messnet.run.opening import adopt_pretrained
 
             adopt_pretrained(opened, pretrained)
     return opened
 
 
 def _train_stage(stage: str, opened: Any) -> None:
-    from messnet.run.stages import follow_stage, run_stage
+    from messnet.run.stages import STAGES
 
     if opened.recipe.compute.is_parallel and opened.recipe.compute.launch().global_rank > 0:
-        follow_stage(opened, stage)
+        STAGES[stage].follow(opened)
     else:
-        say(stage, run_stage(opened, stage), False)
+        say(stage, STAGES[stage].ensure(opened), False)
 
 
 @app.command(help_epilogue=examples("report runs/demo", "report runs/demo --markdown table.md"))
@@ -134,9 +134,7 @@ def report(
     run_stage(opened, "report", again=True)
     if markdown is not None:
         from messnet.records.files import write_atomically
-        from messnet.records.measurements import Measurements
         from messnet.report.page import measurements_markdown
 
-        measurements = Measurements.from_json((opened.directory.path / "measurements.json").read_text())
-        write_atomically(markdown, measurements_markdown(measurements))
-    print_table(opened.directory.path, as_json)
+        write_atomically(markdown, measurements_markdown(opened.directory.measurements.read()))
+    print_table(opened.directory, as_json)

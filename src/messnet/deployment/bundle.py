@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from messnet.errors import RunError
+from messnet.images.preprocessing import MEAN, STD
 from messnet.records.codec import from_plain
 from messnet.records.files import reading, write_atomically
 from messnet.records.instance import FINAL_HEAD, Instance, Setting
@@ -149,6 +150,16 @@ class Bundle:
         if hashlib.sha256(data).hexdigest() != expected.sha256:
             raise RunError(f"{self.path} is damaged: {name} differs from its SHA-256; copy it again")
         return data
+
+    def choose(self, instance: str | Instance | None) -> Instance:
+        """The bundle's own instance, or one that was given. Raises RunError for another's name, and where images are
+        normalised as this messnet does not."""
+        manifest = self.manifest
+        if isinstance(instance, str) and instance != manifest.instance.name:
+            raise RunError(f"{self.path} has no instance {instance!r}; it has {manifest.instance.name}")
+        if (manifest.preprocessing.mean, manifest.preprocessing.std) != (MEAN, STD):
+            raise RunError(f"{self.path} normalises images otherwise: use messnet {manifest.messnet_version}")
+        return instance if isinstance(instance, Instance) else manifest.instance
 
 
 def is_bundle(path: str | Path) -> bool:

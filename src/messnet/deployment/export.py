@@ -105,9 +105,9 @@ class _Source(NamedTuple):
 
 def _from_run(run: RunDirectory, instance: str | None) -> _Source:
     restored = restore_run(run.path, instance)
-    workload = run.read("profile.json", made_by="profile")
-    measured = {file: file.read_bytes() for file in sorted((run.path / COSTS).glob("*.json"))}
-    return _Source(run.path.resolve().name, *restored, workload, measured, run.record()["stages"])
+    workload = run.profile.read().to_json().encode()
+    measured = {file.path: file.path.read_bytes() for file in run.all_measured()}
+    return _Source(run.path.resolve().name, *restored, workload, measured, run.record().stages)
 
 
 def _from_bundle(bundle: Bundle, instance: str | None) -> _Source:

@@ -15,7 +15,6 @@ from messnet.deployment.graph_runner import GRAPHS, OUTPUT, GraphRunner, stage_n
 from messnet.deployment.runner import Runner
 from messnet.deployment.session import Session
 from messnet.errors import RecipeError, RunError, needing_extras
-from messnet.images.preprocessing import MEAN, STD
 from messnet.records.costs import CostTable
 from messnet.records.instance import Instance
 from messnet.records.names import GRAPH_RUNTIMES, GraphRuntime, Precision, RuntimeName, expect_runtime
@@ -24,25 +23,9 @@ from messnet.records.run_directory import RunDirectory
 if TYPE_CHECKING:
     from messnet.network.multi_exit import MultiExitNet
 
-__all__ = ["COSTS", "DEFAULT_INSTANCE", "INSTANCES", "bundled_instance", "instance_names", "load", "load_instance"]
+__all__ = ["COSTS", "load"]
 
-DEFAULT_INSTANCE = "drop-1pp"
-INSTANCES = "instances"
 COSTS = "costs"
-
-
-def instance_names(path: str | Path) -> list[str]:
-    """The instances that searches have left in a run."""
-    return sorted(file.stem for file in (Path(path) / INSTANCES).glob("*.json"))
-
-
-def load_instance(path: str | Path, name: str) -> Instance:
-    """Raises RunError that lists the instances there are."""
-    file = Path(path) / INSTANCES / f"{name}.json"
-    if name not in instance_names(path):
-        names = ", ".join(instance_names(path)) or f"none yet: make one with `messnet search {path}`"
-        raise RunError(f"{path} has no instance {name!r}; it has {names}")
-    return Instance.from_json(file.read_text())
 
 
 def load(
@@ -130,7 +113,7 @@ def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How) -> 
     manifest = bundle.manifest
     runner: Runner
     if how.graph_runtime:
-        chosen = bundled_instance(bundle, instance)
+        chosen = bundle.choose(instance)
         runner = _bundled_graphs(bundle, how.graph_runtime, how)
     else:
         with needing_extras():
@@ -171,7 +154,7 @@ def _load_run(path: Path, instance: str | Instance | None, how: _How) -> Session
         chosen,
         class_names=blueprint.class_names,
         palette=np.array(blueprint.palette, np.uint8),
-        costs=_measured_costs((file.read_bytes() for file in sorted((path / COSTS).glob("*.json"))), runner, chosen),
+        costs=_measured_costs((file.path.read_bytes() for file in RunDirectory(path).all_measured()), runner, chosen),
         input_size=blueprint.input_size,
     )
 
@@ -219,14 +202,3 @@ def _kind(runtime: str | int) -> list[str]:
     """Of a runtime's name all but its version: "torch 2.15.0 eager"."""
     words = str(runtime).split()
     return [words[0], *words[2:]] if words else []
-
-
-def bundled_instance(bundle: Bundle, instance: str | Instance | None) -> Instance:
-    """The bundle's own, or one that was given. Raises RunError for another's name, and where images are normalised as
-    this messnet does not."""
-    manifest, path = bundle.manifest, bundle.path
-    if isinstance(instance, str) and instance != manifest.instance.name:
-        raise RunError(f"{path} has no instance {instance!r}; it has {manifest.instance.name}")
-    if (manifest.preprocessing.mean, manifest.preprocessing.std) != (MEAN, STD):
-        raise RunError(f"{path} normalises images otherwise: use messnet {manifest.messnet_version}")
-    return instance if isinstance(instance, Instance) else manifest.instance

@@ -12,7 +12,6 @@ from torch import Tensor
 from messnet.deployment.bundle import Bundle
 from messnet.deployment.graph_runner import GraphRunner
 from messnet.deployment.graphs import make_graphs
-from messnet.deployment.loading import DEFAULT_INSTANCE, bundled_instance, instance_names, load_instance
 from messnet.deployment.torch_runner import size_multiple
 from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
@@ -30,15 +29,12 @@ def restore_run(path: Path, instance: str | Instance | None = None) -> tuple[Blu
     """A run's network with the heads of an instance, chosen as for ``load``. Raises RunError as ``load`` does."""
     run = RunDirectory(path)
     run.record()
-    blueprint = Blueprint.from_json(run.read("exits.json", made_by="profile"))
-    if instance is None:
-        names = instance_names(path)
-        instance = names[0] if len(names) == 1 else DEFAULT_INSTANCE
-    chosen = load_instance(path, instance) if isinstance(instance, str) else instance
+    blueprint = Blueprint.from_json(run.exits.read())
+    chosen = instance if isinstance(instance, Instance) else run.read_instance(instance)
     net = blueprint.build(tuple(choice.exit for choice in chosen.exits))
     try:
-        net.load_model_state_dict(safetensors.torch.load(run.read("stage1.safetensors", made_by="pretrain")))
-        heads = safetensors.torch.load(run.read("stage2.safetensors", made_by="distill"))
+        net.load_model_state_dict(safetensors.torch.load(run.stage1.read()))
+        heads = safetensors.torch.load(run.stage2.read())
         net.heads.load_state_dict({name: heads[name] for name in net.heads.state_dict()})
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise RunError(f"the weights in {path} are damaged or of another network ({error})") from error
@@ -49,7 +45,7 @@ def restore_bundle(bundle: Bundle, instance: str | Instance | None = None) -> tu
     """A bundle's network, which ends where its instance does. Raises RunError, or ModelError for a model of the user's
     own whose function is not to be found here."""
     manifest, path = bundle.manifest, bundle.path
-    chosen = bundled_instance(bundle, instance)
+    chosen = bundle.choose(instance)
     weights = manifest.runtimes["torch"].files.get("weights") if "torch" in manifest.runtimes else None
     if weights is None:
         raise RunError(f"{path} holds no weights for torch; it is for {', '.join(manifest.runtimes) or 'no runtime'}")

@@ -100,7 +100,8 @@ class Format(Generic[_Record]):
     kind: type[_Record]
     what: str
     """In words, for errors: "a cost table"."""
-    version: int
+    version: int | None
+    """None: the file names none."""
     made_by: str
     """The verb that makes such a file."""
     indent: int = 1
@@ -136,12 +137,12 @@ class Format(Generic[_Record]):
 
     def _stamped(self, record: Plain) -> dict[str, Plain]:
         assert isinstance(record, dict)
-        return {"schema_version": self.version, **record}
+        return record if self.version is None else {"schema_version": self.version, **record}
 
     def _built(self, record: object) -> _Record:
-        if not isinstance(record, dict) or "schema_version" not in record:
+        if not isinstance(record, dict) or (self.version is not None and "schema_version" not in record):
             raise self._refused("it names no schema_version")
-        if (found := record["schema_version"]) != self.version:
+        if (found := record.get("schema_version")) != self.version:
             raise RunError(
                 f"{self.what} of schema version {found}: this messnet reads {self.version}; make it again with "
                 f"`messnet {self.made_by}`"
@@ -213,10 +214,10 @@ def _expect_fields(value: dict[str, object], known: list[str], place: str) -> No
 
 
 def _convert_other(kind: type, value: object) -> object:
-    """Types that msgspec does not know: paths, and arrays, which stay as they are."""
+    """Types that msgspec does not know: paths; arrays and what may be anything, which stay as they are."""
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if isinstance(value, np.ndarray):
+    if kind is object or isinstance(value, np.ndarray):
         return value
     raise _OtherTypeError(f"Expected `{'path' if kind is Path else 'array'}`, got another type")
 

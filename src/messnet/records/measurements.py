@@ -1,4 +1,4 @@
-"""What running instances did: the records that a report is made of. JSON and .npz, no torch."""
+"""What a search found and what running instances did: the records that a report is made of. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ from numpy.typing import NDArray
 from messnet.records.codec import Format
 from messnet.records.instance import Exit, Instance
 
-__all__ = ["Gallery", "Measurement", "Measurements"]
+__all__ = ["FRONT", "Front", "Gallery", "Measurement", "Measurements"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """What the search stage found, on the images it selects on."""
+
+    fronts: dict[str, list[tuple[float, float]]]
+    """By setting: (MACs per image, mIoU in [0, 1]) of the best instances."""
+    names: list[str]
+    """Of the instances that were searched for, found or not."""
+    verdicts: list[str]
+    """What was proved of each instance that was found."""
+    skipped: list[str]
+    """Why the others were not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,5 +127,6 @@ class Gallery:
         return _GALLERY.from_npz(data)
 
 
+FRONT = Format(Front, "what a search found", version=None, made_by="search")
 _MEASUREMENTS = Format(Measurements, "a measurements file", version=1, made_by="report")
 _GALLERY = Format(Gallery, "a gallery", version=1, made_by="report")

@@ -1,25 +1,83 @@
-"""The run directory: its record, provenance and artefacts."""
+"""The run directory: which stages are done, of which recipe, and every file that they leave, by name and type.
+
+Nothing else in messnet knows where a file of a run lies.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from messnet.errors import RunError
-from messnet.records.files import reading, write_atomically
+from messnet.records.codec import Format
+from messnet.records.costs import COST_TABLE, CostTable
+from messnet.records.exit_tables import ExitTables
+from messnet.records.files import write_atomically, writing
+from messnet.records.instance import Instance
+from messnet.records.measurements import FRONT, Front, Gallery, Measurements
+from messnet.records.shard import Shard
 
-__all__ = ["RunDirectory"]
+__all__ = ["Artefact", "RunDirectory", "RunFile", "RunRecord", "provenance"]
 
-SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
+DEFAULT_INSTANCE = "drop-1pp"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """One file of a run."""
+
+    run: Path
+    name: str
+    made_by: str
+    """The verb that makes it."""
+
+    @property
+    def path(self) -> Path:
+        return self.run / self.name
+
+    @property
+    def exists(self) -> bool:
+        return self.path.is_file()
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Artefact(RunFile, Generic[_T]):
+    """One file of a run, read and written as what it holds."""
+
+    decode: Callable[[bytes], _T]
+    encode: Callable[[_T], bytes | str]
+
+    def read(self) -> _T:
+        """Raises RunError that names the verb which makes the file when it is not there, or is damaged."""
+        if not self.exists:
+            raise RunError(f"{self.run} has no {self.name} yet; make it with `messnet {self.made_by} {self.run}`")
+        return self.decode(self.path.read_bytes())
+
+    def write(self, value: _T) -> None:
+        """Whole or not at all. Raises RunError when the disk is full or read-only."""
+        with writing(self.path):
+            write_atomically(self.path, self.encode(value))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """``run.json``: the recipe, and of each finished stage its fingerprint, times and provenance."""
+
+    recipe: dict[str, object]
+    stages: dict[str, dict[str, str | float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,38 +86,134 @@ class RunDirectory:
 
     path: Path
 
+    # What each stage leaves. Weights are safetensors; who reads them has torch, this module has not.
+
+    @property
+    def exits(self) -> Artefact[bytes]:
+        """The network's Blueprint, as JSON."""
+        return self._bytes("exits.json", "profile")
+
+    @property
+    def profile(self) -> Artefact[CostTable]:
+        """The workload of every part."""
+        return self._costs("profile.json")
+
+    @property
+    def stage1(self) -> Artefact[bytes]:
+        return self._bytes("stage1.safetensors", "pretrain")
+
+    @property
+    def stage2(self) -> Artefact[bytes]:
+        return self._bytes("stage2.safetensors", "distill")
+
+    @property
+    def tables(self) -> Artefact[ExitTables]:
+        return self._tables("tables.npz")
+
+    @property
+    def front(self) -> Artefact[Front]:
+        return Artefact(self.path, "front.json", "search", FRONT.from_json, FRONT.to_json)
+
+    @property
+    def measurements(self) -> Artefact[Measurements]:
+        return Artefact(self.path, "measurements.json", "report", Measurements.from_json, Measurements.to_json)
+
+    @property
+    def gallery(self) -> Artefact[Gallery]:
+        return Artefact(self.path, "gallery.npz", "report", Gallery.from_bytes, Gallery.to_bytes)
+
+    @property
+    def report(self) -> Artefact[str]:
+        return Artefact(self.path, "report.html", "report", bytes.decode, str.encode)
+
+    @property
+    def logs(self) -> Path:
+        """Where trainings write their curves."""
+        return self.path / "logs"
+
+    def instance(self, name: str) -> Artefact[Instance]:
+        return Artefact(self.path, f"instances/{name}.json", "search", Instance.from_json, Instance.to_json)
+
+    def instance_names(self) -> list[str]:
+        """The instances that searches have left."""
+        return sorted(file.stem for file in self.path.glob("instances/*.json"))
+
+    def read_instance(self, name: str | None = None) -> Instance:
+        """The instance of that name; None: the cheapest within 1 pp, or the only one. Raises RunError that lists the
+        instances there are."""
+        known = self.instance_names()
+        if name is None:
+            name = known[0] if len(known) == 1 else DEFAULT_INSTANCE
+        if name not in known:
+            names = ", ".join(known) or f"none yet: make one with `messnet search {self.path}`"
+            raise RunError(f"{self.path} has no instance {name!r}; it has {names}")
+        return self.instance(name).read()
+
+    def measured(self, name: str) -> Artefact[CostTable]:
+        """The costs that were measured on some device."""
+        return self._costs(f"costs/{name}.json")
+
+    def all_measured(self) -> list[Artefact[CostTable]]:
+        return [self.measured(file.stem) for file in sorted(self.path.glob("costs/*.json"))]
+
+    def part_of_stage2(self, shard: Shard) -> Artefact[bytes]:
+        return self._bytes(f"stage2.{shard}.safetensors", "distill")
+
+    def parts_of_stage2(self) -> dict[Shard, Artefact[bytes]]:
+        return {shard: self.part_of_stage2(shard) for shard in self._shards("stage2.*of*.safetensors")}
+
+    def part_of_tables(self, shard: Shard) -> Artefact[ExitTables]:
+        return self._tables(f"tables.{shard}.npz")
+
+    def parts_of_tables(self) -> dict[Shard, Artefact[ExitTables]]:
+        return {shard: self.part_of_tables(shard) for shard in self._shards("tables.*of*.npz")}
+
+    def checkpoint(self, stage: str) -> Path:
+        """Where a stage under way keeps the state it resumes from."""
+        return self.path / f"{stage}.checkpoint"
+
+    def _bytes(self, name: str, made_by: str) -> Artefact[bytes]:
+        return Artefact(self.path, name, made_by, bytes, bytes)
+
+    def _costs(self, name: str) -> Artefact[CostTable]:
+        return Artefact(self.path, name, "profile", COST_TABLE.from_json, COST_TABLE.to_json)
+
+    def _tables(self, name: str) -> Artefact[ExitTables]:
+        return Artefact(self.path, name, "evaluate", ExitTables.from_bytes, ExitTables.to_bytes)
+
+    def _shards(self, pattern: str) -> list[Shard]:
+        words = sorted(file.name.split(".")[1].replace("of", "/") for file in self.path.glob(pattern))
+        return [Shard.parse(word) for word in words]
+
+    # Which stages are done.
+
     @property
     def exists(self) -> bool:
         return (self.path / RUN_FILE).is_file()
 
-    def create(self, recipe: dict[str, Any]) -> None:
+    def create(self, recipe: Mapping[str, object]) -> None:
         """Starts a run in a new or empty folder. Raises RunError when the folder holds something else."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunError(f"{self.path} exists and is no run directory; choose another with --out, or empty it")
-        self._write_record({"recipe": recipe, "stages": {}})
+        self._record.write(RunRecord(dict(recipe)))
 
-    def update_recipe(self, recipe: dict[str, Any], fingerprints: dict[str, str] | None = None) -> None:
+    def update_recipe(self, recipe: Mapping[str, object], fingerprints: Mapping[str, str] | None = None) -> None:
         """Another recipe from now on; ``fingerprints`` of the finished stages that it leaves finished."""
-        record = self.record()
+        stages = self.record().stages
         for stage, fingerprint in (fingerprints or {}).items():
-            record["stages"][stage]["fingerprint"] = fingerprint
-        self._write_record({**record, "recipe": recipe})
+            stages[stage]["fingerprint"] = fingerprint
+        self._record.write(RunRecord(dict(recipe), stages))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RunRecord:
         """``run.json``. Raises RunError when the folder is no run of this schema version."""
-        file = self.path / RUN_FILE
-        if not file.is_file():
+        if not self.exists:
             raise RunError(f"{self.path} is no run directory (no {RUN_FILE}); start one with `messnet run RECIPE`")
-        with reading(f"a run's record: {file}", made_by="run"):
-            record: dict[str, Any] = json.loads(file.read_text())
-            if (found := record["schema_version"]) != SCHEMA_VERSION:
-                raise RunError(f"{file} of schema version {found}: this messnet reads {SCHEMA_VERSION}")
-            return {"recipe": dict(record["recipe"]), "stages": dict(record["stages"])}
+        return self._record.read()
 
     def fingerprint(self, stage: str) -> str | None:
         """What the finished ``stage`` was made from, None if it is not finished."""
-        entry = self.record()["stages"].get(stage)
-        return entry and str(entry["fingerprint"])
+        entry = self.record().stages.get(stage)
+        return str(entry["fingerprint"]) if entry else None
 
     @contextmanager
     def finishing(self, stage: str, fingerprint: str) -> Iterator[None]:
@@ -68,33 +222,20 @@ class RunDirectory:
         start, start_cpu = time.perf_counter(), sum(os.times()[:4])
         yield
         record = self.record()
-        record["stages"][stage] = {
+        record.stages[stage] = {
             "fingerprint": fingerprint,
             "seconds": round(time.perf_counter() - start, 1),
             "cpu_seconds": round(sum(os.times()[:4]) - start_cpu, 1),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S%z"),
             **provenance(),
         }
-        self._write_record(record)
+        self._record.write(record)
 
-    def checkpoint(self, stage: str) -> Path:
-        """Where a stage under way keeps the state it resumes from."""
-        return self.path / f"{stage}.checkpoint"
-
-    def write(self, name: str, data: bytes | str) -> Path:
-        write_atomically(self.path / name, data)
-        return self.path / name
-
-    def read(self, name: str, *, made_by: str) -> bytes:
-        """An artefact. Raises RunError that names the verb which makes it when it is not there."""
-        file = self.path / name
-        if not file.is_file():
-            raise RunError(f"{self.path} has no {name} yet; make it with `messnet {made_by} {self.path}`")
-        return file.read_bytes()
-
-    def _write_record(self, record: dict[str, Any]) -> None:
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1)
-        write_atomically(self.path / RUN_FILE, text + "\n")
+    @property
+    def _record(self) -> Artefact[RunRecord]:
+        file = self.path / RUN_FILE
+        form = Format(RunRecord, f"a run's record: {file}", version=1, made_by="run")
+        return Artefact(self.path, RUN_FILE, "run", form.from_json, form.to_json)
 
 
 def provenance() -> dict[str, str]:

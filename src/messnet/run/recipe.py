@@ -148,8 +148,8 @@ def _read_yaml(path: Path) -> dict[str, object]:
 def _as_meant(value: object, text: object, kind: object) -> object:
     """``value`` as YAML reads it, or ``text`` as it is written where the type ``kind`` is text."""
     if isinstance(value, dict):
-        texts = text if isinstance(text, dict) else {}
-        return {str(key): _as_meant(item, texts.get(key), field_type(kind, str(key))) for key, item in value.items()}
+        named = text if isinstance(text, dict) else {}
+        return {str(key): _as_meant(item, named.get(key), field_type(kind, str(key))) for key, item in value.items()}
     if isinstance(value, list):
         texts = text if isinstance(text, list) else [None] * len(value)
         return [_as_meant(item, texts[i], field_type(kind, i)) for i, item in enumerate(value)]

@@ -1,223 +1,143 @@
-"""Which directory a recipe's run lives in, and which of its stages are done."""
+"""A recipe, the directory that its artefacts go to, and what has been opened for it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import safetensors.torch
 import torch
-from tqdm import tqdm
+from safetensors import SafetensorError
+from torch import Tensor
 
 from messnet.data import SegmentationDataset
-from messnet.data.checks import check_dataset
-from messnet.data.sources import SOURCES, DataOptions, open_dataset
-from messnet.errors import DataError, RunError
+from messnet.data.sources import open_dataset
+from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
+from messnet.network.exit_head import HeadConfig, HeadSpace
 from messnet.network.multi_exit import MultiExitNet
-from messnet.records.costs import COST_TABLE, CostTable
-from messnet.records.exit_tables import EXIT_TABLES, ExitTables
+from messnet.network.zoo import build_model
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
+from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.records.run_directory import RunDirectory
-from messnet.run.recipe import Recipe, load_recipe, recipe_from_record, recipe_to_record
+from messnet.run.recipe import Recipe
+from messnet.run.shards import unpack
 from messnet.training import Monitor
 from messnet.training.checkpoint import Checkpoint
 
-__all__ = [
-    "ARTEFACTS",
-    "SECTIONS",
-    "Run",
-    "expect_same",
-    "fingerprint",
-    "open_run",
-    "parts_fingerprint",
-    "tables_origin",
-]
+__all__ = ["Run", "add_heads"]
 
-# The sections of the recipe that a stage's artefact depends on.
-SECTIONS = {
-    "profile": ("data", "model", "heads"),
-    "pretrain": ("data", "model", "pretrain"),
-    "distill": ("data", "model", "pretrain", "heads", "distill"),
-    "evaluate": ("data", "model", "pretrain", "heads", "distill", "evaluate"),
-    "search": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
-    "report": ("data", "model", "pretrain", "heads", "distill", "evaluate", "search"),
-}
-# A stage whose artefacts have another format today is done again; trainings have none but safetensors.
-FORMATS = {"costs": COST_TABLE.version, "tables": EXIT_TABLES.version}
-FORMATS_OF = {
-    "profile": ("costs",),
-    "evaluate": ("tables",),
-    "search": ("costs", "tables"),
-    "report": ("costs", "tables"),
-}
-# What costs hours is refused when its options change; the rest is just done again.
-TRAINING = ("pretrain", "distill")
-ARTEFACTS = {
-    "profile": "exits.json",
-    "pretrain": "stage1.safetensors",
-    "distill": "stage2.safetensors",
-    "evaluate": "tables.npz",
-    "search": "front.json",
-    "report": "report.html",
-}
+Split = Literal["train", "val"]
 
 
-@dataclass(frozen=True)
 class Run:
-    """A recipe and the directory that its artefacts go to."""
+    """What stages read and write. Data sets are opened once and the model is converted once: a stage takes the network
+    over from the one before it, with the heads and weights that it asks for."""
 
-    recipe: Recipe
-    directory: RunDirectory
+    def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
+        self.recipe, self.directory = recipe, directory
+        self._datasets: dict[Split, SegmentationDataset] = {}
+        self._network: MultiExitNet | None = None
+        self._frozen: list[torch.nn.Parameter] = []
 
     @property
     def device(self) -> torch.device:
         return self.recipe.compute.fabric().device
 
-    def dataset(self, split: Any) -> SegmentationDataset:
-        return open_dataset(self.recipe.data, split)
+    def dataset(self, split: Split) -> SegmentationDataset:
+        if split not in self._datasets:
+            self._datasets[split] = open_dataset(self.recipe.data, split)
+        return self._datasets[split]
 
     def blueprint(self) -> Blueprint:
-        return Blueprint.from_json(self.directory.read("exits.json", made_by="profile"))
+        return Blueprint.from_json(self.directory.exits.read())
 
     def costs(self, path: Path | None = None) -> CostTable:
         """The table at ``path``, by default the run's own, which knows no latency."""
         if path is None:
-            return CostTable.from_json(self.directory.read("profile.json", made_by="profile").decode())
+            return self.directory.profile.read()
         if not path.is_file():
             raise RunError(f"no cost table {path}; make one with `messnet profile {self.directory.path} --measure`")
-        return CostTable.from_json(path.read_text(errors="replace"))
+        return CostTable.from_json(path.read_bytes())
 
     def tables(self) -> ExitTables:
-        return ExitTables.from_bytes(self.directory.read("tables.npz", made_by="evaluate"))
+        return self.directory.tables.read()
 
     def checkpoint(self, name: str) -> Checkpoint:
         return Checkpoint(self.directory.checkpoint(name))
 
     def monitor(self, name: str) -> Monitor:
         """Where training tells how it goes."""
-        return Monitor(self.directory.path / "logs", self.dataset("val"), name)
+        return Monitor(self.directory.logs, self.dataset("val"), name)
+
+    def adopt(self, net: MultiExitNet) -> None:
+        """Takes over a network that has just been converted."""
+        self._network = net
+        self._frozen = [parameter for parameter in net.parameters() if not parameter.requires_grad]
+
+    def network(self, exits: Sequence[Exit] = ()) -> MultiExitNet:
+        """The network on the processor in eval mode, with fresh heads at ``exits`` and whatever weights it had last."""
+        if self._network is None or self.recipe.compute.is_parallel:  # DDP leaves its hooks on the parameters
+            self.adopt(self.blueprint().build())
+        assert self._network is not None
+        net: MultiExitNet = self._network.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        net.drop_heads()
+        net.requires_grad_(True)
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        _add_exits(net, exits)
+        return net.eval()
+
+    def initial(self) -> MultiExitNet:
+        """The network as stage 1 begins, its weights drawn by the recipe's seed."""
+        torch.manual_seed(self.recipe.pretrain.seed)
+        if self._network is None or self.recipe.compute.is_parallel:
+            return self.network()
+        blueprint = self.blueprint()
+        drawn = build_model(blueprint.model, len(blueprint.class_names), **blueprint.model_options).state_dict()
+        net = self.network()
+        net.load_model_state_dict({name: drawn[name] for name in net.model_state_dict()})
+        return net
 
     def pretrained(self) -> MultiExitNet:
         """The network after stage 1, without heads."""
-        weights = self.directory.read("stage1.safetensors", made_by="pretrain")
-        net = self.blueprint().build()
-        net.load_model_state_dict(safetensors.torch.load(weights))
+        weights = self.directory.stage1.read()
+        net = self.network()
+        net.load_model_state_dict(_tensors(weights, self.directory.stage1.path))
+        return net
+
+    def trained(self, exits: Sequence[Exit] | None = None) -> MultiExitNet:
+        """The network after stage 2, with the heads ``exits``, by default all of the recipe that did not diverge."""
+        heads = unpack(self.directory.stage2.read(), str(self.directory.stage2.path))
+        net = self.pretrained()
+        if exits is None:
+            add_heads(net, self.recipe.heads)
+            net.drop_heads([exit for exit in net.exits if exit not in heads.stopped])
+        _add_exits(net, exits or ())
+        try:
+            net.heads.load_state_dict({name: heads.tensors[name] for name in net.heads.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise RunError(f"{self.directory.stage2.path} is damaged or of another network ({error})") from error
         return net
 
 
-def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> Run:
-    """The run of a recipe file (in ``out``, by default runs/NAME) or of a run directory, which remembers its recipe.
-
-    Raises RecipeError or DataError when the recipe is not in order, RunError when the directory belongs to another
-    recipe: what a stage was made from cannot change once it has begun. Nothing is written in either case.
-    """
-    if target.is_dir():
-        directory = RunDirectory(target)
-        recipe = recipe_from_record(directory.record()["recipe"], overrides)
-    else:
-        recipe = load_recipe(target, overrides)
-        directory = RunDirectory(out or Path("runs") / target.stem)
-    record = recipe_to_record(recipe)
-    known = _known_recipe(directory) if directory.exists else None
-    if known == record:
-        return Run(recipe, directory)
-    if known is not None:
-        _refuse_other_recipe(directory, known, record)
-    if known is None or known["data"] != record["data"]:
-        _expect_sound_data(recipe.data)
-    if known is None:
-        directory.create(record)
-    else:
-        directory.update_recipe(record)
-    return Run(recipe, directory)
+def add_heads(net: MultiExitNet, heads: HeadSpace) -> None:
+    """Every head of the space at every early exit point."""
+    for i, point in enumerate(net.exit_points[:-1]):
+        for config in heads.configs(point.channels):
+            net.add_head(i, config)
 
 
-def _known_recipe(directory: RunDirectory) -> dict[str, Any]:
-    """The recipe of a run. Options that came after it have their defaults, and its stages stay done."""
-    old = directory.record()["recipe"]
-    known = recipe_to_record(recipe_from_record(old))
-    if known != old:
-        stages = [stage for stage in SECTIONS if directory.fingerprint(stage) == fingerprint(old, stage)]
-        directory.update_recipe(known, {stage: fingerprint(known, stage) for stage in stages})
-    return known
+def _add_exits(net: MultiExitNet, exits: Sequence[Exit]) -> None:
+    for exit in exits:
+        if exit.head != FINAL_HEAD:
+            net.add_head(exit.exit_index, HeadConfig.parse(exit.head))
 
 
-def fingerprint(record: dict[str, Any], stage: str) -> str:
-    """Of the recipe's sections that a stage is made from, and of the formats that it reads and writes."""
-    parts: dict[str, Any] = _made_from(record, stage)
-    if formats := [FORMATS[name] for name in FORMATS_OF.get(stage, ())]:
-        parts["formats"] = formats
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _made_from(record: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
-    """The sections of the recipe that a stage's artefact depends on.
-
-    ``data.group`` splits nothing but validation images, so costs and trainings are the same with any. Where it is not
-    given, it is left out: fingerprints are then those of runs from before it existed.
-    """
-    parts = {section: dict(record.get(section, {})) for section in SECTIONS[stage]}
-    if stage in ("profile", *TRAINING) or parts["data"].get("group") is None:
-        parts["data"].pop("group", None)
-    return parts
-
-
-def parts_fingerprint(run: Run) -> str:
-    """What parts must have been made from to belong together: the recipe, and stage 1 to the bit."""
-    stage1 = hashlib.sha256(run.directory.read("stage1.safetensors", made_by="pretrain")).hexdigest()[:16]
-    return f"{fingerprint(recipe_to_record(run.recipe), 'distill')}-{stage1}"
-
-
-def tables_origin(run: Run) -> str:
-    """What tables are made from: the recipe, and the weights to the bit."""
-    digest = hashlib.sha256(fingerprint(recipe_to_record(run.recipe), "evaluate").encode())
-    for name, verb in (("stage1", "pretrain"), ("stage2", "distill")):
-        digest.update(hashlib.sha256(run.directory.read(f"{name}.safetensors", made_by=verb)).digest())
-    return digest.hexdigest()[:16]
-
-
-def _refuse_other_recipe(directory: RunDirectory, known: dict[str, Any], record: dict[str, Any]) -> None:
-    for stage in TRAINING:
-        if directory.fingerprint(stage) is None and not directory.checkpoint(stage).exists():
-            continue  # not begun: may still change
-        advice = "choose another directory with --out, or delete it"
-        expect_same(stage, known, record, was=f"{directory.path} was made", advice=advice)
-
-
-def expect_same(stage: str, known: dict[str, Any], record: dict[str, Any], *, was: str, advice: str) -> None:
-    """Raises RunError that names the first key where two recipes differ in what ``stage`` is made from."""
-    known, record = _made_from(known, stage), _made_from(record, stage)
-    for section in SECTIONS[stage]:
-        old, new = _flat(known[section]), _flat(record[section])
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise RunError(
-                    f"{was} with {section}.{key} = {old.get(key)}, this recipe says {new.get(key)}: {advice}"
-                )
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _expect_sound_data(options: DataOptions) -> None:
-    """Reads every image once before hours are spent on them; generated ones cannot be broken."""
-    train, val = open_dataset(options, "train"), open_dataset(options, "val")
-    if options.source == "scenes":
-        return
-    for split, dataset in (("train", train), ("val", val)):
-        threads = min(16, os.cpu_count() or 1) if options.source in SOURCES else 1
-        progress = partial(tqdm, desc=f"check {split}", unit="img")
-        report = check_dataset(dataset, num_threads=threads, progress=progress)
-        if report.problems:
-            more = f" (and {len(report.problems) - 1} more: `messnet check-data`)" if len(report.problems) > 1 else ""
-            raise DataError(f"{report.problems[0]}{more}")
+def _tensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise RunError(f"{path} cannot be read ({error}); delete it and train again") from error

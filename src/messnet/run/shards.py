@@ -6,7 +6,6 @@ A head does not depend on the heads beside it (``distill``), so any division giv
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,55 +13,30 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from messnet.errors import RecipeError, RunError
+from messnet.errors import RunError
 from messnet.network.exit_head import HeadConfig, build_head
 from messnet.network.multi_exit import MultiExitNet
-from messnet.records.files import writing
 from messnet.records.instance import Exit
 from messnet.records.run_directory import RunDirectory
+from messnet.records.shard import Shard
 
 __all__ = [
     "Part",
-    "Shard",
     "deal",
     "discard_parts",
     "expect_whole",
     "join",
     "pack",
     "read_parts",
+    "share",
     "unpack",
-    "write_part",
 ]
 
-_PARTS = "stage2.*of*.safetensors"
 
-
-@dataclass(frozen=True)
-class Shard:
-    """Part ``index`` = 1 .. ``count`` of the heads. As words: "2/8"; in file names: "2of8"."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Raises RecipeError for anything but K/N with 1 <= K <= N."""
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise RecipeError(f"--shard is K/N with 1 <= K <= N, such as 2/8, got {text!r}")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.index}of{self.count}"
-
-    def divided(self, rank: int, world_size: int) -> Shard:
-        """The part of this part that process ``rank`` = 0 .. ``world_size`` - 1 trains."""
-        return Shard((self.index - 1) * world_size + rank + 1, self.count * world_size)
-
-    def share(self, net: MultiExitNet, exits: Sequence[Exit]) -> tuple[Exit, ...]:
-        """This part of ``exits``, which are dealt out by their workload."""
-        dealt = deal({exit: _cost(net, exit) for exit in exits}, self.count)
-        return tuple(exit for exit in exits if dealt[exit] == self.index - 1)
+def share(shard: Shard, net: MultiExitNet, exits: Sequence[Exit]) -> tuple[Exit, ...]:
+    """The part of ``exits`` that is ``shard``'s; they are dealt out by their workload."""
+    dealt = deal({exit: _cost(net, exit) for exit in exits}, shard.count)
+    return tuple(exit for exit in exits if dealt[exit] == shard.index - 1)
 
 
 def deal(costs: Mapping[Exit, float], count: int) -> dict[Exit, int]:
@@ -131,22 +105,15 @@ def unpack(data: bytes, name: str) -> Part:
         raise RunError(f"{name} cannot be read (damaged); delete it and train its heads again") from error
 
 
-def write_part(directory: RunDirectory, shard: Shard | None, part: Part) -> None:
-    """``stage2.safetensors``, or RUN/stage2.2of8.safetensors."""
-    name = "stage2.safetensors" if shard is None else f"stage2.{shard}.safetensors"
-    with writing(directory.path / name):
-        directory.write(name, pack(part))
-
-
 def read_parts(directory: RunDirectory, made_from: str) -> Part:
     """All that the parts in a run directory hold. Raises RunError for one that was made from another recipe."""
     parts = []
-    for path in sorted(directory.path.glob(_PARTS)):
-        part = unpack(path.read_bytes(), str(path))
+    for file in directory.parts_of_stage2().values():
+        part = unpack(file.read(), str(file.path))
         if part.made_from != made_from:
             raise RunError(
-                f"{path} was made from another recipe or stage 1 than {directory.path} has; delete it and train its "
-                f"heads again"
+                f"{file.path} was made from another recipe or stage 1 than {directory.path} has; delete it and train "
+                f"its heads again"
             )
         parts.append(part)
     return join(parts)
@@ -167,7 +134,7 @@ def expect_whole(part: Part, exits: Sequence[Exit], directory: RunDirectory) -> 
     if missing:
         words = ", ".join(f"exit {exit.exit_index} ({exit.head})" for exit in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        there = [path.name.split(".")[1].replace("of", "/") for path in sorted(directory.path.glob(_PARTS))]
+        there = [shard.words for shard in directory.parts_of_stage2()]
         raise RunError(
             f"{len(missing)} of {len(exits)} heads are missing: {words}{more}; {directory.path} has the shards "
             f"{', '.join(there) or '(none)'}: copy the other stage2.KofN.safetensors there, train them with --shard, "
@@ -176,5 +143,5 @@ def expect_whole(part: Part, exits: Sequence[Exit], directory: RunDirectory) -> 
 
 
 def discard_parts(directory: RunDirectory) -> None:
-    for path in directory.path.glob(_PARTS):
-        path.unlink()
+    for file in directory.parts_of_stage2().values():
+        file.discard()

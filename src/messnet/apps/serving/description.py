@@ -9,6 +9,7 @@ from messnet.deployment.bundle import is_bundle, open_bundle
 from messnet.deployment.session import Session
 from messnet.errors import RunError
 from messnet.records.costs import CostTable
+from messnet.records.run_directory import RunDirectory
 
 __all__ = ["ExitInfo", "ModelInfo", "WorkloadInfo", "describe"]
 
@@ -81,4 +82,4 @@ def _workload(path: Path) -> str:
         if "costs/workload.json" not in bundle.manifest.files:
             raise RunError(f"{path} holds no costs/workload.json")
         return bundle.read("costs/workload.json").decode()
-    return (path / "profile.json").read_text()
+    return RunDirectory(path).profile.read().to_json()

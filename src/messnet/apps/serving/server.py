@@ -20,8 +20,8 @@ from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.bundle import is_bundle
 from messnet.deployment.loading import load
 from messnet.errors import DataError, MessError
-from messnet.records.measurements import Gallery
 from messnet.records.names import Precision, RuntimeName
+from messnet.records.run_directory import RunDirectory
 
 __all__ = ["open_service", "serve"]
 
@@ -114,8 +114,9 @@ def _samples_of(folder: Path, options: ServeOptions) -> list[Sample]:
 
 def _gallery_of(path: Path) -> list[Sample]:
     """The images that a run's report shows; a bundle and a run without a report have none."""
-    if is_bundle(path) or not (path / "gallery.npz").is_file():
+    file = RunDirectory(path).gallery
+    if is_bundle(path) or not file.exists:
         return []
-    gallery = Gallery.from_bytes((path / "gallery.npz").read_bytes())
+    gallery = file.read()
     pairs = zip(gallery.image_names, gallery.images, strict=True)
     return [Sample(name=name, media_type="image/png", data=encode_png(Image.fromarray(image))) for name, image in pairs]

@@ -1,0 +1,159 @@
+"""Which directory a recipe's run lives in, and what it refuses before hours are spent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from messnet.data import SegmentationDataset
+from messnet.data.checks import check_dataset
+from messnet.data.sources import SOURCES
+from messnet.errors import DataError, RunError
+from messnet.network.blueprint import Blueprint
+from messnet.records.codec import Plain
+from messnet.records.groups import group_ids, halves
+from messnet.records.run_directory import RunDirectory
+from messnet.run.recipe import load_recipe, recipe_from_record, recipe_to_record
+from messnet.run.run import Run
+from messnet.run.stage import Stage
+from messnet.run.stages import STAGES
+
+__all__ = ["adopt_pretrained", "open_run"]
+
+
+def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> Run:
+    """The run of a recipe file (in ``out``, by default runs/NAME) or of a run directory, which remembers its recipe.
+
+    Raises RecipeError or DataError when the recipe is not in order, RunError when the directory belongs to another
+    recipe: what a stage was made from cannot change once it has begun. Nothing is written in either case.
+    """
+    if target.is_dir():
+        directory = RunDirectory(target)
+        recipe = recipe_from_record(directory.record().recipe, overrides)
+    else:
+        recipe = load_recipe(target, overrides)
+        directory = RunDirectory(out or Path("runs") / target.stem)
+    record = recipe_to_record(recipe)
+    run = Run(recipe, directory)
+    known = _known_recipe(directory) if directory.exists else None
+    if known == record:
+        return run
+    if known is not None:
+        _refuse_other_recipe(directory, known, record)
+    if known is None or known["data"] != record["data"]:
+        _expect_sound_data(run)
+    if known is None:
+        directory.create(record)
+    else:
+        directory.update_recipe(record)
+    return run
+
+
+def _known_recipe(directory: RunDirectory) -> dict[str, Plain]:
+    """The recipe of a run. Options that came after it have their defaults, and its stages stay done."""
+    old = directory.record().recipe
+    known = recipe_to_record(recipe_from_record(old))
+    if known != old:
+        done = [stage for stage in STAGES.values() if directory.fingerprint(stage.name) == stage.fingerprint(old)]
+        directory.update_recipe(known, {stage.name: stage.fingerprint(known) for stage in done})
+    return known
+
+
+def _refuse_other_recipe(directory: RunDirectory, known: Mapping[str, object], record: Mapping[str, object]) -> None:
+    for stage in STAGES.values():
+        if not stage.is_training:
+            continue
+        if directory.fingerprint(stage.name) is None and not directory.checkpoint(stage.name).exists():
+            continue  # not begun: may still change
+        advice = "choose another directory with --out, or delete it"
+        if STAGES["pretrain"].inputs(known) == STAGES["pretrain"].inputs(record):
+            advice = (
+                f"choose another directory with --out (stage 1 is the same: `messnet distill RECIPE --out OTHER "
+                f"--pretrained {directory.path}` takes it over), or delete it"
+            )
+        _expect_same(stage, known, record, was=f"{directory.path} was made", advice=advice)
+
+
+def _expect_same(
+    stage: Stage, known: Mapping[str, object], record: Mapping[str, object], *, was: str, advice: str
+) -> None:
+    """Raises RunError that names the first key where two recipes differ in what ``stage`` is made from."""
+    old, new = dict(_flat(stage.inputs(known))), dict(_flat(stage.inputs(record)))
+    for section in stage.sections:
+        for key in sorted(key for key in old.keys() | new.keys() if key.startswith(f"{section}.")):
+            if old.get(key) != new.get(key):
+                raise RunError(f"{was} with {key} = {old.get(key)}, this recipe says {new.get(key)}: {advice}")
+
+
+def _flat(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of every value."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def adopt_pretrained(run: Run, source: Path) -> None:
+    """Takes stage 1 over from another run whose data, model and pretrain sections are the same. Raises RunError when
+    they are not, or it is not finished."""
+    profiled, pretrained = STAGES["profile"], STAGES["pretrain"]
+    if run.directory.fingerprint("pretrain") is not None:
+        return
+    if run.directory.checkpoint("pretrain").exists():
+        raise RunError(f"{run.directory.path} has a stage 1 of its own under way: finish it, or choose another --out")
+    other, record = RunDirectory(source), recipe_to_record(run.recipe)
+    theirs = recipe_to_record(recipe_from_record(other.record().recipe))
+    advice = "stage 1 is shared only where data, model and pretrain agree"
+    _expect_same(pretrained, theirs, record, was=f"{source} was pretrained", advice=advice)
+    weights = other.stage1.read()
+
+    def copy_profile(run: Run) -> None:
+        run.directory.profile.write(other.profile.read())
+        run.directory.exits.write(other.exits.read())
+
+    if theirs["heads"] == record["heads"] and run.directory.fingerprint("profile") is None:
+        profiled.record(run, copy_profile)
+    profiled.ensure(run)
+    if Blueprint.from_json(other.exits.read()) != run.blueprint():
+        raise RunError(f"{source} was pretrained with other exit points than {run.directory.path} has (exits.json)")
+    pretrained.record(run, lambda run: run.directory.stage1.write(weights))
+
+
+def _expect_sound_data(run: Run) -> None:
+    """Reads every image once before hours are spent on them; generated ones cannot be broken."""
+    train, val = run.dataset("train"), run.dataset("val")
+    options = run.recipe.data
+    if len(val) < 2:
+        raise DataError(
+            "the validation split holds 1 image: a run selects on one half of it and reports on the other, so it takes "
+            "at least 2, and a hundred for figures that mean something"
+        )
+    if options.source == "scenes":
+        return
+    for split, dataset in (("train", train), ("val", val)):
+        threads = min(16, os.cpu_count() or 1) if options.source in SOURCES else 1
+        progress = partial(tqdm, desc=f"check {split}", unit="img")
+        report = check_dataset(dataset, num_threads=threads, progress=progress)
+        if report.problems:
+            more = f" (and {len(report.problems) - 1} more: `messnet check-data`)" if len(report.problems) > 1 else ""
+            raise DataError(f"{report.problems[0]}{more}")
+    _expect_labelled_halves(val, set(report.unlabelled), run.recipe.search.seed)
+
+
+def _expect_labelled_halves(val: SegmentationDataset, unlabelled: set[str], seed: int) -> None:
+    """The search needs a labelled image in the half that it selects on, the report in the other: known before hours of
+    training, and mended only by other images."""
+    if not unlabelled:
+        return
+    samples = [val[v] for v in range(len(val))]
+    for half, purpose in zip(halves(group_ids([s.group for s in samples]), seed), ("select on", "report"), strict=True):
+        if all(samples[v].name in unlabelled for v in half.tolist()):
+            raise DataError(
+                f"the {len(half)} validation images to {purpose} are void everywhere ({samples[half[0]].name}, ...): "
+                f"label some of them, leave them out, or draw other halves with search.seed"
+            )

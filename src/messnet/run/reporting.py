@@ -1,0 +1,115 @@
+"""The chosen instances on the images that nothing was selected on: what they did, how fast, and pictures of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from messnet.costs.latency import LatencyOptions
+from messnet.data import SegmentationDataset
+from messnet.deployment.session import Session
+from messnet.deployment.side_by_side import Running, device_in_words, make_gallery, run_side_by_side
+from messnet.profiling import profile
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
+from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.measurements import Front, Gallery, Measurement, Measurements
+from messnet.run.run import Run
+from messnet.searching import cost_of, route
+
+__all__ = ["measure_instances"]
+
+
+def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | None]:
+    """The baseline and every instance of the recipe on the reported half of the validation images, one image at a time;
+    pictures where there is an instance to show."""
+    tables, costs, val = run.tables(), run.costs(), run.dataset("val")
+    selection, half = tables.halves(run.recipe.search.seed)
+    reported, tables_reported = half.tolist(), tables.subset(half)
+    instances = [_baseline(tables), *_found(run, front)]
+    exits = sorted({choice.exit for instance in instances for choice in instance.exits})
+    predicted = _predict_latency(run, exits, costs.input_size)
+    sessions = _sessions(run, instances, exits)
+    samples = ((val[v].image, val[v].mask) for v in reported)
+    runnings = run_side_by_side(sessions, samples, len(tables.class_names))
+    measurements = Measurements(
+        device=device_in_words(run.device),
+        input_size=costs.input_size,
+        image_names=list(tables_reported.image_names),
+        difficulty=_known(tables_reported.difficulty),
+        final_exit_error=_known(runnings[0].errors()),
+        num_selection_images=len(selection),
+        rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
+        skipped=front.skipped,
+    )
+    return measurements, _gallery(val, reported, sessions, measurements.rows)
+
+
+def _baseline(tables: ExitTables) -> Instance:
+    final = ExitChoice(exit_index=tables.exits[tables.final].exit_index, head=tables.exits[tables.final].head)
+    return Instance(name="baseline", setting="budgeted", exits=(final,))
+
+
+def _found(run: Run, front: Front) -> list[Instance]:
+    files = [run.directory.instance(name) for name in front.names]
+    return [file.read() for file in files if file.exists]
+
+
+def _sessions(run: Run, instances: Sequence[Instance], exits: Sequence[Exit]) -> list[Session]:
+    """One network for all of them, with the heads of all."""
+    net, blueprint = run.trained(exits).float(), run.blueprint()
+    return [
+        Session(
+            net,
+            instance,
+            class_names=blueprint.class_names,
+            palette=np.array(blueprint.palette, np.uint8),
+            device=str(run.device),
+            input_size=blueprint.input_size,
+        )
+        for instance in instances
+    ]
+
+
+def _predict_latency(run: Run, exits: Sequence[Exit], input_size: tuple[int, int]) -> CostTable:
+    """The parts that the instances are made of, each measured for itself."""
+    latency = LatencyOptions(device=str(run.device), max_seconds=20)
+    return profile(run.network(exits), input_size, latency=latency)
+
+
+def _measurement(
+    instance: Instance, running: Running, tables: ExitTables, costs: CostTable, predicted: CostTable
+) -> Measurement:
+    return Measurement(
+        instance=instance,
+        miou=running.miou(),
+        miou_from_tables=tables.miou(route(tables, instance)),
+        macs=float(cost_of(tables, costs, instance, "macs").mean()),
+        macs_paper=float(cost_of(tables, costs, instance, "macs_paper").mean()),
+        exit_taken=running.exit_taken,
+        image_confidence=running.image_confidence,
+        latency_ms=running.latency_ms,
+        predicted_ms=cost_of(tables, predicted, instance, "latency_ms").tolist(),
+    )
+
+
+def _gallery(
+    val: SegmentationDataset, reported: Sequence[int], sessions: Sequence[Session], rows: Sequence[Measurement]
+) -> Gallery | None:
+    """An image that stopped early and one that went deep, through the instance whose images spread most."""
+    if len(sessions) < 2:
+        return None
+    session, row = max(zip(sessions[1:], rows[1:], strict=True), key=lambda pair: pair[1].spread())
+    order = np.lexsort((row.image_confidence, row.exit_taken))
+    first, last = int(order[len(order) // 10]), int(order[-1 - len(order) // 10])
+    samples = [val[reported[v]] for v in dict.fromkeys((first, last))]
+    samples = [sample for sample in samples if sample.mask.shape == samples[0].mask.shape]
+    taken = [row.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
+    return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
+
+
+def _known(values: Iterable[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(value) else float(value) for value in values]
