@@ -250,7 +250,7 @@ def test_what_is_asked_in_vain(bundle: Path, tiny_run: Path, tmp_path: Path, mon
         (RecipeError, "runs on the processor", lambda: load(bundle, runtime="openvino", device="cuda")),
         (ModelError, "holds graphs, no network", lambda: load(bundle, runtime="onnxruntime").net),
         (RunError, "could not run", lambda: export(tiny_run, tmp_path / "x", weights=False)),
-        (RunError, r"no graphs for openvino; it is for torch: make one with .*--runtime onnx", lambda: load(
+        (RunError, r"no graphs for openvino; it is for torch: make one with .*--runtime onnxruntime", lambda: load(
             export(tiny_run, tmp_path / "plain.mess").path, runtime="openvino")),
         (ModelError, "cannot be a graph", lambda: policy_graph(Policy(refinement="paper"), 5)),
         (ModelError, r"no graph of head 'final' at exit 2; there are 1 .*, 3 \(final\)", lambda: load(

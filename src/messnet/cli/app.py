@@ -32,6 +32,7 @@ __all__ = [
     "do_stage",
     "examples",
     "main",
+    "named_runtime",
     "open_target",
     "plain_name",
     "print_table",
@@ -71,12 +72,12 @@ def _precision(_: object, tokens: Sequence[Token]) -> Precision:
     return precision_named(tokens[0].value, option=tokens[0].keyword or "precision")
 
 
-def _runtime(_: object, tokens: Sequence[Token]) -> RuntimeName:
+def named_runtime(_: object, tokens: Sequence[Token]) -> RuntimeName:
     return runtime_named(tokens[0].value, option=tokens[0].keyword or "runtime")
 
 
 PrecisionOption = Annotated[Precision, Parameter(converter=_precision)]
-RuntimeOption = Annotated[RuntimeName, Parameter(converter=_runtime)]
+RuntimeOption = Annotated[RuntimeName, Parameter(converter=named_runtime)]
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, app, examples, quieten
+from messnet.cli.app import AsJson, app, examples, named_runtime, quieten
 from messnet.errors import MessError, RecipeError
 
 __all__ = ["export"]
@@ -18,9 +18,9 @@ __all__ = ["export"]
     help_epilogue=examples(
         "export runs/demo --out demo.mess",
         "export runs/demo --instance max-miou --out demo.zip",
-        "export runs/demo --runtime onnx --out demo.mess",
-        "export runs/demo --runtime onnx --no-torch --out demo.zip",
-        "export demo.mess --runtime onnx --images photos --out graphs.mess",
+        "export runs/demo --runtime onnxruntime --out demo.mess",
+        "export runs/demo --runtime onnxruntime --no-torch --out demo.zip",
+        "export demo.mess --runtime onnxruntime --images photos --out graphs.mess",
         "export runs/demo --device-table runs/demo/costs/NAME.json --out demo.mess",
     )
 )
@@ -29,10 +29,11 @@ def export(
     *,
     instance: str | None = None,
     out: Path | None = None,
-    runtime: Literal["torch", "onnx"] = "torch",
+    runtime: Annotated[Literal["torch", "onnxruntime"], Parameter(converter=named_runtime)] = "torch",
     torch: bool = True,
     images: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    model: str | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an instance as a bundle: all that it needs, and nothing else, for `predict` and `profile` anywhere.
@@ -44,21 +45,22 @@ def export(
         target: A finished run; or a bundle, to make another kind of bundle of it.
         instance: One of the run's instances; by default the cheapest within 1 pp.
         out: A new folder, or a zip if it ends in .zip; by default RUN-INSTANCE.mess.
-        runtime: onnx adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on some images.
+        runtime: onnxruntime adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on some images.
         torch: Whether the bundle holds weights for torch.
         images: Files or folders of images to check graphs on; by default a run's validation images, and generated ones
             where its data set is not here, or for a bundle.
         device_table: Tables of `profile --measure` that go with it; by default all in RUN/costs.
+        model: module:function that builds the network of a bundle whose model is its maker's own.
     """
     quieten()
     from messnet.deployment.export import export as export_bundle
 
-    graphs = runtime == "onnx"
+    graphs = runtime == "onnxruntime"
     if images and not graphs:
-        raise RecipeError("--images are to check graphs on: leave them out, or add --runtime onnx")
+        raise RecipeError("--images are to check graphs on: leave them out, or add --runtime onnxruntime")
     examples = _images(target, images) if graphs else None
     bundle = export_bundle(
-        target, out, instance=instance, tables=device_table, graphs=graphs, weights=torch, images=examples
+        target, out, instance=instance, tables=device_table, graphs=graphs, weights=torch, images=examples, model=model
     )
     checked = bundle.manifest.runtimes["onnx"].checked if graphs else {}
     files = {name: stored.bytes for name, stored in bundle.manifest.files.items()}

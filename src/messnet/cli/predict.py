@@ -37,6 +37,7 @@ def predict(
     runtime: RuntimeOption | None = None,
     precision: PrecisionOption = "f32",
     threads: int | None = None,
+    model: str | None = None,
     batch_size: int = 1,
     deadline_ms: float | None = None,
     tile: tuple[int, int] | None = None,
@@ -65,6 +66,8 @@ def predict(
             A run's graphs are made anew, which takes seconds an exit; a bundle exported for the runtime has them.
         precision: Of weights and activations, where the runtime has it.
         threads: Of the processor, for the network; by default as many as the runtime takes.
+        model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
+            is not imported unless you name it here.
         batch_size: Images of one size, or tiles, that go through the network together.
         deadline_ms: Time per image: exit after exit while it lasts, the best result is kept.
         tile: Height and width of overlapping tiles that large images are cut into; each takes its own exit. Adds
@@ -85,7 +88,7 @@ def predict(
 
     def open_session() -> Session:
         how: dict[str, Any] = {"device": device, "runtime": runtime, "precision": precision, "threads": threads}
-        session = load(target, instance=instance, **how)
+        session = load(target, instance=instance, model=model, **how)
         if runtime is None and session.runtime != "torch":
             print(
                 f"messnet: {session.runtime} computes, for torch is not installed or not in {target}", file=sys.stderr

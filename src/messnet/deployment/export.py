@@ -14,18 +14,28 @@ import safetensors.torch
 from numpy.typing import NDArray
 
 from messnet import __version__
-from messnet.deployment.bundle import Bundle, Manifest, Preprocessing, Runtime, is_bundle, open_bundle, write_bundle
+from messnet.deployment.bundle import (
+    Bundle,
+    Manifest,
+    Network,
+    Preprocessing,
+    Runtime,
+    is_bundle,
+    open_bundle,
+    write_bundle,
+)
 from messnet.deployment.graph_runner import GRAPHS, OUTPUT, Graph, GraphRunner, load_graph
 from messnet.deployment.graphs import make_graphs
 from messnet.deployment.loading import COSTS
-from messnet.deployment.restoring import bundle_tensors, restore_bundle, restore_run
+from messnet.deployment.restoring import bundle_tensors, expect_finite, restore_bundle, restore_run
 from messnet.deployment.runner import Runner
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
-from messnet.errors import ModelError, RunError
+from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.preprocessing import MEAN, STD
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.policy import Policy
+from messnet.records.codec import from_plain
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, Instance
 from messnet.records.run_directory import RunDirectory
@@ -47,17 +57,23 @@ def export(
     graphs: bool = False,
     weights: bool = True,
     images: Sequence[NDArray[np.uint8]] | None = None,
+    model: str | None = None,
 ) -> Bundle:
     """Writes an instance of the run or bundle at ``path`` as a bundle: a folder, or a zip where ``out`` ends in .zip;
     by default RUN-INSTANCE.mess.
 
-    ``instance`` as for ``load``; a bundle has but one, which a bundle of another kind is made of. The measured cost
-    ``tables`` go with it, by default all there are. ``weights`` for torch, ``graphs`` in ONNX for other runtimes: they
+    ``instance`` and ``model`` as for ``load``; a bundle has but one instance, which a bundle of another kind is made
+    of. The measured cost ``tables`` go with it, by default all there are. ``weights`` for torch, ``graphs`` in ONNX for other runtimes: they
     are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones where None are given. Raises RunError
     when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be cut, or graphs
     that cannot be made or disagree.
     """
-    source = _from_bundle(open_bundle(path), instance) if is_bundle(path) else _from_run(RunDirectory(path), instance)
+    if is_bundle(path):
+        source = _from_bundle(open_bundle(path), instance, model)
+    elif model is None:
+        source = _from_run(RunDirectory(path), instance)
+    else:
+        raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
     blueprint, net, chosen = source.blueprint, source.net, source.instance
     if not net.backbone.exportable:
         raise ModelError(f"{path} cannot be exported: {'; '.join(net.notes)}")
@@ -65,6 +81,7 @@ def export(
         raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: leave one of them in")
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
+    expect_finite(bundle_tensors(net), str(path))
     files, runtimes = _cost_tables(path, source, exits, tables), {}
     if weights:
         tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
@@ -85,7 +102,7 @@ def export(
         palette=blueprint.palette,
         preprocessing=Preprocessing(mean=MEAN, std=STD, input_size=blueprint.input_size),
         instance=chosen,
-        network=network,
+        network=from_plain(network, Network),
         runtimes=runtimes,
         provenance=source.provenance,
     )
@@ -110,8 +127,8 @@ def _from_run(run: RunDirectory, instance: str | None) -> _Source:
     return _Source(run.path.resolve().name, *restored, workload, measured, run.record().stages)
 
 
-def _from_bundle(bundle: Bundle, instance: str | None) -> _Source:
-    restored = restore_bundle(bundle, instance)
+def _from_bundle(bundle: Bundle, instance: str | None, model: str | None) -> _Source:
+    restored = restore_bundle(bundle, instance, model=model)
     tables = {Path(name): bundle.read(name) for name in bundle.manifest.files if name.startswith(f"{COSTS}/")}
     workload = tables.pop(Path(COSTS, _WORKLOAD), None)
     if workload is None:
@@ -156,7 +173,7 @@ def check_graphs(
     tolerable = found["logits_max_abs"] <= _TOLERANCE * max(1.0, largest.max())
     if not tolerable or found["equal_pixels"] < 0.999 or found["confidence_max_abs"] > 0.01:
         figures = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
-        raise ModelError(f"the ONNX graphs do not do what torch does ({figures}): export without --runtime onnx")
+        raise ModelError(f"the ONNX graphs do not do what torch does ({figures}): export without --runtime onnxruntime")
     return found
 
 

@@ -36,6 +36,7 @@ def load(
     runtime: RuntimeName | None = None,
     precision: Precision = "f32",
     threads: int | None = None,
+    model: str | None = None,
 ) -> Session:
     """A session for an instance of the run, or for the bundle (a folder or a zip), at ``path``.
 
@@ -50,6 +51,9 @@ def load(
     torch is one for each core. The session's ``costs`` are the run's or bundle's table that was measured on this
     device, in this runtime, with so many threads.
 
+    ``model`` names the function that builds the network of a bundle whose model is not of the zoo, "module:function":
+    nothing is imported only because a bundle names it. Graphs need no such function.
+
     Raises RunError when something is missing, damaged or newer, ModelError when the network cannot be built here,
     MessError that names the extra to install when a runtime is not installed, RecipeError for a device, runtime or
     precision that there is not, or fewer than 1 thread.
@@ -60,7 +64,9 @@ def load(
     if is_bundle(path):
         bundle = open_bundle(path)
         how = _How(device, runtime or _default_runtime(bundle), precision, threads)
-        return _load_bundle(bundle, instance, how)
+        return _load_bundle(bundle, instance, how, model)
+    if model is not None:
+        raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
     how = _How(device, runtime or "torch", precision, threads)
     if RunDirectory(path).exists:
         return _load_run(path, instance, how)
@@ -109,7 +115,7 @@ class _How:
         )
 
 
-def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How) -> Session:
+def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How, model: str | None) -> Session:
     manifest = bundle.manifest
     runner: Runner
     if how.graph_runtime:
@@ -119,7 +125,7 @@ def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How) -> 
         with needing_extras():
             from messnet.deployment.restoring import restore_bundle
 
-            _, net, chosen = restore_bundle(bundle, instance)
+            _, net, chosen = restore_bundle(bundle, instance, model=model)
             runner = how.by_torch(net, chosen)
     tables = (bundle.read(name) for name in sorted(manifest.files) if name.startswith(f"{COSTS}/"))
     return Session(
@@ -166,7 +172,7 @@ def _bundled_graphs(bundle: Bundle, runtime: GraphRuntime, how: _How) -> GraphRu
         source = bundle.path if "torch" in manifest.runtimes else "RUN"
         raise RunError(
             f"{bundle.path} holds no graphs for {runtime}; it is for "
-            f"{', '.join(manifest.runtimes) or 'no runtime'}: make one with `messnet export {source} --runtime onnx`"
+            f"{', '.join(manifest.runtimes) or 'no runtime'}: make one with `messnet export {source} --runtime onnxruntime`"
         )
     stored, choices = manifest.runtimes[GRAPHS], manifest.instance.exits
     missing = {*map(stage_name, range(len(choices))), OUTPUT} - stored.files.keys()
@@ -175,7 +181,7 @@ def _bundled_graphs(bundle: Bundle, runtime: GraphRuntime, how: _How) -> GraphRu
     return GraphRunner(
         {name: bundle.read(file) for name, file in stored.files.items() if name != OUTPUT},
         choices,
-        [point["output_stride"] for point in manifest.network["exit_points"]],
+        [point.output_stride for point in manifest.network.exit_points],
         runtime=runtime,
         precision=how.precision,
         threads=how.threads,

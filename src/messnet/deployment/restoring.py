@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from messnet.records.instance import Instance
 from messnet.records.names import GraphRuntime, Precision
 from messnet.records.run_directory import RunDirectory
 
-__all__ = ["bundle_tensors", "graph_runner", "restore_bundle", "restore_run"]
+__all__ = ["bundle_tensors", "expect_finite", "graph_runner", "restore_bundle", "restore_run"]
 
 
 def restore_run(path: Path, instance: str | Instance | None = None) -> tuple[Blueprint, MultiExitNet, Instance]:
@@ -38,32 +41,61 @@ def restore_run(path: Path, instance: str | Instance | None = None) -> tuple[Blu
         net.heads.load_state_dict({name: heads[name] for name in net.heads.state_dict()})
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise RunError(f"the weights in {path} are damaged or of another network ({error})") from error
+    expect_finite(bundle_tensors(net), str(path))
     return blueprint, net, chosen
 
 
-def restore_bundle(bundle: Bundle, instance: str | Instance | None = None) -> tuple[Blueprint, MultiExitNet, Instance]:
-    """A bundle's network, which ends where its instance does. Raises RunError, or ModelError for a model of the user's
-    own whose function is not to be found here."""
+def restore_bundle(
+    bundle: Bundle, instance: str | Instance | None = None, *, model: str | None = None
+) -> tuple[Blueprint, MultiExitNet, Instance]:
+    """A bundle's network, which ends where its instance does.
+
+    ``model`` is the user's word for the function that builds the network, "module:function"; a bundle's own word is
+    taken for models of the zoo only, as opening a stranger's file runs no code. Raises RunError, or ModelError for a
+    function that is not to be found here.
+    """
     manifest, path = bundle.manifest, bundle.path
     chosen = bundle.choose(instance)
     weights = manifest.runtimes["torch"].files.get("weights") if "torch" in manifest.runtimes else None
     if weights is None:
         raise RunError(f"{path} holds no weights for torch; it is for {', '.join(manifest.runtimes) or 'no runtime'}")
-    own = {"class_names": manifest.class_names, "palette": manifest.palette}
-    record = {**manifest.network, **own, "input_size": manifest.preprocessing.input_size}
+    named = manifest.network.model
+    if ":" in named and model is None:
+        raise RunError(
+            f"{path} is of a model of its maker's own, {named}, and opening a bundle imports nothing that the bundle "
+            f"names: if you trust that function, name it yourself with --model {named} (in Python model={named!r}), or "
+            f"run the bundle's graphs with --runtime onnxruntime"
+        )
+    own = {"class_names": manifest.class_names, "palette": manifest.palette, "model": model or named}
+    record = {**asdict(manifest.network), **own, "input_size": manifest.preprocessing.input_size}
     blueprint = Blueprint.from_json(json.dumps(record))
     exits = tuple(choice.exit for choice in manifest.instance.exits)
     net = blueprint.build(exits)
     net.keep_only(exits)
     try:
         tensors = safetensors.torch.load(bundle.read(weights))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a number format that safetensors does not know
         raise RunError(f"{path}/{weights} cannot be read ({error}); export the bundle again") from error
     places = bundle_tensors(net)
     expect_fit(tensors, places, source=f"{path}/{weights}")
     for name, place in places.items():
+        if tensors[name].dtype != place.dtype:
+            raise RunError(
+                f"{path}/{weights}: {name} is {tensors[name].dtype}, expected {place.dtype}; export the bundle again"
+            )
         place.copy_(tensors[name])
+    expect_finite(places, f"{path}/{weights}")
     return blueprint, net, chosen
+
+
+def expect_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises RunError that names the first tensor with NaN or infinite values: a network with such weights gives class
+    0 everywhere, or nothing."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"{source}: {name} holds NaN or infinite weights, from a training that failed; train it again"
+            )
 
 
 def bundle_tensors(net: MultiExitNet) -> dict[str, Tensor]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch.nn.functional as F
@@ -132,7 +135,7 @@ def _find(name: str) -> Callable[..., object]:
     if ":" in name:
         module_name, _, function = name.partition(":")
         try:
-            found: Callable[..., object] = getattr(importlib.import_module(module_name), function)
+            found: Callable[..., object] = getattr(_imported(module_name), function)
             return found
         except (ImportError, AttributeError) as error:
             raise ModelError(
@@ -141,6 +144,19 @@ def _find(name: str) -> Callable[..., object]:
     if name not in MODELS:
         raise ModelError(f"no model {name!r}: expected one of {', '.join(MODELS)} or 'module:function'")
     return MODELS[name]
+
+
+def _imported(name: str) -> ModuleType:
+    """A module by its name, looked for in the working folder too, where the user's own lies: what is installed comes
+    first."""
+    here = os.getcwd()
+    if here in sys.path:
+        return importlib.import_module(name)
+    sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(here)
 
 
 def _drn50() -> nn.Module:
