@@ -45,7 +45,8 @@ def export(
         target: A finished run; or a bundle, to make another kind of bundle of it.
         instance: One of the run's instances; by default the cheapest within 1 pp.
         out: A new folder, or a zip if it ends in .zip; by default RUN-INSTANCE.mess.
-        runtime: onnxruntime adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on some images.
+        runtime: onnxruntime adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on some
+            images.
         torch: Whether the bundle holds weights for torch.
         images: Files or folders of images to check graphs on; by default a run's validation images, and generated ones
             where its data set is not here, or for a bundle.

@@ -171,8 +171,8 @@ def _bundled_graphs(bundle: Bundle, runtime: GraphRuntime, how: _How) -> GraphRu
     if GRAPHS not in manifest.runtimes:
         source = bundle.path if "torch" in manifest.runtimes else "RUN"
         raise RunError(
-            f"{bundle.path} holds no graphs for {runtime}; it is for "
-            f"{', '.join(manifest.runtimes) or 'no runtime'}: make one with `messnet export {source} --runtime onnxruntime`"
+            f"{bundle.path} holds no graphs for {runtime}; it is for {', '.join(manifest.runtimes) or 'no runtime'}: "
+            f"make one with `messnet export {source} --runtime onnxruntime`"
         )
     stored, choices = manifest.runtimes[GRAPHS], manifest.instance.exits
     missing = {*map(stage_name, range(len(choices))), OUTPUT} - stored.files.keys()
