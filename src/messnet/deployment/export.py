@@ -64,7 +64,8 @@ def export(
 
     ``instance`` and ``model`` as for ``load``; a bundle has but one instance, which a bundle of another kind is made
     of. The measured cost ``tables`` go with it, by default all there are. ``weights`` for torch, ``graphs`` in ONNX for
-    other runtimes: they are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones where None are given. Raises RunError
+    other runtimes: they are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones where None are
+    given. Raises RunError
     when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be cut, or graphs
     that cannot be made or disagree.
     """
