@@ -14,12 +14,12 @@ from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from messnet.costs.latency import LatencyOptions, Stopwatch, num_threads
 from messnet.costs.workload import Count, copy_module, dtype_of, metering, shadow
 from messnet.errors import ModelError
-from messnet.network.multi_exit import MultiExitNet, labels_at
+from messnet.network.multi_exit import MultiExitNet, convert, labels_at
 from messnet.policy.policy import Policy
 from messnet.policy.reference import image_confidence, should_exit
 from messnet.records.costs import CostTable, PartCost
@@ -42,18 +42,22 @@ _Around = Callable[[_Part], AbstractContextManager[None]]
 
 
 def profile(
-    net: MultiExitNet, input_size: tuple[int, int], *, model: str = "", latency: LatencyOptions | None = None
+    net: nn.Module, input_size: tuple[int, int], *, model: str = "", latency: LatencyOptions | None = None
 ) -> CostTable:
-    """Costs of every segment, head, policy step and output at ``input_size`` (height, width).
+    """Costs of every segment, head, policy step and output at ``input_size`` (height, width). A ``net`` that is no
+    MultiExitNet is converted first, as ``messnet.convert(net, images)`` does: six segments and its own head.
 
     Workload (both conventions, see ``messnet.costs.workload``), parameters and memory are counted without computing
     anything; with ``latency`` every part is also timed as sessions run it, on a copy of ``net``. ``model`` is the name
     that the table carries.
 
-    Raises ModelError for a size below 1 x 1.
+    Raises ModelError for a size below 1 x 1, and for a model that cannot be converted.
     """
     if min(input_size) < 1:
         raise ModelError(f"an input has at least 1 x 1 pixels, not {input_size[0]} x {input_size[1]}")
+    if not isinstance(net, MultiExitNet):
+        device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+        net = convert(net, torch.zeros(1, 3, *input_size, dtype=dtype_of(net), device=device))
     batch = latency.batch if latency else 1
     counts = _count(net, (batch, 3, *input_size), getattr(torch, latency.dtype) if latency else dtype_of(net))
     watch = _time(net, (batch, 3, *input_size), latency) if latency else None

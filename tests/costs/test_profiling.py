@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from messnet.costs.latency import LatencyOptions
 from messnet.costs.workload import count_module
-from messnet.errors import RunError
+from messnet.errors import ModelError, RunError
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import mobilenetv2_fcn
@@ -172,3 +172,11 @@ def test_a_model_that_looks_at_values(model: nn.Module) -> None:
     assert [part.macs for part in costs.segments] == [plane * 9 * 3 * 8, plane * (9 * 8 * 8 + 8 * 5)]
     assert costs.heads[exit].macs == count_module(net.head(exit), (1, 8, SIZE[0] // 2, SIZE[1] // 2)).macs
     assert costs.segments[0].memory_bytes >= 4 * (3 * 4 + 8) * plane
+
+
+def test_a_plain_model_is_converted(model: nn.Module) -> None:
+    whole = profile(model, (64, 80), model="plain")
+    assert len(whole.segments) == 6
+    assert whole.total_macs() == pytest.approx(count_module(model, (1, 3, 64, 80)).macs)
+    with pytest.raises(ModelError):
+        profile(nn.Conv2d(3, 2, 1), (64, 80))

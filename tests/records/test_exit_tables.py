@@ -10,36 +10,9 @@ import numpy as np
 import pytest
 
 from messnet.errors import RunError
-from messnet.records.costs import CostName, CostTable, PartCost
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
 from messnet.records.iou import class_iou, mean_iou
-
-
-def make_costs() -> CostTable:
-    def part(macs: int) -> PartCost:
-        return PartCost(
-            macs=macs,
-            macs_paper=macs + 0.5,
-            parameters=10 * macs,
-            memory_bytes=100 * macs,
-            latency_ms=macs / 4,
-            latency_p95_ms=macs / 2,
-        )
-
-    return CostTable(
-        model="toy",
-        input_size=(4, 6),
-        segments=(part(1), part(2), part(4)),
-        heads={Exit(0, "a"): part(8), Exit(0, "b"): part(16), Exit(1, "a"): part(32), Exit(2, "final"): part(64)},
-        policies=(part(128), part(256)),
-        outputs=(part(512), part(1024), part(2048)),
-        operators={"convolution": 7.0},
-        uncounted={"relu": 3},
-        conditions={"device": "an abacus", "batch": 1},
-        additivity={"num_instances": 20, "median_error": 0.03, "worst_error": 0.1},
-        provenance={"made": "by hand"},
-    )
 
 
 def make_tables(num_images: int = 5) -> ExitTables:
@@ -127,66 +100,6 @@ def test_tables_without_groups_are_those_of_before() -> None:
     assert tables.group_ids().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_cost_table_reads_its_own_json() -> None:
-    costs = make_costs()
-    assert CostTable.from_json(costs.to_json()) == costs
-
-
-def test_the_users_model() -> None:
-    costs = make_costs()
-    assert costs.final_exit == Exit(2, "final")
-    assert costs.total_macs() == costs.total("macs") == 1 + 2 + 4 + 64 + 2048
-    assert costs.total_macs(convention="paper") == costs.total_macs() + 5 * 0.5
-    assert costs.total("parameters") == 10 * (1 + 2 + 4 + 64 + 2048)
-    assert costs.total("memory_bytes") == 100 * 2048
-
-
-def test_the_columns_of_some_exits() -> None:
-    column = make_costs().column("parameters", [Exit(1, "a"), Exit(0, "b"), Exit(2, "final")])
-    assert column.prefix(1) == 30
-    assert column.heads.tolist() == [320, 160, 640]
-    assert column.policies.tolist() == [2560, 1280, 0]  # the final exit decides nothing
-    assert column.outputs.tolist() == [10240, 5120, 20480]
-    assert make_costs().column("memory_bytes", []).prefix(1) == 200
-    with pytest.raises(RunError, match="another head space"):
-        make_costs().column("macs", [Exit(1, "nothing")])
-
-
-@pytest.mark.parametrize(("name", "unit"), [("macs", 1), ("latency_ms", 1 / 4), ("latency_p95_ms", 1 / 2)])
-def test_an_image_pays_what_it_goes_through(name: CostName, unit: float) -> None:
-    costs = make_costs()
-    leaving = costs.column(name, [Exit(0, "b"), Exit(1, "a"), Exit(2, "final")]).leaving()
-    first = 1 + 16 + 128
-    second = first + 2 + 32 + 256
-    assert leaving.tolist() == [unit * (first + 512), unit * (second + 1024), unit * (second + 4 + 64 + 2048)]
-    cut = costs.column(name, [Exit(0, "b"), Exit(1, "a")]).leaving()  # its last exit decides nothing
-    assert cut.tolist() == [unit * (first + 512), unit * (first + 2 + 32 + 1024)]
-
-
-def test_memory_and_parameters_are_the_instances() -> None:
-    costs, exits = make_costs(), [Exit(0, "b"), Exit(1, "a")]
-    assert costs.column("parameters", exits).leaving().tolist() == [10 * (1 + 2 + 16 + 32 + 128 + 512 + 1024)] * 2
-    assert costs.column("memory_bytes", exits).leaving().tolist() == [100 * 1024] * 2
-
-
-def test_latency_that_was_not_measured() -> None:
-    record = json.loads(make_costs().to_json())
-    record["outputs"][0]["latency_ms"] = None
-    costs = CostTable.from_json(json.dumps(record))
-    assert costs.column("latency_ms", [Exit(1, "a")]).heads.tolist() == [8]
-    with pytest.raises(RunError, match=r"no latency_ms: .*messnet profile RUN --measure"):
-        costs.column("latency_ms", [Exit(0, "a")])
-
-
-def test_equal_sums_of_latencies_are_equal() -> None:
-    costs = make_costs()
-    parts = [replace(part, latency_ms=ms) for part, ms in zip(costs.segments, (0.1, 0.2, 0.3), strict=True)]
-    one = replace(costs, segments=tuple(parts)).column("latency_ms", [])
-    other = replace(costs, segments=tuple(reversed(parts))).column("latency_ms", [])
-    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
-    assert one.prefix(2) == other.prefix(2) == pytest.approx(0.6, abs=2e-6)
-
-
 def test_exit_tables_read_their_own_bytes() -> None:
     tables = make_tables()
     again = ExitTables.from_bytes(tables.to_bytes())
@@ -196,18 +109,6 @@ def test_exit_tables_read_their_own_bytes() -> None:
             assert getattr(again, name).dtype == value.dtype
         else:
             assert getattr(again, name) == value
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99}', "null"])
-def test_bad_cost_tables(text: str) -> None:
-    with pytest.raises(RunError, match=r"messnet profile|make it again"):
-        CostTable.from_json(text)
-
-
-def test_cost_table_with_an_unknown_key() -> None:
-    record = json.loads(make_costs().to_json()) | {"colour": "blue"}
-    with pytest.raises(RunError, match="colour"):
-        CostTable.from_json(json.dumps(record))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -1])

@@ -302,9 +302,7 @@ class _Clock:
         self._each: list[float] = []
         if costs is not None:
             column = costs.column("latency_p95_ms", [choice.exit for choice in choices])
-            reached = np.cumsum(column.segments)[column.exit_indices]
-            # Every exit shows its labels, none decides.
-            self._each = (np.diff(reached, prepend=0.0) + column.heads + column.outputs).tolist()
+            self._each = np.diff(column.shown(), prepend=0.0).tolist()
             self._pixels = costs.input_size[0] * costs.input_size[1]
 
     def expected(self, position: int, size: tuple[int, int], spent_ms: float) -> float:

@@ -65,6 +65,20 @@ class CostColumn(NamedTuple):
     def whole(self, parts: FloatArray) -> float:
         return float(parts.sum() if self.combine == "sum" else parts.max())
 
+    def reached(self) -> FloatArray:
+        """(H,) cost of the backbone up to each exit."""
+        return np.array([self.prefix(int(index)) for index in self.exit_indices], np.float64)
+
+    def alone(self) -> FloatArray:
+        """(H,) cost of each exit as a network of its own, which decides nothing: backbone, head and output."""
+        parts = (self.reached(), self.heads, self.outputs)
+        return np.sum(parts, 0) if self.combine == "sum" else np.max(parts, 0)
+
+    def shown(self) -> FloatArray:
+        """(H,) cost until each exit's labels are there, where those asked for are an instance's, shallow to deep, and
+        every one shows its labels and decides nothing, as anytime instances do. Of costs that an image pays."""
+        return self.reached() + np.cumsum(self.heads + self.outputs)
+
     def leaving(self) -> FloatArray:
         """(H,) cost of an image that leaves at each exit, where those asked for are an instance's, shallow to deep.
 
@@ -75,8 +89,7 @@ class CostColumn(NamedTuple):
         if not self.per_image:
             backbone = self.segments[: self.exit_indices[-1] + 1]
             return np.full(len(self.heads), self.whole(np.concatenate([backbone, self.heads, policies, self.outputs])))
-        reached: FloatArray = np.cumsum(self.segments)[self.exit_indices] + np.cumsum(self.heads + policies)
-        return reached + self.outputs
+        return self.reached() + np.cumsum(self.heads + policies) + self.outputs
 
 
 @dataclass(frozen=True, kw_only=True)

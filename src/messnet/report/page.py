@@ -134,13 +134,13 @@ def _cells(line: _Line) -> list[list[str]]:
 
 def exit_rows(tables: ExitTables, costs: CostTable) -> list[dict[str, Any]]:
     """What every exit would do as a static model: ``exit_index``, ``head``, ``miou`` in [0, 1], ``macs`` per image."""
-    column = costs.column("macs", tables.exits)
+    macs = costs.column("macs", tables.exits).alone()
     return [
         {
             "exit_index": exit.exit_index,
             "head": exit.head,
             "miou": tables.miou(np.full(len(tables.image_names), h)),
-            "macs": column.prefix(exit.exit_index) + column.heads[h],
+            "macs": float(macs[h]),
         }
         for h, exit in enumerate(tables.exits)
     ]
@@ -437,8 +437,7 @@ def _correlation_in_words(correlation: float, num_images: int) -> str:
 def _heads_figure(inputs: ReportInputs) -> dict[str, Any]:
     """mIoU of every exit on the reported images against its cost: backbone up to it and its head."""
     tables = _reported(inputs.tables, inputs.measurements.image_names)
-    column = inputs.costs.column("macs", tables.exits)
-    gmacs = np.array([column.prefix(place.exit_index) for place in tables.exits]) / 1e9 + column.heads / 1e9
+    gmacs = inputs.costs.column("macs", tables.exits).alone() / 1e9
     num_images = len(tables.image_names)
     miou = np.array([tables.miou(np.full(num_images, h)) for h in range(len(tables.exits))])
     exit_indices = np.array([place.exit_index for place in tables.exits])

@@ -71,7 +71,7 @@ def search_anytime(
     if len(devices) != 1:
         raise RecipeError(f"the anytime setting is searched for one device: give one cost table, got {len(devices)}")
     column = checked_column(devices[0], tables, objective.cost)
-    reached = np.array([column.prefix(int(index)) for index in column.exit_indices])
+    reached = column.reached()
     extra = column.heads + column.outputs
     num_images = len(tables.image_names)
     mious = np.array([tables.miou(np.full(num_images, position)) for position in range(len(tables.exits))])

@@ -203,8 +203,7 @@ def _counts(tables: ExitTables) -> Counts:
 
 def _parts(column: CostColumn) -> FloatArray:
     """(4, H): backbone up to the exit, head, decision, output."""
-    prefix = np.array([column.prefix(int(index)) for index in column.exit_indices])
-    return np.array([prefix, column.heads, column.policies, column.outputs], np.float64)
+    return np.array([column.reached(), column.heads, column.policies, column.outputs], np.float64)
 
 
 def _kind(row: _CostRow) -> int:
