@@ -27,7 +27,6 @@ from messnet.training.checkpoint import Checkpoint
 
 __all__ = ["EvaluationOptions", "evaluate", "merge_shards"]
 
-_CHECKPOINT_SECONDS = 10.0  # of work that a kill may cost
 _ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficulty")
 
 
@@ -59,6 +58,7 @@ def evaluate(
     part: Shard = WHOLE,
     origin: str = "",
     checkpoint: Checkpoint | None = None,
+    checkpoint_seconds: float = 10.0,
 ) -> ExitTables:
     """Runs every exit of ``net`` on every image of ``dataset`` (method.md section 8).
 
@@ -80,7 +80,7 @@ def evaluate(
         _evaluate_image(net, sample, tables, v, options, device)
         names.append(sample.name)
         groups.append(sample.group)
-        if checkpoint and time.perf_counter() - saved >= _CHECKPOINT_SECONDS:
+        if checkpoint and time.perf_counter() - saved >= checkpoint_seconds:
             _save(checkpoint, key, replace(tables, image_names=tuple(names), groups=tuple(groups)))
             saved = time.perf_counter()
     return replace(tables, image_names=tuple(names), groups=tuple(groups) if any(groups) else ())

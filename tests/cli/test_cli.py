@@ -20,7 +20,6 @@ from helpers.files import snapshot
 from helpers.images import smooth_image
 from helpers.recipes import TINY_RECIPE
 from messnet.cli import app, main
-from messnet.costs.latency import LatencyOptions
 from messnet.deployment.loading import load
 from messnet.run.recipe import recipe_from_record
 
@@ -270,13 +269,11 @@ def test_reading_verbs_as_json(tiny_run: Path, says: Callable[..., str]) -> None
     assert snapshot(tiny_run) == before
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rounds of measurement, whatever they are worth."""
-    monkeypatch.setitem(LatencyOptions.__init__.__kwdefaults__, "repeats", 2)
+MEASURE = ("--measure", "--repeats", "2", "--threads", "1")
+"""Two rounds, whatever they are worth."""
 
 
-def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str], quick: None) -> None:
+def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str]) -> None:
     model = ["mobilenetv2_fcn", "--input-size", "64", "80", "--num-classes", "5", "--model.num_exits", "3"]
     model += ["--model.width", "0.25", "--heads.channel_reduction", "1", "--heads.extra_blocks", "0"]
     counted = says("profile", *model, "--out", tmp_path / "counted.json", "--plot", tmp_path / "cuts.png")
@@ -288,7 +285,7 @@ def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str], qu
     table = strict_json((tmp_path / "counted.json").read_text())
     assert (len(table["segments"]), table["input_size"], table["conditions"]) == (3, [64, 80], {})
 
-    measured = ["profile", *model, "--measure", "--threads", "1"]
+    measured = ["profile", *model, *MEASURE]
     words = " ".join(says(*measured).split())
     for expected in ("policy", "threads 1", "the sum of the parts is", "(median of 20)", "this device", "workload "):
         assert expected in words
@@ -296,16 +293,18 @@ def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str], qu
     assert "was not checked" in says(*measured, "--batch", "2")
     table = strict_json(says(*measured, "--batch", "2", "--json"))
     assert (table["conditions"]["dtype"], table["conditions"]["batch"], table["additivity"]) == ("float32", 2, {})
+    few = strict_json(says("profile", *model[:-4], *MEASURE, "--json"))
+    assert len(few["heads"]) == 2 * 2 + 1  # of a model a plain and a light one for each exit, but for --thorough
     assert set(snapshot(tmp_path)) == {"counted.json", "cuts.png"}
 
 
 def test_measured_tables_of_a_run(
-    tiny_run: Path, tmp_path: Path, says: Callable[..., str], fails: Callable[..., str], quick: None
+    tiny_run: Path, tmp_path: Path, says: Callable[..., str], fails: Callable[..., str]
 ) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     before = snapshot(run)
-    table = strict_json(says("profile", run, "--measure", "--threads", "1", "--json"))
-    says("profile", run, "--measure", "--name", "mine")
+    table = strict_json(says("profile", run, *MEASURE, "--json"))
+    says("profile", run, *MEASURE, "--name", "mine")
     assert set(snapshot(run)) - set(before) == {"costs/cpu-1threads-float32-b1.json", "costs/mine.json"}
     assert strict_json((run / "costs/cpu-1threads-float32-b1.json").read_text()) == table
     assert table["additivity"]["num_instances"] == 20
@@ -317,11 +316,9 @@ def test_measured_tables_of_a_run(
     assert snapshot(run)["profile.json"] == before["profile.json"]
 
 
-def test_a_run_measured_in_a_runtime_of_graphs(
-    tiny_run: Path, tmp_path: Path, says: Callable[..., str], quick: None
-) -> None:
+def test_a_run_measured_in_a_runtime_of_graphs(tiny_run: Path, tmp_path: Path, says: Callable[..., str]) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    how = ("--measure", "--runtime", "onnxruntime", "--threads", "1", "--json")
+    how = (*MEASURE, "--runtime", "onnxruntime", "--json")
     table = strict_json(says("profile", run, *how))
     assert strict_json((run / "costs/onnxruntime-cpu-1threads-float32-b1.json").read_text()) == table
     assert len(table["heads"]) == 7

@@ -137,13 +137,10 @@ class Stopping(Pictures):
         return super().__getitem__(v)
 
 
-def test_a_killed_evaluation_goes_on(
-    tables: ExitTables, small_net: MultiExitNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("messnet.evaluation._CHECKPOINT_SECONDS", 0)
+def test_a_killed_evaluation_goes_on(tables: ExitTables, small_net: MultiExitNet, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "tables.checkpoint")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(small_net, Stopping(2), OPTIONS, origin="a", checkpoint=checkpoint)
+        evaluate(small_net, Stopping(2), OPTIONS, origin="a", checkpoint=checkpoint, checkpoint_seconds=0)
     rest = Stopping(99)
     resumed = evaluate(small_net, rest, OPTIONS, origin="a", checkpoint=checkpoint)
     assert rest.read == [2]

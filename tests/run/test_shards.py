@@ -65,37 +65,36 @@ def test_self_distillation_learns_from_the_next_deeper_exit(tmp_path: Path) -> N
         assert all(torch.equal(kd[name], sd[name]) for name in kd) == (exit.exit_index == 1)
 
 
-def poison(net: MultiExitNet, exit: Exit) -> None:
-    next(net.head(exit).parameters()).data.fill_(float("inf"))
+BAD = Exit(0, "crm1-blocks1-rdi-deeplabv3")
+
+
+class Poisoned(MultiExitNet):
+    """One of its heads begins with weights that are not finite."""
+
+    def add_head(self, exit_index: int, config: HeadConfig, *, seed: int = 0) -> Exit:
+        exit = super().add_head(exit_index, config, seed=seed)
+        if exit == BAD:
+            next(self.head(exit).parameters()).data.fill_(float("inf"))
+        return exit
 
 
 @pytest.mark.parametrize("loss", ["pfd", "self_distillation"])
 def test_a_head_that_diverges_is_stopped_and_changes_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loss: DistillationLoss
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: DistillationLoss
 ) -> None:
     sound = distilled(tmp_path / "sound", loss)
-    bad = Exit(0, "crm1-blocks1-rdi-deeplabv3")
-    add_head = MultiExitNet.add_head
-
-    def adding(self: MultiExitNet, *args: object, **kwargs: object) -> Exit:
-        exit = add_head(self, *args, **kwargs)
-        if exit == bad:
-            poison(self, exit)
-        return exit
-
-    monkeypatch.setattr(MultiExitNet, "add_head", adding)
-    net = build()
+    net = Poisoned(build().backbone)
     options = replace(DISTILL, loss=loss, iterations=2)
     stopped = distill(net, Noise(), SPACE, options, HERE, Checkpoint(tmp_path / "c"))
-    assert stopped == {bad: 1}
+    assert stopped == {BAD: 1}
     assert "left out, for their loss is not finite: exit 0 (crm1-blocks1-rdi-deeplabv3)" in capsys.readouterr().err
-    assert set(sound.exits) - set(net.exits) == {bad}
+    assert set(sound.exits) - set(net.exits) == {BAD}
     for exit in net.exits[:-1]:
         assert_equal(net.head(exit).state_dict(), sound.head(exit).state_dict())
     state = Checkpoint(tmp_path / "c").load()
     assert state is not None
-    assert state["stage"]["stopped"] == [[*bad, 1]]  # and a resumed training does not begin it again
-    resumed = build()
+    assert state["stage"]["stopped"] == [[*BAD, 1]]  # and a resumed training does not begin it again
+    resumed = Poisoned(build().backbone)
     checkpoint = Checkpoint(tmp_path / "c")
     assert distill(resumed, Noise(), SPACE, options, HERE, checkpoint) == stopped
     assert_equal(resumed.heads.state_dict(), net.heads.state_dict())

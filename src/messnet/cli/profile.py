@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -12,7 +12,15 @@ from rich.console import Console
 from messnet.cli.app import AsJson, Overrides, app, do_stage, examples, plain_name, quieten
 from messnet.errors import MessError
 
+if TYPE_CHECKING:
+    from messnet.network.multi_exit import MultiExitNet
+    from messnet.records.costs import CostTable
+    from messnet.run.recipe import Recipe
+
 __all__ = ["profile"]
+
+QUICK_SECONDS = 10.0  # for the parts, and as much again for whole instances
+QUICK_TOLERANCE = 0.01
 
 
 @app.command(
@@ -37,6 +45,8 @@ def profile(
     runtime: Literal["torch", "torch-compiled", "onnxruntime", "openvino"] = "torch",
     batch: int | None = None,
     threads: int | None = None,
+    repeats: int | None = None,
+    thorough: Annotated[bool, Parameter(negative="")] = False,
     name: str | None = None,
     plot: Path | None = None,
     out: Path | None = None,
@@ -54,13 +64,19 @@ def profile(
         runtime: Of a bundle, which needs its graphs (see export), or of a run, whose heads all get some first.
         batch: Images at a time; by default 1.
         threads: Of the processor; by default torch's choice.
+        repeats: Rounds of measurement at most; by default 50, fewer where they agree to 1 % or take more than 10 s.
+        thorough: 50 rounds or two minutes, whatever they agree to; of a model every head of the space, not just a
+            plain and a light one for each exit.
         name: Of a run's measured table; by default it says device, dtype and batch.
         plot: Draw the cumulative cost and the chosen exit points, as PNG, SVG or PDF.
         out: A model's or bundle's table as JSON; for a recipe its run directory, by default runs/NAME.
     """
-    how = {"device": device, "dtype": dtype, "batch": batch, "threads": threads}
+    how = {"device": device, "dtype": dtype, "batch": batch, "threads": threads, "repeats": repeats}
     how = {option: value for option, value in how.items() if value is not None}
-    if not measure and (how or name):
+    if thorough and repeats is not None:
+        raise MessError("--thorough sets the rounds itself: leave --repeats out")
+    if not measure and (how or name or thorough):
+        how |= {"thorough": True} if thorough else {}
         raise MessError(f"--{next(iter(how), 'name')} is for measuring: add --measure")
     from messnet.deployment.bundle import is_bundle
 
@@ -82,9 +98,11 @@ def profile(
     from messnet.costs.latency import LatencyOptions
     from messnet.run.measuring import measure_run, profile_bundle, profile_model
 
-    latency = LatencyOptions(**how) if measure else None  # type: ignore[arg-type]
+    pace = {} if thorough else {"max_seconds": QUICK_SECONDS, "tolerance": QUICK_TOLERANCE}
+    latency = LatencyOptions(**how, **pace) if measure else None  # type: ignore[arg-type]
     if is_model:
-        recipe = _recipe_of_model(target, overrides)
+        quick = measure and not thorough and not any(str(option).startswith("--heads.") for option in overrides)
+        recipe = _recipe_of_model(target, overrides, few_heads=quick)
         classes = 21 if num_classes is None else num_classes
         net, costs = profile_model(recipe.model, recipe.heads, classes, input_size or (512, 512), latency)
     elif bundled:
@@ -99,7 +117,7 @@ def profile(
     if out is not None and (is_model or bundled):
         costs.to_json(out)
     if plot is not None:
-        _plot_cuts(net, plot)
+        _plot_cuts(net, costs, plot)
     if as_json:
         print(costs.to_json(), end="")
         return
@@ -111,15 +129,21 @@ def profile(
         console.print(note, markup=False, highlight=False)
 
 
-def _plot_cuts(net: Any, path: Path) -> None:
+def _plot_cuts(net: MultiExitNet, costs: CostTable, path: Path) -> None:
+    """Milliseconds of every cut where exits were placed by them, of the exit points where those were measured."""
     from messnet.report.figures import draw_cumulative_cost
 
-    cuts, timed = net.cuts, all(cut.latency_ms is not None for cut in net.cuts)
+    places, values, unit = net.cuts, [cut.macs / 1e9 for cut in net.cuts], "GMACs"
+    if all(cut.latency_ms is not None for cut in net.cuts):
+        values, unit = [cut.latency_ms or 0.0 for cut in net.cuts], "ms"
+    elif costs.conditions:
+        column, places = costs.column("latency_ms", []), net.exit_points
+        values, unit = [column.prefix(i) for i in range(len(places))], "ms"
     figure = draw_cumulative_cost(
-        [cut.module for cut in cuts],
-        [cut.latency_ms if timed else cut.macs / 1e9 for cut in cuts],
-        [cuts.index(point) for point in net.exit_points[:-1]],
-        unit="ms" if timed else "GMACs",
+        [place.module for place in places],
+        values,
+        [places.index(point) for point in net.exit_points[:-1]],
+        unit=unit,
     )
     try:
         figure.savefig(path)
@@ -134,7 +158,15 @@ def _expect_no_change(bundle: Path, overrides: Sequence[object], out: Path | Non
         raise MessError(f"--out {out} lies inside the bundle, which stays as it is: write the table elsewhere")
 
 
-def _recipe_of_model(name: str, overrides: Sequence[str]) -> Any:
+def _recipe_of_model(name: str, overrides: Sequence[str], *, few_heads: bool) -> Recipe:
     from messnet.run.recipe import recipe_from_record
 
-    return recipe_from_record({"model": {"name": name}}, overrides)
+    record: dict[str, object] = {"model": {"name": name}}
+    if few_heads:
+        record["heads"] = {
+            "channel_reduction": [1, 8],
+            "extra_blocks": [0],
+            "rapid_dilation": [False],
+            "segmentation_head": ["fcn"],
+        }
+    return recipe_from_record(record, overrides)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ from tqdm import trange
 from messnet.costs.processor import processor_name
 from messnet.errors import RecipeError
 
-__all__ = ["DType", "LatencyOptions", "Stopwatch", "device_name", "node_latencies", "num_threads"]
+__all__ = ["DType", "LatencyOptions", "Stopwatch", "device_name", "median_spread", "node_latencies", "num_threads"]
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -42,6 +43,8 @@ class LatencyOptions:
     """Rounds at most."""
     max_seconds: float = 120.0
     """For all rounds; a slow network still gets 3."""
+    tolerance: float = 0.0
+    """Rounds end sooner when the median time of one is known to this share of it, with 95 % confidence; 0: never."""
 
     def __post_init__(self) -> None:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
@@ -104,9 +107,13 @@ class Stopwatch:
             if seconds > options.max_seconds / 10:
                 break  # long enough to be warm
         self.laps.clear()
-        affordable = max(MIN_ROUNDS, int(options.max_seconds / seconds))
+        affordable, rounds = max(MIN_ROUNDS, int(options.max_seconds / seconds)), list[float]()
         for _ in trange(min(options.repeats, affordable), desc=desc, unit="round", mininterval=2, dynamic_ncols=True):
+            start = time.perf_counter()
             once()
+            rounds.append(time.perf_counter() - start)
+            if median_spread(rounds) <= options.tolerance:
+                break
 
     def median(self, name: Hashable) -> float:
         return float(np.median(self.laps[name]))
@@ -117,6 +124,20 @@ class Stopwatch:
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def median_spread(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of the median, relative to it; infinite for fewer than 6 values.
+
+    The interval lies between two order statistics: how many of n values fall below the median is binomial(n, 1/2),
+    about normal with standard deviation sqrt(n) / 2 (Conover, Practical Nonparametric Statistics, section 3.2).
+    """
+    n = len(values)
+    low = math.floor((n - 1.96 * math.sqrt(n)) / 2)
+    if n < 6 or low < 1:
+        return math.inf
+    ordered = sorted(values)
+    return (ordered[n - low] - ordered[low - 1]) / (2 * float(np.median(ordered)))
 
 
 def node_latencies(graph_module: fx.GraphModule, example_input: Tensor, *, repeats: int = 20) -> dict[str, float]:
