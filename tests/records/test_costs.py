@@ -13,7 +13,7 @@ import pytest
 from messnet.errors import RunError
 from messnet.records.costs import CostName, CostTable, PartCost
 from messnet.records.instance import Exit
-from messnet.searching.exact.kernels import _leaving
+from messnet.searching.exact.enumeration import _leaving
 from messnet.searching.exact.problem import MEAN, WHOLE_MAX, WHOLE_SUM
 
 

@@ -157,7 +157,7 @@ def search(
         found = opened.directory.front.read()
         files = [opened.directory.instance(name) for name in found.names]
         instances = [file.read() for file in files if file.exists]
-        texts, fronts, unit = found.verdicts + found.skipped, found.fronts, CostUnit("macs")
+        texts, fronts, unit = found.verdicts + found.skipped, {**found.fronts}, CostUnit("macs")
     else:
         result = search_run(
             opened,

@@ -72,7 +72,8 @@ class CostColumn(NamedTuple):
     def alone(self) -> FloatArray:
         """(H,) cost of each exit as a network of its own, which decides nothing: backbone, head and output."""
         parts = (self.reached(), self.heads, self.outputs)
-        return np.sum(parts, 0) if self.combine == "sum" else np.max(parts, 0)
+        whole: FloatArray = np.sum(parts, 0) if self.combine == "sum" else np.max(parts, 0)
+        return whole
 
     def shown(self) -> FloatArray:
         """(H,) cost until each exit's labels are there, where those asked for are an instance's, shallow to deep, and
@@ -89,7 +90,8 @@ class CostColumn(NamedTuple):
         if not self.per_image:
             backbone = self.segments[: self.exit_indices[-1] + 1]
             return np.full(len(self.heads), self.whole(np.concatenate([backbone, self.heads, policies, self.outputs])))
-        return self.reached() + np.cumsum(self.heads + policies) + self.outputs
+        paid: FloatArray = self.reached() + np.cumsum(self.heads + policies) + self.outputs
+        return paid
 
 
 @dataclass(frozen=True, kw_only=True)
