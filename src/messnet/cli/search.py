@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -151,7 +151,7 @@ def search(
     from messnet.run.stages import run_stage
     from messnet.searching import words
 
-    fronts: dict[str, Points]
+    fronts: Mapping[str, Points]
     if name is None:
         run_stage(opened, "search", again=True)
         found = opened.directory.front.read()
@@ -217,7 +217,7 @@ def _expect_picture(path: Path) -> None:
         raise MessError(f"--plot {path} is no picture: its name ends in one of {', '.join(sorted(kinds))}")
 
 
-def _draw(path: Path, fronts: dict[str, Points], instances: list[Instance], unit: CostUnit) -> None:
+def _draw(path: Path, fronts: Mapping[str, Points], instances: list[Instance], unit: CostUnit) -> None:
     """mIoU against cost: the fronts as steps, the instances as named points."""
     from matplotlib.figure import Figure
 

@@ -2,8 +2,7 @@
 these records, and the command takes them as they are, so that every field is an option and its text the option's
 help."""
 
-from __future__ import annotations
-
+# No ``from __future__ import annotations``: the command resolves the annotations where it adds its options' spelling.
 import math
 import re
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Limit:
             raise RecipeError(f"{self.cost} cannot be at most {self.at_most:g}: costs are >= 0")
 
     @classmethod
-    def parse(cls, text: str) -> Limit:
+    def parse(cls, text: str) -> "Limit":
         """Reads a text such as "parameters<=3e6", "latency_ms.p95<=40" or "macs<=0.5x" (half of the user's model's)."""
         match = re.fullmatch(r"\s*(\w+)(?:\.(\w+))?\s*<=\s*([0-9.eE+-]+)\s*(x?)\s*", text)
         try:
