@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.images import smooth_image
 from messnet.cli import main
 
+SHARED = Path(__file__).parents[3] / "shared"
 NAMES = ["--data.class_names", "ground", "thing"]
 
 
@@ -106,3 +108,84 @@ def test_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (tmp_path / "unnamed.svg").read_text().count('id="ytick_') == 2
     _, error = fails(capsys, folder, *NAMES, "--plot", tmp_path / "x.gif")
     assert "--plot writes .png, .svg or .pdf, not 'x.gif'" in error
+
+
+def test_groups_of_near_duplicates_are_written_and_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The way out that the note names works: the file that check-data writes is data.group."""
+    for k in range(4):
+        pixels = smooth_image(48, 64, seed=k // 2)
+        Image.fromarray(np.clip(pixels + k, 0, 255).astype(np.uint8)).save(folder / "val/images" / f"frame{k}.png")
+        Image.fromarray(np.full((48, 64), k % 2, np.uint8)).save(folder / "val/masks" / f"frame{k}.png")
+    text = check(capsys, folder, *NAMES, "--groups", tmp_path / "groups.csv")
+    assert "4 of 7 validation images are nearly the same as another one of them" in text
+    rows = dict(line.split(",") for line in (tmp_path / "groups.csv").read_text().splitlines())
+    assert len(rows) == 10
+    assert rows["frame0"] == rows["frame1"] != rows["frame2"] == rows["frame3"]
+    text = check(capsys, folder, *NAMES, "--data.group", tmp_path / "groups.csv")
+    assert "groups: 5, of 1 to 2 images" in text
+    assert "nearly the same as another" not in text
+    record = json.loads(check(capsys, folder, *NAMES, "--json"))
+    assert record["near_duplicates"]["in_val"] == [["frame0", "frame1"], ["frame2", "frame3"]]
+    assert record["proposed_group"] is None
+    _, error = fails(capsys, folder, "--groups", tmp_path / "groups.txt")
+    assert "--groups writes .csv, not 'groups.txt'" in error
+
+
+def test_names_in_both_splits_cannot_be_told_apart_in_a_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("images", "masks"):
+        (folder / "val" / kind / "p1.png").rename(folder / "val" / kind / "p0.png")
+    _, error = fails(capsys, folder, *NAMES, "--groups", tmp_path / "groups.csv")
+    assert "both splits have images called p0: give each image a name of its own" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("idd_lite", ["309 groups in train and 31 in val", "data.group: '^([^_]+)_' keeps each whole"]),
+        ("camvid", ["3 groups in train and 1 in val", "0016E5 is in both splits", "cannot be split so"]),
+    ],
+)
+def test_groups_of_public_data_are_proposed(name: str, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"needs ../shared/{name}")
+    text = check(capsys, SHARED / name)
+    assert not [line for line in lines if line not in text]
+
+
+def test_sizes_of_readable_images_are_told_whatever_their_masks(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in (0, 2, 4):
+        (folder / f"train/masks/p{k}.png").write_bytes(b"no image")
+    upright = Image.fromarray(smooth_image(24, 16))
+    upright.getexif()[0x0112] = 6  # on its side
+    upright.save(folder / "train/images/p0.png", exif=upright.getexif())
+    out, _ = fails(capsys, folder, *NAMES)
+    assert "3 images, height x width: 12x16 (2), 16x24 (1)" in out
+    assert "3 x unreadable file" in out
+
+
+def test_images_that_are_not_rgb_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for k, mode in ((0, "L"), (2, "RGBA"), (4, "1")):
+        path = folder / f"train/images/p{k}.png"
+        Image.open(path).convert(mode).save(path)
+    assert "images: grey (1), RGB with transparency (1), 1 bit (1); all are read as RGB" in check(
+        capsys, folder, *NAMES
+    )
+
+
+def test_12_bits_in_16_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (3, 12, 16)).astype(np.uint16)
+    values[:, 0, 0] = 4095
+    for k, pixels in zip((0, 2, 4), values, strict=True):
+        Image.fromarray(pixels).save(folder / f"train/images/p{k}.png")
+    text = check(capsys, folder, *NAMES)
+    assert "no value above 4095: 12-bit data, which is read as dark as 16 bits say, at most 15 of 255" in text
+    assert "multiply it by 16" in text
+    for k, pixels in zip((0, 2, 4), values, strict=True):  # the way out
+        Image.fromarray(pixels * 16).save(folder / f"train/images/p{k}.png")
+    assert "no value above" not in check(capsys, folder, *NAMES)

@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 
 from messnet.data import SegmentationSample
-from messnet.data.checks import check_dataset, failed_report, shared_images
+from messnet.data.checks import check_dataset, failed_report
 from messnet.data.folders import open_folder
 from messnet.data.image_files import FileDataset
 from messnet.data.scenes import Scenes, ScenesOptions
+from messnet.data.splits import shared_images
 from messnet.errors import DataError
 
 
@@ -64,7 +65,28 @@ def test_shares_sizes_and_images_without_labels() -> None:
 @pytest.mark.parametrize(
     ("image", "mask", "problem"),
     [
-        (IMAGE.astype(float), HALF, "s1: expected an image (H, W, 3) uint8, got (2, 4, 3) float64"),
+        (
+            IMAGE.astype(float),
+            HALF,
+            "s1: expected an image (H, W, 3) uint8, got (2, 4, 3) float64: scale it to 0 to 255 "
+            "and convert it with astype(np.uint8)",
+        ),
+        (
+            IMAGE[..., 0],
+            HALF,
+            "s1: expected an image (H, W, 3) uint8, got (2, 4) uint8: repeat the one channel, "
+            "np.repeat(image.reshape(H, W, 1), 3, axis=2)",
+        ),
+        (
+            np.zeros((2, 4, 4), np.uint8),
+            HALF,
+            "s1: expected an image (H, W, 3) uint8, got (2, 4, 4) uint8: choose three channels, image[..., :3]",
+        ),
+        (
+            np.zeros((3, 2, 4), np.uint8),
+            HALF,
+            "s1: expected an image (H, W, 3) uint8, got (3, 2, 4) uint8: put channels last",
+        ),
         (IMAGE, HALF[:1], "s1: expected a mask (2, 4) uint8, got (1, 4) uint8"),
         (IMAGE, HALF.astype(np.int64), "s1: expected a mask (2, 4) uint8, got (2, 4) int64"),
         (IMAGE, HALF + 7, "s1: expected labels 0 to 1 or 255, got [6, 7, 8]"),
@@ -161,7 +183,7 @@ def test_notes_say_what_to_do(tmp_path: Path) -> None:
     assert "50% of all pixels are void" in notes
     record = json.loads(json.dumps(report.to_record()))
     assert record["duplicates"] == [["same_x", "same_y"]]
-    assert "contents" not in record
+    assert "images" not in record
 
 
 def test_the_same_image_in_both_splits_is_found_under_any_name_and_compression(tmp_path: Path) -> None:

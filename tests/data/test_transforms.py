@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 
 from messnet.data import SegmentationSample
 from messnet.data.scenes import Scenes, ScenesOptions
-from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
+from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation, stack_samples
 from messnet.errors import DataError, RecipeError
 from messnet.images.preprocessing import MEAN, STD, normalise
 
@@ -164,3 +164,26 @@ def test_an_empty_split_is_refused() -> None:
     empty = Scenes("train", ScenesOptions(num_train=0))
     with pytest.raises(DataError, match="the training split is empty"):
         TrainingStream(empty, build_augmentation(STILL), iterations=1, batch_size=1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_of_several_sizes_says_what_to_do(num_workers: int) -> None:
+    """Sizes differ where images do and no crop is given."""
+    dataset = [
+        SegmentationSample(name="a", image=np.zeros((n, 8, 3), np.uint8), mask=np.zeros((n, 8), np.uint8))
+        for n in (4, 5)
+    ]
+    stream = TrainingStream(Listed(dataset), build_augmentation(STILL), iterations=1, batch_size=2)
+    with pytest.raises(DataError, match=r"one batch has images of the sizes 4x8, 5x8 \(height x width\): say augment"):
+        next(iter(DataLoader(stream, 2, collate_fn=stack_samples, num_workers=num_workers)))
+    cropped = AugmentOptions(scale_min=1, scale_max=1, crop=(4, 4))
+    stream = TrainingStream(Listed(dataset), build_augmentation(cropped), iterations=1, batch_size=2)
+    images, masks = next(iter(DataLoader(stream, 2, collate_fn=stack_samples, num_workers=num_workers)))
+    assert (images.shape, masks.shape) == ((2, 3, 4, 4), (2, 4, 4))
+
+
+class Listed(list[SegmentationSample]):
+    """A data set of the samples it is given."""
+
+    class_names = ("a", "b")
+    palette = np.zeros((2, 3), np.uint8)

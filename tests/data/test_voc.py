@@ -71,7 +71,7 @@ def test_as_torchvision_reads_it(root: Path, split: str) -> None:
         assert np.array_equal(sample.image, np.array(picture))
         assert np.array_equal(sample.mask, np.array(mask))
         assert (sample.mask[0] == 255).all()
-    assert dataset.label_format(0).startswith("palette PNG")
+    assert dataset.header(0).label_format.startswith("palette PNG")
 
 
 def test_the_root_may_be_the_folder_above_or_below(root: Path) -> None:
@@ -88,7 +88,7 @@ def test_trainaug_is_what_either_labels_but_never_val(root: Path) -> None:
     assert (samples["2007_000002"].mask[0] == 255).all()
     for name in ("2009_000004", "2010_000005"):
         assert np.array_equal(samples[name].mask, labels(10 + int(name[-1])))
-    assert [dataset.label_format(k)[:7] for k in range(4)] == ["palette", "palette", "MATLAB", "MATLAB"]
+    assert [dataset.header(k).label_format[:7] for k in range(4)] == ["palette", "palette", "MATLAB", "MATLAB"]
 
 
 def test_sbd_elsewhere(root: Path, tmp_path: Path) -> None:

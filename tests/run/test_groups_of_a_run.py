@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from messnet.cli import main
 from messnet.records.exit_tables import ExitTables
 from messnet.run.recipe import load_recipe, recipe_to_record
@@ -32,3 +34,14 @@ def test_groups_come_after_training(tiny_run: Path, tmp_path: Path) -> None:
     assert tables.groups == tuple(name[:-1] for name in tables.image_names)
     first, second = tables.halves()
     assert not {tables.groups[v] for v in first} & {tables.groups[v] for v in second}
+
+
+def test_one_group_is_refused_before_training(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", str(tiny_recipe), "--out", str(tmp_path / "run"), "--data.group", "^(.)"])
+    error = capsys.readouterr().err
+    assert "the validation split has images of one group (v)" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()

@@ -189,3 +189,31 @@ def test_a_record_of_another_version() -> None:
     with pytest.raises(RecipeError, match=r"the recorded recipe: pretrain: unknown key .momentums.") as error:
         recipe_from_record(record)
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    "words", [["3", "4"], ["3,4"], ["3,", "4"], ["[3, 4]"], ["[3,", "4]"], ["[3,4]"]], ids=" ".join
+)
+def test_lists_are_written_by_one_rule(tmp_path: Path, words: list[str]) -> None:
+    path = recipe_file(tmp_path, "data: {source: folder}\n")
+    options = ("pretrain.augment.crop", "distill.class_weights", "data.mask_values", "data.class_names")
+    recipe = load_recipe(path, [token for option in options for token in (f"--{option}", *words)])
+    assert recipe.pretrain.augment.crop == recipe.distill.class_weights == recipe.data.mask_values == (3, 4)
+    assert recipe.data.class_names == ("3", "4")
+
+
+def test_names_with_spaces_and_commas(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "data: {source: folder}\n")
+    names = ("traffic light", "sink, basin")
+    assert load_recipe(path, ["--data.class_names", '[traffic light, "sink, basin"]']).data.class_names == names
+    assert load_recipe(path, ["--data.class_names", "traffic light", "no"]).data.class_names == ("traffic light", "no")
+
+
+@pytest.mark.parametrize("colour", ["0x800000", '"0x800000"', "'#800000'", "8388608"])
+def test_colours_as_messages_write_them(tmp_path: Path, colour: str) -> None:
+    path = recipe_file(tmp_path, f"data: {{mask_values: [{colour}, 1], void_index: {colour}}}\n")
+    assert load_recipe(path).data.mask_values == (0x800000, 1)
+    assert load_recipe(path).data.void_index == 0x800000
+    word = colour.strip("\"'")
+    data = load_recipe(path, ["--data.mask_values", word, "0x80", "--data.void_index", word]).data
+    assert (data.mask_values, data.void_index) == ((0x800000, 0x80), 0x800000)

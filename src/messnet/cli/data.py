@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, Overrides, app, examples, recipe_of
 from messnet.errors import DataError, MessError
+
+if TYPE_CHECKING:
+    from messnet.data import SegmentationDataset
+    from messnet.data.checks import DatasetReport
+    from messnet.data.sources import DataOptions
+    from messnet.run.recipe import Recipe
 
 __all__ = ["check_data", "recipe"]
 
@@ -35,86 +40,113 @@ def check_data(
     target: Data,
     *overrides: Overrides,
     plot: Annotated[Path | None, Parameter(help="Draw class shares and a few labelled images: PNG, SVG, PDF.")] = None,
+    groups: Annotated[
+        Path | None, Parameter(help="Write which images are nearly the same, a file (.csv) for data.group.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every image and mask of a data set and say what is in them, what is wrong, and what to do about it."""
-    from messnet.data.checks import shared_images
+    """Read every image and mask of a data set and say what is in them, what is wrong, and what to do about it. Of a
+    recipe also what a run would refuse."""
     from messnet.data.listings import some
+    from messnet.data.splits import compare_splits
+    from messnet.run.checks import recipe_problems
 
-    options, is_unnamed = _data_options(target, overrides)
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise MessError(f"--plot writes .png, .svg or .pdf, not {plot.name!r}")
-    reports, datasets = _check_splits(options)
+    recipe, is_unnamed = _recipe_to_check(target, overrides)
+    for option, path, suffixes in (("--plot", plot, (".png", ".svg", ".pdf")), ("--groups", groups, (".csv",))):
+        if path is not None and path.suffix.lower() not in suffixes:
+            allowed = ", ".join(suffixes[:-1]) + f" or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
+            raise MessError(f"{option} writes {allowed}, not {path.name!r}")
+    reports, datasets = _check_splits(recipe.data)
     if not datasets:
         raise MessError("; ".join(dict.fromkeys(line for found in reports.values() for line in found.problems)))
-    shared = shared_images(reports["train"], reports["val"])
+    both = compare_splits(reports["train"], reports["val"])
+    # A folder alone has no recipe yet that could be refused.
+    refused = () if _is_folder(target) or len(datasets) < 2 else recipe_problems(recipe, *reports.values())
     if plot is not None:
         _plot(reports, datasets, plot)
+    if groups is not None:
+        _write_groups(both.near_groups, groups)
     if is_unnamed:
         reports = {split: _without_absent(found) for split, found in reports.items()}
     if as_json:
-        record: dict[str, Any] = {split: found.to_record() for split, found in reports.items()}
-        print(json.dumps(record | {"in_both_splits": [list(pair) for pair in shared]}, indent=1))
+        record: dict[str, object] = {split: found.to_record() for split, found in reports.items()}
+        record |= {
+            "in_both_splits": both.shared,
+            "groups_in_both_splits": both.shared_groups,
+            "proposed_group": both.proposed_pattern,
+            "near_duplicates": {"in_both_splits": both.near_shared, "in_val": both.near_val},
+            "notes": both.notes,
+            "recipe_problems": refused,
+        }
+        print(json.dumps(record, indent=1))
     else:
         for split, found in reports.items():
             print(f"{split}\n{found.to_text()}\n")
         if is_unnamed:
             print("no class names given: the ids found are shown; name them with --data.class_names")
-        if shared:
-            pairs = [train if train == val else f"{train} = {val}" for train, val in shared]
+        for note in both.notes:
+            print(f"note: {note}")
+        if both.shared:
+            pairs = [train if train == val else f"{train} = {val}" for train, val in both.shared]
             print(f"in both splits: {some(pairs)}; remove them from one, or accuracy is measured on training images")
-    problems = sum(len(found.problems) for found in reports.values()) + len(shared)
+        for problem in refused:
+            print(f"a run would stop: {problem}")
+    problems = sum(len(found.problems) for found in reports.values()) + len(both.shared) + len(refused)
     if problems:
         raise MessError(f"the data set has {problems} problem{'s' if problems > 1 else ''}, listed above")
 
 
-def _data_options(target: Path, overrides: Sequence[str]) -> tuple[Any, bool]:
-    """The data section, and whether class names were made up."""
-    from dataclasses import replace
-
+def _is_folder(target: Path) -> bool:
     from messnet.records.run_directory import RunDirectory
 
-    if not target.is_dir() or RunDirectory(target).exists:
-        return recipe_of(target, overrides).data, False
+    return target.is_dir() and not RunDirectory(target).exists
+
+
+def _recipe_to_check(target: Path, overrides: Sequence[str]) -> tuple[Recipe, bool]:
+    """The recipe, and whether class names were made up."""
+    from dataclasses import replace
+
+    if not _is_folder(target):
+        return recipe_of(target, overrides), False
     from messnet.run.recipe import recipe_from_record
 
-    data = recipe_from_record({"data": {"source": "folder", "root": str(target)}}, overrides).data
+    recipe = recipe_from_record({"data": {"source": "folder", "root": str(target)}}, overrides)
+    data = recipe.data
     if data.source != "folder" or data.class_names:
-        return data, False
+        return recipe, False
     names = UNNAMED[: len(data.mask_values)] if data.mask_values else UNNAMED
     if not data.mask_values and data.void_index is not None and data.void_index < len(names):
         names = names[: data.void_index]  # ids are consecutive, so that void comes after them
-    return replace(data, class_names=names), True
+    return replace(recipe, data=replace(data, class_names=names)), True
 
 
-def _check_splits(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _check_splits(options: DataOptions) -> tuple[dict[str, DatasetReport], dict[str, SegmentationDataset]]:
     """Reports of both splits, and those data sets that could be opened."""
     from dataclasses import replace
     from functools import partial
-    from typing import Literal, get_args
 
     from tqdm import tqdm
 
     from messnet.data.checks import check_dataset, failed_report
-    from messnet.data.sources import SOURCES, open_dataset
+    from messnet.data.sources import open_dataset
+    from messnet.run.checks import reading_threads
 
-    reports: dict[str, Any] = {}
-    datasets: dict[str, Any] = {}
-    for split in get_args(Literal["train", "val"]):
+    reports: dict[str, DatasetReport] = {}
+    datasets: dict[str, SegmentationDataset] = {}
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
+    for split in splits:
         try:
             dataset = open_dataset(replace(options, cache=False), split)
         except DataError as error:
             reports[split] = failed_report(error)
             continue
-        # A data set of the user's own may not be made for threads.
-        num_threads = min(16, os.cpu_count() or 1) if options.source in SOURCES else 1
         progress = partial(tqdm, desc=f"check {split}", unit="img")
         datasets[split] = dataset
-        reports[split] = check_dataset(dataset, progress=progress, num_threads=num_threads)
+        reports[split] = check_dataset(dataset, progress=progress, num_threads=reading_threads(options.source))
     return reports, datasets
 
 
-def _without_absent(report: Any) -> Any:
+def _without_absent(report: DatasetReport) -> DatasetReport:
     from dataclasses import replace
 
     seen = {name: share for name, share in report.class_share.items() if share}
@@ -126,7 +158,22 @@ def _without_absent(report: Any) -> Any:
     )
 
 
-def _plot(reports: dict[str, Any], datasets: dict[str, Any], path: Path) -> None:
+def _write_groups(rows: Sequence[tuple[str, str]], path: Path) -> None:
+    import csv
+    import io
+
+    from messnet.data.listings import some
+    from messnet.records.files import write_atomically
+
+    groups: dict[str, str] = {}
+    if twice := [name for name, group in rows if groups.setdefault(name, group) != group]:
+        raise DataError(f"--groups: both splits have images called {some(twice)}: give each image a name of its own")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(groups.items())
+    write_atomically(path, text.getvalue())
+
+
+def _plot(reports: Mapping[str, DatasetReport], datasets: Mapping[str, SegmentationDataset], path: Path) -> None:
     import io
 
     from messnet.data.pictures import draw_dataset, typical_samples

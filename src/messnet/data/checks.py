@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.data import IGNORE_INDEX, SegmentationDataset, SegmentationSample
-from messnet.data.image_files import FileDataset, SampleError
+from messnet.data.groups import thumbnail
+from messnet.data.image_files import FileDataset, FileHeader, SampleError
 from messnet.data.listings import some
 from messnet.errors import DataError
 
-__all__ = ["DatasetReport", "check_dataset", "failed_report", "shared_images"]
+__all__ = ["DatasetReport", "ImageFacts", "check_dataset", "failed_report"]
 
 WHAT_TO_DO = {
     "unreadable file": "copy these files again or remove them",
@@ -31,6 +32,23 @@ WHAT_TO_DO = {
 SHOWN = 5
 """Problems of a kind that are printed; JSON has all."""
 MUCH_VOID = 0.3
+FEW_BITS = 15
+"""Images of 16 bits whose largest value needs less than these hold data of 8 to 14 bits, as of many cameras."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is remembered of one image: enough to compare it with others."""
+
+    name: str
+    group: str
+    """"" where it stands for itself."""
+    content: str
+    """A hash of its pixels."""
+    thumbnail: bytes
+    """As ``thumbnail`` makes it."""
+    is_labelled: bool
+    """Whether any pixel counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +58,7 @@ class DatasetReport:
     num_images: int
     """All of them, with or without a problem."""
     sizes: dict[str, int]
-    """Images per size "HEIGHTxWIDTH", the most frequent first."""
+    """Readable images per size "HEIGHTxWIDTH", the most frequent first."""
     class_share: dict[str, float]
     """Of the labelled pixels; sums to 1 unless there are none."""
     class_images: dict[str, int]
@@ -61,8 +79,12 @@ class DatasetReport:
     """Names of images of this split with the same pixels."""
     notes: tuple[str, ...] = ()
     """What is worth a look, and what to do; no problem for messnet."""
-    contents: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Name of an image by the hash of its pixels; not in the record."""
+    image_formats: dict[str, int] = field(default_factory=dict)
+    """Images per way that pixels are stored; empty for a data set that is not in files."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """Images per group that ``data.group`` or the data set itself names, without images that stand for themselves."""
+    images: tuple[ImageFacts, ...] = field(default=(), repr=False)
+    """Those without a problem, in order; not in the record."""
 
     @property
     def is_usable(self) -> bool:
@@ -70,12 +92,14 @@ class DatasetReport:
 
     def to_record(self) -> dict[str, Any]:
         """For JSON."""
-        record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "contents"}
+        record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "images"}
         lists = {name: list(value) for name, value in record.items() if isinstance(value, tuple)}
         return record | lists | {"duplicates": [list(names) for names in self.duplicates]}
 
     def to_text(self) -> str:
         lines = [f"{self.num_images} images, height x width: {_counted(self.sizes) or 'none readable'}"]
+        if set(self.image_formats) - {"RGB"}:
+            lines.append(f"images: {_counted(self.image_formats)}; all are read as RGB")
         if self.label_formats:
             lines.append(f"labels: {_counted(self.label_formats)}")
         width = max(map(len, (*self.class_share, "void")))
@@ -83,6 +107,9 @@ class DatasetReport:
             where = f"in {self.class_images[name]} images" if share else "in no image"
             lines.append(f"  {name:<{width}} {share:7.2%}  {where:<16} {'#' * round(40 * share)}".rstrip())
         lines.append(f"  {'void':<{width}} {self.void_share:7.2%}  of all pixels")
+        if self.groups:
+            counts = list(self.groups.values())
+            lines.append(f"groups: {len(counts)}, of {min(counts)} to {max(counts)} images")
         if self.unlabelled:
             lines.append(f"{len(self.unlabelled)} images without any label: {some(self.unlabelled)}")
         lines += [f"note: {note}" for note in self.notes]
@@ -130,37 +157,32 @@ def failed_report(error: DataError) -> DatasetReport:
     )
 
 
-def shared_images(first: DatasetReport, second: DatasetReport) -> tuple[tuple[str, str], ...]:
-    """Names, in the first split and in the second, of images with the same pixels."""
-    common = first.contents.keys() & second.contents.keys()
-    return tuple(sorted((first.contents[key], second.contents[key]) for key in common))
-
-
 @dataclass(frozen=True)
 class _Look:
-    """What is kept of a sample."""
+    """What is kept of a sample; ``facts`` and ``counts`` only of one without a problem."""
 
-    name: str = ""
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] | None
+    header: FileHeader | None
+    facts: ImageFacts | None = None
     counts: NDArray[np.int64] | None = None
-    content: str = ""
-    label_format: str = ""
     error: DataError | None = None
 
 
 def _look(dataset: SegmentationDataset, index: int, num_classes: int) -> _Look:
-    label_format = dataset.label_format(index) if isinstance(dataset, FileDataset) else ""
+    header = dataset.header(index) if isinstance(dataset, FileDataset) else None
     try:
         sample = dataset[index]
         _expect_sound(sample, num_classes)
     except DataError as error:
-        return _Look(error=error, label_format=label_format)
+        return _Look(header.size if header else None, header, error=error)
     # Of the pixels, so that a file copied under another name or compression without loss is found too.
     content = hashlib.blake2b(np.ascontiguousarray(sample.image).data, digest_size=16)
     content.update(repr(sample.image.shape).encode())
     counts = np.bincount(sample.mask.ravel(), minlength=IGNORE_INDEX + 1)
+    is_labelled = bool(counts[IGNORE_INDEX] < counts.sum())
+    facts = ImageFacts(sample.name, sample.group, content.hexdigest(), thumbnail(sample.image), is_labelled)
     height, width = sample.mask.shape
-    return _Look(sample.name, (height, width), counts, content.hexdigest(), label_format)
+    return _Look((height, width), header, facts, counts)
 
 
 def _ahead(look: Callable[[int], _Look], num_images: int, num_threads: int) -> Iterator[_Look]:
@@ -186,28 +208,31 @@ class _Tally:
         self.unknown: Counter[int] = Counter()
         self.pixels = np.zeros(IGNORE_INDEX + 1, np.int64)
         self.images = np.zeros(IGNORE_INDEX + 1, np.int64)
-        self.unlabelled: list[str] = []
-        self.names: dict[str, list[str]] = {}
+        self.facts: list[ImageFacts] = []
+        self.image_formats: Counter[str] = Counter()
+        self.brightest: list[int] = []
         self.problems: list[str] = []
         if np.shape(dataset.palette) != (self.num_classes, 3):
             self.problems.append(f"palette of shape {np.shape(dataset.palette)}: expected ({self.num_classes}, 3)")
 
     def add(self, look: _Look) -> None:
-        if look.label_format:
-            self.formats[look.label_format] += 1
+        if look.size is not None:
+            self.sizes[f"{look.size[0]}x{look.size[1]}"] += 1
+        if look.header is not None:
+            self.formats[look.header.label_format] += 1
+            if look.header.image_format:
+                self.image_formats[look.header.image_format] += 1
+            if look.header.brightest is not None:
+                self.brightest.append(look.header.brightest)
         if look.error is not None:
             self.problems.append(str(look.error))
             if isinstance(look.error, SampleError):
                 self.kinds[look.error.kind] += 1
                 self.unknown.update(look.error.values)
-        if look.counts is None:
-            return
-        self.pixels += look.counts
-        self.images += look.counts > 0
-        self.sizes[f"{look.size[0]}x{look.size[1]}"] += 1
-        self.names.setdefault(look.content, []).append(look.name)
-        if look.counts[IGNORE_INDEX] == look.counts.sum():
-            self.unlabelled.append(look.name)
+        if look.counts is not None and look.facts is not None:
+            self.pixels += look.counts
+            self.images += look.counts > 0
+            self.facts.append(look.facts)
 
     def report(self) -> DatasetReport:
         names, labelled = self.dataset.class_names, self.pixels[: self.num_classes]
@@ -219,7 +244,7 @@ class _Tally:
             class_share=dict(zip(names, (labelled / max(1, labelled.sum())).tolist(), strict=True)),
             class_images=dict(zip(names, self.images[: self.num_classes].tolist(), strict=True)),
             void_share=self._void_share(),
-            unlabelled=tuple(self.unlabelled),
+            unlabelled=tuple(image.name for image in self.facts if not image.is_labelled),
             problems=tuple(self.problems),
             problem_kinds=dict(self.kinds.most_common()),
             unknown_ids={
@@ -227,10 +252,18 @@ class _Tally:
                 for value, count in sorted(self.unknown.items())
             },
             label_formats=dict(self.formats.most_common()),
-            duplicates=tuple(tuple(same) for same in self.names.values() if len(same) > 1),
+            duplicates=tuple(self._duplicates()),
             notes=tuple(self._notes()),
-            contents={content: same[0] for content, same in self.names.items()},
+            image_formats=dict(self.image_formats.most_common()),
+            groups=dict(Counter(image.group for image in self.facts if image.group).most_common()),
+            images=tuple(self.facts),
         )
+
+    def _duplicates(self) -> Iterator[tuple[str, ...]]:
+        names: dict[str, list[str]] = {}
+        for image in self.facts:
+            names.setdefault(image.content, []).append(image.name)
+        yield from (tuple(same) for same in names.values() if len(same) > 1)
 
     def _void_share(self) -> float:
         return float(self.pixels[IGNORE_INDEX] / max(1, self.pixels.sum()))
@@ -258,8 +291,13 @@ class _Tally:
             )
         if self._void_share() > MUCH_VOID:
             yield f"{self._void_share():.0%} of all pixels are void: is {IGNORE_INDEX} or data.void_index a class?"
-        same = [" = ".join(names) for names in self.names.values() if len(names) > 1]
-        if same:
+        if self.brightest and (bits := max(self.brightest).bit_length()) < FEW_BITS:
+            yield (
+                f"images of 16 bits hold no value above {max(self.brightest)}: {bits}-bit data, which is read as dark "
+                f"as 16 bits say, at most {max(self.brightest) // 257} of 255; multiply it by {1 << 16 - bits}, or "
+                "save it with 8 bits"
+            )
+        if same := [" = ".join(names) for names in self._duplicates()]:
             yield f"the same image under several names: {some(same)}; keep one of each, or it counts twice"
 
 
@@ -272,9 +310,22 @@ def _expect_sound(sample: SegmentationSample, num_classes: int) -> None:
     """Raises DataError where a sample is not what SegmentationSample promises: a user's data set may do anything."""
     image, mask = np.asarray(sample.image), np.asarray(sample.mask)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise DataError(f"{sample.name}: expected an image (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        raise DataError(
+            f"{sample.name}: expected an image (H, W, 3) uint8, got {image.shape} {image.dtype}{_remedy(image)}"
+        )
     if mask.dtype != np.uint8 or mask.shape != image.shape[:2]:
         raise DataError(f"{sample.name}: expected a mask {image.shape[:2]} uint8, got {mask.shape} {mask.dtype}")
     wrong = np.unique(mask[(mask >= num_classes) & (mask != IGNORE_INDEX)]).tolist()
     if wrong:
         raise DataError(f"{sample.name}: expected labels 0 to {num_classes - 1} or {IGNORE_INDEX}, got {wrong[:5]}")
+
+
+def _remedy(image: NDArray[np.generic]) -> str:
+    """How an array of another form becomes an image, where that can be told."""
+    if image.dtype != np.uint8:
+        return ": scale it to 0 to 255 and convert it with astype(np.uint8)"
+    if image.ndim == 3 and image.shape[0] == 3:
+        return ": put channels last"
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
+        return ": repeat the one channel, np.repeat(image.reshape(H, W, 1), 3, axis=2)"
+    return ": choose three channels, image[..., :3]" if image.ndim == 3 and image.shape[2] > 3 else ""

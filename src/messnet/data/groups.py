@@ -166,8 +166,8 @@ def near_duplicates(thumbnails: Sequence[bytes]) -> NDArray[np.int64]:
 def proposed_pattern(names: Sequence[str], thumbnails: Sequence[bytes]) -> str | None:
     """A regular expression for ``data.group`` that names suggest and pixels support; None where there is none.
 
-    Candidates are the beginnings of names up to their first, second, ... separator, and names without the number at
-    their end. A candidate is supported when the image that an image resembles most is of the same group far more often
+    Candidates are the beginnings of names up to their first or second separator, and names without the number at their
+    end. A candidate is supported when the image that an image resembles most is of the same group far more often
     than by chance: five standard deviations of as many independent draws. Of the supported ones the first is taken,
     which makes the largest groups: whole ones are the safe side.
     """
@@ -175,7 +175,11 @@ def proposed_pattern(names: Sequence[str], thumbnails: Sequence[bytes]) -> str |
     if len(names) < 2:
         return None
     nearest = _nearest(thumbnails)
-    for pattern in (r"^([^_\-. ]+)[_\-. ]", r"^([^_\-. ]+[_\-. ][^_\-. ]+)[_\-. ]", r"^(.*?)[_\-. ]*\d+$"):
+    candidates = []
+    for mark, sign in (("_", "_"), ("-", "-"), (".", r"\."), (" ", " ")):
+        other = f"[^{mark}]"
+        candidates += [f"^({other}+){sign}", f"^({other}+{sign}{other}+){sign}"]
+    for pattern in (*candidates, r"^(.*?)[_\-. ]*\d+$"):
         matches = [re.search(pattern, name) for name in names]
         if not all(match and match.group(1) for match in matches):
             continue

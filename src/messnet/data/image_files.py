@@ -115,21 +115,50 @@ class FileDataset(Generic[Label]):
             self._cache[index] = sample
         return sample
 
-    def label_format(self, index: int) -> str:
-        """In words, how the label of an image is stored."""
-        label = self._pairs[index][1]
-        if not isinstance(label, Path):
-            return "annotations, drawn on reading"
-        if label.suffix == ".mat":
-            return "MATLAB"
+    def header(self, index: int) -> FileHeader:
+        """What the files of an image say of themselves; no pixel is read but those of 16 bits."""
+        path, label = self._pairs[index]
+        size, image_format, brightest = None, "", None
         try:
-            with Image.open(label) as file:
-                return MODES.get(file.mode, file.mode)
-        except (OSError, SyntaxError, ValueError):
-            return "unreadable"
+            with Image.open(path) as file:
+                height, width = file.height, file.width
+                # Orientations from 5 on lie on their side.
+                size = (width, height) if file.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
+                image_format = _mode_name(file.mode)
+                if file.mode.startswith("I;16"):
+                    brightest = int(np.asarray(file).max(initial=0))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            pass  # reading the sample says why
+        return FileHeader(size, image_format, _label_format(label), brightest)
 
 
-MODES = {
+@dataclass(frozen=True)
+class FileHeader:
+    """What the files of one labelled image say of themselves."""
+
+    size: tuple[int, int] | None
+    """(height, width) of the upright image; None where it cannot be read."""
+    image_format: str
+    """How pixels are stored, in words; empty where they cannot be read."""
+    label_format: str
+    """How the label is stored, in words."""
+    brightest: int | None
+    """The largest value of an image of 16 bits, None of others."""
+
+
+ORIENTATION = 0x0112
+"""EXIF's tag for how an image is to be turned."""
+IMAGE_MODES = {
+    "1": "1 bit",
+    "L": "grey",
+    "LA": "grey with transparency",
+    "P": "palette",
+    "RGB": "RGB",
+    "RGBA": "RGB with transparency",
+    "CMYK": "CMYK",
+    "I;16": "16-bit grey",
+}
+LABEL_MODES = {
     "L": "8-bit indices",
     "P": "palette PNG: the indices count, the colours are for the eye",
     "RGB": "RGB colours",
@@ -138,6 +167,22 @@ MODES = {
     "I;16": "16 bits",
     "I": "16 or 32 bits",
 }
+
+
+def _mode_name(mode: str) -> str:
+    return IMAGE_MODES["I;16"] if mode.startswith("I;16") else IMAGE_MODES.get(mode, mode)
+
+
+def _label_format(label: object) -> str:
+    if not isinstance(label, Path):
+        return "annotations, drawn on reading"
+    if label.suffix == ".mat":
+        return "MATLAB"
+    try:
+        with Image.open(label) as file:
+            return LABEL_MODES.get(file.mode, file.mode)
+    except (OSError, SyntaxError, ValueError):
+        return "unreadable"
 
 
 @dataclass(frozen=True)

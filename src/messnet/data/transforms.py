@@ -6,14 +6,14 @@ resumed, or that runs with another number of workers, sees the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -21,7 +21,7 @@ from messnet.data import IGNORE_INDEX, SegmentationDataset
 from messnet.errors import DataError, RecipeError
 from messnet.images.preprocessing import MEAN, normalise
 
-__all__ = ["AugmentOptions", "Augmentation", "TrainingStream", "build_augmentation"]
+__all__ = ["AugmentOptions", "Augmentation", "TrainingStream", "build_augmentation", "stack_samples"]
 
 Augmentation = Callable[[NDArray[np.uint8], NDArray[np.uint8]], tuple[Tensor, Tensor]]
 """(H, W, 3) image and (H, W) mask to a normalised float32 tensor (3, h, w) and an int64 tensor (h, w)."""
@@ -72,6 +72,18 @@ def build_augmentation(options: AugmentOptions) -> Augmentation:
         return torch.from_numpy(normalise(pixels.permute(1, 2, 0).numpy())), labels[0].as_subclass(Tensor).long()
 
     return augment
+
+
+def stack_samples(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch: images (N, 3, h, w) and masks (N, h, w). Raises DataError when samples are of several sizes."""
+    if len(sizes := {tuple(mask.shape) for _, mask in samples}) > 1:
+        shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise DataError(
+            f"one batch has images of the sizes {shown} (height x width): say augment.crop, the size that all are cut "
+            "to, in the sections pretrain and distill, or resize the images"
+        )
+    images, masks = default_collate(list(samples))
+    return images, masks
 
 
 class TrainingStream(Dataset[tuple[Tensor, Tensor]]):

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from messnet.data import SegmentationDataset
-from messnet.data.checks import check_dataset
-from messnet.data.sources import SOURCES
-from messnet.errors import DataError, RunError
+from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
 from messnet.records.codec import Plain
-from messnet.records.groups import group_ids, halves
 from messnet.records.run_directory import RunDirectory
+from messnet.run.checks import expect_sound
 from messnet.run.recipe import load_recipe, recipe_from_record, recipe_to_record
 from messnet.run.run import Run
 from messnet.run.stage import Stage
@@ -45,7 +38,7 @@ def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = 
     if known is not None:
         _refuse_other_recipe(directory, known, record)
     if known is None or known["data"] != record["data"]:
-        _expect_sound_data(run)
+        expect_sound(recipe, run.dataset("train"), run.dataset("val"))
     if known is None:
         directory.create(record)
     else:
@@ -122,38 +115,3 @@ def adopt_pretrained(run: Run, source: Path) -> None:
     if Blueprint.from_json(other.exits.read()) != run.blueprint():
         raise RunError(f"{source} was pretrained with other exit points than {run.directory.path} has (exits.json)")
     pretrained.record(run, lambda run: run.directory.stage1.write(weights))
-
-
-def _expect_sound_data(run: Run) -> None:
-    """Reads every image once before hours are spent on them; generated ones cannot be broken."""
-    train, val = run.dataset("train"), run.dataset("val")
-    options = run.recipe.data
-    if len(val) < 2:
-        raise DataError(
-            "the validation split holds 1 image: a run selects on one half of it and reports on the other, so it takes "
-            "at least 2, and a hundred for figures that mean something"
-        )
-    if options.source == "scenes":
-        return
-    for split, dataset in (("train", train), ("val", val)):
-        threads = min(16, os.cpu_count() or 1) if options.source in SOURCES else 1
-        progress = partial(tqdm, desc=f"check {split}", unit="img")
-        report = check_dataset(dataset, num_threads=threads, progress=progress)
-        if report.problems:
-            more = f" (and {len(report.problems) - 1} more: `messnet check-data`)" if len(report.problems) > 1 else ""
-            raise DataError(f"{report.problems[0]}{more}")
-    _expect_labelled_halves(val, set(report.unlabelled), run.recipe.search.seed)
-
-
-def _expect_labelled_halves(val: SegmentationDataset, unlabelled: set[str], seed: int) -> None:
-    """The search needs a labelled image in the half that it selects on, the report in the other: known before hours of
-    training, and mended only by other images."""
-    if not unlabelled:
-        return
-    samples = [val[v] for v in range(len(val))]
-    for half, purpose in zip(halves(group_ids([s.group for s in samples]), seed), ("select on", "report"), strict=True):
-        if all(samples[v].name in unlabelled for v in half.tolist()):
-            raise DataError(
-                f"the {len(half)} validation images to {purpose} are void everywhere ({samples[half[0]].name}, ...): "
-                f"label some of them, leave them out, or draw other halves with search.seed"
-            )

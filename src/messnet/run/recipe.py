@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from messnet.searching import Grid
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
 __all__ = ["ModelOptions", "Recipe", "SearchOptions", "load_recipe", "recipe_from_record", "recipe_to_record"]
+
+_COLOUR = re.compile(r"(?:0x|#)([0-9a-fA-F]+)")
+"""A number as messages write colours, 0xRRGGBB, or as web pages do; in quotes YAML reads it as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,8 @@ def _as_meant(value: object, text: object, kind: object) -> object:
     options = type_options(kind)
     if value == "None" and NoneType in options:
         return None
+    if int in options and isinstance(value, str) and (colour := _COLOUR.fullmatch(value)):
+        return int(colour.group(1), 16)
     is_text = any(option in (str, Path) or get_origin(option) is Literal for option in options)
     return text if is_text and isinstance(text, str) and value is not None else value
 
@@ -205,13 +211,16 @@ def _value_of(words: list[str], kind: object, option: str) -> object:
     if len(words) > 1 and not takes_list:
         raise RecipeError(f"{option} takes one value, got {' '.join(words)}")
     choices = [choice for one in options if get_origin(one) is Literal for choice in get_args(one)]
-    is_whole = words[0].startswith("[") or words[0] in ("null", "None", *choices)
-    if takes_list and not (len(words) == 1 and is_whole):
-        return [_scalar(word, field_type(kind, i)) for i, word in enumerate(words)]
-    return _scalar(words[0], kind)
+    if not takes_list or words[0].startswith("[") or (len(words) == 1 and words[0] in ("null", "None", *choices)):
+        return _scalar(" ".join(words), kind)
+    # A list is written "1 2", "1,2" or "[1, 2]", whatever it holds; a comma in a name needs the last form, and quotes.
+    parts = [part.strip() for word in words for part in word.split(",") if part.strip()]
+    return [_scalar(part, field_type(kind, i)) for i, part in enumerate(parts)]
 
 
 def _scalar(word: str, kind: object) -> object:
+    if word.startswith("#"):  # a colour, and in YAML a comment
+        return _as_meant(word, word, kind)
     try:
         return _as_meant(yaml.safe_load(word), yaml.load(word, yaml.BaseLoader), kind)
     except yaml.YAMLError:  # a text that looks like YAML, such as "a: b: c"

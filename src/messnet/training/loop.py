@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from messnet.data import IGNORE_INDEX, SegmentationDataset
-from messnet.data.transforms import TrainingStream, build_augmentation
+from messnet.data.transforms import TrainingStream, build_augmentation, stack_samples
 from messnet.errors import DataError, MessError, RecipeError
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import Exit
@@ -219,6 +219,7 @@ def _batches(
     loader = DataLoader(
         stream,
         batch_size=batch // parts,
+        collate_fn=stack_samples,
         sampler=range(done * batch + rank, len(stream), parts),
         num_workers=compute.num_workers,
         pin_memory=fabric.device.type == "cuda",

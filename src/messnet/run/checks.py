@@ -1,0 +1,140 @@
+"""What a run would refuse of a recipe and its data, found before hours are spent; ``check-data`` asks here too."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+from tqdm import tqdm
+
+from messnet.data import SegmentationDataset
+from messnet.data.checks import DatasetReport, ImageFacts, check_dataset
+from messnet.data.sources import SOURCES
+from messnet.data.transforms import build_augmentation
+from messnet.errors import DataError
+from messnet.policy.reference import Policy
+from messnet.records.groups import group_ids, halves
+from messnet.run.recipe import Recipe
+from messnet.training.options import TrainOptions
+
+__all__ = ["expect_sound", "proposed_crop", "reading_threads", "recipe_problems"]
+
+LARGEST_CROP = 768
+"""Pixels of a side of a crop that is proposed: what trains on common hardware."""
+
+
+def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDataset) -> None:
+    """Reads every image of both splits of the recipe's data once. Raises DataError for the first thing that a run would stop at, or
+    RecipeError for a recipe that does not go with the data. Generated scenes cannot be broken and are not read."""
+    data = recipe.data
+    reports = []
+    for split, dataset in (("train", train), ("val", val)):
+        if data.source == "scenes" and (split == "train" or data.group is None):
+            reports.append(_unread(dataset))
+            continue
+        progress = partial(tqdm, desc=f"check {split}", unit="img")
+        reports.append(check_dataset(dataset, num_threads=reading_threads(data.source), progress=progress))
+    found = (*reports[0].problems, *reports[1].problems)
+    if found := found or recipe_problems(recipe, *reports):
+        more = f" (and {len(found) - 1} more: `messnet check-data`)" if len(found) > 1 else ""
+        raise DataError(f"{found[0]}{more}")
+
+
+def reading_threads(source: str) -> int:
+    """How many threads may read a data set: one made by the user may not be made for several."""
+    return min(16, os.cpu_count() or 1) if source in SOURCES else 1
+
+
+def _unread(scenes: SegmentationDataset) -> DatasetReport:
+    """The report of generated scenes, which are of one size, labelled, and of all classes."""
+    names = scenes.class_names
+    return DatasetReport(
+        num_images=len(scenes),
+        sizes={},
+        class_share=dict.fromkeys(names, 1 / len(names)),
+        class_images=dict.fromkeys(names, len(scenes)),
+        void_share=0.0,
+        unlabelled=(),
+        problems=(),
+        images=tuple(ImageFacts(str(v), "", "", b"", True) for v in range(len(scenes))),
+    )
+
+
+def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) -> tuple[str, ...]:
+    """What a run by ``recipe`` would stop at, though each image is in order: one line each, with the way out.
+
+    The reports are of all images of both splits. Raises RecipeError for augmentation that cannot be.
+    """
+    return (
+        *_training_problems(recipe.pretrain, train),
+        *_training_problems(recipe.distill, train),
+        *_validation_problems(recipe, val),
+        *_policy_problems(recipe, val),
+    )
+
+
+def _training_problems(options: TrainOptions, train: DatasetReport) -> Iterator[str]:
+    build_augmentation(options.augment)
+    names, weights = list(train.class_share), options.class_weights
+    if isinstance(weights, tuple) and len(weights) != len(names):
+        yield (
+            f"{options.section}.class_weights has {len(weights)} values for {len(names)} classes ({', '.join(names)}): "
+            f"give one for each, or {options.section}.class_weights: auto"
+        )
+    if not any(train.class_share.values()) and train.sizes:
+        yield "every pixel of the training split is void: there is nothing to learn from"
+    if len(train.sizes) > 1 and options.augment.crop is None:
+        height, width = proposed_crop(train)
+        yield (
+            f"training images are of {len(train.sizes)} sizes ({', '.join(list(train.sizes)[:3])}, ...), and a batch "
+            f"needs one: say {options.section}.augment.crop: [{height}, {width}] (height, width), or resize the images"
+        )
+
+
+def proposed_crop(report: DatasetReport) -> tuple[int, int]:
+    """(height, width) that most images of a split can fill: medians in whole multiples of 32, at most LARGEST_CROP."""
+    sizes = [(*map(int, size.split("x")), count) for size, count in report.sizes.items()]
+    height, width = (
+        statistics.median([size[axis] for size in sizes for _ in range(size[2])] or [LARGEST_CROP]) for axis in (0, 1)
+    )
+    return _whole(height), _whole(width)
+
+
+def _whole(length: float) -> int:
+    return max(32, min(LARGEST_CROP, int(length) // 32 * 32))
+
+
+def _validation_problems(recipe: Recipe, val: DatasetReport) -> Iterator[str]:
+    images = val.images
+    if not images or val.problems:
+        return  # said already
+    if not any(image.is_labelled for image in images):
+        yield "every pixel of the validation split is void: nothing can be measured on it"
+        return
+    groups = group_ids([image.group for image in images])
+    if len(images) < 2 or groups.max() < 1:
+        held = "1 image" if len(images) < 2 else f"images of one group ({images[0].group})"
+        yield (
+            f"the validation split has {held}: a run selects on a part of them and reports on the rest, so it needs "
+            f"{'2 images' if len(images) < 2 else '2 groups'} at least, and dozens for figures that mean something; "
+            "move some from the training split"
+        )
+        return
+    for half, use in zip(halves(groups, recipe.search.seed), ("selects", "reports"), strict=True):
+        if not any(images[v].is_labelled for v in half):
+            yield (
+                f"of the validation images that a run {use} on ({len(half)} of {len(images)}) every pixel is void: "
+                "label more of them, leave out those without a label, or draw other halves with search.seed"
+            )
+
+
+def _policy_problems(recipe: Recipe, val: DatasetReport) -> Iterator[str]:
+    num_classes = len(val.class_share)
+    for name in recipe.evaluate.policies if num_classes else ():
+        if wrong := [k for k in Policy.parse(name).classes if k >= num_classes]:
+            yield (
+                f"evaluate.policies has {name!r}, whose class {wrong[0]} is not there: expected class ids 0 to "
+                f"{num_classes - 1}"
+            )

@@ -1,0 +1,152 @@
+"""What a run will refuse is said before it begins, by ``check-data`` and by ``run``, with a way out that works."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from messnet.cli import main
+from messnet.data.checks import check_dataset
+from messnet.data.sources import open_dataset
+from messnet.errors import DataError, RecipeError
+from messnet.run.checks import expect_sound, proposed_crop, recipe_problems
+from messnet.run.recipe import Recipe, load_recipe
+
+SIZE = (32, 48)
+VOID = np.full(SIZE, 255, np.uint8)
+
+
+def save(root: Path, split: str, masks: list[np.ndarray]) -> None:
+    for k, mask in enumerate(masks):
+        picture = np.random.default_rng(hash((split, k)) % 2**32).integers(0, 256, (*mask.shape, 3), np.uint8)
+        for kind, pixels in (("images", picture), ("masks", mask)):
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / split / kind / f"{split[0]}{k}_x.png")
+
+
+def mask(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2, size, np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    save(tmp_path / "data", "train", [mask(k) for k in range(4)])
+    save(tmp_path / "data", "val", [mask(10 + k) for k in range(4)])
+    return tmp_path / "data"
+
+
+def recipe_file(root: Path) -> Path:
+    path = root.parent / "recipe.yaml"
+    path.write_text(f"data: {{source: folder, root: '{root}', class_names: [a, b]}}\n")
+    return path
+
+
+def expect(recipe: Recipe) -> None:
+    expect_sound(recipe, open_dataset(recipe.data, "train"), open_dataset(recipe.data, "val"))
+
+
+def problems(root: Path, *overrides: str) -> tuple[str, ...]:
+    recipe = load_recipe(recipe_file(root), overrides)
+    return recipe_problems(recipe, *(check_dataset(open_dataset(recipe.data, split)) for split in ("train", "val")))
+
+
+def test_a_sound_data_set_has_none(root: Path) -> None:
+    assert problems(root) == ()
+    expect(load_recipe(recipe_file(root)))
+    expect(Recipe())  # generated scenes
+
+
+def test_class_weights_of_another_number(root: Path) -> None:
+    found = problems(root, "--pretrain.class_weights", "1,2,3", "--distill.class_weights", "1,2")
+    assert found == (
+        "pretrain.class_weights has 3 values for 2 classes (a, b): give one for each, or pretrain.class_weights: auto",
+    )
+    assert problems(root, "--pretrain.class_weights", "auto") == ()
+    scenes = load_recipe(recipe_file(root), ["--data.source", "scenes", "--data.class_names", "[]"])
+    weighted = replace(scenes, distill=replace(scenes.distill, class_weights=(1.0, 2.0)))
+    with pytest.raises(DataError, match=r"distill\.class_weights has 2 values for"):
+        expect(replace(weighted, data=Recipe().data))
+
+
+def test_images_of_several_sizes_need_a_crop(root: Path) -> None:
+    save(root, "train", [mask(k, (64 + 8 * k, 100)) for k in range(4)])
+    found = problems(root)
+    assert len(found) == 2  # both trainings
+    assert "training images are of 4 sizes (64x100, 72x100, 80x100, ...), and a batch needs one" in found[0]
+    assert "pretrain.augment.crop: [64, 96] (height, width)" in found[0]
+    crops = ("--pretrain.augment.crop", "[64, 96]", "--distill.augment.crop", "[64, 96]")
+    assert problems(root, *crops) == ()  # the way out
+    save(root, "val", [mask(0, (20, 20))])
+    assert problems(root, *crops) == ()  # validation takes one image at a time
+
+
+def test_crops_that_are_proposed(root: Path) -> None:
+    report = check_dataset(open_dataset(load_recipe(recipe_file(root)).data, "train"))
+    for sizes, crop in (
+        ({"480x640": 3, "100x100": 1}, (480, 640)),
+        ({"3000x4000": 1, "3024x4032": 2}, (768, 768)),
+        ({"10x20": 1, "12x20": 1}, (32, 32)),
+    ):
+        assert proposed_crop(replace(report, sizes=sizes)) == crop
+
+
+def test_a_validation_split_of_one_image(root: Path) -> None:
+    for k in (1, 2, 3):
+        for kind in ("images", "masks"):
+            (root / "val" / kind / f"v{k}_x.png").unlink()
+    (found,) = problems(root)
+    assert "the validation split has 1 image" in found
+    assert "2 images at least" in found
+    save(root, "val", [mask(10), mask(11)])
+    assert problems(root) == ()
+
+
+def test_validation_images_without_labels(root: Path) -> None:
+    save(root, "val", [mask(0), VOID, VOID, VOID])
+    (found,) = problems(root)
+    assert "of the validation images that a run " in found
+    assert "(2 of 4) every pixel is void" in found
+    save(root, "val", [VOID] * 4)
+    assert problems(root) == ("every pixel of the validation split is void: nothing can be measured on it",)
+    save(root, "train", [VOID] * 4)
+    assert "every pixel of the training split is void" in problems(root)[0]
+
+
+def test_validation_images_of_one_group(root: Path) -> None:
+    (found,) = problems(root, "--data.group", "^(.)")
+    assert "images of one group (v)" in found
+    assert "2 groups at least" in found
+    assert problems(root, "--data.group", "^(..)") == ()
+
+
+def test_policies_of_classes_that_are_not_there(root: Path) -> None:
+    (found,) = problems(root, "--evaluate.policies", "top1+classes:1+2")
+    assert "'top1+classes:1+2', whose class 2 is not there: expected class ids 0 to 1" in found
+    assert problems(root, "--evaluate.policies", "top1+classes:1") == ()
+
+
+def test_augmentation_of_the_second_stage_is_looked_at_first(root: Path) -> None:
+    with pytest.raises(RecipeError, match="hflip lies in"):
+        problems(root, "--distill.augment.hflip", "2")
+
+
+def test_both_commands_say_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = [str(recipe_file(root)), "--pretrain.class_weights", "1,2,3", "--distill.class_weights", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(["check-data", *tokens])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert "a run would stop: pretrain.class_weights has 3 values for 2 classes" in out
+    assert "the data set has 2 problems, listed above" in err
+    with pytest.raises(SystemExit) as end:
+        main(["run", *tokens, "--out", str(root.parent / "run")])
+    assert end.value.code == 2
+    error = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert error.startswith("messnet: pretrain.class_weights has 3 values for 2 classes")
+    assert error.endswith("(and 1 more: `messnet check-data`)")
+    assert not (root.parent / "run").exists()
+    main(["check-data", tokens[0]])
