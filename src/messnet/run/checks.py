@@ -26,8 +26,10 @@ LARGEST_CROP = 768
 
 
 def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDataset) -> None:
-    """Reads every image of both splits of the recipe's data once. Raises DataError for the first thing that a run would stop at, or
-    RecipeError for a recipe that does not go with the data. Generated scenes cannot be broken and are not read."""
+    """Reads every image of both splits of the recipe's data once. Generated scenes cannot be broken and are not read.
+
+    Raises DataError for the first thing that a run would stop at, RecipeError for augmentation that cannot be.
+    """
     data = recipe.data
     reports = []
     for split, dataset in (("train", train), ("val", val)):
