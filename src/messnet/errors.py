@@ -4,6 +4,7 @@ MessError
  ├── RecipeError     a recipe: unknown key, wrong value, no such file
  ├── DataError       images and masks: missing, unreadable, of the wrong size, ids out of range
  ├── ModelError      a model that cannot be built, traced, cut or loaded
+ ├── PredictionError an image for which the network computes nothing that means anything
  ├── RunError        a run directory or bundle: another recipe's, incomplete, damaged, newer
  └── InfeasibleError no instance meets the constraints of a search
 
@@ -16,7 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["DataError", "InfeasibleError", "MessError", "ModelError", "RecipeError", "RunError", "needing_extras"]
+__all__ = [
+    "DataError",
+    "InfeasibleError",
+    "MessError",
+    "ModelError",
+    "PredictionError",
+    "RecipeError",
+    "RunError",
+    "needing_extras",
+]
 
 # Which extra brings what the core does without, by the name under which it is imported.
 _EXTRA_OF = {
@@ -58,6 +68,10 @@ class DataError(MessError):
 
 class ModelError(MessError):
     """A model cannot be built, traced, cut or loaded."""
+
+
+class PredictionError(MessError):
+    """A network's logits for an image are NaN or infinite. Of a batch others may be sound: run them one by one."""
 
 
 class RunError(MessError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from messnet.apps.tiling import TiledResult, predict_tiled
 from messnet.deployment.session import Result, Session
-from messnet.errors import DataError, RecipeError
+from messnet.errors import DataError, PredictionError, RecipeError
 from messnet.images.reading import rgb_of
 from messnet.records.files import write_atomically
 
@@ -76,7 +77,7 @@ class Predictions:
     records: list[dict[str, Any]] = field(default_factory=list)
     """The records of predictions.json, one per image."""
     failed: list[str] = field(default_factory=list)
-    """A line for each image that could not be read."""
+    """A line for each image that could not be read, or for which the network computes nothing finite."""
 
 
 def predict_files(
@@ -85,8 +86,8 @@ def predict_files(
     """Predicts image files and folders of them; writes masks, overlays, confidence maps and predictions.json to
     ``out``, with tiles also a picture of the exit that each took.
 
-    An image that cannot be read is left out and named in the result; predictions.json is written whatever comes, an
-    interrupt too. Raises DataError for a missing image, or two of the same name: files of one image are NAME.png; and
+    An image that cannot be read or predicted is left out and named in the result; predictions.json is written whatever
+    comes, an interrupt too. Raises DataError for a missing image, or two of the same name: files of one image are NAME.png; and
     when not one could be read.
     """
     options = options or PredictOptions()
@@ -97,8 +98,7 @@ def predict_files(
             for batch in _batches(files, 1 if options.tiled else options.batch_size, done.failed):
                 if not done.records:
                     _warm_up(session, batch[0][1], options)
-                results = _run([image for _, image in batch], session, options)
-                for (file, image), result in zip(batch, results, strict=True):
+                for file, image, result in _results(batch, session, options, done.failed):
                     done.records.append(_write(file, image, result, session, out))
                 bar.update(len(done.records) + len(done.failed) - bar.n)
     finally:
@@ -141,7 +141,26 @@ def _warm_up(session: Session, image: NDArray[np.uint8], options: PredictOptions
     if options.tiled:
         height, width = options.tile or session.input_size or image.shape[:2]
         image = image[:height, :width]
-    session.warm_up(image)
+    with suppress(PredictionError):  # of an exit that the image may not take; if it does, the prediction tells
+        session.warm_up(image)
+
+
+def _results(
+    batch: Sequence[tuple[Path, NDArray[np.uint8]]], session: Session, options: PredictOptions, failed: list[str]
+) -> Iterator[tuple[Path, NDArray[np.uint8], Result | TiledResult]]:
+    """The results of a batch; an image that cannot be predicted takes none of the others with it. Adds to
+    ``failed``."""
+    try:
+        results = _run([image for _, image in batch], session, options)
+    except PredictionError as error:
+        if len(batch) == 1:
+            failed.append(f"{batch[0][0]}: {error}")
+            return
+        for one in batch:
+            yield from _results([one], session, options, failed)
+        return
+    for (file, image), result in zip(batch, results, strict=True):
+        yield file, image, result
 
 
 def _run(
@@ -209,7 +228,8 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArra
     colours[: len(palette)] = palette * np.float32(_OVERLAY_STRENGTH)
     blend = image * np.float32(1 - _OVERLAY_STRENGTH)
     blend += colours.take(labels, 0)
-    return np.rint(blend, out=blend).astype(np.uint8)
+    blended: NDArray[np.uint8] = np.rint(blend, out=blend).astype(np.uint8)
+    return blended
 
 
 def exit_colour(place: int, num_exits: int) -> tuple[int, int, int]:

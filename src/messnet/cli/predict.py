@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -90,9 +92,8 @@ def predict(
         how: dict[str, Any] = {"device": device, "runtime": runtime, "precision": precision, "threads": threads}
         session = load(target, instance=instance, model=model, **how)
         if runtime is None and session.runtime != "torch":
-            print(
-                f"messnet: {session.runtime} computes, for torch is not installed or not in {target}", file=sys.stderr
-            )
+            why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
+            print(f"messnet: {session.runtime} computes, for {why}", file=sys.stderr)
         return session
 
     sources = _videos(images, camera)
@@ -102,7 +103,7 @@ def predict(
         _refuse(of_images | {"--tile-overlap": tile_overlap}, "images", "videos")
         budget_ms = _budget_ms(frame_budget_ms, fps_budget)
         given = {"frame_budget_ms": budget_ms, "hysteresis": hysteresis, "max_frames": max_frames, "masks": masks}
-        _predict_videos(open_session(), sources, out, given, as_json=as_json)
+        _predict_videos(open_session, sources, out, given, as_json=as_json)
         return
     _refuse(of_videos | {"--masks": masks or None, "--max-frames": max_frames}, "videos", "images")
     options = PredictOptions(batch_size=batch_size, deadline_ms=deadline_ms, tile=tile, tile_overlap=tile_overlap)
@@ -123,13 +124,19 @@ def predict(
 
 
 def _predict_videos(
-    session: Session, sources: list[Path | int], out: Path, given: dict[str, Any], *, as_json: bool
+    open_session: Callable[[], Session],
+    sources: list[Path | int],
+    out: Path,
+    given: dict[str, Any],
+    *,
+    as_json: bool,
 ) -> None:
     """One after the other with the same network. What is damaged is told at the end, when the others are done."""
     with needing_extras(cv2="video", matplotlib="video"):
         from messnet.apps.video import VideoOptions, predict_video
 
     options = VideoOptions(**{name: value for name, value in given.items() if value is not None})
+    session = open_session()
     summaries, damaged = {}, []
     for source in sources:
         folder = out / (f"camera{source}" if isinstance(source, int) else source.stem)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from messnet.errors import RunError
 
 __all__ = ["GraphPorts", "expect_self_contained", "leading_to"]
@@ -19,7 +21,9 @@ _MODEL_OPSET, _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 8, 7, 20, 25
 _NODE, _INITIALIZER, _INPUT, _OUTPUT, _SPARSE_INITIALIZER = 1, 5, 11, 12, 15  # of a graph
 _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 5, 7
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
-_TENSOR_NAME, _TENSOR_EXTERNAL = 8, (13, 14)  # external_data and data_location
+_TENSOR_NAME, _TENSOR_TYPE, _TENSOR_DATA = 8, 2, 9
+_TENSOR_EXTERNAL = 13, 14  # external_data and data_location
+_FLOATS = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}  # by ONNX's numbers for them
 _VALUE_NAME = 1
 _OPSET_DOMAIN = 1
 _DOMAINS = (b"", b"ai.onnx")  # operators that every runtime has
@@ -46,7 +50,8 @@ def expect_self_contained(data: bytes, source: str) -> GraphPorts:
     """What the ONNX file ``data``, which came from ``source``, takes and gives.
 
     Raises RunError for what a runtime must not see in a stranger's file: data that lie in other files or in the
-    process's memory, operators of other domains than ONNX's own, functions, and bytes that are no ONNX file.
+    process's memory, operators of other domains than ONNX's own, functions, bytes that are no ONNX file; and for NaN or
+    infinite weights.
     """
     ports = GraphPorts((), ())
     found = False
@@ -133,12 +138,23 @@ def _expect_own_sparse_data(tensor: memoryview, source: str) -> None:
 
 
 def _expect_own_data(tensor: memoryview, source: str) -> None:
+    """Raises RunError for a tensor whose data lie elsewhere, or that holds NaN or infinite weights."""
+    kind, data = 0, memoryview(b"")
     for field in _fields(tensor):
-        if field.number in _TENSOR_EXTERNAL and (field.wire == _MESSAGE or any(field.value)):
+        if field.number == _TENSOR_TYPE and field.wire == _VARINT:
+            kind = _read_varint(field.value, 0)[0]
+        elif field.number == _TENSOR_DATA:
+            data = field.value
+        elif field.number in _TENSOR_EXTERNAL and (field.wire == _MESSAGE or any(field.value)):
             raise RunError(
                 f"{source} is refused: it says that data lie outside of it, where no bundle can vouch for them; "
                 f"graphs of a bundle hold all their weights: export it again"
             )
+    dtype = _FLOATS.get(kind)
+    # A single infinite value is a constant, such as that of a mask; among weights it is a training that failed.
+    many = dtype is not None and len(data) > dtype.itemsize and len(data) % dtype.itemsize == 0
+    if many and not bool(np.isfinite(np.frombuffer(data, dtype)).all()):
+        raise RunError(f"{source} holds NaN or infinite weights, from a training that failed: train it again")
 
 
 def _expect_domain(message: memoryview, number: int, source: str) -> None:

@@ -99,6 +99,10 @@ class Runner(Protocol):
         """(1, K, h, w): the logits of one image of the batch."""
         ...
 
+    def finite(self, logits: Any) -> NDArray[np.bool_]:
+        """(N,): whether all logits of an image are finite."""
+        ...
+
     def labels(self, logits: Any, rows: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.uint8]:
         """(n, H, W) at input ``size``, of the n images of ``rows`` (N,)."""
         ...

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.deployment.runner import Runner
-from messnet.errors import DataError, ModelError, RecipeError
+from messnet.errors import DataError, ModelError, PredictionError, RecipeError
 from messnet.policy.arrays import image_confidence, nearest, refined_confidence_map
 from messnet.policy.policy import Policy
 from messnet.records.costs import CostTable
@@ -239,6 +239,11 @@ class Session:
             if step.confidence is not None and choice.image_threshold is not None:
                 # In float64, as the search compares: rounded, a threshold might let go an image just below it.
                 leaving |= step.confidence.astype(np.float64) >= choice.image_threshold
+            if not self.runner.finite(step.logits).all():
+                raise PredictionError(
+                    f"the logits at exit {choice.exit_index} are not finite for this image, or one of its batch: the "
+                    f"network computes NaN or infinite values, which are no labels; try --precision f32"
+                )
             labels = self.runner.labels(step.logits, leaving, seen) if leaving.any() else None
             self.runner.synchronise()
             spent += time.perf_counter() - start

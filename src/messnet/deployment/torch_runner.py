@@ -152,6 +152,13 @@ class TorchRunner(Runner):
         one: NDArray[np.float32] = logits[row : row + 1].detach().float().cpu().numpy()
         return one
 
+    def finite(self, logits: Any) -> NDArray[np.bool_]:
+        # One number for each image crosses from the device. A sum is not finite where one of its terms is not, and no
+        # sum of so many logits overflows in float32.
+        sums = logits.detach().sum((1, 2, 3), dtype=torch.float32)
+        finite: NDArray[np.bool_] = torch.isfinite(sums).cpu().numpy()
+        return finite
+
     def labels(self, logits: Any, rows: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.uint8]:
         with torch.inference_mode(), num_threads(self._threads):
             some = logits if rows.all() else logits[torch.from_numpy(rows).to(self._device)]

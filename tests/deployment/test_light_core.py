@@ -1,0 +1,188 @@
+"""What ``pip install messnet`` promises, in an environment without torch: it predicts, serves and searches, and says
+which extra brings the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import messnet
+from helpers.images import smooth_image
+from helpers.light import REPOSITORY, LightEnvironment
+from messnet.apps.tiling import predict_tiled
+from messnet.deployment.session import Session
+
+BUNDLE = REPOSITORY / "examples/scenes_mobilenetv2.mess"
+RUN = REPOSITORY / "examples/camvid_mobilenetv2"
+GREY = np.full((61, 83, 3), 90, np.uint8)
+IMAGES = [smooth_image(96, 128, 0), GREY, np.full((96, 128, 3), 200, np.uint8), smooth_image(144, 208, 2)]
+HEAVY = ("torch", "torchvision", "lightning_fabric", "cv2", "numba", "matplotlib", "onnx", "jinja2", "safetensors")
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> LightEnvironment:
+    return LightEnvironment(tmp_path_factory.mktemp("light"))
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    """What the light environment is compared with: torch, on the weights of the same bundle."""
+    return messnet.load(BUNDLE, runtime="torch", threads=1)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{i}.png" for i in range(len(IMAGES))]
+    for path, image in zip(paths, IMAGES, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def test_the_environment_has_nothing_heavy(light: LightEnvironment) -> None:
+    code = "from importlib.util import find_spec; print([name for name in sys.argv[1:] if find_spec(name)])"
+    assert light.run(code, *HEAVY).stdout.strip() == "[]"
+
+
+def test_the_command_predicts_as_torch_does(
+    light: LightEnvironment, session: Session, photos: Sequence[Path], tmp_path: Path
+) -> None:
+    done = light.messnet("predict", BUNDLE, *photos, "--out", tmp_path / "out", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert "messnet: onnxruntime computes, for torch is not installed" in done.stderr
+    records = json.loads((tmp_path / "out/predictions.json").read_text())["predictions"]
+    expected = session.predict(IMAGES)
+    assert {result.exit_index for result in expected} == {0, 1, 2}
+    for record, result in zip(records, expected, strict=True):
+        assert record["exit_index"] == result.exit_index
+        assert record["image_confidence"] == pytest.approx(result.image_confidence, abs=1e-6)
+        with Image.open(tmp_path / "out" / record["mask"]) as mask:
+            np.testing.assert_array_equal(np.array(mask), result.labels)
+        with Image.open(tmp_path / "out" / record["confidence"]) as confidence:
+            np.testing.assert_allclose(np.array(confidence) / 255, result.confidence_map, atol=0.51 / 255 + 1e-5)
+
+
+API = """
+import json, numpy as np, messnet
+from PIL import Image
+from messnet.apps.tiling import predict_tiled
+image = np.array(Image.open(sys.argv[2]))
+session = messnet.load(sys.argv[1], threads=1)
+tiled = predict_tiled(session, image, tile=(64, 80))
+found = {
+    "runtime": session.runtime,
+    "every": [[r.exit_index, r.image_confidence] for r in session.anytime(image)],
+    "in_no_time": [r.exit_index for r in session.anytime(image, deadline_ms=0.0)],
+    "in_time": [r.exit_index for r in session.anytime(image, deadline_ms=1e9)],
+    "budgeted": [session.budgeted(image, exit_index=c.exit_index).labels.tolist() for c in session.instance.exits],
+    "tiled": [tiled.exit_map.tolist(), tiled.labels.tolist()],
+    "logits": [type(session.budgeted(image).logits).__name__, str(session.budgeted(image).logits.dtype)],
+}
+assert not {"torch", "numba", "cv2", "matplotlib", "onnx"} & {*sys.modules}
+print(json.dumps(found))
+"""
+
+
+def test_every_setting_and_tiles(light: LightEnvironment, session: Session, photos: Sequence[Path]) -> None:
+    done = light.run(API, BUNDLE, photos[3])
+    assert done.returncode == 0, done.stderr
+    found, image = json.loads(done.stdout), IMAGES[3]
+    every = list(session.anytime(image))
+    assert found["runtime"] == "onnxruntime"
+    assert found["every"] == [[r.exit_index, pytest.approx(r.image_confidence, abs=1e-6)] for r in every]
+    assert found["in_no_time"] == [every[0].exit_index]
+    assert found["in_time"] == [result.exit_index for result in every]
+    assert found["budgeted"] == [result.labels.tolist() for result in every]
+    tiled = predict_tiled(session, image, tile=(64, 80))
+    assert found["tiled"] == [tiled.exit_map.tolist(), tiled.labels.tolist()]
+    assert found["logits"] == ["ndarray", "float32"]
+
+
+SEARCH = """
+import json, messnet
+from pathlib import Path
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
+run = Path(sys.argv[1])
+tables = ExitTables.from_bytes((run / "tables.npz").read_bytes())
+costs = CostTable.from_json((run / "profile.json").read_text())
+pair = [exit for exit in tables.exits if exit.exit_index in (2, tables.exits[-1].exit_index)]
+found = messnet.search(tables, costs, setting="budgeted", minimise="macs", max_drop_pp=1.0)
+print(found.instance.to_json())
+"""
+
+
+def test_it_searches(light: LightEnvironment) -> None:
+    done = light.run(SEARCH, RUN)
+    assert done.returncode == 0, done.stderr
+    tables = messnet.ExitTables.from_bytes((RUN / "tables.npz").read_bytes())
+    costs = messnet.CostTable.from_json((RUN / "profile.json").read_text())
+    expected = messnet.search(tables, costs, setting="budgeted", minimise="macs", max_drop_pp=1.0)
+    assert json.loads(done.stdout) == json.loads(expected.instance.to_json())
+
+
+def test_it_serves_with_its_page(light: LightEnvironment, session: Session, photos: Sequence[Path]) -> None:
+    code = "from messnet.cli import main; main()"
+    command = light.command(code, "serve", BUNDLE, "--port", "0", "--threads", "1")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            address = re.search(r"http://\S+/", line)
+            assert address, line + (process.stderr.read() if process.stderr and process.poll() is not None else "")
+            assert b"<html" in _asked(address[0]).lower()
+            request = Request(f"{address[0]}v1/predict", photos[0].read_bytes(), {"Content-Type": "image/png"})
+            with urlopen(request) as answer:
+                mask = Image.open(answer)
+                np.testing.assert_array_equal(np.array(mask), session.predict(IMAGES[:1])[0].labels)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _asked(address: str) -> bytes:
+    """What a service answers that is about to listen."""
+    for _ in range(600):
+        with suppress(URLError), urlopen(address) as answer:
+            return bytes(answer.read())
+        time.sleep(0.1)
+    raise AssertionError(f"no answer from {address}")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "package", "extra"),
+    [
+        (["predict", BUNDLE, "0.png", "--runtime", "torch"], "", "train"),
+        (["predict", BUNDLE, "0.png", "--runtime", "openvino"], "openvino", "openvino"),
+        (["predict", RUN, "0.png"], "", "train"),
+        (["predict", BUNDLE, "film.mp4"], "cv2", "video"),
+        (["run", REPOSITORY / "configs/demo.yaml"], "", "train"),
+        (["profile", "mobilenetv2_fcn"], "", "train"),
+        (["export", BUNDLE, "--out", "x.mess"], "", "train"),
+    ],
+)
+def test_what_is_missing_is_named(
+    light: LightEnvironment, photos: Sequence[Path], tokens: list[object], package: str, extra: str
+) -> None:
+    (photos[0].parent / "film.mp4").write_bytes(b"no film")
+    done = light.messnet(*tokens, cwd=photos[0].parent)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert package in lines[0]
+    assert lines[0].endswith(f"pip install 'messnet[{extra}]'")
+
+
+@pytest.mark.parametrize("name", ["convert", "zoo", "profile", "MultiExitNet"])
+def test_the_names_that_need_torch_say_so(light: LightEnvironment, name: str) -> None:
+    done = light.run(f"import messnet\ntry: messnet.{name}\nexcept messnet.MessError as error: print(error)")
+    assert "pip install 'messnet[train]'" in done.stdout, done.stderr
