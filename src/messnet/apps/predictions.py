@@ -87,8 +87,8 @@ def predict_files(
     ``out``, with tiles also a picture of the exit that each took.
 
     An image that cannot be read or predicted is left out and named in the result; predictions.json is written whatever
-    comes, an interrupt too. Raises DataError for a missing image, or two of the same name: files of one image are NAME.png; and
-    when not one could be read.
+    comes, an interrupt too. Raises DataError for a missing image, or two of the same name: files of one image are
+    NAME.png; and when not one could be read.
     """
     options = options or PredictOptions()
     files = image_files(images)
