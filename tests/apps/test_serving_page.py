@@ -117,6 +117,8 @@ def test_by_keyboard(page: Any, session: messnet.Session) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#detail")).to_contain_text("Stopped: the last exit")
     press_until("[name=stop]")
+    assert page.evaluate("document.activeElement.value") == "instance"
+    expect(page.locator("#instance-hint")).to_have_text("It runs all its exits, and keeps the last result.")
     page.keyboard.press("ArrowDown")
     press_until("#threshold")
     page.keyboard.press("Home")  # nothing has to be confident
