@@ -21,7 +21,7 @@ from messnet.policy.reference import image_confidence
 from messnet.records.arrays import IntArray
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
-from messnet.records.metrics import pixel_counts
+from messnet.records.iou import counts_of, pixel_counts
 from messnet.records.shard import WHOLE, Shard
 from messnet.training.checkpoint import Checkpoint
 
@@ -139,7 +139,7 @@ def _evaluate_image(
     """Fills one row of the tables' arrays."""
     tables.difficulty[row] = sample.difficulty
     image = torch.from_numpy(normalise(sample.image))[None].to(device, memory_format=torch.channels_last)
-    label = torch.tensor(sample.mask)[None].to(device)  # copies: cached masks are read-only
+    label = torch.tensor(sample.mask, device=device)  # copies: cached masks are read-only
     thresholds = torch.tensor(options.pixel_thresholds, dtype=torch.float32, device=device)
     size = (image.shape[2], image.shape[3])
     with torch.inference_mode():
@@ -151,10 +151,17 @@ def _evaluate_image(
             for p, policy in enumerate(options.policies):
                 shares = image_confidence(logits, stride, size, thresholds, Policy.parse(policy))
                 tables.image_confidence[row, h, p] = shares[0].cpu()
-            counts = pixel_counts(labels_at(logits, size), label, net.num_classes)
-            tables.intersection[row, h], tables.predicted[row, h], tables.labelled[row] = (
-                count[0].cpu() for count in counts
-            )
+            counts = _count(labels_at(logits, size)[0], label, net.num_classes)
+            tables.intersection[row, h], tables.predicted[row, h], tables.labelled[row] = counts
+
+
+def _count(prediction: Tensor, label: Tensor, num_classes: int) -> tuple[IntArray, IntArray, IntArray]:
+    """``pixel_counts`` of uint8 (H, W). On an accelerator only the counts leave it."""
+    if prediction.device.type == "cpu":
+        return pixel_counts(prediction.numpy(), label.numpy(), num_classes)
+    side = num_classes + 1
+    joint = torch.bincount((label.long().clamp(max=num_classes) * side + prediction).flatten(), minlength=side * side)
+    return counts_of(joint.cpu().numpy().reshape(side, side))
 
 
 def _expect_finite(logits: Tensor, exit: Exit, image_name: str) -> None:

@@ -154,11 +154,11 @@ class Manifest:
         """Raises RunError when ``text``, which came from ``source``, is damaged, foreign or of a newer schema."""
         with reading(f"a bundle's manifest: {source}", made_by="export"):
             record: dict[str, Any] = json.loads(text)
-            if record.get("format") != FORMAT:
+            if not isinstance(record, dict) or record.get("format") != FORMAT:
                 raise RunError(f"{source} is not of a messnet bundle; make one with `messnet export RUN`")
             version = record["schema_version"]
             if version != SCHEMA_VERSION:
-                newer = version > SCHEMA_VERSION
+                newer = isinstance(version, int) and version > SCHEMA_VERSION
                 advice = f"use messnet {record.get('messnet_version')} or later" if newer else "export it again"
                 raise RunError(f"{source} has schema version {version}, this messnet reads {SCHEMA_VERSION}: {advice}")
             if record.pop("sha256") != _digest(record):

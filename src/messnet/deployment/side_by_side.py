@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from messnet.costs.latency import device_name
 from messnet.deployment.session import Session
-from messnet.records.iou import mean_iou
+from messnet.records.iou import mean_iou, pixel_counts
 from messnet.records.measurements import Gallery
-from messnet.records.metrics import pixel_counts
 
 __all__ = ["Running", "device_in_words", "make_gallery", "run_side_by_side"]
 
@@ -55,12 +54,10 @@ def run_side_by_side(
         for turn in range(len(sessions)):
             s = (v + turn) % len(sessions)
             result = sessions[s].predict([image])[0]
-            label = torch.tensor(mask)[None]
-            counts = pixel_counts(torch.from_numpy(result.labels)[None], label, num_classes)
             runnings[s].exit_taken.append(result.exit_index)
             runnings[s].image_confidence.append(result.image_confidence)
             runnings[s].latency_ms.append(result.latency_ms)
-            runnings[s].counts.append(np.stack([count[0].numpy() for count in counts]))
+            runnings[s].counts.append(np.stack(pixel_counts(result.labels, mask, num_classes)))
     return runnings
 
 

@@ -13,18 +13,9 @@ from messnet.errors import RunError
 
 __all__ = ["reading", "write_atomically", "writing"]
 
-# What json, zipfile, numpy and our own constructors raise; RuntimeError for an encrypted zip and for JSON too deep.
-_DAMAGED = (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    BadZipFile,
-    zlib.error,
-)
+# What json, zipfile and the codec raise: KeyError for a member or a key that is not there, RuntimeError for JSON too deep
+# and for an encrypted zip. No TypeError and no AttributeError: those are faults of our own.
+_DAMAGED = (KeyError, ValueError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -1,15 +1,34 @@
-"""Intersection over union from pixel counts, from which every mIoU of this project is summed."""
+"""Pixel counts and intersection over union, from which every mIoU of this project is summed."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.records.arrays import FloatArray
+from messnet.records.arrays import FloatArray, IntArray
 
 _Counts = NDArray[np.int32] | NDArray[np.int64]
 
-__all__ = ["class_iou", "mean_iou"]
+__all__ = ["class_iou", "counts_of", "mean_iou", "pixel_counts"]
+
+
+def pixel_counts(
+    prediction: NDArray[np.integer], label: NDArray[np.integer], num_classes: int
+) -> tuple[IntArray, IntArray, IntArray]:
+    """(intersection, predicted, labelled) pixel counts per class, each (K,), of integer arrays of one shape.
+
+    A label outside [0, K) is ignored: it counts in none of the three. Predictions lie in [0, K).
+    """
+    side = num_classes + 1
+    known = np.where((label >= 0) & (label < num_classes), label, num_classes).astype(np.intp)
+    joint = np.bincount((known * side + prediction).ravel(), minlength=side * side)
+    return counts_of(joint.reshape(side, side))
+
+
+def counts_of(confusion: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """``pixel_counts`` from the number of pixels by (label, prediction), (K + 1, K + 1); the last row is ignored."""
+    matrix = confusion[:-1, :-1].astype(np.int64)
+    return matrix.diagonal(), matrix.sum(0), matrix.sum(1)
 
 
 def class_iou(intersection: _Counts, predicted: _Counts, labelled: _Counts) -> FloatArray:

@@ -22,8 +22,7 @@ from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.files import write_atomically, writing
 from messnet.records.instance import Exit
-from messnet.records.iou import mean_iou
-from messnet.records.metrics import pixel_counts
+from messnet.records.iou import mean_iou, pixel_counts
 from messnet.training.options import LogKind
 
 __all__ = ["Journal", "Monitor", "Validation", "say"]
@@ -119,17 +118,16 @@ class Validation:
         if not self._samples:
             samples = [self.dataset[v] for v in self.indices]
             self._samples = [(torch.from_numpy(normalise(s.image))[None], torch.tensor(s.mask)[None]) for s in samples]
-        counts = {exit: torch.zeros(3, net.num_classes, dtype=torch.int64, device=device) for exit in exits}
+        counts = {exit: np.zeros((3, net.num_classes), np.int64) for exit in exits}
         with torch.no_grad():
             for image, label in self._samples:
                 image = image.to(device)
-                label = label.to(device)
                 for i, state in enumerate(net.states(image)):
                     for exit in (exit for exit in exits if exit.exit_index == i):
                         logits = upsample(net.logits(exit, state).float(), label.shape[-2:])
-                        counted = pixel_counts(logits.argmax(1), label, net.num_classes)
-                        counts[exit] += torch.stack([count[0] for count in counted])
-        return {exit: _result(*count.cpu().numpy()) for exit, count in counts.items()}
+                        prediction = logits.argmax(1).cpu().numpy()
+                        counts[exit] += np.stack(pixel_counts(prediction, label.numpy(), net.num_classes))
+        return {exit: _result(*count) for exit, count in counts.items()}
 
 
 @dataclass(frozen=True)
