@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -419,3 +420,14 @@ def test_a_word_before_loops_are_compiled() -> None:
         for rest in ("", compiling)
     ]
     assert told == ["", "messnet: compiling inner loops for this processor, once: up to a minute\n"]
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    """As `messnet recipe configs/demo.yaml | head -1` ends, when head does not wait."""
+    (tmp_path / "recipe.yaml").write_text("")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "messnet", "recipe", str(tmp_path / "recipe.yaml")]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")

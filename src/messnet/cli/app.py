@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -80,14 +82,22 @@ PrecisionOption = Annotated[Precision, Parameter(converter=_precision)]
 RuntimeOption = Annotated[RuntimeName, Parameter(converter=named_runtime)]
 
 
+_RESUMED = {"run", "pretrain", "distill", "evaluate", "search", "report"}
+
+
 def main(tokens: Sequence[str] | None = None) -> None:
-    """Runs the command; exits with 0, 1 (a bug, with its traceback), 2 (bad input, one line) or 130 (interrupted)."""
+    """Runs the command; exits with 0, 1 (a bug, with its traceback), 2 (bad input, one line), 130 (interrupted) or 141
+    (who read the output went away, as `| head` does)."""
     try:
         with needing_extras():
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
     except (MessError, CycloptsError) as error:
         print(f"messnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        raise SystemExit(141) from None
     except OSError as error:
         if error.filename is None:
             raise
@@ -95,7 +105,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
         print(f"messnet: {reason}; name another place, or make this one accessible", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("messnet: interrupted; what was finished is kept, and a run goes on by the same command", file=sys.stderr)
+        given = list(sys.argv[1:] if tokens is None else map(str, tokens))
+        again = f"; `{shlex.join(['messnet', *given])}` goes on from there" if {*given[:1]} & _RESUMED else ""
+        print(f"messnet: interrupted; what was finished is kept{again}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

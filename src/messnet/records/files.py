@@ -13,8 +13,8 @@ from messnet.errors import RunError
 
 __all__ = ["reading", "write_atomically", "writing"]
 
-# What json, zipfile and the codec raise: KeyError for a member or a key that is not there, RuntimeError for JSON too deep
-# and for an encrypted zip. No TypeError and no AttributeError: those are faults of our own.
+# What json, zipfile and the codec raise: KeyError for a member or a key that is not there, RuntimeError for an
+# encrypted zip and for JSON too deep. No TypeError and no AttributeError: those are faults of our own.
 _DAMAGED = (KeyError, ValueError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
