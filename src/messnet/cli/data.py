@@ -1,4 +1,4 @@
-"""``messnet check-data`` and ``messnet recipe``: what goes into a run."""
+"""``messnet init``, ``messnet check-data`` and ``messnet recipe``: what goes into a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from messnet.data.sources import DataOptions
     from messnet.run.recipe import Recipe
 
-__all__ = ["check_data", "recipe"]
+__all__ = ["check_data", "init", "recipe"]
 
 Data = Annotated[
     Path, Parameter(help="A recipe (YAML), a run's directory, or the folder of a data set, with --data.source.")
@@ -188,6 +188,27 @@ def _plot(reports: Mapping[str, DatasetReport], datasets: Mapping[str, Segmentat
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise MessError(f"cannot write the plot: {error}") from error
+
+
+@app.command(help_epilogue=examples("init photos/", "init photos/ --out photos.yaml"))
+def init(
+    data: Annotated[Path, Parameter(help="A folder with train/ and val/, each with images/ and masks/, or lists.")],
+    *,
+    out: Annotated[Path, Parameter(help="Where the recipe goes.")] = Path("recipe.yaml"),
+) -> None:
+    """Look at a folder of images and masks, and write a commented recipe for it: classes, void, groups, sizes, class
+    weights."""
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from messnet.records.files import write_atomically
+    from messnet.run.proposal import propose_recipe
+
+    if out.exists():
+        raise MessError(f"{out} exists already: name another file with --out, or delete it")
+    write_atomically(out, propose_recipe(data, progress=partial(tqdm, desc="look", unit="img")))
+    print(f"recipe: {out}; read it, name the classes, then `messnet check-data {out}` and `messnet run {out}`")
 
 
 @app.command(help_epilogue=examples("recipe configs/demo.yaml", "recipe runs/demo --json"))

@@ -9,19 +9,28 @@ other values, or RGB masks, are read with ``mask_values``.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import IMAGE_SUFFIXES, FileDataset, MaskReader, expect_class_names
+from messnet.data.image_files import (
+    IMAGE_SUFFIXES,
+    FileDataset,
+    MaskReader,
+    expect_class_names,
+    read_colours,
+    read_indices,
+)
 from messnet.data.listings import bare_name, composed, list_files, read_text, some
 from messnet.data.palettes import default_palette
 from messnet.errors import DataError
 
-__all__ = ["open_folder"]
+__all__ = ["count_mask_values", "find_pairs", "open_folder"]
 
 LAYOUT = "expected SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt"
 
@@ -58,9 +67,25 @@ def open_folder(
             raise DataError(f"void_index is {num_classes} to {limit}, beyond the class indices, not {void_index}")
     if palette is None:
         palette = _colours_of(values) if is_colour else default_palette(num_classes)
-    pairs = _find_pairs(Path(root), split)
+    pairs = find_pairs(Path(root), split)
     reader = _reader(values, void_index, is_colour=is_colour)
     return FileDataset(pairs, reader, class_names=class_names, palette=palette, cache=cache)
+
+
+def count_mask_values(masks: Sequence[Path]) -> Counter[int]:
+    """Pixels per value that occurs in mask files: of RGB masks (by the first one) colours 0xRRGGBB, else indices.
+
+    Raises SampleError for a mask that cannot be read, or is of another form than the first.
+    """
+    counts: Counter[int] = Counter()
+    is_colour = False
+    for k, path in enumerate(masks):
+        if k == 0:
+            with Image.open(path) as file:
+                is_colour = file.mode in ("RGB", "RGBA")
+        values, pixels = np.unique(read_colours(path) if is_colour else read_indices(path), return_counts=True)
+        counts.update(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
+    return counts
 
 
 def _reader(values: Sequence[int], void_index: int | None, *, is_colour: bool) -> MaskReader:
@@ -84,7 +109,7 @@ def _colours_of(values: Sequence[int]) -> NDArray[np.uint8]:
     return np.array([(value >> 16, value >> 8 & 255, value & 255) for value in values], np.uint8)
 
 
-def _find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     """(image, mask) paths, by name; in the order of SPLIT.txt where there is one."""
     listing = root / f"{split}.txt"
     if (root / split).is_dir():

@@ -29,7 +29,9 @@ __all__ = [
     "ProblemKind",
     "SampleError",
     "expect_class_names",
+    "read_colours",
     "read_image",
+    "read_indices",
 ]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -210,7 +212,7 @@ class MaskReader:
 
     def __call__(self, path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
         """(H, W) class indices or IGNORE_INDEX."""
-        values = _read_colours(path) if self.is_colour else _read_indices(path)
+        values = read_colours(path) if self.is_colour else read_indices(path)
         return self.to_classes(values, str(path))
 
     def to_classes(self, values: NDArray[np.uint8] | NDArray[np.int32], where: str) -> NDArray[np.uint8]:
@@ -267,7 +269,7 @@ def unreadable(path: Path, error: Exception) -> SampleError:
     return SampleError(message, kind="unreadable file")
 
 
-def _read_indices(path: Path) -> NDArray[np.uint8]:
+def read_indices(path: Path) -> NDArray[np.uint8]:
     """(H, W) as in the file."""
     try:
         with Image.open(path) as file:
@@ -291,7 +293,7 @@ def _read_indices(path: Path) -> NDArray[np.uint8]:
     )
 
 
-def _read_colours(path: Path) -> NDArray[np.int32]:
+def read_colours(path: Path) -> NDArray[np.int32]:
     """(H, W) of 0xRRGGBB."""
     try:
         with Image.open(path) as file:

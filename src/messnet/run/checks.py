@@ -14,7 +14,7 @@ from messnet.data.checks import DatasetReport, ImageFacts, check_dataset
 from messnet.data.sources import SOURCES
 from messnet.data.transforms import build_augmentation
 from messnet.errors import DataError
-from messnet.policy.reference import Policy
+from messnet.policy.policy import Policy
 from messnet.records.groups import group_ids, halves
 from messnet.run.recipe import Recipe
 from messnet.training.options import TrainOptions
@@ -95,17 +95,18 @@ def _training_problems(options: TrainOptions, train: DatasetReport) -> Iterator[
         )
 
 
-def proposed_crop(report: DatasetReport) -> tuple[int, int]:
-    """(height, width) that most images of a split can fill: medians in whole multiples of 32, at most LARGEST_CROP."""
-    sizes = [(*map(int, size.split("x")), count) for size, count in report.sizes.items()]
-    height, width = (
-        statistics.median([size[axis] for size in sizes for _ in range(size[2])] or [LARGEST_CROP]) for axis in (0, 1)
-    )
-    return _whole(height), _whole(width)
+def proposed_crop(report: DatasetReport, largest: int = LARGEST_CROP) -> tuple[int, int]:
+    """(height, width) that most images of a split can fill: medians in whole multiples of 32, at most ``largest``."""
+    sides: tuple[list[int], list[int]] = ([], [])
+    for size, count in report.sizes.items():
+        for side, length in zip(sides, size.split("x"), strict=True):
+            side += [int(length)] * count
+    height, width = (statistics.median(side or [largest]) for side in sides)
+    return _whole(height, largest), _whole(width, largest)
 
 
-def _whole(length: float) -> int:
-    return max(32, min(LARGEST_CROP, int(length) // 32 * 32))
+def _whole(length: float, largest: int) -> int:
+    return max(32, min(largest, int(length)) // 32 * 32)
 
 
 def _validation_problems(recipe: Recipe, val: DatasetReport) -> Iterator[str]:

@@ -1,0 +1,208 @@
+"""A first recipe for images in folders, made by looking at them: what ``messnet init`` writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from messnet.data.checks import DatasetReport, check_dataset
+from messnet.data.folders import count_mask_values, find_pairs, open_folder
+from messnet.data.listings import composed, read_text, some
+from messnet.data.splits import SplitComparison, compare_splits
+from messnet.errors import DataError
+from messnet.records.groups import group_ids
+from messnet.run.checks import proposed_crop
+
+__all__ = ["propose_recipe"]
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+"""Names that splits have in people's folders, the usual one first."""
+NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")
+MAX_CROP = 384
+"""Pixels of a side of the crop: what trains in an hour or two on a processor."""
+RARE = 0.02
+"""Classes with a smaller share of the labelled pixels are learnt late without weights."""
+VOID = 255
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """What the values of the masks are taken for."""
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    """The mask value of each class; colours 0xRRGGBB."""
+    has_void: bool
+    """Whether 255 occurs, and is no class."""
+    is_named: bool
+    """Whether a file of the user's has the names."""
+
+    @property
+    def is_plain(self) -> bool:
+        return self.values == tuple(range(len(self.values)))
+
+    @property
+    def is_colour(self) -> bool:
+        return max(self.values) > VOID
+
+
+def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
+    """A commented recipe, YAML, for the data set in the folder ``root``. ``progress`` wraps the indices of images as
+    they are read.
+
+    Raises DataError when the folders are not in order, or when masks cannot be taken for classes.
+    """
+    splits = {split: _split_name(root, names) for split, names in SPLITS.items()}
+    masks = [mask for name in splits.values() for _, mask in find_pairs(root, name)]
+    classes = _classes_of(root, count_mask_values(masks))
+    reports = []
+    for name in splits.values():
+        values = () if classes.is_plain else classes.values
+        dataset = open_folder(root, name, class_names=classes.names, mask_values=values)
+        reports.append(check_dataset(dataset, progress=progress))
+    train, val = reports
+    if problems := (*train.problems, *val.problems):
+        raise DataError(f"{problems[0]} ({len(problems)} such: `messnet check-data {root}`)")
+    return "\n".join(
+        (
+            f"# Proposed by `messnet init {root}`, from {train.num_images} training and {val.num_images} validation",
+            "# images. Read it, correct it, then `messnet check-data THIS_FILE` and `messnet run THIS_FILE`.",
+            *_data_lines(root, splits, classes, train, val),
+            *_network_lines(),
+            *_training_lines(train),
+            "",
+        )
+    )
+
+
+def _split_name(root: Path, names: tuple[str, ...]) -> str:
+    for name in names:
+        if (root / name).is_dir() or (root / f"{name}.txt").is_file():
+            return name
+    raise DataError(
+        f"no split {' or '.join(names)} in {root}: expected {names[0]}/images and {names[0]}/masks, or images, masks "
+        f"and {names[0]}.txt, a list of names"
+    )
+
+
+def _classes_of(root: Path, counts: Counter[int]) -> _Classes:
+    if len(counts) > VOID:
+        raise DataError(
+            f"the masks hold {len(counts)} different values: soft edges, JPEG, or photographs; save masks as PNG "
+            "without smoothing, one value for each class"
+        )
+    is_binary = sorted(counts) == [0, VOID]
+    is_colour = max(counts) > VOID
+    values = tuple(sorted(value for value in counts if is_colour or is_binary or value != VOID))
+    if len(values) < 2:
+        raise DataError(
+            f"the masks hold nothing but {some(sorted(counts))}: a network learns to tell 2 classes or more apart"
+        )
+    names = _names_in_files(root, len(values))
+    if names is not None:
+        return _Classes(names, values, VOID in counts and not is_binary and not is_colour, is_named=True)
+    if is_binary:
+        return _Classes(("background", "foreground"), values, has_void=False, is_named=False)
+    made_up = tuple(f"colour_{value:06x}" if is_colour else f"class_{value}" for value in values)
+    return _Classes(made_up, values, VOID in counts and not is_colour, is_named=False)
+
+
+def _names_in_files(root: Path, count: int) -> tuple[str, ...] | None:
+    for file in NAME_FILES:
+        if (root / file).is_file():
+            names = [composed(line.strip()) for line in read_text(root / file).splitlines() if line.strip()]
+            if len(names) == count:
+                return tuple(names)
+    return None
+
+
+def _data_lines(
+    root: Path, splits: dict[str, str], classes: _Classes, train: DatasetReport, val: DatasetReport
+) -> list[str]:
+    lines = ["data:", "  source: folder", f"  root: {_quoted(str(root.resolve()))}"]
+    lines += [f"  {split}_split: {_quoted(name)}" for split, name in splits.items() if split != name]
+    lines.append(f"  class_names: # {'from your list' if classes.is_named else 'made up: give them their names'}")
+    width = max(len(json.dumps(name, ensure_ascii=False)) for name in classes.names)
+    for name, value in zip(classes.names, classes.values, strict=True):
+        shown = f"0x{value:06x}" if classes.is_colour else str(value)
+        share = f"{train.class_share[name]:.2%} of the training pixels, in {train.class_images[name]} images"
+        lines.append(f"    - {json.dumps(name, ensure_ascii=False):<{width}} # mask value {shown}: {share}")
+    values_shown = ", ".join(f"0x{value:06x}" if classes.is_colour else str(value) for value in classes.values)
+    lines.append(f"  mask_values: [{values_shown}] # of each class, in order")
+    if classes.has_void:
+        share = f"{train.void_share:.2%} of the training pixels"
+        lines.append(f"  # Mask value 255 is void, it counts nowhere: {share}.")
+    lines.append("  # If one of them is no class but void, take out its name and its value, and say void_index: VALUE.")
+    return lines + _group_lines(compare_splits(train, val), val)
+
+
+def _group_lines(both: SplitComparison, val: DatasetReport) -> list[str]:
+    pattern = both.proposed_pattern
+    if pattern is None:
+        return [*_comments(both.notes), "  # group: null # which images belong together (a drive, a patient, a video)"]
+    found = [re.search(pattern, image.name) for image in val.images]
+    groups = group_ids([match.group(1) if match else "" for match in found])
+    setting = f"group: {_quoted(pattern)}"
+    if not groups.max():  # all validation images are of one group: the notes say what to do
+        return [*_comments(both.notes), f"  # {setting}"]
+    rest = [note for note in both.notes if pattern not in note]
+    meaning = f"{groups.max() + 1} groups among the validation images; none is split when messnet splits them"
+    return [*_comments(rest), f"  {setting} # {meaning}"]
+
+
+def _comments(notes: Sequence[str]) -> list[str]:
+    """The notes as comments, wrapped."""
+    return [
+        line
+        for note in notes
+        for line in textwrap.wrap(f"note: {note}", 110, initial_indent="  # ", subsequent_indent="  #   ")
+    ]
+
+
+def _network_lines() -> list[str]:
+    return [
+        "model:",
+        "  name: mobilenetv2_fcn # or your own module:function (docs/my_model.md)",
+        "  width: 0.5 # half of the channels; leave it out on an accelerator",
+        "  num_exits: 5",
+        "heads: # 2 heads at each of 4 early exit points; leave this section out for the whole space",
+        "  channel_reduction: [1]",
+        "  extra_blocks: [0, 1]",
+        "  rapid_dilation: [true]",
+        "  segmentation_head: [fcn]",
+    ]
+
+
+def _training_lines(train: DatasetReport) -> list[str]:
+    height, width = proposed_crop(train, MAX_CROP)
+    sizes = list(train.sizes)
+    what = f"images are {sizes[0]}" if len(sizes) == 1 else f"images are of {len(sizes)} sizes, most are {sizes[0]}"
+    rarest = min(train.class_share, key=lambda name: train.class_share[name])
+    share = train.class_share[rarest]
+    weights = "auto" if share < RARE else "null"
+    why = f"the rarest class, {rarest}, has {share:.2%} of the pixels"
+    lines: list[str] = []
+    for section, own, iterations in (("pretrain", "scheme: end_to_end", 2000), ("distill", "loss: ce", 1000)):
+        lines += [
+            f"{section}: # stage {'1, the backbone' if section == 'pretrain' else '2, the heads of the early exits'}",
+            f"  {own}",
+            f"  iterations: {iterations} # enough for a first look; more is better",
+            "  batch_size: 8",
+            "  learning_rate: 0.1",
+            f"  warmup: {iterations // 20}",
+            f"  augment: {{crop: [{height}, {width}], scale_min: 0.5, scale_max: 1.5}} # height, width; {what}",
+            f"  class_weights: {weights} # {why}",
+        ]
+    return lines
+
+
+def _quoted(text: str) -> str:
+    """A text in YAML's single quotes, in which nothing but the quote itself has a meaning."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,139 @@
+"""What ``messnet init`` writes for images in folders, and that it is a recipe that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.images import smooth_image
+from messnet.cli import main
+from messnet.data.checks import check_dataset
+from messnet.data.sources import open_dataset
+from messnet.errors import DataError
+from messnet.records.exit_tables import ExitTables
+from messnet.run.checks import recipe_problems
+from messnet.run.proposal import propose_recipe
+from messnet.run.recipe import Recipe, load_recipe
+
+SIZE = (64, 80)
+
+
+def folder(root: Path, values: list[object], *, splits: tuple[str, str] = ("train", "val"), count: int = 6) -> Path:
+    """Images of two views each, with masks whose pixels take ``values``: indices or RGB colours."""
+    table = np.array(values, np.uint8)
+    for split in splits:
+        for k in range(count):
+            rng = np.random.default_rng([k, split == splits[0]])
+            image = smooth_image(*SIZE, seed=int(rng.integers(1 << 30)))
+            mask = table[rng.integers(0, len(table), SIZE)]
+            for kind, pixels in (("images", image), ("masks", mask)):
+                (root / split / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / split / kind / f"{split[0]}{k}.png")
+    return root
+
+
+def proposed(root: Path) -> Recipe:
+    """The recipe, read back; a run would take it."""
+    path = root.parent / "proposed.yaml"
+    path.write_text(propose_recipe(root))
+    recipe = load_recipe(path)
+    reports = [check_dataset(open_dataset(recipe.data, split)) for split in ("train", "val")]
+    assert [report.problems for report in reports] == [(), ()]
+    assert recipe_problems(recipe, *reports) == ()
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "mask_values"),
+    [
+        ([0, 1, 2], ("class_0", "class_1", "class_2"), (0, 1, 2)),
+        ([0, 1, 255], ("class_0", "class_1"), (0, 1)),  # 255 is void
+        ([0, 255], ("background", "foreground"), (0, 255)),
+        ([1, 2, 3], ("class_1", "class_2", "class_3"), (1, 2, 3)),
+        ([7, 9, 40], ("class_7", "class_9", "class_40"), (7, 9, 40)),
+        ([(0, 0, 0), (128, 0, 0)], ("colour_000000", "colour_800000"), (0, 0x800000)),
+    ],
+)
+def test_classes_from_the_values_of_masks(
+    tmp_path: Path, values: list[object], names: tuple[str, ...], mask_values: tuple[int, ...]
+) -> None:
+    recipe = proposed(folder(tmp_path / "data", values))
+    assert (recipe.data.class_names, recipe.data.mask_values) == (names, mask_values)
+    mask = open_dataset(recipe.data, "train")[0].mask
+    assert set(np.unique(mask)) <= {*range(len(names)), 255}
+
+
+def test_names_in_a_file_of_the_users(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", [0, 1, 255])
+    (root / "classes.txt").write_bytes("no\r\ntraffic light: red\r\n".encode("utf-16"))
+    assert proposed(root).data.class_names == ("no", "traffic light: red")
+    (root / "classes.txt").write_text("of another number\n")
+    assert proposed(root).data.class_names == ("class_0", "class_1")
+
+
+@pytest.mark.parametrize("splits", [("training", "validation"), ("train", "test"), ("train", "valid")])
+def test_splits_of_other_names(tmp_path: Path, splits: tuple[str, str]) -> None:
+    data = proposed(folder(tmp_path / "it's #1", [0, 1], splits=splits)).data
+    assert (data.train_split, data.val_split) == splits
+
+
+def test_weights_crop_and_notes(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", [0] * 99 + [1])
+    recipe = proposed(root)
+    assert recipe.pretrain.class_weights == recipe.distill.class_weights == "auto"
+    assert recipe.pretrain.augment.crop == (64, 64)
+    Image.fromarray(smooth_image(200, 300)).save(root / "train/images/t0.png")
+    Image.fromarray(np.zeros((200, 300), np.uint8)).save(root / "train/masks/t0.png")
+    assert "images are of 2 sizes, most are 64x80" in propose_recipe(root)
+    even = proposed(folder(tmp_path / "even", [0, 1]))
+    assert even.pretrain.class_weights is None
+
+
+def test_groups_are_proposed_where_they_can_be_used(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    scenes = {f"walk{k}": smooth_image(*SIZE, seed=k) for k in range(8)}
+    for k, (name, image) in enumerate(scenes.items()):
+        for view in range(4):
+            split = "train" if k < 4 else "val"
+            noise = np.random.default_rng([k, view]).normal(0, 20, image.shape)
+            for kind, pixels in (("images", image + noise), ("masks", np.full(SIZE, view % 2))):
+                (root / split / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / split / kind / f"{name}_{view}.png")
+    text = propose_recipe(root)
+    assert "  group: '^([^_]+)_' # 4 groups among the validation images" in text
+    assert {sample.group for sample in open_dataset(proposed(root).data, "val")} == {f"walk{k}" for k in range(4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0], "the masks hold nothing but 0: a network learns to tell 2 classes or more apart"),
+        ([(k, k // 2, 7) for k in range(256)], "the masks hold 256 different values: soft edges, JPEG"),
+    ],
+)
+def test_masks_that_are_no_classes(tmp_path: Path, values: list[object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        propose_recipe(folder(tmp_path / "data", values))
+
+
+def test_folders_that_are_not_there(tmp_path: Path) -> None:
+    folder(tmp_path / "data", [0, 1], splits=("train", "rest"))
+    with pytest.raises(DataError, match=r"no split val or valid or validation or test in .*: expected val/images"):
+        propose_recipe(tmp_path / "data")
+
+
+def test_the_command_writes_what_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """init, check-data and run, as a user types them."""
+    root, recipe = folder(tmp_path / "data", [0, 1, 255], count=8), tmp_path / "mine.yaml"
+    main(["init", str(root), "--out", str(recipe)])
+    assert f"`messnet run {recipe}`" in capsys.readouterr().out
+    main(["check-data", str(recipe)])
+    short = ["--pretrain.iterations", "2", "--distill.iterations", "2", "--model.width", "0.25"]
+    main(["run", str(recipe), "--out", str(tmp_path / "run"), *short, "--compute.num_workers", "0"])
+    assert len(ExitTables.from_bytes((tmp_path / "run/tables.npz").read_bytes()).image_names) == 8
+    with pytest.raises(SystemExit):
+        main(["init", str(root), "--out", str(recipe)])
+    assert f"{recipe} exists already: name another file with --out" in " ".join(capsys.readouterr().err.split())
