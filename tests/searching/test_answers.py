@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_the_function_takes_the_fields_of_the_record() -> None:
         parameter = parameters.pop(spelled.get(field.name, field.name))
         if field.name not in ("limits_on", "min_class_iou"):
             assert parameter.default == field.default
-            assert parameter.annotation == field.type
+            assert get_type_hints(search)[field.name] == field.type
     assert not set(parameters) & {field.name for field in fields(AnytimeObjective)}
 
 

@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from messnet.searching.answers import Front, FrontPoint, SearchResult, SearchSetting
+    from messnet.searching.answers import FrontPoint, SearchResult, SearchSetting
     from messnet.searching.grid import Grid, cost_of, route
     from messnet.searching.guarantee import certify
     from messnet.searching.measure import CostMeasure
     from messnet.searching.objective import AnytimeObjective, Guarantee, Limit, Objective
-    from messnet.searching.optima import choose, pareto_front, search, search_for
+    from messnet.searching.optima import Front, choose, pareto_front, search, search_for
 
 __all__ = [
     "AnytimeObjective",
@@ -40,12 +40,12 @@ __all__ = [
 
 # Resolved when first used: a recipe reads a Grid, the command an Objective, and neither should wait for numba.
 _HOMES = {
-    "answers": ("Front", "FrontPoint", "SearchResult", "SearchSetting"),
+    "answers": ("FrontPoint", "SearchResult", "SearchSetting"),
     "grid": ("Grid", "cost_of", "route"),
     "guarantee": ("certify",),
     "measure": ("CostMeasure",),
     "objective": ("AnytimeObjective", "Guarantee", "Limit", "Objective"),
-    "optima": ("choose", "pareto_front", "search", "search_for"),
+    "optima": ("Front", "choose", "pareto_front", "search", "search_for"),
 }
 
 

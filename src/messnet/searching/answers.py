@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from messnet.records.instance import Instance
 from messnet.records.selection import CostUnit, Selection
 from messnet.searching.objective import AnytimeObjective, Guarantee, Limit, Objective
-
-if TYPE_CHECKING:
-    from messnet.searching.exact import Problem
 
 __all__ = [
     "MOST_IMAGES",
     "AnytimeProof",
     "AnytimeReach",
     "Comparison",
-    "Front",
     "FrontPoint",
     "Incumbent",
     "Infeasible",
@@ -174,6 +170,10 @@ class SearchResult:
     """With a guarantee that the searched thresholds do not keep."""
     incumbents: tuple[Incumbent, ...] = ()
     """The best so far over time, where the search was for this objective alone."""
+    certificate: str = ""
+    """What was proved, in words."""
+    verdict: str = ""
+    """How the instance compares with the best static truncated model and with uniform heads, in words."""
 
     @property
     def gap_cost(self) -> float | None:
@@ -189,57 +189,6 @@ class SearchResult:
         if isinstance(self.proof, AnytimeProof):
             return 0.0
         return self.proof.gap_miou if isfinite(self.proof.gap_miou) else None
-
-    @property
-    def certificate(self) -> str:
-        """What was proved, in words."""
-        from messnet.searching import words
-
-        return words.certificate(self)
-
-    @property
-    def verdict(self) -> str:
-        """How the instance compares with the best static truncated model and with uniform heads, in words."""
-        from messnet.searching import words
-
-        return words.verdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Front:
-    """The accuracy-cost Pareto front of a declared grid: ``points`` by ascending cost, hence ascending mIoU. Of each
-    point: no instance of the grid has a larger mIoU at its cost or less, as far as ``proof`` says."""
-
-    points: tuple[FrontPoint, ...]
-    static: tuple[FrontPoint, ...]
-    """The front of the budgeted setting: static truncated models."""
-    setting: SearchSetting
-    unit: CostUnit
-    baseline_miou: float
-    """mIoU of the final exit on the same images."""
-    baseline_cost: float
-    """Cost of the user's whole model; 1 where costs are relative to it."""
-    num_images: int
-    proof: Proof
-    problem: Problem = field(repr=False, compare=False)
-
-    @property
-    def certificate(self) -> str:
-        """What was proved, in words."""
-        from messnet.searching import words
-
-        return words.proof(self.proof)
-
-    def select(self, point: FrontPoint) -> Selection:
-        """A point's figures, beside those of the user's model."""
-        return Selection(
-            num_images=self.num_images,
-            unit=self.unit,
-            miou=point.miou,
-            cost=point.cost,
-            baseline_miou=self.baseline_miou,
-            baseline_cost=self.baseline_cost,
-        )
 
 
 class Relaxed(NamedTuple):

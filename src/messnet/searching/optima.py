@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -14,10 +14,10 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, Instance
 from messnet.records.iou import class_iou
 from messnet.records.names import CostName, Setting
+from messnet.records.selection import CostUnit, Selection
 from messnet.searching import words
 from messnet.searching.answers import (
     Comparison,
-    Front,
     FrontPoint,
     Infeasible,
     Proof,
@@ -26,15 +26,50 @@ from messnet.searching.answers import (
     SearchSetting,
 )
 from messnet.searching.anytime import search_anytime
-from messnet.searching.exact import Outcome, Problem, Region, solve
+from messnet.searching.exact import Control, Outcome, Problem, Region, solve
 from messnet.searching.grid import Grid, route
 from messnet.searching.measure import DECIMALS, CostMeasure, baseline_miou_of
 from messnet.searching.objective import AnytimeObjective, Limit, Objective, Statistic
 
-__all__ = ["choose", "pareto_front", "search", "search_for"]
+__all__ = ["Front", "choose", "pareto_front", "search", "search_for"]
 
 SECONDS_TO_EXPLAIN = 20.0
 """How long an infeasible search looks for the nearest points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """The accuracy-cost Pareto front of a declared grid: ``points`` by ascending cost, hence ascending mIoU. Of each
+    point: no instance of the grid has a larger mIoU at its cost or less, as far as ``proof`` says."""
+
+    points: tuple[FrontPoint, ...]
+    static: tuple[FrontPoint, ...]
+    """The front of the budgeted setting: static truncated models."""
+    setting: SearchSetting
+    unit: CostUnit
+    baseline_miou: float
+    """mIoU of the final exit on the same images."""
+    baseline_cost: float
+    """Cost of the user's whole model; 1 where costs are relative to it."""
+    num_images: int
+    proof: Proof
+    problem: Problem = field(repr=False, compare=False)
+
+    @property
+    def certificate(self) -> str:
+        """What was proved, in words."""
+        return words.proof(self.proof)
+
+    def select(self, point: FrontPoint) -> Selection:
+        """A point's figures, beside those of the user's model."""
+        return Selection(
+            num_images=self.num_images,
+            unit=self.unit,
+            miou=point.miou,
+            cost=point.cost,
+            baseline_miou=self.baseline_miou,
+            baseline_cost=self.baseline_cost,
+        )
 
 
 def search(
@@ -110,7 +145,8 @@ def search_for(
     problem = Problem(tables, measure, objective, grid)
     least_miou, largest_cost = _limits(tables, measure, objective)
     region = Region(objective.goal, max(-1.0, least_miou), largest_cost)
-    outcome = solve(problem, region, setting=setting, time_limit=time_limit, should_stop=should_stop, progress=progress)
+    control = Control(time_limit=time_limit, should_stop=should_stop, progress=progress)
+    outcome = solve(problem, region, setting=setting, control=control)
     if not outcome.best:
         raise InfeasibleError(words.infeasible(_infeasible(tables, measure, objective, setting, grid)))
     front = _front_of(problem, measure, outcome, setting)
@@ -134,18 +170,8 @@ def pareto_front(
     ``search_for`` is, with its proved gap. With a ``precision`` (mIoU) of three exits only what is above the front by
     more is sure to be found: faster, and the gap is proved to be no larger."""
     objective = Objective(minimise=cost)
-    measure = CostMeasure.of(objective, costs)
-    return _front(
-        tables,
-        measure,
-        objective,
-        setting,
-        grid or Grid(),
-        time_limit,
-        precision,
-        should_stop=should_stop,
-        progress=progress,
-    )
+    control = Control(time_limit=time_limit, should_stop=should_stop, progress=progress)
+    return _front(tables, CostMeasure.of(objective, costs), objective, setting, grid or Grid(), control, precision)
 
 
 def choose(front: Front, objective: Objective, *, name: str = "instance") -> SearchResult:
@@ -184,24 +210,13 @@ def _front(
     objective: Objective,
     setting: SearchSetting,
     grid: Grid,
-    time_limit: float | None,
+    control: Control,
     precision: float = 0.0,
-    *,
-    should_stop: Callable[[], bool] | None = None,
-    progress: bool = False,
 ) -> Front:
     """The front of everything within the objective's further limits and floors."""
     _expect_setting(setting)
     problem = Problem(tables, measure, objective, grid)
-    outcome = solve(
-        problem,
-        Region("front"),
-        setting=setting,
-        time_limit=time_limit,
-        precision=precision,
-        should_stop=should_stop,
-        progress=progress,
-    )
+    outcome = solve(problem, Region("front", precision=precision), setting=setting, control=control)
     return _front_of(problem, measure, outcome, setting)
 
 
@@ -292,7 +307,7 @@ def _infeasible(
 
     def front_under(other: Objective) -> tuple[Front, CostMeasure]:
         own = CostMeasure.of(other, measure.devices)
-        return _front(tables, own, other, setting, grid, SECONDS_TO_EXPLAIN), own
+        return _front(tables, own, other, setting, grid, Control(time_limit=SECONDS_TO_EXPLAIN)), own
 
     least_miou, largest_cost = _limits(tables, measure, objective)
     front, _ = front_under(objective)

@@ -56,9 +56,10 @@ _UNITS: dict[CostName, tuple[float, str]] = {
 
 
 def with_words(result: SearchResult) -> SearchResult:
-    """A finished result whose instance says in words what was asked for and what was proved."""
+    """A finished result that says in words what was asked for, what was proved and how it compares."""
     asked, proved = objective_text(result.objective), certificate(result)
-    return replace(result, instance=replace(result.instance, objective=asked, certificate=proved))
+    instance = replace(result.instance, objective=asked, certificate=proved)
+    return replace(result, instance=instance, certificate=proved, verdict=verdict(result))
 
 
 # -- what was asked ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from helpers.tables import COMPLETE, COST_NAMES, larger, tiny
 from messnet.records.arrays import IntArray
 from messnet.searching import CostMeasure, Grid, Objective, pareto_front, search
-from messnet.searching.exact import Problem, Region, Tuning, cells, solve
+from messnet.searching.exact import Control, Problem, Region, Tuning, cells, solve
 from messnet.searching.exact.bounds import MARGIN, remainder
 from messnet.searching.exact.candidates import evaluate_choice
 from messnet.searching.exact.solver import Solver
@@ -26,17 +26,8 @@ def solver_at(seed: int, drop: float) -> tuple[Solver, IntArray]:
     objective = Objective()
     problem = Problem(tables, CostMeasure.of(objective, costs), objective, COARSE)
     least = tables.miou(np.full(len(tables.image_names), tables.final)) - drop
-    solver = Solver(
-        problem,
-        Region("cost", least),
-        max_exits=2,
-        time_limit=None,
-        precision=0.0,
-        should_stop=None,
-        progress=False,
-        tuning=Tuning(),
-    )
-    solver.run("input_dependent")
+    solver = Solver(problem, Region("cost", least), "input_dependent", Control(), Tuning())
+    solver.run()
     solver.choose_tangent((-np.inf, np.inf))
     index = problem.arrays.exit_index
     every = itertools.combinations(range(len(index)), 3)

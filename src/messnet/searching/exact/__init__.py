@@ -22,8 +22,8 @@ A bound is used to rule out only; what is answered was evaluated exactly. Bounds
 ``arrays`` and ``problem`` hold what is searched, ``least_cost`` a bound on cost alone, ``compiling`` numba or its lack.
 """
 
-from messnet.searching.exact.outcome import Outcome, Region, Tuning
+from messnet.searching.exact.outcome import Control, Outcome, Region, Tuning
 from messnet.searching.exact.problem import Problem
-from messnet.searching.exact.solver import solve
+from messnet.searching.exact.solve import solve
 
-__all__ = ["Outcome", "Problem", "Region", "Tuning", "solve"]
+__all__ = ["Control", "Outcome", "Problem", "Region", "Tuning", "solve"]

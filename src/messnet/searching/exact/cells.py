@@ -176,25 +176,56 @@ def fill_ranges(arrays: Arrays, sets: Sets, form: Form, later: int, before: IntA
                 row[width + k] = min(one[width + k], two[width + k])
 
 
+class _Workspace(NamedTuple):
+    """What bounding a choice needs room for; the first three depend on the last two exits only."""
+
+    later: Float32
+    """(CLASSES, V + padding): the best that an image can be that does not leave at the first exit, by the class of the
+    middle one."""
+    change: Float32
+    """(V, 4 K): the most and the least by which an image changes l and u by leaving at the middle exit, not the
+    last."""
+    whole: Float32
+    """(2, AT_FINE, 4 K): the sum of ``change`` over the images that some set of a class lacks, which hold D = A - B,
+    and over those that some set has, which hold E = B - A."""
+    extra: Float32
+    """(2, 4 K): the change of D or E; zeros."""
+    span: Float32
+    """(6 K,), see ``remainder``."""
+    slack: Float32
+    """(FINE, FINE): the remainder of each fine cell that is not ruled out."""
+
+
+@compiled()
+def _workspace(arrays: Arrays, form: Form) -> _Workspace:
+    width, num_images = 2 * form.x.shape[2], arrays.counts.shape[1]
+    return _Workspace(
+        np.zeros((CLASSES, form.here.shape[1]), np.float32),
+        np.zeros((num_images, width), np.float32),
+        np.zeros((2, AT_FINE, width), np.float32),
+        np.zeros((2, width), np.float32),
+        np.zeros(3 * width // 2, np.float32),
+        np.zeros((FINE, FINE), np.float32),
+    )
+
+
 @compiled(fastmath=True)
 def _remainder(
     arrays: Arrays,
     form: Form,
     last: int,
-    one: Float32,
-    two: Float32,
-    extra: Float32,
+    parts: tuple[Float32, Float32, Float32],
     span: Float32,
     tau: Real,
-    negligible: Real,
+    least: Real,
 ) -> np.float32:
-    """Step 3 where l and u are those of all images at the last exit plus three changes (4 K,)."""
-    offset = form.offsets[last]
+    """Step 3 where l and u are those of all images at the last exit plus the changes of three ``parts`` (4 K,)."""
+    offset, (one, two, three) = form.offsets[last], parts
     width = len(offset)
     for k in range(width):
-        span[k] = offset[k] + one[k] + two[k] + extra[k]
-        span[width + k] = offset[k] + one[width + k] + two[width + k] + extra[width + k]
-    return remainder(span, form.floors, arrays.num_classes, tau, negligible)
+        span[k] = offset[k] + one[k] + two[k] + three[k]
+        span[width + k] = offset[k] + one[width + k] + two[width + k] + three[width + k]
+    return remainder(span, form.floors, arrays.num_classes, tau, least)
 
 
 @compiled(fastmath=True)
@@ -208,16 +239,9 @@ def _best_of(here: Float32, status: Status, later: Float32) -> np.float32:
 
 
 @compiled(fastmath=True)
-def _prepare(
-    arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, later: Float32, change: Float32, whole: Float32
-) -> None:
-    """Computes what depends on the last two exits only, for all first exits before them.
-
-    ``later`` (CLASSES, V + padding): the best that an image can be that does not leave at the first exit, by the class
-    of the middle one. ``change`` (V, 4 K): the most and the least by which an image changes l and u by leaving at the
-    middle exit instead of the last. ``whole`` (2, AT_FINE, 4 K): the sum of these over the images that some set of a
-    class lacks, which hold D = A - B, and over those that some set has, which hold E = B - A.
-    """
+def _prepare(arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, work: _Workspace) -> None:
+    """Computes the part of the workspace that is the same for all first exits before the last two."""
+    later, change, whole = work.later, work.change, work.whole
     num_images, width = arrays.counts.shape[1], form.x.shape[2]
     entry = form.entry[middle]
     for c in range(CLASSES):
@@ -269,20 +293,15 @@ def _divide(
     sets: Sets,
     form: Form,
     exits: tuple[int, int, int],
-    later: Float32,
-    change: Float32,
-    whole: Float32,
+    work: _Workspace,
     target: Real,
     tau: Real,
     enough: Real,
-    extra: Float32,
-    span: Float32,
-    slack: Float32,
 ) -> np.float32:
     """The largest bound of all fine cells of a choice (last, middle, first), RULED_OUT if all are below ``target``, or
-    the first bound that is ``enough``. ``slack`` (FINE, FINE), RULED_OUT everywhere before, becomes the remainder of
-    each fine cell that is not ruled out. ``later``, ``change`` and ``whole`` come from ``_prepare``; ``extra`` (2, 4
-    K), whose second row is 0, and ``span`` (6 K,) are workspace."""
+    the first bound that is ``enough``. The workspace comes from ``_prepare``; its ``slack``, RULED_OUT everywhere
+    before, becomes the remainder of each fine cell that is not ruled out."""
+    later, change, whole, extra, span, slack = work
     last, middle, first = exits
     here, mine, theirs = form.here[first], sets.status[first], sets.status[middle]
     # Changes of l and u: A from the middle exit to the first; B from the last to the middle; A from the last to the
@@ -299,12 +318,10 @@ def _divide(
                 continue
             # Coarse cell: bound of G, and the remainder with D or E taken as large as the middle exit's class lets it.
             value = _best_of(here, mine[r], later[s]) - paid
-            if r < s:  # A is small beside B: by D
-                wide = _remainder(
-                    arrays, form, last, a_from_middle[r], b_from_last[s], whole[0, s], span, tau, target - value
-                )
-            else:  # by E
-                wide = _remainder(arrays, form, last, a_from_last[r], none, whole[1, s], span, tau, target - value)
+            # A is small beside B: by D; else by E.
+            by_d = (a_from_middle[r], b_from_last[s], whole[0, s])
+            parts = by_d if r < s else (a_from_last[r], none, whole[1, s])
+            wide = _remainder(arrays, form, last, parts, span, tau, target - value)
             if value + wide < target:
                 continue
             for i in range(AT_HALF + 2 * r, AT_HALF + 2 * r + 2):
@@ -327,7 +344,8 @@ def _divide(
                     # then the half cell's own remainder, with D or E by the middle exit's class,
                     one, two = (a_from_middle[i], b_from_last[j]) if i < j else (a_from_last[i], none)
                     missing = target - highest
-                    short = _remainder(arrays, form, last, one, two, whole[0 if i < j else 1, j], span, tau, missing)
+                    parts = (one, two, whole[0 if i < j else 1, j])
+                    short = _remainder(arrays, form, last, parts, span, tau, missing)
                     if short < missing:
                         continue
                     # and with the images that can be in D or E by the classes of both exits.
@@ -335,7 +353,7 @@ def _divide(
                         _sum_between(mine[i], theirs[j], change, extra[0])
                     else:
                         _sum_between(theirs[j], mine[i], change, extra[0])
-                    short = min(short, _remainder(arrays, form, last, one, two, extra[0], span, tau, missing))
+                    short = min(short, _remainder(arrays, form, last, (one, two, extra[0]), span, tau, missing))
                     short = min(short, wide)
                     for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
                         for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):
@@ -367,10 +385,7 @@ def bound_choices(
     the choice can reach the target, else the largest bound of its cells if that is less. If not ``exact``, what can
     reach the target keeps its bound, at less expense.
     """
-    width, num_images = 2 * form.x.shape[2], arrays.counts.shape[1]
-    later, change = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
-    whole, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
-    span, slack = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
+    work, low, high = _workspace(arrays, form), np.float32(target), np.float32(tau)
     enough = np.float32(1e9) if exact else np.float32(target)
     for middle in middles:
         prepared = False
@@ -378,24 +393,9 @@ def bound_choices(
             if bound[middle, first] < target:
                 continue
             if not prepared:
-                _prepare(arrays, sets, form, last, middle, later, change, whole)
+                _prepare(arrays, sets, form, last, middle, work)
                 prepared = True
-            exits = (last, middle, first)
-            value = _divide(
-                arrays,
-                sets,
-                form,
-                exits,
-                later,
-                change,
-                whole,
-                np.float32(target),
-                np.float32(tau),
-                enough,
-                extra,
-                span,
-                slack,
-            )
+            value = _divide(arrays, sets, form, (last, middle, first), work, low, high, enough)
             if value < target:
                 bound[middle, first] = RULED_OUT
             elif exact:
@@ -408,16 +408,16 @@ def _narrow(
     sets: Sets,
     form: Form,
     exits: tuple[int, int, int],
-    later: Float32,
+    work: _Workspace,
     target: Real,
-    slack: Float32,
     narrow: Float32,
 ) -> bool:
     """Rules out more fine cells by looking at every set of the first exit instead of its classes.
 
-    ``narrow`` (columns of the first exit, FINE, FINE) becomes what is left of ``slack`` at each of its columns. Returns
+    ``narrow`` (columns of the first exit, FINE, FINE) becomes what is left of the slack at each of its columns. Returns
     whether anything is left.
     """
+    later, slack = work.later, work.slack
     _, _, first = exits
     num_images, some = arrays.counts.shape[1], False
     gain = np.empty(num_images, np.float32)
@@ -462,19 +462,16 @@ def evaluate_choices(
 ) -> int:
     """Step 7: evaluates choices (n, 3) of last, middle, first, as far as their cells do not rule them out; those of the
     same last and middle exit are best one after another. Returns the number of instances whose mIoU was computed."""
-    width, num_images = 2 * form.x.shape[2], arrays.counts.shape[1]
-    later, change = np.zeros((CLASSES, form.here.shape[1]), np.float32), np.zeros((num_images, width), np.float32)
-    whole, extra = np.zeros((2, AT_FINE, width), np.float32), np.zeros((2, width), np.float32)
-    span, slack = np.zeros(3 * width // 2, np.float32), np.zeros((FINE, FINE), np.float32)
+    work = _workspace(arrays, form)
     narrow = np.zeros((np.diff(arrays.first_column).max(), FINE, FINE), np.float32)
     tried, low, enough = 0, np.float32(target), np.float32(1e9)
     for n in range(len(exits)):
         last, middle, first = exits[n]
         if n == 0 or exits[n - 1, 0] != last or exits[n - 1, 1] != middle:
-            _prepare(arrays, sets, form, last, middle, later, change, whole)
-        slack[:] = RULED_OUT
+            _prepare(arrays, sets, form, last, middle, work)
+        work.slack[:] = RULED_OUT
         one = (last, middle, first)
-        value = _divide(arrays, sets, form, one, later, change, whole, low, np.float32(tau), enough, extra, span, slack)
-        if value >= target and _narrow(arrays, sets, form, one, later, low, slack, narrow):
+        value = _divide(arrays, sets, form, one, work, low, np.float32(tau), enough)
+        if value >= target and _narrow(arrays, sets, form, one, work, low, narrow):
             tried += try_triple(arrays, sets.fine, one, max_cost, least_miou, narrow, scores, line, corners, front)
     return tried

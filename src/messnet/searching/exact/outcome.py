@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from messnet.errors import RecipeError
 from messnet.searching.answers import FrontPoint, Incumbent, Proof
 
 __all__ = ["OutOfTimeError", "Outcome", "Region", "StoppedError", "Tuning"]
@@ -18,6 +20,23 @@ class Region(NamedTuple):
     goal: Literal["front", "cost", "miou"]
     least_miou: float = -1.0
     max_cost: float = np.inf
+    precision: float = 0.0
+    """mIoU: of three exits only what is above a front by more is sure to be found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """When a search stops before it is done, and whether it shows how far it is."""
+
+    time_limit: float | None = None
+    """Seconds, >= 0."""
+    should_stop: Callable[[], bool] | None = None
+    """Called every now and then; once it says True the search stops."""
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.time_limit is not None and not self.time_limit >= 0:
+            raise RecipeError(f"a search takes at least 0 seconds, its time limit cannot be {self.time_limit:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Step 8 of the derivation: the order in which choices are evaluated, bounded and ruled out; and ``solve``.
+"""Step 8 of the derivation: the order in which choices are evaluated, bounded and ruled out.
 
 A search for one objective keeps the best instance so far, the incumbent. A choice of three exits is a *candidate* while
 its bounds allow an instance that is better. To start with, all instances of one and two exits are evaluated and a
@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from messnet.errors import RecipeError
 from messnet.records.arrays import FloatArray, IntArray
 from messnet.searching.answers import FrontPoint, Incumbent, Proof, SearchSetting, Stopped
 from messnet.searching.exact import enumeration
@@ -42,84 +41,26 @@ from messnet.searching.exact.cells import (
     form_at,
 )
 from messnet.searching.exact.compiling import loops_running
-from messnet.searching.exact.outcome import Outcome, OutOfTimeError, Region, StoppedError, Tuning
+from messnet.searching.exact.outcome import Control, Outcome, OutOfTimeError, Region, StoppedError, Tuning
 from messnet.searching.exact.problem import Problem
-from messnet.searching.exact.strips import sweep
 from messnet.searching.exact.tangent import NO_TANGENT, tangent_at
 
-__all__ = ["Solver", "solve"]
+__all__ = ["Solver"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def solve(
-    problem: Problem,
-    region: Region,
-    *,
-    setting: SearchSetting = "input_dependent",
-    time_limit: float | None = None,
-    precision: float = 0.0,
-    should_stop: Callable[[], bool] | None = None,
-    progress: bool = False,
-    choice: Sequence[int] | None = None,
-    tuning: Tuning | None = None,
-) -> Outcome:
-    """Searches all instances of the problem's grid, of one exit if ``setting`` is "budgeted".
-
-    It stops after ``time_limit`` seconds, at Ctrl-C, or when ``should_stop``, which is called every now and then, says
-    so; the outcome is then the best so far, with its proved gap. With a ``precision`` (mIoU) only what is above a front
-    by more is sure to be found. ``choice`` (positions in the tables' exits, shallow to deep) leaves the thresholds of
-    one choice of exits to be searched, all of them evaluated. Raises RecipeError for a negative time limit.
-    """
-    tuning = tuning or Tuning()
-    with loops_running():
-        if choice is not None:
-            front = evaluate_choice(problem, tuple(choice), region.max_cost, region.least_miou)
-            points = tuple(
-                point
-                for point in problem.points_of(front, setting)
-                if point.cost <= region.max_cost and point.miou >= region.least_miou
-            )
-            best = points if region.goal != "miou" else points[::-1]
-            proof = Proof(num_declared=len(points), num_evaluated=len(points))
-            return Outcome(front=points, static=(), best=best[: tuning.num_best], proof=proof, incumbents=())
-        solver = Solver(
-            problem,
-            region,
-            max_exits=1 if setting == "budgeted" else problem.grid.max_exits,
-            time_limit=time_limit,
-            precision=precision,
-            should_stop=should_stop,
-            progress=progress,
-            tuning=tuning,
-        )
-        return solver.run(setting)
-
-
 class Solver:
-    """One search. ``run`` once."""
+    """One search for an objective; ``strips.FrontSolver`` searches for a front. ``run`` once."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        region: Region,
-        *,
-        max_exits: int,
-        time_limit: float | None,
-        precision: float,
-        should_stop: Callable[[], bool] | None,
-        progress: bool,
-        tuning: Tuning,
-    ):
-        if time_limit is not None and not time_limit >= 0:
-            raise RecipeError(f"a search takes at least 0 seconds, its time limit cannot be {time_limit:g}")
-        self.problem, self.region, self.max_exits = problem, region, max_exits
-        self.precision, self.progress, self.tuning = precision, progress, tuning
-        self.should_stop, self.asked_to_stop = should_stop or (lambda: False), False
+    def __init__(self, problem: Problem, region: Region, setting: SearchSetting, control: Control, tuning: Tuning):
+        self.problem, self.region, self.setting, self.control, self.tuning = problem, region, setting, control, tuning
+        self.max_exits = 1 if setting == "budgeted" else problem.grid.max_exits
+        self.asked_to_stop = False
         self.arrays = problem.arrays
         self.begun = time.monotonic()
-        self.deadline = np.inf if time_limit is None else self.begun + time_limit
+        self.deadline = np.inf if control.time_limit is None else self.begun + control.time_limit
         self.front, self.num_evaluated = Frontier.empty(), 0
         self.static = Frontier.empty()  # of all instances of one exit
         self.static_at = {i: Frontier.empty() for i in np.unique(self.arrays.exit_index).tolist()}  # by exit point
@@ -130,7 +71,8 @@ class Solver:
         self.tangent, self.tangent_key, self.price = NO_TANGENT, -1, 0.0
         self.form: Form | None = None
         self.filled = np.zeros((len(self.arrays.exit_index),) * 2, bool)  # (later, before): ranges of the form
-        self.interval, self.exact_from = (-np.inf, np.inf), -1.0
+        self.interval = (-np.inf, np.inf)  # of cost, in which the search is looking
+        self.exact_from = np.inf  # what a front says of itself, see Proof
         self.stopped: Stopped = ""
         self.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         weighted = self.arrays.weights > 0
@@ -143,8 +85,8 @@ class Solver:
     def sets(self) -> Sets:
         return classes_of(self.arrays)
 
-    def run(self, setting: SearchSetting) -> Outcome:
-        """The outcome; ``setting`` is what its instances say."""
+    def run(self) -> Outcome:
+        """Searches until the answer is proved or it is time to stop."""
         gaps = (0.0, 0.0)
         try:
             for position, index in enumerate(self.arrays.exit_index.tolist()):
@@ -163,15 +105,24 @@ class Solver:
                 gaps = self._search_triples()
         except (StoppedError, KeyboardInterrupt) as stop:
             self.note_stop(stop)
-        return self._outcome(setting, *gaps)
+        return self._outcome(*gaps)
 
     def note_stop(self, stop: BaseException) -> None:
         """Remembers why the search stops."""
         self.stopped = "time limit" if isinstance(stop, OutOfTimeError) else "interrupted"
 
-    def _outcome(self, setting: SearchSetting, gap_cost: float, gap_miou: float) -> Outcome:
-        problem, is_front = self.problem, self.region.goal == "front"
+    def _outcome(self, gap_cost: float, gap_miou: float) -> Outcome:
+        problem, setting = self.problem, self.setting
         ranked = sorted(self.best_of_choice.values(), key=self._rank)[: self.tuning.num_best]
+        proof = Proof(
+            num_declared=problem.declared(self.max_exits),
+            num_evaluated=self.num_evaluated,
+            stopped=self.stopped,
+            gap_miou=gap_miou,
+            gap_cost=gap_cost if self.region.goal == "cost" else None,
+            exact_from=self.exact_from if gap_miou else -1.0,
+            precision=self.region.precision,
+        )
         return Outcome(
             front=problem.points_of(self.front, setting),
             static=problem.points_of(self.static, "budgeted"),
@@ -179,15 +130,7 @@ class Solver:
                 FrontPoint(miou=miou, cost=cost, instance=problem.instance_of(key, setting))
                 for cost, miou, key in ranked
             ),
-            proof=Proof(
-                num_declared=problem.declared(self.max_exits),
-                num_evaluated=self.num_evaluated,
-                stopped=self.stopped,
-                gap_miou=gap_miou,
-                gap_cost=gap_cost if self.region.goal == "cost" else None,
-                exact_from=self.exact_from if is_front else np.inf,
-                precision=self.precision,
-            ),
+            proof=proof,
             incumbents=tuple(self.incumbents),
         )
 
@@ -229,21 +172,22 @@ class Solver:
     # -- three exits ---------------------------------------------------------------------------------------------
 
     def _search_triples(self) -> tuple[float, float]:
-        """Evaluates or rules out every choice of three exits; the gaps (cost, mIoU) that are left."""
-        lasts = [p for p in range(len(self.arrays.exit_index)) if self.arrays.exit_index[p] >= 2]
-        lasts = [p for p in lasts if len(np.unique(self.arrays.exit_index[: self.problem.num_before(p)])) > 1]
-        if self.region.goal == "front":
-            return sweep(self, lasts)
+        """Evaluates or rules out every choice of three exits; returns the gaps (cost, mIoU) that are left."""
+        lasts = self.lasts_of_triples()
         self._seed(lasts, self.tuning.num_seeds)
-        candidates = self.bound(lasts, (-np.inf, np.inf))
-        left = self.evaluate(candidates, lasts)
+        left = self.evaluate(self.bound(lasts, (-np.inf, np.inf)), lasts)
         return self.gaps(left) if self.stopped else (0.0, 0.0)
+
+    def lasts_of_triples(self) -> list[int]:
+        """The exits that have early exits at two exit points or more before them."""
+        index = self.arrays.exit_index
+        return [p for p in range(len(index)) if len(np.unique(index[: self.problem.num_before(p)])) > 1]
 
     def evaluate(self, candidates: Candidates, lasts: Sequence[int]) -> Candidates:
         """Evaluates candidates, the most promising first, until bounds rule the others out; returns those that are left
         when stopped."""
         done = np.zeros(len(candidates.exits), bool)
-        bar = tqdm(desc="three exits", unit="choice", disable=not self.progress, delay=1)
+        bar = tqdm(desc="three exits", unit="choice", disable=not self.control.progress, delay=1)
         try:
             while len(order := self._order(candidates, done)):
                 bar.total = len(order) + int(done.sum())
@@ -381,7 +325,7 @@ class Solver:
         starts = self.front.cost[: len(corners)]
         here = (starts < costs[1]) & (corners[:, 1] > costs[0])
         # With a precision only what is above the front by more is looked for.
-        own: FloatArray = np.minimum(corners[here], [np.inf, costs[1]]) + np.array([self.precision, 0.0])
+        own: FloatArray = np.minimum(corners[here], [np.inf, costs[1]]) + np.array([self.region.precision, 0.0])
         return own
 
     def bound(self, lasts: Sequence[int], costs: tuple[float, float], known: Candidates | None = None) -> Candidates:
@@ -559,7 +503,7 @@ class Solver:
         """Runs ``job`` on every item, on all cores, in the items' order. Raises StoppedError when it is time to
         stop."""
         pending = list(items)
-        bar = tqdm(total=len(pending), desc=words, unit="exit", disable=not (self.progress and words), delay=1)
+        bar = tqdm(total=len(pending), desc=words, unit="exit", disable=not (self.control.progress and words), delay=1)
         with ThreadPoolExecutor(self.workers) as pool, bar:
             futures = [pool.submit(_run_loop, job, item) for item in pending]
             try:
@@ -575,7 +519,8 @@ class Solver:
         """Raises OutOfTimeError when time is up, StoppedError when the caller wants to stop, or once wanted."""
         if time.monotonic() > self.deadline:
             raise OutOfTimeError
-        self.asked_to_stop = self.asked_to_stop or self.should_stop()
+        if self.control.should_stop is not None and not self.asked_to_stop:
+            self.asked_to_stop = self.control.should_stop()
         if self.asked_to_stop:
             raise StoppedError
 
