@@ -301,7 +301,9 @@ class Client(threading.Thread):
         with tally.lock:
             tally.standing += 1
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=120) as connection:
+            # From an address of their own: one that sends images which take long waits for them alone.
+            source = ("127.0.0.66", 0)
+            with socket.create_connection(("127.0.0.1", self.port), timeout=120, source_address=source) as connection:
                 for part in attack.parts:
                     connection.sendall(part)
                     time.sleep(attack.wait_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -57,6 +58,17 @@ def test_decoding_is_bounded_in_time() -> None:
             expect_error(answer.result(), r"more than 0\.2 s of processor time to decode")
         assert [answer.result().status_code for answer in good] == [200] * 4
         assert client.get("/ready").status_code == 200
+
+
+@linux  # where all of 127.0.0.0/8 is this machine
+def test_slow_images_of_one_address_keep_no_other_waiting(tmp_path: Path) -> None:
+    with ServedProcess(tmp_path / "log", timeout_s=3600, decode_s=3600) as served, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), 60, ("127.0.0.2", 0)))
+            slow.sendall(WITHOUT_BODY.replace(b"9", str(len(SLOW)).encode()) + SLOW)
+        until(lambda: "messnet_requests_in_work 4.0" in served.client.get("/metrics").text)
+        for value in (1, 2, 3):
+            assert served.client.post("/v1/predict", content=grey(value)).status_code == 200
 
 
 def test_decoding_ends_with_its_request() -> None:

@@ -307,7 +307,7 @@ class Service:
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             data = await _file_of_form(request, data)
         async with self._answered(limit):
-            return await self._decoders.decode(data)
+            return await self._decoders.decode(data, request.client.host if request.client else "")
 
     @asynccontextmanager
     async def _answered(self, limit: _TimeLimit) -> AsyncGenerator[None]:

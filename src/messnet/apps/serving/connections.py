@@ -67,6 +67,9 @@ class Connection(H11Protocol):
         if self._until_read is not None:
             self._until_read.cancel()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """An upgrade that is asked for is passed over, as HTTP allows: the log need not advise to install more."""
+
     def _in_work(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,8 @@ class Decoders:
     """``count`` processes that decode one image each at a time.
 
     An image that takes more than ``decode_s`` seconds of processor time ends its process, and so does one whose
-    request is given up: work for an image never outlives its request.
+    request is given up: work for an image never outlives its request. Each client has one image decoded at a time:
+    whoever sends images that take long waits for them alone.
     """
 
     def __init__(self, count: int, *, max_pixels: int, decode_s: float) -> None:
@@ -104,6 +106,8 @@ class Decoders:
         self._free: asyncio.Queue[_Decoder] = asyncio.Queue()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoder")
         self._restarts: set[asyncio.Task[None]] = set()
+        # A client's turn is gone with the last of its requests.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def num_running(self) -> int:
@@ -116,9 +120,14 @@ class Decoders:
         for decoder in self._all:
             self._free.put_nowait(decoder)
 
-    async def decode(self, data: bytes) -> NDArray[np.uint8]:
+    async def decode(self, data: bytes, client: str = "") -> NDArray[np.uint8]:
         """As ``decode_image``; raises RequestError (422) too for an image that takes too long or crashes its decoder.
         Cancel it and the work has ended when it returns."""
+        turn = self._turns.setdefault(client, asyncio.Lock())
+        async with turn:
+            return await self._decode(data)
+
+    async def _decode(self, data: bytes) -> NDArray[np.uint8]:
         decoder = await self._free.get()
         work = asyncio.get_running_loop().run_in_executor(self._threads, decoder.ask, data)
         ended = True  # unless it answers
