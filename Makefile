@@ -6,6 +6,11 @@ BIN := $(VENV)/bin
 TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
 
+# Threads of libgomp, which torch computes with, soon sleep when they wait: see src/messnet/costs/processor.py.
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
+
 .PHONY: help demo test check format clean
 .DEFAULT_GOAL := help
 

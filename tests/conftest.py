@@ -1,6 +1,11 @@
 """What many tests share: one small finished run and one small network."""
+# ruff: noqa: E402  torch reads how its threads wait when it is imported
 
 from __future__ import annotations
+
+from messnet.costs.processor import spin_briefly
+
+spin_briefly()
 
 from pathlib import Path
 

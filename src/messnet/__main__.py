@@ -1,8 +1,16 @@
 """``python -m messnet`` and the ``messnet`` command."""
 
-from messnet.cli import main
+from messnet import cli
+from messnet.costs.processor import spin_briefly
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command line."""
+    spin_briefly()  # before anything imports torch
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
-__all__ = ["default_threads", "processor_name"]
+__all__ = ["default_threads", "processor_name", "spin_briefly"]
+
+# About 10 microseconds. libgomp's own is some milliseconds.
+_SPINS = "1000"
 
 
 @cache
@@ -25,6 +28,18 @@ def default_threads() -> int:
         return int(sys.modules["torch"].get_num_threads())
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() and int(given) else _physical_cores()
+
+
+def spin_briefly() -> None:
+    """Lets torch's threads on Linux sleep after a short wait for work, which they otherwise spend spinning.
+
+    Beside any other busy process, a loader's workers included, two threads that spin take the processor from the very
+    work that they wait for: see ``benchmarks/results/waiting_cpu_202611.md``. It only works before torch is imported
+    (libgomp reads its environment once), also for the processes that are started from here, and keeps what the user
+    set: ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY``.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 @cache
