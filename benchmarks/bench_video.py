@@ -18,11 +18,11 @@ from pathlib import Path
 import cv2
 import torch
 
-from messnet.apps.predictions import overlay
 from messnet.apps.video import VideoOptions, predict_video
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.deployment.loading import load
 from messnet.deployment.session import Session
+from messnet.images.drawing import overlay
 
 
 def pan_over_scenes(path: Path, size: tuple[int, int], frames: int) -> Path:

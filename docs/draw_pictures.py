@@ -13,6 +13,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 
+from messnet.images.drawing import coloured
 from messnet.records.instance import FINAL_HEAD
 from messnet.records.measurements import Gallery, Measurements
 from messnet.report.figures import draw_depth, draw_front
@@ -47,17 +48,16 @@ def draw_exits(gallery: Gallery) -> plt.Figure:
     figure, rows = plt.subplots(
         num_images, num_exits + 2, figsize=(1.9 * (num_exits + 2), 1.75 * num_images), squeeze=False
     )
-    palette = np.concatenate([gallery.palette, np.full((256 - len(gallery.palette), 3), 90, np.uint8)])
     for g, axes in enumerate(rows):
         show(axes[0], gallery.images[g], "image")
         for e, (index, head) in enumerate(gallery.exits):
             name = "final exit" if head == FINAL_HEAD else f"exit {index}"
             decides = f", {gallery.image_confidence[g, e]:.0%} sure" if head != FINAL_HEAD else ""
-            show(axes[e + 1], palette[gallery.predictions[g, e]], name + decides)
+            show(axes[e + 1], coloured(gallery.predictions[g, e], gallery.palette), name + decides)
             if index == gallery.exit_taken[g]:
                 for spine in axes[e + 1].spines.values():
                     spine.set(visible=True, linewidth=3, color="#d1495b")
-        show(axes[-1], palette[gallery.masks[g]], "labels")
+        show(axes[-1], coloured(gallery.masks[g], gallery.palette), "labels")
     figure.tight_layout(pad=0.4)
     return figure
 
@@ -65,9 +65,12 @@ def draw_exits(gallery: Gallery) -> plt.Figure:
 def draw_confidence(gallery: Gallery) -> plt.Figure:
     """The first early exit on the first image: prediction, confidence before and after edge refinement."""
     figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.1), layout="constrained")
-    palette = np.concatenate([gallery.palette, np.full((256 - len(gallery.palette), 3), 90, np.uint8)])
     show(axes[0], gallery.images[0], "image")
-    show(axes[1], palette[gallery.predictions[0, 0]], f"prediction at exit {gallery.exits[0].exit_index}")
+    show(
+        axes[1],
+        coloured(gallery.predictions[0, 0], gallery.palette),
+        f"prediction at exit {gallery.exits[0].exit_index}",
+    )
     for axis, values, title in (
         (axes[2], gallery.confidence, "confidence"),
         (axes[3], gallery.refined, "edges refined"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from PIL import Image
 
 from helpers.images import smooth_image
-from messnet.apps.predictions import PredictOptions, overlay, predict_files, read_image
+from messnet.apps.predictions import PredictOptions, predict_files
 from messnet.cli import main
 from messnet.deployment.loading import load
 from messnet.deployment.session import Session
 from messnet.errors import DataError, RecipeError
+from messnet.images.drawing import overlay
+from messnet.images.reading import large_images, read_image
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import ExitChoice, Instance
 
@@ -81,7 +84,7 @@ def test_half_an_image_is_refused(tmp_path: Path) -> None:
     Image.fromarray(smooth_image(64, 80)).save(tmp_path / "image.jpg")
     data = (tmp_path / "image.jpg").read_bytes()
     (tmp_path / "image.jpg").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"image\.jpg cannot be read as an image \(.*; replace it"):
+    with pytest.raises(DataError, match=r"cannot read .*image\.jpg \(.*copy it again or remove it"):
         read_image(tmp_path / "image.jpg")
 
 
@@ -105,7 +108,8 @@ def test_damaged_images_among_many_are_told_and_the_others_done(session: Session
     (folder / "1b.png").write_bytes((folder / "1.png").read_bytes()[:3000])
     done = predict_files(session, [folder], tmp_path / "out")
     assert [Path(record["image"]).name for record in done.records] == ["1.png", "2.png"]
-    assert ["0.png cannot be read" in done.failed[0], "1b.png cannot be read" in done.failed[1]] == [True, True]
+    for name, line in zip(("0.png", "1b.png"), done.failed, strict=True):
+        assert line.startswith(f"cannot read {folder / name} (")
     summary = json.loads((tmp_path / "out/predictions.json").read_text())
     assert (summary["predictions"], summary["failed"]) == (done.records, done.failed)
     for name in ("1.png", "2.png"):
@@ -126,7 +130,7 @@ def test_damaged_images_through_the_command(
     lines = [line for line in told if "compiling" not in line]
     assert end.value.code == 2
     assert len(lines) == 2
-    assert "aa.png cannot be read" in lines[0]
+    assert f"cannot read {photos / 'aa.png'} (" in lines[0]
     assert "1 of 3 images were left out" in lines[1]
     assert "2 images (exit" in said.out
     record = json.loads((tmp_path / "out/predictions.json").read_text())["predictions"][0]
@@ -185,5 +189,52 @@ def test_options_that_make_no_sense() -> None:
 def test_a_decompression_bomb_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (200, 200)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"bomb\.png cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read .*bomb\.png: it has more than .* --large-images"):
         read_image(tmp_path / "bomb.png")
+    with large_images():
+        assert read_image(tmp_path / "bomb.png").shape == (200, 200, 3)
+    with pytest.raises(DataError, match=r"bomb\.png"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_files_of_ones_own_may_be_large(tmp_path: Path, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = many(tmp_path / "images", [(64, 80)])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="--large-images"):
+        predict_files(session, [folder], tmp_path / "out")
+    options = PredictOptions(large_images=True, tile=(48, 64))
+    assert len(predict_files(session, [folder], tmp_path / "out", options).records) == 1
+
+
+def test_what_is_not_wanted_is_not_written(tmp_path: Path, session: Session) -> None:
+    folder = many(tmp_path / "images", [(64, 80)] * 2)
+    options = PredictOptions(overlays=False, confidence=False)
+    (record, _) = predict_files(session, [folder], tmp_path / "out", options).records
+    assert {"overlay", "confidence"}.isdisjoint(record)
+    written = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*.*")}
+    assert written == {"masks/0.png", "masks/1.png", "predictions.json"}
+
+
+def test_twelve_bits_in_a_file_of_sixteen_are_told(tmp_path: Path, session: Session) -> None:
+    grey = np.random.default_rng(0).integers(0, 4096, (64, 80)).astype(np.uint16)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(grey).save(tmp_path / "images/dark.png")
+    Image.fromarray(grey * 16).save(tmp_path / "images/full.png")
+    done = predict_files(session, [tmp_path / "images"], tmp_path / "out")
+    assert len(done.records) == 2
+    (note,) = done.notes
+    assert re.search(r"dark\.png is next to black, no value above 16 of 255: 10 or 12 bits in a 16-bit file\?", note)
+
+
+def test_records_are_in_the_order_of_the_files(tmp_path: Path, session: Session) -> None:
+    folder = many(tmp_path / "images", [(200, 240), (20, 24)] * 5)
+    done = predict_files(session, [folder], tmp_path / "out")
+    assert [Path(record["image"]).stem for record in done.records] == [str(i) for i in range(10)]
+    assert all((tmp_path / "out" / record[kind]).is_file() for record in done.records for kind in ("mask", "overlay"))
+
+
+def test_a_disk_that_is_full_ends_the_command(tmp_path: Path, session: Session) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/masks").write_text("no folder")
+    with pytest.raises(OSError, match="masks"):
+        predict_files(session, [many(tmp_path / "images", [(64, 80)] * 8)], tmp_path / "out")

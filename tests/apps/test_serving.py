@@ -39,7 +39,6 @@ from helpers.serving import (
     running,
     until,
 )
-from messnet.apps.predictions import overlay
 from messnet.apps.serving import server
 from messnet.apps.serving.app import Service
 from messnet.apps.serving.description import describe
@@ -48,6 +47,7 @@ from messnet.apps.serving.server import open_service
 from messnet.cli import main
 from messnet.deployment.export import export
 from messnet.errors import DataError, MessError, RecipeError
+from messnet.images.drawing import overlay
 from messnet.records.costs import CostTable, PartCost
 
 IMAGE = smooth_image(64, 80, 3)

@@ -7,8 +7,8 @@ from PIL import Image
 from messnet.data import IGNORE_INDEX
 from messnet.data.folders import open_folder
 from messnet.data.image_files import FileDataset
-from messnet.data.palettes import default_palette
 from messnet.errors import DataError
+from messnet.images.colours import default_palette
 
 CAMVID = Path(__file__).parents[3] / "shared" / "camvid"
 NAMES = ("a", "b", "c")

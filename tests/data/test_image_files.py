@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from helpers.images import smooth_image
-from messnet.apps.predictions import read_image as predicted
 from messnet.data.image_files import SampleError, read_image
 from messnet.errors import DataError
+from messnet.images.reading import read_image as predicted
 from messnet.images.reading import rgb_of
 
 

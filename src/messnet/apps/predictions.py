@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,21 @@ from tqdm import tqdm
 from messnet.apps.tiling import TiledResult, predict_tiled
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, PredictionError, RecipeError
-from messnet.images.reading import rgb_of
+from messnet.images.colours import exit_colour
+from messnet.images.drawing import as_png, confidence_as_grey, mask, overlay
+from messnet.images.reading import dimness, large_images, list_images, read_image
 from messnet.records.files import write_atomically
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "VIDEO_SUFFIXES",
-    "PredictOptions",
-    "Predictions",
-    "draw_exit_map",
-    "exit_colour",
-    "image_files",
-    "overlay",
-    "predict_files",
-    "read_image",
-    "write_mask",
-]
+__all__ = ["VIDEO_SUFFIXES", "PredictOptions", "Predictions", "draw_exit_map", "image_files", "predict_files"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-_OVERLAY_STRENGTH = 0.55
-# The report's: mid lightness, shallow to deep.
-_EXIT_COLOURS = np.array([(0x2F, 0xA0, 0x8E), (0x4B, 0x86, 0xD3), (0x8B, 0x6C, 0xD0), (0xCF, 0x5F, 0x8D)])
 _EXIT_MAP_SIDE = 1600
+# Pictures for the eye: a third of the time of Pillow's default, for files a tenth larger.
+_FAST = 1
+# Threads that draw, compress and write while the network runs, and how many images may wait for them.
+_WRITERS, _WAITING = 2, 4
+# Values of an image, beyond which it is written before the next one is read.
+_LARGE = 3 * 4096**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +49,12 @@ class PredictOptions:
     ``tile_overlap`` in tiles of the size that the network was made for."""
     tile_overlap: int | None = None
     """What neighbouring tiles share at least, in pixels; None: an eighth of the tile's shorter side."""
+    overlays: bool = True
+    """Write the image with its classes laid over it."""
+    confidence: bool = True
+    """Write the confidence map as a picture."""
+    large_images: bool = False
+    """Take images of more than 179 million pixels, which are refused otherwise: a small file can claim to be huge."""
 
     @property
     def tiled(self) -> bool:
@@ -78,6 +77,8 @@ class Predictions:
     """The records of predictions.json, one per image."""
     failed: list[str] = field(default_factory=list)
     """A line for each image that could not be read, or for which the network computes nothing finite."""
+    notes: list[str] = field(default_factory=list)
+    """A line for each image that was read but looks wrong."""
 
 
 def predict_files(
@@ -93,14 +94,22 @@ def predict_files(
     options = options or PredictOptions()
     files = image_files(images)
     done = Predictions()
+    # A deadline is kept on a machine that does nothing else meanwhile.
+    writing = _Writing(done.records, workers=0 if options.deadline_ms is not None else _WRITERS)
     try:
-        with tqdm(total=len(files), desc="predict", unit="img", mininterval=1, dynamic_ncols=True) as bar:
-            for batch in _batches(files, 1 if options.tiled else options.batch_size, done.failed):
-                if not done.records:
+        with (
+            large_images() if options.large_images else nullcontext(),
+            writing,
+            tqdm(total=len(files), desc="predict", unit="img", mininterval=1, dynamic_ncols=True) as bar,
+        ):
+            warm = False
+            for batch in _batches(files, 1 if options.tiled else options.batch_size, done):
+                if not warm:
                     _warm_up(session, batch[0][1], options)
+                    warm = True
                 for file, image, result in _results(batch, session, options, done.failed):
-                    done.records.append(_write(file, image, result, session, out))
-                bar.update(len(done.records) + len(done.failed) - bar.n)
+                    writing.add(_files_of(file, image, result, session, options), out)
+                bar.update(writing.added + len(done.failed) - bar.n)
     finally:
         if done.records:
             summary: dict[str, Any] = {
@@ -117,17 +126,69 @@ def predict_files(
     return done
 
 
+class _Writing:
+    """Draws, compresses and writes the files of images in threads of its own, which Pillow and NumPy let run beside the
+    network; a picture takes as long to compress as a small network to predict. ``records`` are filled in order."""
+
+    def __init__(self, records: list[dict[str, Any]], workers: int) -> None:
+        self.added = 0
+        """Images so far."""
+        self._records = records
+        self._pool = ThreadPoolExecutor(workers, "writing") if workers else None
+        self._waiting: deque[Future[dict[str, Any]]] = deque()
+
+    def add(self, files: _Files, out: Path) -> None:
+        """Writes them soon; waits while too many do. Raises what went wrong with earlier ones."""
+        self.added += 1
+        if self._pool is None:
+            self._records.append(files.write(out))
+            return
+        self._waiting.append(self._pool.submit(files.write, out))
+        while len(self._waiting) > _WAITING or (files.is_large and self._waiting):
+            self._records.append(self._waiting.popleft().result())
+
+    def __enter__(self) -> _Writing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What was predicted is written, whatever ended the block."""
+        try:
+            while self._waiting:
+                self._records.append(self._waiting.popleft().result())
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of one image, still to be drawn, and its record."""
+
+    record: dict[str, Any]
+    draw: dict[str, Callable[[], bytes]]
+    """By path within the folder, what gives the file's bytes."""
+    is_large: bool
+    """So large that only one such image is held at a time."""
+
+    def write(self, out: Path) -> dict[str, Any]:
+        for name, draw in self.draw.items():
+            write_atomically(out / name, draw())
+        return self.record
+
+
 def _batches(
-    files: Sequence[Path], batch_size: int, failed: list[str]
+    files: Sequence[Path], batch_size: int, done: Predictions
 ) -> Iterator[list[tuple[Path, NDArray[np.uint8]]]]:
-    """Images that follow each other and are of one size, read as they are needed. Adds to ``failed``."""
+    """Images that follow each other and are of one size, read as they are needed. Adds to what failed and to notes."""
     batch: list[tuple[Path, NDArray[np.uint8]]] = []
     for file in files:
         try:
             image = read_image(file)
         except DataError as error:
-            failed.append(str(error))
+            done.failed.append(str(error))
             continue
+        if (words := dimness(int(image.max()))) is not None:
+            done.notes.append(f"{file} is {words}")
         if batch and (len(batch) == batch_size or image.shape != batch[0][1].shape):
             yield batch
             batch = []
@@ -174,69 +235,43 @@ def _run(
     return session.predict(images, batch_size=options.batch_size)
 
 
-def _write(
-    file: Path, image: NDArray[np.uint8], result: Result | TiledResult, session: Session, out: Path
-) -> dict[str, Any]:
-    """Writes the files of one image. Returns its record."""
-    assert session.palette is not None
+def _files_of(
+    file: Path, image: NDArray[np.uint8], result: Result | TiledResult, session: Session, options: PredictOptions
+) -> _Files:
+    """What is to be written of one image. The confidences are computed here, beside no other work of the runtime."""
+    palette = session.palette
+    assert palette is not None
     name = f"{file.stem}.png"
-    write_mask(out / "masks" / name, result.labels, session.palette)
-    _write_png(out / "overlays" / name, Image.fromarray(overlay(image, result.labels, session.palette)))
-    # In place: for an image of 8000 x 8000 pixels each copy is 256 MB.
-    confidence = np.array(result.confidence_map, np.float32)
-    confidence *= 255
-    _write_png(out / "confidence" / name, Image.fromarray(confidence.round(out=confidence).astype(np.uint8)))
-    record: dict[str, Any] = {
-        "image": str(file),
-        "mask": f"masks/{name}",
-        "overlay": f"overlays/{name}",
-        "confidence": f"confidence/{name}",
+    record: dict[str, Any] = {"image": str(file), "mask": f"masks/{name}"}
+    draw: dict[str, Callable[[], bytes]] = {f"masks/{name}": lambda: as_png(mask(result.labels, palette))}
+    if options.overlays:
+        record["overlay"] = f"overlays/{name}"
+        draw[record["overlay"]] = lambda: as_png(
+            Image.fromarray(overlay(image, result.labels, palette)), compress_level=_FAST
+        )
+    if options.confidence:
+        record["confidence"] = f"confidence/{name}"
+        confidence = result.confidence_map
+        draw[record["confidence"]] = lambda: as_png(confidence_as_grey(confidence), compress_level=_FAST)
+    record |= {
         "exit_index": result.exit_index,
         "image_confidence": result.image_confidence,
         "latency_ms": result.latency_ms,
     }
     if isinstance(result, TiledResult):
-        exit_indices = [choice.exit_index for choice in session.instance.exits]
-        _write_png(out / "exits" / name, Image.fromarray(draw_exit_map(image, result, exit_indices)))
-        record |= {
-            "exits": f"exits/{name}",
-            "tiles": [
-                {
-                    "rows": tile.rows,
-                    "columns": tile.columns,
-                    "exit_index": tile.exit_index,
-                    "image_confidence": tile.image_confidence,
-                }
-                for tile in result.tiles
-            ],
-        }
-    return record
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB, upright as the file says. Raises DataError for a file that is no whole image."""
-    try:
-        with Image.open(path) as file:
-            return rgb_of(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); replace it") from error
-
-
-def overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The image (H, W, 3) with the classes (H, W) laid over it in the colours of ``palette`` (K, 3)."""
-    colours = np.zeros((256, 3), np.float32)
-    colours[: len(palette)] = palette * np.float32(_OVERLAY_STRENGTH)
-    blend = image * np.float32(1 - _OVERLAY_STRENGTH)
-    blend += colours.take(labels, 0)
-    blended: NDArray[np.uint8] = np.rint(blend, out=blend).astype(np.uint8)
-    return blended
-
-
-def exit_colour(place: int, num_exits: int) -> tuple[int, int, int]:
-    """RGB of the exit at ``place`` among ``num_exits``, as in the report."""
-    at = place / max(1, num_exits - 1) * (len(_EXIT_COLOURS) - 1)
-    red, green, blue = (round(float(np.interp(at, range(len(_EXIT_COLOURS)), c))) for c in _EXIT_COLOURS.T)
-    return red, green, blue
+        tiled, exit_indices = result, [choice.exit_index for choice in session.instance.exits]
+        record["exits"] = f"exits/{name}"
+        draw[record["exits"]] = lambda: as_png(Image.fromarray(draw_exit_map(image, tiled, exit_indices)))
+        record["tiles"] = [
+            {
+                "rows": tile.rows,
+                "columns": tile.columns,
+                "exit_index": tile.exit_index,
+                "image_confidence": tile.image_confidence,
+            }
+            for tile in result.tiles
+        ]
+    return _Files(record, draw, is_large=image.size > _LARGE)
 
 
 def draw_exit_map(image: NDArray[np.uint8], result: TiledResult, exit_indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -268,14 +303,7 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-            )
-            if not found:
-                raise DataError(f"folder {path} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-            files += found
+            files += list_images(path)
         elif path.is_file():
             files.append(path)
         else:
@@ -288,16 +316,3 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
             raise DataError(f"{seen[file.stem]} and {file} would both be written as {file.stem}.png: rename one")
         seen[file.stem] = file
     return files
-
-
-def write_mask(path: Path, labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> None:
-    """Class indices (H, W) as a PNG whose colours are ``palette`` (K, 3)."""
-    mask = Image.fromarray(labels)
-    mask.putpalette(palette.flatten().tolist())
-    _write_png(path, mask)
-
-
-def _write_png(path: Path, image: Image.Image) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from messnet.apps.exit_control import Reason, change_rate
-from messnet.apps.predictions import exit_colour
+from messnet.images.axes import LIGHT, style
+from messnet.images.colours import exit_colour
 from messnet.records.files import write_atomically
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FrameRecord", "Timeline", "draw_timeline"]
 
-INK, MUTED, RULE, PAPER, ALARM = "#1f2328", "#636b74", "#e3e0d8", "#fcfbf8", "#b3382c"
+ALARM = "#b3382c"
 MAX_DRAWN = 2000
 """Frames of a longer video share a column of the picture."""
 
@@ -133,7 +134,7 @@ def draw_timeline(timeline: Timeline) -> Figure:
     budget."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.5), layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(12, 7.5), layout="constrained", facecolor=LIGHT.paper)
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
     taken, sure, spent = figure.subplots(3, sharex=True, height_ratios=(1, 1, 1.3))
     frames = timeline.frames
@@ -146,7 +147,7 @@ def draw_timeline(timeline: Timeline) -> Figure:
     num_exits = len(timeline.exit_indices)
     colours = [np.array(exit_colour(place, num_exits)) / 255 for place in range(num_exits)]
 
-    taken.step(time, places, where="post", color=RULE, lw=1.2, zorder=1)
+    taken.step(time, places, where="post", color=LIGHT.rule, lw=1.2, zorder=1)
     sure_of, latency = [f.image_confidence for f in shown], np.array([f.latency_ms for f in shown])
     for axes, values in ((taken, places), (sure, sure_of), (spent, latency)):
         axes.scatter(time, values, s=14, c=[colours[place] for place in places], linewidths=0, zorder=2)
@@ -158,16 +159,10 @@ def draw_timeline(timeline: Timeline) -> Figure:
     _draw_latency(spent, timeline, latency)
     spent.set_xlabel("time in the video, s")
     for axes in (taken, sure, spent):
-        axes.set_facecolor(PAPER)
-        axes.grid(color=RULE, lw=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(RULE)
-        axes.tick_params(color=RULE, labelcolor=MUTED)
-        axes.yaxis.label.set_color(MUTED)
-        axes.xaxis.label.set_color(MUTED)
+        axes.set_facecolor(LIGHT.paper)
+        style(axes, LIGHT)
     taken.set_title(
-        textwrap.fill(timeline.describe(), 115), loc="left", color=INK, fontsize=12, pad=12, parse_math=False
+        textwrap.fill(timeline.describe(), 115), loc="left", color=LIGHT.ink, fontsize=12, pad=12, parse_math=False
     )
     return figure
 
@@ -182,8 +177,8 @@ def _draw_latency(axes: Axes, timeline: Timeline, latency: np.ndarray[Any, Any])
     axes.set_ylim(0, top)
     axes.set_ylabel("latency, ms")
     if budget is not None:
-        axes.axhline(budget, color=INK, lw=1.2, ls=(0, (5, 4)), zorder=1, label=f"budget, {budget:g} ms")
+        axes.axhline(budget, color=LIGHT.ink, lw=1.2, ls=(0, (5, 4)), zorder=1, label=f"budget, {budget:g} ms")
     if budget is not None or above.any():
         handles = axes.get_legend_handles_labels()[0]
         shown = [handle for handle in handles if above.any() or handle.get_label() != "higher still"]
-        axes.legend(handles=shown, frameon=False, loc="lower right", labelcolor=MUTED)
+        axes.legend(handles=shown, frameon=False, loc="lower right", labelcolor=LIGHT.muted)

@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from messnet.apps.exit_control import ExitControl, first_confident
-from messnet.apps.predictions import exit_colour, overlay, write_mask
 from messnet.apps.timeline import FrameRecord, Timeline
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, RecipeError
+from messnet.images.colours import exit_colour
+from messnet.images.drawing import as_png, mask, overlay
+from messnet.records.files import write_atomically
 
 __all__ = ["VideoOptions", "predict_video"]
 
@@ -286,7 +288,8 @@ class _Writer:
                     self._video.write(bgr)
                 self._last_index = frame.number
                 if self._masks:
-                    write_mask(self._out / "masks" / f"{frame.number:06d}.png", labels, self._palette)
+                    path = self._out / "masks" / f"{frame.number:06d}.png"
+                    write_atomically(path, as_png(mask(labels, self._palette)))
                 self._written += 1
         except BaseException as error:  # belongs to the main thread
             self._error = error

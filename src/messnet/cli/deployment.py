@@ -91,8 +91,9 @@ def export(
 
 def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[Any] | None:
     """Some of those that are ``named``, or of the run's validation images; None where there are none to be read."""
-    from messnet.apps.predictions import image_files, read_image
+    from messnet.apps.predictions import image_files
     from messnet.deployment.bundle import is_bundle
+    from messnet.images.reading import read_image
     from messnet.run.opening import open_run
 
     if named:

@@ -44,6 +44,9 @@ def predict(
     deadline_ms: float | None = None,
     tile: tuple[int, int] | None = None,
     tile_overlap: int | None = None,
+    overlay: bool = True,
+    confidence: bool = True,
+    large_images: Annotated[bool, Parameter(negative="")] = False,
     camera: int | None = None,
     frame_budget_ms: float | None = None,
     fps_budget: float | None = None,
@@ -76,6 +79,10 @@ def predict(
             OUT/exits, a picture of the exit of each tile.
         tile_overlap: What neighbouring tiles share at least, in pixels; by default an eighth of the shorter side. Given
             alone: tiles of the size that the network was trained on.
+        overlay: Write OUT/overlays.
+        confidence: Write OUT/confidence.
+        large_images: Take images of more than 179 million pixels, which a small file made to fill the memory has too:
+            for files of your own, best with --tile.
         camera: Number of a camera, in place of files.
         frame_budget_ms: Time per frame of a video: the next exit is begun only if it fits.
         fps_budget: The same as frames per second.
@@ -100,13 +107,24 @@ def predict(
     of_images = {"--batch-size": batch_size if batch_size != 1 else None, "--deadline-ms": deadline_ms, "--tile": tile}
     of_videos = {"--frame-budget-ms": frame_budget_ms, "--fps-budget": fps_budget, "--hysteresis": hysteresis}
     if sources:
-        _refuse(of_images | {"--tile-overlap": tile_overlap}, "images", "videos")
+        of_images |= {"--no-overlay": None if overlay else True, "--no-confidence": None if confidence else True}
+        _refuse(
+            of_images | {"--tile-overlap": tile_overlap, "--large-images": large_images or None}, "images", "videos"
+        )
         budget_ms = _budget_ms(frame_budget_ms, fps_budget)
         given = {"frame_budget_ms": budget_ms, "hysteresis": hysteresis, "max_frames": max_frames, "masks": masks}
         _predict_videos(open_session, sources, out, given, as_json=as_json)
         return
     _refuse(of_videos | {"--masks": masks or None, "--max-frames": max_frames}, "videos", "images")
-    options = PredictOptions(batch_size=batch_size, deadline_ms=deadline_ms, tile=tile, tile_overlap=tile_overlap)
+    options = PredictOptions(
+        batch_size=batch_size,
+        deadline_ms=deadline_ms,
+        tile=tile,
+        tile_overlap=tile_overlap,
+        overlays=overlay,
+        confidence=confidence,
+        large_images=large_images,
+    )
     files = image_files(images)  # before the network is loaded
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file: name a folder")
@@ -117,6 +135,8 @@ def predict(
         taken = sorted({record["exit_index"] for record in done.records})
         shares = ", ".join(f"exit {e}: {sum(r['exit_index'] == e for r in done.records)}" for e in taken)
         print(f"{len(done.records)} image{'s' * (len(done.records) != 1)} ({shares}) in {out}/")
+    for line in done.notes:
+        print(f"messnet: {line}", file=sys.stderr)
     if done.failed:
         for line in done.failed:
             print(f"messnet: {line}", file=sys.stderr)

@@ -9,8 +9,8 @@ from pathlib import Path
 from messnet.data import IGNORE_INDEX
 from messnet.data.image_files import FileDataset, MaskReader
 from messnet.data.listings import expect_files, find_root, list_files
-from messnet.data.palettes import default_palette
 from messnet.errors import DataError
+from messnet.images.colours import default_palette
 
 __all__ = ["ADE20K_CLASSES", "open_ade20k"]
 

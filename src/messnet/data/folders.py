@@ -19,7 +19,6 @@ from PIL import Image
 
 from messnet.data import IGNORE_INDEX
 from messnet.data.image_files import (
-    IMAGE_SUFFIXES,
     FileDataset,
     MaskReader,
     expect_class_names,
@@ -27,8 +26,9 @@ from messnet.data.image_files import (
     read_indices,
 )
 from messnet.data.listings import bare_name, composed, list_files, read_text, some
-from messnet.data.palettes import default_palette
 from messnet.errors import DataError
+from messnet.images.colours import default_palette
+from messnet.images.reading import IMAGE_SUFFIXES
 
 __all__ = ["count_mask_values", "find_pairs", "open_folder"]
 

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.data import SegmentationDataset, SegmentationSample
-from messnet.data.image_files import IMAGE_SUFFIXES, FileDataset
+from messnet.data.image_files import FileDataset
 from messnet.data.listings import bare_name, composed, read_text, some
 from messnet.errors import DataError
+from messnet.images.reading import IMAGE_SUFFIXES
 
 __all__ = ["Grouped", "near_duplicates", "proposed_pattern", "thumbnail", "with_groups"]
 

@@ -20,10 +20,9 @@ from PIL import Image
 from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.data.listings import composed, some
 from messnet.errors import DataError
-from messnet.images.reading import rgb_of
+from messnet.images import reading
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "FileDataset",
     "MaskReader",
     "ProblemKind",
@@ -33,8 +32,6 @@ __all__ = [
     "read_image",
     "read_indices",
 ]
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 ProblemKind = Literal["unreadable file", "mask of another size", "mask of another format", "unknown ids"]
 Label = TypeVar("Label")
@@ -254,19 +251,15 @@ def expect_class_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB, as ``rgb_of``. Raises SampleError for a file that is no whole image."""
-    # Pillow, since OpenCV returns a truncated JPEG partly grey without a word.
+    """(H, W, 3) uint8 RGB, as ``images.reading.read_image``. Raises SampleError for a file that is no whole image."""
     try:
-        with Image.open(path) as file:
-            return rgb_of(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise unreadable(path, error) from error
+        return reading.read_image(path)
+    except DataError as error:
+        raise SampleError(str(error), kind="unreadable file") from error
 
 
 def unreadable(path: Path, error: Exception) -> SampleError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    message = f"cannot read {path} ({reason}): it is damaged or no image; copy it again or remove it"
-    return SampleError(message, kind="unreadable file")
+    return SampleError(reading.unreadable(path, error), kind="unreadable file")
 
 
 def read_indices(path: Path) -> NDArray[np.uint8]:

@@ -10,16 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from messnet.data import IGNORE_INDEX, SegmentationDataset, SegmentationSample
+from messnet.data import SegmentationDataset, SegmentationSample
 from messnet.data.checks import DatasetReport
 from messnet.errors import DataError
+from messnet.images.axes import LIGHT, style
+from messnet.images.drawing import overlay
 
-__all__ = ["draw_dataset", "overlay_labels", "typical_samples"]
+__all__ = ["draw_dataset", "typical_samples"]
 
-INK, MUTED, RULE = "#1d2433", "#5c6575", "#d9dde4"
-VOID_COLOUR = (0, 0, 0)
-STRENGTH = 0.55
-"""Of the class colours over the image."""
 MAX_CLASSES = 40
 """The most frequent ones are drawn."""
 MAX_NAME = 28
@@ -38,15 +36,6 @@ def typical_samples(dataset: SegmentationDataset, count: int) -> list[Segmentati
     return samples[::step][:count]
 
 
-def overlay_labels(sample: SegmentationSample, palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The image (H, W, 3) with its classes in their colours laid over it, void in black."""
-    colours = np.zeros((IGNORE_INDEX + 1, 3), np.uint8)
-    colours[: len(palette)] = palette
-    colours[IGNORE_INDEX] = VOID_COLOUR
-    mixed = (1 - STRENGTH) * sample.image + STRENGTH * colours[sample.mask]
-    return np.asarray(mixed.round(), np.uint8)
-
-
 def draw_dataset(
     reports: Mapping[str, DatasetReport], samples: Sequence[tuple[str, SegmentationSample]], palette: NDArray[np.uint8]
 ) -> Figure:
@@ -62,8 +51,8 @@ def draw_dataset(
     for row, split in enumerate(splits):
         for column, sample in enumerate(one for name, one in samples if name == split):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(overlay_labels(sample, palette))
-            axes.set_title(f"{split}: {sample.name[-MAX_NAME:]}", fontsize=8, color=MUTED)
+            axes.imshow(overlay(sample.image, sample.mask, palette))
+            axes.set_title(f"{split}: {sample.name[-MAX_NAME:]}", fontsize=8, color=LIGHT.muted)
             axes.axis("off")
     return figure
 
@@ -91,20 +80,18 @@ def _draw_shares(
             shares,
             0.9 * bar,
             color=colours,
-            edgecolor=INK,
+            edgecolor=LIGHT.ink,
             linewidth=0.4,
             alpha=1 if i == 0 else 0.55,
             label=f"{split}: {report.num_images} images, void {report.void_share:.1%}",
         )
-    axes.set_yticks(places, [name for _, name in names], fontsize=9, color=INK)
+    axes.set_yticks(places, [name for _, name in names], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlim(0, 100)
     axes.set_xticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
-    axes.set_xlabel("share of the labelled pixels, %", color=MUTED)
-    axes.tick_params(color=RULE)
-    axes.grid(axis="x", color=RULE, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("share of the labelled pixels, %")
+    style(axes, LIGHT)
+    axes.grid(visible=False, axis="y")
     if splits:
         axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), handlelength=1)

@@ -1,4 +1,4 @@
-"""The report's drawings and pictures: numbers in, figures out (method.md section 10)."""
+"""The report's drawings and pictures: numbers in, figures out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
+
+from messnet.images import colours
+from messnet.images.axes import LIGHT, Inks, style
+from messnet.images.drawing import coloured
 
 __all__ = [
     "as_svg",
@@ -32,27 +36,17 @@ __all__ = [
     "label_picture",
 ]
 
-# Colours of mid lightness: legible on the light page and on the dark one.
-EXIT_COLOURS = LinearSegmentedColormap.from_list("exits", ["#2fa08e", "#4b86d3", "#8b6cd0", "#cf5f8d"])
 FRONT_COLOURS = ("#8b6cd0", "#2fa08e", "#d08a3c", "#4b86d3")
 MAX_CUT_LABELS = 30
 
 
-class _Inks(NamedTuple):
-    ink: str
-    muted: str
-    rule: str
-    paper: str
-
-
 # Stand-ins, exchanged for the page's own colours so that one drawing serves light and dark.
-PAGE = _Inks("#010101", "#020202", "#030303", "#040404")
-# The page's own when it is light, for a drawing that stands alone.
-LIGHT = _Inks("#1f2328", "#636b74", "#e3e0d8", "#fcfbf8")
+PAGE = Inks("#010101", "#020202", "#030303", "#040404")
 
 
 def exit_colour(exit_index: int, num_exits: int) -> str:
-    return to_hex(EXIT_COLOURS(exit_index / max(1, num_exits - 1)))
+    """The exit's colour, shallow to deep, as "#rrggbb"."""
+    return "#{:02x}{:02x}{:02x}".format(*colours.exit_colour(exit_index, num_exits))
 
 
 def draw_front(fronts: Mapping[str, Sequence[tuple[float, float]]], rows: Sequence[tuple[float, float]]) -> Figure:
@@ -192,19 +186,13 @@ def _label_cuts(axes: Axes, places: Sequence[str], chosen: Sequence[int]) -> Non
     axes.set_xlabel(f"cut after module{within}", color=LIGHT.muted)
 
 
-def _axes(
-    x_label: str, y_label: str, inks: _Inks = PAGE, size: tuple[float, float] = (5.1, 3.7)
-) -> tuple[Figure, Axes]:
+def _axes(x_label: str, y_label: str, inks: Inks = PAGE, size: tuple[float, float] = (5.1, 3.7)) -> tuple[Figure, Axes]:
     """Quiet axes; by default sized so that letters stay legible when a phone shrinks the drawing."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(x_label, color=inks.muted)
-    axes.set_ylabel(y_label, color=inks.muted)
-    axes.tick_params(color=inks.rule, labelcolor=inks.muted)
-    axes.grid(color=inks.rule, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(inks.rule)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    style(axes, inks)
     return figure, axes
 
 
@@ -229,15 +217,13 @@ def as_svg(figure: Figure, name: str, alt: str) -> Markup:
 
 def label_picture(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> str:
     """Labels (H, W) in the colours of ``palette`` (K, 3), grey where ignored, as a data: address."""
-    colours = np.full((256, 3), 128, np.uint8)
-    colours[: len(palette)] = palette
-    return data_uri(colours[labels])
+    return data_uri(coloured(labels, palette))
 
 
 def confidence_picture(confidence: NDArray[np.floating[Any]]) -> str:
     """A confidence map (H, W) in [0, 1] as a data: address."""
-    colours = matplotlib.colormaps["viridis"](confidence.astype(np.float32))[..., :3]
-    return data_uri((255 * colours).astype(np.uint8))
+    shown = matplotlib.colormaps["viridis"](confidence.astype(np.float32))[..., :3]
+    return data_uri((255 * shown).astype(np.uint8))
 
 
 def confidence_colours(num_colours: int = 9) -> list[str]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from messnet.apps.predictions import overlay
+from messnet.images.drawing import as_png, mask, overlay
 
 __all__ = ["encode_mask", "encode_overlay", "encode_png"]
 
 
 def encode_mask(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
     """PNG of (H, W) class indices, which carries ``palette`` (K, 3) as its colours."""
-    mask = Image.fromarray(labels)
-    mask.putpalette(palette.flatten().tolist())
-    return encode_png(mask)
+    return encode_png(mask(labels, palette))
 
 
 def encode_overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
@@ -26,6 +22,5 @@ def encode_overlay(image: NDArray[np.uint8], labels: NDArray[np.uint8], palette:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=3)  # half the time of the default for a few per cent more bytes
-    return buffer.getvalue()
+    """PNG of a picture, in half the time of Pillow's default for a few per cent more bytes."""
+    return as_png(image, compress_level=3)

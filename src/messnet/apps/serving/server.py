@@ -10,7 +10,6 @@ from typing import TypedDict, Unpack
 
 from PIL import Image
 
-from messnet.apps.predictions import IMAGE_SUFFIXES
 from messnet.apps.serving.app import Sample, Service
 from messnet.apps.serving.decoding import FORMATS, RequestError, decode_image
 from messnet.apps.serving.description import describe
@@ -20,6 +19,7 @@ from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.bundle import is_bundle
 from messnet.deployment.loading import load
 from messnet.errors import DataError, MessError
+from messnet.images.reading import list_images
 from messnet.records.names import Precision, RuntimeName
 from messnet.records.run_directory import RunDirectory
 
@@ -96,9 +96,7 @@ def _samples_of(folder: Path, options: ServeOptions) -> list[Sample]:
     if not folder.is_dir():
         raise DataError(f"--samples {folder} is no folder; expected one that holds images")
     found = []
-    for file in sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    )[:MAX_SAMPLES]:
+    for file in list_images(folder)[:MAX_SAMPLES]:
         data = file.read_bytes()
         try:
             decode_image(data, max_pixels=options.max_pixels)
@@ -107,8 +105,6 @@ def _samples_of(folder: Path, options: ServeOptions) -> list[Sample]:
         with Image.open(io.BytesIO(data)) as image:
             media_type = FORMATS[image.format or ""]
         found.append(Sample(name=file.stem, media_type=media_type, data=data))
-    if not found:
-        raise DataError(f"--samples {folder} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 
