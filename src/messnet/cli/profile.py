@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from messnet.cli.app import AsJson, Overrides, app, do_stage, examples, plain_name, quieten
+from messnet.cli.app import (
+    AsJson,
+    Overrides,
+    PrecisionOption,
+    RuntimeOption,
+    app,
+    do_stage,
+    examples,
+    plain_name,
+    quieten,
+)
 from messnet.errors import MessError
+from messnet.records.names import DTYPES
 
 if TYPE_CHECKING:
     from messnet.network.multi_exit import MultiExitNet
@@ -41,8 +52,8 @@ def profile(
     input_size: tuple[int, int] | None = None,
     measure: Annotated[bool, Parameter(negative="")] = False,
     device: Literal["cpu", "cuda"] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    runtime: Literal["torch", "torch-compiled", "onnxruntime", "openvino"] = "torch",
+    precision: Annotated[PrecisionOption | None, Parameter(name=("--precision", "--dtype"))] = None,
+    runtime: RuntimeOption = "torch",
     batch: int | None = None,
     threads: int | None = None,
     repeats: int | None = None,
@@ -60,7 +71,7 @@ def profile(
         input_size: Height and width, for a model; by default 512 512.
         measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
         device: To measure on; by default cpu.
-        dtype: To measure in; by default float32.
+        precision: To measure in; by default f32. --dtype is its name in version 0.1.
         runtime: Of a bundle, which needs its graphs (see export), or of a run, whose heads all get some first.
         batch: Images at a time; by default 1.
         threads: Of the processor; by default torch's choice.
@@ -71,8 +82,14 @@ def profile(
         plot: Draw the cumulative cost and the chosen exit points, as PNG, SVG or PDF.
         out: A model's or bundle's table as JSON; for a recipe its run directory, by default runs/NAME.
     """
-    how = {"device": device, "dtype": dtype, "batch": batch, "threads": threads, "repeats": repeats}
-    how = {option: value for option, value in how.items() if value is not None}
+    given: dict[str, str | int | None] = {
+        "device": device,
+        "precision": precision,
+        "batch": batch,
+        "threads": threads,
+        "repeats": repeats,
+    }
+    how = {option: value for option, value in given.items() if value is not None}
     if thorough and repeats is not None:
         raise MessError("--thorough sets the rounds itself: leave --repeats out")
     if not measure and (how or name or thorough):
@@ -99,6 +116,9 @@ def profile(
     from messnet.run.measuring import measure_run, profile_bundle, profile_model
 
     pace = {} if thorough else {"max_seconds": QUICK_SECONDS, "tolerance": QUICK_TOLERANCE}
+    if precision is not None:
+        how["dtype"] = DTYPES[precision]
+        del how["precision"]
     latency = LatencyOptions(**how, **pace) if measure else None  # type: ignore[arg-type]
     if is_model:
         quick = measure and not thorough and not any(str(option).startswith("--heads.") for option in overrides)

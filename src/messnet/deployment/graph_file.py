@@ -23,7 +23,11 @@ _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 5, 7
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
 _TENSOR_NAME, _TENSOR_TYPE, _TENSOR_DATA = 8, 2, 9
 _TENSOR_EXTERNAL = 13, 14  # external_data and data_location
-_FLOATS = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}  # by ONNX's numbers for them
+_FLOATS: dict[int, np.dtype[np.floating]] = {
+    1: np.dtype("<f4"),
+    10: np.dtype("<f2"),
+    11: np.dtype("<f8"),
+}  # by ONNX's numbers for them
 _VALUE_NAME = 1
 _OPSET_DOMAIN = 1
 _DOMAINS = (b"", b"ai.onnx")  # operators that every runtime has
@@ -150,11 +154,12 @@ def _expect_own_data(tensor: memoryview, source: str) -> None:
                 f"{source} is refused: it says that data lie outside of it, where no bundle can vouch for them; "
                 f"graphs of a bundle hold all their weights: export it again"
             )
-    dtype = _FLOATS.get(kind)
-    # A single infinite value is a constant, such as that of a mask; among weights it is a training that failed.
-    many = dtype is not None and len(data) > dtype.itemsize and len(data) % dtype.itemsize == 0
-    if many and not bool(np.isfinite(np.frombuffer(data, dtype)).all()):
-        raise RunError(f"{source} holds NaN or infinite weights, from a training that failed: train it again")
+    if kind in _FLOATS:
+        bytes_each = _FLOATS[kind].itemsize
+        # A single infinite value is a constant, such as that of a mask; among weights it is a training that failed.
+        many = len(data) > bytes_each and len(data) % bytes_each == 0
+        if many and not np.isfinite(np.frombuffer(data, _FLOATS[kind])).all():
+            raise RunError(f"{source} holds NaN or infinite weights, from a training that failed: train it again")
 
 
 def _expect_domain(message: memoryview, number: int, source: str) -> None:

@@ -140,8 +140,7 @@ class GraphRunner(Runner):
         return logits[row : row + 1]
 
     def finite(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
-        finite: NDArray[np.bool_] = np.isfinite(logits).all((1, 2, 3))
-        return finite
+        return np.array([np.isfinite(one).all() for one in logits])
 
     def labels(self, logits: Any, rows: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.uint8]:
         return upsampled_labels(logits[rows], size, threads=self.threads)

@@ -68,14 +68,14 @@ def expect_runtime(runtime: str, precision: str) -> None:
         )
 
 
-def precision_named(name: str, *, option: str = "precision") -> Precision:
-    """The precision that a user calls ``name``. A spelling of version 0.1 is taken with a line on standard error that
-    says the new one. Raises RecipeError for any other word."""
+def precision_named(name: str, *, option: str = "precision", quiet: bool = False) -> Precision:
+    """The precision that a user calls ``name``. A spelling of version 0.1 is taken, unless ``quiet`` with a line on
+    standard error that says the new one. Raises RecipeError for any other word."""
     if name in DTYPES:
         return name
     if name not in _OLD_PRECISIONS:
         raise RecipeError(f"{option} {name!r} is unknown: expected one of {', '.join(DTYPES)}")
-    return _said(option, name, _OLD_PRECISIONS[name])
+    return _OLD_PRECISIONS[name] if quiet else _said(option, name, _OLD_PRECISIONS[name])
 
 
 def runtime_named(name: str, *, option: str = "--runtime") -> RuntimeName:

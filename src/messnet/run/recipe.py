@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -18,6 +19,7 @@ from messnet.evaluation import EvaluationOptions
 from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
 from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain, type_options
+from messnet.records.names import precision_named
 from messnet.searching import Grid
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
@@ -108,10 +110,10 @@ def recipe_to_record(recipe: Recipe) -> dict[str, Plain]:
 
 def recipe_from_record(record: Mapping[str, object], overrides: Sequence[str] = ()) -> Recipe:
     """The inverse of ``recipe_to_record``. Raises RecipeError for keys that this version does not know."""
-    return _recipe(dict(record), overrides, source="the recorded recipe")
+    return _recipe(dict(record), overrides, source="the recorded recipe", quiet=True)
 
 
-def _recipe(content: dict[str, object], overrides: Sequence[str], *, source: str) -> Recipe:
+def _recipe(content: dict[str, object], overrides: Sequence[str], *, source: str, quiet: bool = False) -> Recipe:
     said = dict(_parse_overrides(overrides))
     for name, value in said.items():
         *sections, key = name.split(".")
@@ -121,6 +123,7 @@ def _recipe(content: dict[str, object], overrides: Sequence[str], *, source: str
             place[section] = dict(inner) if isinstance(inner, dict) else {}
             place = cast("dict[str, object]", place[section])
         place[key] = value
+    _expect_new_names(content, quiet=quiet and not said)
     try:
         return from_plain(content, Recipe, texts=True)
     except MismatchError as error:
@@ -128,6 +131,15 @@ def _recipe(content: dict[str, object], overrides: Sequence[str], *, source: str
         raise RecipeError(f"--{error}" if of_override else f"{source}: {error}") from error
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from error
+
+
+def _expect_new_names(content: dict[str, object], *, quiet: bool) -> None:
+    """Puts the precision's name of today in the place of one of version 0.1; another word is left to be refused."""
+    compute = content.get("compute")
+    if isinstance(compute, dict) and isinstance(name := compute.get("precision"), str):
+        with suppress(RecipeError):
+            named = precision_named(name, option="compute.precision", quiet=quiet)
+            content["compute"] = {**compute, "precision": named}
 
 
 def _read_yaml(path: Path) -> dict[str, object]:

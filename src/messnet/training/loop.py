@@ -127,10 +127,10 @@ def train(
 
 
 def _warn_of_emulation(device: torch.device, compute: ComputeOptions) -> None:
-    if device.type == "cpu" and compute.precision == "bf16-mixed" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and compute.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         say(
-            "compute.precision is bf16-mixed, which this processor has no instructions for: an iteration may take "
-            "minutes; with --compute.precision 32-true it does not"
+            "compute.precision is bf16, which this processor has no instructions for: an iteration may take "
+            "minutes; with --compute.precision f32 it does not"
         )
 
 

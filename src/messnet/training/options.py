@@ -21,6 +21,8 @@ __all__ = ["ComputeOptions", "DistillOptions", "LogKind", "PretrainOptions", "Sc
 Schedule = Literal["alternating", "modulo"]
 Scheme = Literal["exit_aware", "baseline", "end_to_end"]
 LogKind = Literal["csv", "tensorboard", "both", "none"]
+# What Fabric calls them.
+_FABRIC: dict[Literal["f32", "bf16"], Literal["32-true", "bf16-mixed"]] = {"f32": "32-true", "bf16": "bf16-mixed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,9 @@ class ComputeOptions:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" (an accelerator if there is one), "cpu" or "cuda"."""
-    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """"auto": bf16 autocast on an accelerator, float32 on a CPU, where depthwise backward passes are slower in bf16."""
+    precision: Literal["auto", "f32", "bf16"] = "auto"
+    """"bf16" is autocast: weights stay float32. "auto": that on an accelerator, float32 on a CPU, where depthwise
+    backward passes are slower in bf16."""
     num_workers: int = 1
     """Processes that load and augment images; 0: the training process itself."""
     devices: int = 1
@@ -56,8 +59,8 @@ class ComputeOptions:
             raise RecipeError("compute.device is 'cuda' but torch sees no CUDA device; use 'auto' or 'cpu'")
         if accelerator not in ("cpu", "cuda"):
             raise RecipeError(f"compute.device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
-        automatic: Literal["32-true", "bf16-mixed"] = "bf16-mixed" if accelerator == "cuda" else "32-true"
-        precision = automatic if self.precision == "auto" else self.precision
+        automatic: Literal["f32", "bf16"] = "bf16" if accelerator == "cuda" else "f32"
+        precision = _FABRIC[automatic if self.precision == "auto" else self.precision]
         if not self.is_parallel:
             return Fabric(accelerator=accelerator, devices=1, precision=precision)
         # Most plain heads of stage 1 have no part in an iteration's loss.
