@@ -69,7 +69,7 @@ def evaluate(
     Raises DataError for the first image that cannot be read, ModelError for logits that are not finite.
     """
     # The layout that a Session runs in: another one rounds otherwise.
-    net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = net.eval().to(device, memory_format=net.memory_format)  # type: ignore[call-overload]
     positions, marked = _positions(part, len(dataset)), _marked(origin, part)
     key = f"{marked} on {torch.device(device).type}"
     tables = _resumed(checkpoint, key) or _empty(net, dataset, options, marked, num_images=len(positions))
@@ -138,7 +138,7 @@ def _evaluate_image(
 ) -> None:
     """Fills one row of the tables' arrays."""
     tables.difficulty[row] = sample.difficulty
-    image = torch.from_numpy(normalise(sample.image))[None].to(device, memory_format=torch.channels_last)
+    image = torch.from_numpy(normalise(sample.image))[None].to(device, memory_format=net.memory_format)
     label = torch.tensor(sample.mask, device=device)  # copies: cached masks are read-only
     thresholds = torch.tensor(options.pixel_thresholds, dtype=torch.float32, device=device)
     size = (image.shape[2], image.shape[3])

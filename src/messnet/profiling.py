@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from messnet.costs.latency import LatencyOptions, Stopwatch, num_threads
-from messnet.costs.workload import Count, copy_module, dtype_of, metering, shadow
+from messnet.costs.workload import (
+    Count,
+    UncopyableError,
+    copy_module,
+    device_of,
+    dtype_of,
+    in_eval_mode,
+    metering,
+    shadow,
+)
 from messnet.errors import ModelError
 from messnet.network.multi_exit import MultiExitNet, convert, labels_at
 from messnet.policy.policy import Policy
@@ -26,7 +35,7 @@ from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit
 from messnet.records.run_directory import provenance
 
-__all__ = ["profile"]
+__all__ = ["profile", "running_copy"]
 
 _POLICY = Policy()
 _PIXEL_THRESHOLD = 0.9
@@ -102,15 +111,35 @@ def _num_parameters(net: MultiExitNet, exit: Exit) -> int:
 
 def _count(net: MultiExitNet, shape: tuple[int, ...], dtype: torch.dtype) -> dict[_Part, Count]:
     try:
-        return _count_on(shadow(net).to(dtype), shape, "meta")
-    except RuntimeError:  # a model that looks at values has to compute them
+        with torch.device("meta"):  # also what forward makes
+            return _count_on(shadow(net).to(dtype), shape, "meta")
+    except UncopyableError:
+        with in_eval_mode(net):
+            return _count_on(net, shape, device_of(net))
+    except Exception:  # a model that looks at values has to compute them
         copied = copy_module(
             net, lambda tensor: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         )
         return _count_on(copied, shape, "cpu")
 
 
-def _count_on(net: MultiExitNet, shape: tuple[int, ...], device: str) -> dict[_Part, Count]:
+@contextmanager
+def running_copy(net: MultiExitNet, options: LatencyOptions) -> Iterator[MultiExitNet]:
+    """The copy of ``net`` that is measured as ``options`` say, so that ``net`` stays as it is. A network that cannot be
+    copied is measured itself, if it is where and of the dtype that was asked for: ModelError otherwise."""
+    try:
+        yield copy_module(net, options.convert).to(memory_format=net.memory_format)
+    except UncopyableError as error:
+        wanted, device = getattr(torch, options.dtype), torch.device(options.device)
+        if dtype_of(net) != wanted or device_of(net).type != device.type:
+            raise ModelError(
+                f"{error}: it can be measured as it is alone, on {device_of(net)} in {str(dtype_of(net))[6:]}"
+            ) from error
+        with in_eval_mode(net):
+            yield net
+
+
+def _count_on(net: MultiExitNet, shape: tuple[int, ...], device: torch.device | str) -> dict[_Part, Count]:
     with torch.no_grad(), metering() as meter:
         for run in (_run_model, _run_early_exits):
             run(net, lambda: torch.zeros(shape, dtype=dtype_of(net), device=device), shape[-2:], meter.part)
@@ -118,14 +147,15 @@ def _count_on(net: MultiExitNet, shape: tuple[int, ...], device: str) -> dict[_P
 
 
 def _time(net: MultiExitNet, shape: tuple[int, ...], options: LatencyOptions) -> Stopwatch:
-    copied, watch = copy_module(net, options.convert), Stopwatch(options.device)
+    watch = Stopwatch(options.device)
     x = options.convert(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    x = x.contiguous(memory_format=net.memory_format)
+    with running_copy(net, options) as running, torch.inference_mode(), num_threads(options.threads):
 
-    def once() -> None:
-        for run in (_run_model, _run_early_exits):
-            run(copied, lambda: x, shape[-2:], watch.lap)
+        def once() -> None:
+            for run in (_run_model, _run_early_exits):
+                run(running, lambda: x, shape[-2:], watch.lap)
 
-    with torch.inference_mode(), num_threads(options.threads):
         watch.repeat(once, options, desc="measure")
     return watch
 

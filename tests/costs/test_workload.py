@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from messnet.costs.workload import Workload, copy_module, count_module, count_nodes, metering, shadow
+from messnet.costs.workload import (
+    UncopyableError,
+    Workload,
+    copy_module,
+    count_module,
+    count_nodes,
+    metering,
+    shadow,
+)
 
 N, C, H, W = 3, 8, 10, 12
 ELEMENTS = N * C * H * W
@@ -150,3 +158,73 @@ def test_a_copy_shares_what_is_not_converted() -> None:
     assert copied[1].num_batches_tracked.data_ptr() == module[1].num_batches_tracked.data_ptr()
     assert not any(p.requires_grad for p in copied.parameters())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
+
+
+LENGTH, WIDTH = 60, 8  # of tokens
+
+
+class Queries(nn.Module):
+    """Attention as PyTorch fuses it: one operator on a processor, products elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class Distances(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "macs"),
+    [
+        (Queries(), (2, 3, LENGTH, WIDTH), 2 * 2 * 3 * LENGTH**2 * WIDTH),
+        (nn.MultiheadAttention(WIDTH, 2, batch_first=True), (1, LENGTH, WIDTH), None),
+        (nn.TransformerEncoderLayer(WIDTH, 2, batch_first=True), (1, LENGTH, WIDTH), None),
+        (nn.LSTM(WIDTH, 5), (LENGTH, 2, WIDTH), LENGTH * 2 * 4 * 5 * (WIDTH + 5)),
+        (nn.GRU(WIDTH, 5), (LENGTH, 2, WIDTH), LENGTH * 2 * 3 * 5 * (WIDTH + 5)),
+        (Distances(), (2, LENGTH, WIDTH), 2 * LENGTH**2 * WIDTH),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_every_device_counts_alike(module: nn.Module, shape: tuple[int, ...], macs: float | None) -> None:
+    """What a device makes of an operator does not change its work."""
+    inputs = 3 if isinstance(module, nn.MultiheadAttention) else 1
+    if isinstance(module, nn.MultiheadAttention):
+        macs = 4 * LENGTH * WIDTH**2 + 2 * LENGTH**2 * WIDTH
+    if isinstance(module, nn.TransformerEncoderLayer):
+        hidden = module.linear1.out_features
+        macs = 4 * LENGTH * WIDTH**2 + 2 * LENGTH**2 * WIDTH + 2 * LENGTH * WIDTH * hidden
+    for device in ("cpu", "meta"):
+        with torch.no_grad(), metering() as meter, meter.part("it"):
+            module.eval().to_empty(device=device)(*[torch.zeros(shape, device=device)] * inputs)
+        assert meter.counts["it"].workload.macs == macs, device
+
+
+def test_a_copy_has_what_modules_hold_besides_parameters() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(C, C, 1)
+            self.kernel, self.kept = torch.ones(C, 1, 1), {"low": [self.conv(torch.ones(1, C, 2, 2))]}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * self.kernel
+
+    module = Holder()
+    copied = copy_module(module, lambda tensor: tensor.double())
+    assert copied.kernel.dtype == copied.kept["low"][0].dtype == torch.float64
+    assert module.kernel.dtype == torch.float32
+    assert count_module(module, (N, C, H, W)) == Workload(ELEMENTS * C, ELEMENTS * C)
+
+
+def test_a_module_whose_hook_keeps_features_is_not_copied() -> None:
+    kept: list[Tensor] = []
+    module = nn.Sequential(nn.Conv2d(C, C, 1), nn.ReLU())
+    module[0].register_forward_hook(lambda _, __, output: kept.append(output))
+    with pytest.raises(UncopyableError, match="0 has a forward hook, which may keep what it sees in the original"):
+        copy_module(module, lambda tensor: tensor)
+    graph = fx.symbolic_trace(module)  # in a graph nothing can read what it keeps
+    assert not copy_module(graph, lambda tensor: tensor).get_submodule("0")._forward_hooks
+    assert count_nodes(graph, (N, C, H, W))["_0"][0].macs == ELEMENTS * C
+    assert len(graph.get_submodule("0")._forward_hooks) == 1

@@ -297,7 +297,7 @@ def test_what_cannot_be_converted_is_told_in_one_line(model: nn.Module, options:
 
 def test_an_example_that_is_no_batch_of_images_is_told() -> None:
     for shape in ((3, 64, 80), (1, 1, 64, 80), (1, 64, 80, 3)):
-        with pytest.raises(ModelError, match=rf"example_input must be images \(N, 3, H, W\), got \({shape[0]}, "):
+        with pytest.raises(ModelError, match=rf"example_input must be RGB images \(N, 3, H, W\), got \({shape[0]}, "):
             convert(Model(nn.ReLU()), torch.zeros(shape))
 
 

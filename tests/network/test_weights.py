@@ -72,6 +72,9 @@ def saved(path: Path, content: Any) -> Path:
         {"model_state_dict": prefixed("model."), "loss": 0.5},
         prefixed("module."),
         prefixed("model."),
+        prefixed("_orig_mod."),
+        prefixed("net._orig_mod."),
+        {name.replace("backbone.", "backbone._orig_mod."): tensor for name, tensor in STATE.items()},
     ],
 )
 def test_torch_files(tmp_path: Path, content: dict[str, Any]) -> None:
@@ -108,8 +111,8 @@ def test_a_prefix_stays_where_the_model_has_it(tmp_path: Path) -> None:
     model = nn.ModuleDict({"model": small_model()})
     assert load_weights(model, saved(tmp_path / "w.pth", prefixed("model."))) == []
     expect_loaded(model["model"])
-    mixed = prefixed("module.", dict([*STATE.items()][:2])) | dict([*STATE.items()][2:])
-    expect_refused(saved(tmp_path / "mixed.pth", mixed), "missing backbone.0.weight; .*unexpected module.backbone.0")
+    mixed = prefixed("inner.", dict([*STATE.items()][:2])) | dict([*STATE.items()][2:])
+    expect_refused(saved(tmp_path / "mixed.pth", mixed), "missing backbone.0.weight, .*unexpected inner.backbone.0")
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -127,7 +130,7 @@ def test_an_auxiliary_classifier_with_a_place_is_loaded(tmp_path: Path) -> None:
     state = {**STATE, "aux_classifier.weight": torch.randn(2, 4), "aux_classifier.bias": torch.randn(2)}
     assert load_weights(model, saved(tmp_path / "w.pth", state)) == []
     assert torch.equal(model.aux_classifier.weight, state["aux_classifier.weight"])
-    with pytest.raises(ModelError, match=r"missing aux_classifier.weight; missing aux_classifier.bias\. "):
+    with pytest.raises(ModelError, match=r"missing aux_classifier.weight, aux_classifier.bias\. "):
         load_weights(model, saved(tmp_path / "w.pth", STATE))
 
 
@@ -149,8 +152,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert "missing backbone.1.running_mean; unexpected fc.weight; classifier.bias is (21, 2), expected (3,). " in text
     assert "as many classes" in text
     text = expect_refused(saved(tmp_path / "w.pth", {"fc.weight": torch.ones(1)}), "does not fit")
-    listed = [f"missing {name}" for name in STATE][:5]
-    assert f"{'; '.join(listed)} and {len(STATE) + 1 - 5} more. " in text
+    assert f"missing {', '.join([*STATE][:3])} and {len(STATE) - 3} more; unexpected fc.weight. " in text
 
 
 def test_prefixed_weights_of_another_shape_are_named_as_the_model_does(tmp_path: Path) -> None:
@@ -296,3 +298,40 @@ def test_an_unreachable_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert (
         "fetch https://download.pytorch.org/models/fcn_resnet50_coco-1167a1af.pth elsewhere and give the file" in text
     )
+
+
+def test_what_stands_beside_the_model_is_left_out_and_said(tmp_path: Path) -> None:
+    state = prefixed("net.") | {"criterion.weight": torch.ones(3), "ema.decay": torch.ones(1)}
+    model = small_model()
+    (note,) = load_weights(model, path := saved(tmp_path / "w.pth", state))
+    assert note == f"{path}: 2 tensors of criterion, ema left out, the model's own begin with net."
+    expect_loaded(model)
+
+
+def test_values_that_no_training_makes_are_refused(tmp_path: Path) -> None:
+    for value, words in ((float("nan"), "holds values that are not finite"), (float("inf"), "not finite")):
+        expect_refused(saved(tmp_path / "w.pth", {**STATE, "classifier.bias": torch.full((3,), value)}), words)
+    whole = {**STATE, "backbone.0.weight": torch.ones(4, 3, 3, 3, dtype=torch.int8)}
+    expect_refused(saved(tmp_path / "w.pth", whole), "backbone.0.weight holds int8, expected floating-point numbers")
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in STATE.items()}
+    assert load_weights(small_model(), saved(tmp_path / "w.pth", half)) == []
+
+
+def test_a_file_holds_tied_tensors_once(tmp_path: Path) -> None:
+    def tied(seed: int) -> nn.Module:
+        model = small_model(seed=seed)
+        model.second = nn.Conv2d(4, 3, 1)
+        model.second.weight = model.classifier.weight
+        return model
+
+    safetensors.torch.save_model(tied(1), str(tmp_path / "w.safetensors"))
+    model = tied(0)
+    assert load_weights(model, tmp_path / "w.safetensors") == []
+    assert model.second.weight is model.classifier.weight
+    assert torch.equal(model.second.weight, tied(1).second.weight)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_torchscript_file_is_told_how_to_give_its_tensors(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(small_model().eval(), torch.zeros(1, 3, 8, 8)), tmp_path / "w.pt")
+    expect_refused(tmp_path / "w.pt", "is a TorchScript program, which is not run here: save its tensors alone")

@@ -1,7 +1,8 @@
 """Workload and memory of anything that runs, counted without computing it: on copies that live on the meta device.
 
-Multiply-accumulates in two conventions. "conv": matmul-like operators only (convolutions, linear layers, attention).
-"paper": plus 2 per BatchNorm element and 1 per element that a global average pool reads, which is what the posters'
+Multiply-accumulates in two conventions. "conv": matmul-like operators only (convolutions, linear layers, attention),
+whatever a device makes of them: attention is one fused operator on a processor and two products elsewhere.
+"paper": plus 2 per BatchNorm element and 1 per element that a global average pool reads, which is what the paper's
 "GFLOPs" turn out to be (138.63 / 163.86 / 8.78 at 512x512, truncated to two decimals). All else (activations, max-pool,
 interpolation, bias, the exit policy's comparisons) counts nothing in either.
 
@@ -22,20 +23,26 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from messnet.errors import ModelError
 
 __all__ = [
     "Count",
     "Meter",
+    "UncopyableError",
     "Workload",
     "copy_module",
     "count_module",
     "count_nodes",
+    "device_of",
     "dtype_of",
+    "in_eval_mode",
     "metering",
     "shadow",
+    "users_hooks",
 ]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -107,34 +114,72 @@ def metering() -> Iterator[Meter]:
     A tensor that is made outside takes no memory, so inputs are to be made inside.
     """
     meter = Meter()
-    with meter, meter.macs:
+    with _without_fused_layers(), meter, meter.macs:
         yield meter
 
 
 def count_module(module: nn.Module, *input_shapes: tuple[int, ...]) -> Workload:
     """Workload of one forward pass of ``module`` in eval mode, inputs of these shapes and of its own dtype."""
-    with torch.no_grad(), _counter() as counter:
+    with torch.no_grad(), torch.device("meta"), _counter() as counter:
         shadow(module)(*(torch.empty(shape, dtype=dtype_of(module), device="meta") for shape in input_shapes))
     return _workload(_flops(counter))
 
 
-def count_nodes(graph_module: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[str, tuple[Workload, Any]]:
+def count_nodes(graph_module: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[str, tuple[Workload, object]]:
     """Runs the graph without computing it: the workload and the output of every node, by node name.
 
-    Tensors come back on the meta device: shape and dtype, no values.
+    Tensors come back on the meta device: shape and dtype, no values. A graph with modules that cannot be copied,
+    or that do not run on the meta device, is run for real, once. Raises what the graph raises.
     """
-    nodes: dict[str, tuple[Workload, Any]] = {}
+    try:
+        with torch.device("meta"):
+            return _run_nodes(shadow(graph_module), input_shape, "meta")
+    except Exception as error:
+        if "meta tensor" in str(error):  # it asks for values
+            raise
+    with in_eval_mode(graph_module):
+        return _run_nodes(graph_module, input_shape, device_of(graph_module))
+
+
+def _run_nodes(
+    graph_module: fx.GraphModule, input_shape: tuple[int, ...], device: torch.device | str
+) -> dict[str, tuple[Workload, object]]:
+    nodes: dict[str, tuple[Workload, object]] = {}
 
     class Interpreter(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
+        def run_node(self, n: fx.Node) -> object:
             with _counter() as counter:
-                result = super().run_node(n)
-            nodes[n.name] = (_workload(_flops(counter)), result)
+                result: object = super().run_node(n)
+            empty = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), result)
+            nodes[n.name] = (_workload(_flops(counter)), empty)
             return result
 
-    with torch.no_grad():
-        Interpreter(shadow(graph_module)).run(torch.empty(input_shape, dtype=dtype_of(graph_module), device="meta"))
+    with torch.no_grad(), _without_fused_layers():
+        Interpreter(graph_module).run(torch.zeros(input_shape, dtype=dtype_of(graph_module), device=device))
     return nodes
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and in its own again afterwards."""
+    modes = [(one, one.training) for one in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for one, training in modes:
+            one.training = training
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """torch runs a whole transformer layer as one operator in eval mode, which tells nobody what it multiplies."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -143,21 +188,72 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first tensor of a module is; the processor if it has none."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
 def shadow(module: _Module) -> _Module:
     """A copy without storage, in eval mode."""
     return copy_module(module, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def copy_module(module: _Module, convert: Callable[[Tensor], Tensor]) -> _Module:
-    """A copy in eval mode, without gradients, whose parameters and buffers are ``convert(tensor)``. They are converted
-    as they are copied: none exists twice beside the original."""
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    """A copy in eval mode, without gradients, whose tensors are ``convert(tensor)``: parameters, buffers, and what
+    modules hold besides in attributes. They are converted as they are copied: none exists twice beside the original.
+
+    Raises UncopyableError when a forward hook of the user's may write to the original, or Python cannot copy a part.
+    """
+    hooked = [name for name, part in module.named_modules() if users_hooks(part)]
+    if unsafe := sorted({*hooked} - _nodes(module)):
+        raise UncopyableError(f"{unsafe[0]} has a forward hook, which may keep what it sees in the original")
+    memo: dict[int, object] = {}
+    for tensor in (*module.parameters(), *module.buffers(), *_held_tensors(module)):
         converted = convert(tensor.detach())
         memo[id(tensor)] = (
             nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
         )
-    return copy.deepcopy(module, memo).eval()
+    try:
+        copied = copy.deepcopy(module, memo).eval()
+    except Exception as error:  # Python raises many kinds
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UncopyableError(f"{type(module).__name__} cannot be copied ({reason})") from error
+    for name in hooked:  # the copy's hooks would write to the original, and nothing in a graph reads what they keep
+        part = copied.get_submodule(name)
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in users_hooks(part)]:
+                del hooks[key]
+    return copied
+
+
+def _nodes(module: nn.Module) -> set[str]:
+    """The names of modules that are nodes of a graph: what they give reaches others as the graph shows, in no other
+    way."""
+    return {
+        f"{name}.{node.target}".lstrip(".")
+        for name, part in module.named_modules()
+        if isinstance(part, fx.GraphModule)
+        for node in part.graph.nodes
+        if node.op == "call_module"
+    }
+
+
+class UncopyableError(ModelError):
+    """A module that has to run as it is."""
+
+
+def users_hooks(module: nn.Module) -> list[object]:
+    """The forward hooks of a module that are not torch's own. Those, such as weight_norm's, touch weights alone."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch.")]
+
+
+def _held_tensors(module: nn.Module) -> list[Tensor]:
+    """What modules hold in attributes, also in lists and dicts, that is neither parameter nor buffer: a kernel, a
+    weight that weight_norm has worked out, a feature map that was kept."""
+    own = {"_parameters", "_buffers", "_modules"}
+    held = ({name: value for name, value in part.__dict__.items() if name not in own} for part in module.modules())
+    return [tensor for values in held for tensor in _tensors(values)]
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -175,12 +271,55 @@ def _workload(flops: dict[Any, int]) -> Workload:
     return Workload(macs=(total - extra) / 2, macs_paper=total / 2)
 
 
-def _batch_norm(input_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+# Formulas take the shapes of the operator's arguments, and give operations: two for each multiply-accumulate.
+Shape = tuple[int, ...]
+
+
+def _batch_norm(input_shape: Shape, *_: object, **__: object) -> int:
     return 2 * 2 * math.prod(input_shape)
 
 
-def _global_pool(input_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+def _global_pool(input_shape: Shape, *_: object, **__: object) -> int:
     return 2 * math.prod(input_shape)
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    """(..., L, E), (..., S, E), (..., S, V): the products query x key and weights x value."""
+    *batch, length, width = query
+    return 2 * math.prod(batch) * length * key[-2] * (width + value[-1])
+
+
+def _matrix_vector(matrix: Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _added_matrix_vector(_: Shape, matrix: Shape, *__: object, **___: object) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _added_product(_: Shape, one: Shape, other: Shape, *__: object, **___: object) -> int:
+    """bias, (..., L, M), (..., M, N)."""
+    return 2 * math.prod(one) * other[-1]
+
+
+def _recurrent_layer(x: Shape, of_input: Shape, of_state: Shape, *_: object, **__: object) -> int:
+    """(T, B, I) with the weights (4H, I) and (4H, H) of an LSTM."""
+    return 2 * x[0] * x[1] * (math.prod(of_input) + math.prod(of_state))
+
+
+def _bilinear_form(one: Shape, weight: Shape, other: Shape, *_: object, **__: object) -> int:
+    """nn.Bilinear: (B, I, 1 ...), (1, O, I, J), (B, J): two products for each of the weights."""
+    return 2 * 2 * one[0] * math.prod(weight)
+
+
+def _distances(one: Shape, other: Shape, *_: object, **__: object) -> int:
+    """(..., P, M), (..., R, M)."""
+    return 2 * math.prod(one) * other[-2]
+
+
+def _deformable(x: Shape, weight: Shape, *_: object, out_shape: Shape, **__: object) -> int:
+    """(N, C, H, W), (O, C/g, k, k): a convolution that is told where to look."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 _aten = torch.ops.aten
@@ -193,7 +332,25 @@ _PAPER_ONLY = {
     _aten._adaptive_avg_pool2d: _global_pool,
     _aten.mean: _global_pool,
 }
+# What multiplies matrices and has no formula of torch's own.
+_UNKNOWN_TO_TORCH = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_fused_attention_overrideable: _attention,
+    _aten.mv: _matrix_vector,
+    _aten.addmv: _added_matrix_vector,
+    _aten.dot: _matrix_vector,
+    _aten.vdot: _matrix_vector,
+    _aten.addbmm: _added_product,
+    _aten._addmm_activation: _added_product,
+    _aten.mkldnn_rnn_layer: _recurrent_layer,
+    _aten._trilinear: _bilinear_form,
+    _aten._cdist_forward: _distances,
+    _aten._euclidean_dist: _distances,
+}
 
 
 def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=_PAPER_ONLY)
+    formulas = {**_PAPER_ONLY, **_UNKNOWN_TO_TORCH}
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):  # where torchvision is loaded
+        formulas[torch.ops.torchvision.deform_conv2d] = _deformable
+    return FlopCounterMode(display=False, custom_mapping=formulas)

@@ -18,11 +18,12 @@ import logging
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from messnet.deployment.graph_runner import OUTPUT, stage_name
@@ -111,12 +112,47 @@ def _exported(stage: _Stage, live: tuple[Tensor, ...], num_next: int) -> Any:
             opset_version=OPSET,
             input_names=[f"live{k}" for k in range(len(live))],
             output_names=[*(f"next{k}" for k in range(num_next)), "logits"],
+            custom_translation_table=_translations(),
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
     model.ir_version = IR_VERSION
     return model
+
+
+def _translations() -> dict[Callable[..., object], Callable[..., object]]:
+    """Operators that torch's exporter writes for the size of the example alone."""
+    pool = torch.ops.aten
+    return {pool.adaptive_avg_pool2d.default: _pool_to_cells, pool._adaptive_avg_pool2d.default: _pool_to_cells}
+
+
+def _pool_to_cells(x: Any, output_size: Sequence[int]) -> Any:
+    """Adaptive average pooling (PSPNet's) of maps of any size as a product with one matrix per axis: row k of a matrix
+    (cells, length) averages from floor(k * length / cells) to ceil((k + 1) * length / cells)."""
+    from onnxscript import opset20
+
+    op: Any = opset20  # its types are those of the tensors in a running graph
+    matrices = []
+    for axis, cells in zip((2, 3), output_size, strict=True):
+        length = op.Shape(x, start=axis, end=axis + 1)
+        first = np.arange(cells, dtype=np.int64)[:, None]
+        start = op.Div(op.Mul(op.Constant(value=_constant(first)), length), op.Constant(value_ints=[cells]))
+        above = op.Constant(value_ints=[cells - 1])
+        end = op.Add(op.Mul(op.Constant(value=_constant(first + 1)), length), above)
+        end = op.Div(end, op.Constant(value_ints=[cells]))
+        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+        position = op.Range(zero, op.Squeeze(length, op.Constant(value_ints=[0])), one)
+        inside = op.Cast(op.And(op.GreaterOrEqual(position, start), op.Less(position, end)), to=1)
+        matrices.append(op.Div(inside, op.Cast(op.Sub(end, start), to=1)))
+    rows, columns = matrices
+    return op.MatMul(rows, op.MatMul(x, op.Transpose(columns, perm=[1, 0])))
+
+
+def _constant(values: NDArray[np.int64]) -> Any:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(values)
 
 
 def _widen_thin_maps(graph: Any) -> None:

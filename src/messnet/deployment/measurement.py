@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 
 from messnet.costs.latency import LatencyOptions, Stopwatch, num_threads
-from messnet.costs.workload import copy_module
 from messnet.deployment.restoring import graph_runner
 from messnet.deployment.runner import Live
 from messnet.deployment.session import Session
 from messnet.network.multi_exit import MultiExitNet
+from messnet.profiling import running_copy
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.names import GraphRuntime, precision_of_dtype
@@ -34,15 +34,15 @@ def check_additivity(
     """
     draw = np.random.default_rng(seed)
     image = draw.integers(0, 256, (*costs.input_size, 3), dtype=np.uint8)
-    copied, watch = copy_module(net, options.convert), Stopwatch(options.device)
+    watch = Stopwatch(options.device)
     drawn = [_random_instance(net.exits, draw) for _ in range(num_instances)]
-    sessions = [Session(copied, instance, device=options.device) for instance, _ in drawn]
+    with running_copy(net, options) as running, num_threads(options.threads):
+        sessions = [Session(running, instance, device=options.device) for instance, _ in drawn]
 
-    def once() -> None:
-        for i in draw.permutation(num_instances).tolist():
-            watch.laps[i].append(sessions[i].predict([image])[0].latency_ms)
+        def once() -> None:
+            for i in draw.permutation(num_instances).tolist():
+                watch.laps[i].append(sessions[i].predict([image])[0].latency_ms)
 
-    with num_threads(options.threads):
         watch.repeat(once, options, desc="check")
     errors = []
     for i, (instance, stop) in enumerate(drawn):

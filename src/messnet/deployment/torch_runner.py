@@ -64,7 +64,7 @@ class TorchRunner(Runner):
         self._device, self.policy = torch_device(device), policy
         self.device = str(self._device)
         dtype = dtype_of(net) if precision is None else getattr(torch, DTYPES[precision])
-        layout = {"memory_format": torch.channels_last}
+        layout = {"memory_format": net.memory_format}
         self.net: MultiExitNet = net.eval().to(self._device, dtype, **layout)  # type: ignore[call-overload]
         self.runtime: RuntimeName = "torch-compiled" if compiled else "torch"
         self.precision: Precision = next(p for p in get_args(Precision) if str(dtype) == f"torch.{DTYPES[p]}")
@@ -98,7 +98,8 @@ class TorchRunner(Runner):
         return self._multiple
 
     def start(self, images: NDArray[np.uint8]) -> Live:
-        x = torch.from_numpy(normalise(images)).to(self._device, dtype_of(self.net), memory_format=torch.channels_last)
+        layout = self.net.memory_format
+        x = torch.from_numpy(normalise(images)).to(self._device, dtype_of(self.net), memory_format=layout)
         size = (images.shape[1], images.shape[2])
         if isinstance(self.net.backbone, Chain):
             return Live((x,), size)
@@ -145,8 +146,11 @@ class TorchRunner(Runner):
             return None
         kept = torch.from_numpy(np.flatnonzero(rows)).to(self._device)
         with torch.inference_mode():
-            values = tuple(_in_channels_last(value.index_select(0, kept)) for value in live.take())
+            values = tuple(self._in_layout(value.index_select(0, kept)) for value in live.take())
         return Live(values, live.size, live.depth)
+
+    def _in_layout(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=self.net.memory_format) if tensor.dim() == 4 else tensor
 
     def array(self, logits: Any, row: int) -> NDArray[np.float32]:
         one: NDArray[np.float32] = logits[row : row + 1].detach().float().cpu().numpy()
@@ -197,7 +201,3 @@ def _run_through(net: MultiExitNet, height: int, width: int) -> None:
 
 def _are_batches(values: Sequence[Any], batch: int) -> bool:
     return all(isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch for value in values)
-
-
-def _in_channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

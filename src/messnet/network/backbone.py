@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._pytree import tree_leaves
 
 from messnet.costs.latency import node_latencies
 from messnet.costs.workload import Workload, count_nodes
@@ -34,7 +35,18 @@ from messnet.network.tracing import (
     writes_in_place,
 )
 
-__all__ = ["Backbone", "Chain", "ExitCost", "ExitPoint", "State", "block_kind", "closest", "cut_model", "find_head"]
+__all__ = [
+    "Backbone",
+    "Chain",
+    "ExitCost",
+    "ExitPoint",
+    "State",
+    "block_kind",
+    "closest",
+    "cut_model",
+    "distinct",
+    "find_head",
+]
 
 ExitCost = Literal["workload", "latency"]
 
@@ -101,6 +113,8 @@ class Backbone(nn.Module, ABC):
     """None once it is cut off."""
     exportable: bool
     """Whether the parts are graphs of their own."""
+    memory_format: torch.memory_format = torch.channels_last
+    """What the model is run and trained in: channels last, or contiguous where its code takes nothing else."""
 
     @abstractmethod
     def states(self, x: Tensor) -> Iterator[State]:
@@ -116,7 +130,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def model_state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the user's model under its own names."""
+        """The tensors of the user's model under its own names, one that has several under the first of them."""
 
     @abstractmethod
     def cut_after(self, exit_index: int) -> None:
@@ -170,8 +184,8 @@ class Chain(Backbone):
     def model_state_dict(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for part in (*self.segments, *([self.final_head] if self.final_head is not None else [])):
-            state |= part.state_dict()
-        return state
+            state |= part.state_dict(keep_vars=True)
+        return distinct(state)
 
     def cut_after(self, exit_index: int) -> None:
         end = self.exit_points[exit_index]
@@ -179,6 +193,14 @@ class Chain(Backbone):
         self.final_head = None
         self.exit_points = self.exit_points[: exit_index + 1]
         self.cuts = (*(cut for cut in self.cuts if cut.macs < end.macs), end)
+
+
+def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state``, a state dict with its variables, without the second and further names of tied tensors."""
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensor.detach() for name, tensor in state.items() if first[id(tensor)] == name}
 
 
 def cut_model(
@@ -207,6 +229,9 @@ def cut_model(
     graph.end_backbone(head)
     notes += note
     legal = graph.legal_cuts()
+    passing = [node for node in legal if graph.passes_tensors(node)]
+    if len(passing) >= num_exits - 1:
+        legal = passing
     costs = graph.cumulative(exit_cost, example_input)
     if exit_points is None:
         chosen = _even(legal, costs, num_exits, [*notes, WAY_OUT] if whole else [])
@@ -216,6 +241,12 @@ def cut_model(
             raise ModelError(f"exit_points must name different places from shallow to deep, got {list(exit_points)}")
     by_latency = exit_cost == "latency"
     points = {node: graph.exit_point(node, costs[node] if by_latency else None) for node in (*legal, *chosen)}
+    notes += [
+        f"past the exit point {points[node].module} the model needs more than tensors, which no graph passes on: an "
+        f"instance that goes on from there runs with torch alone"
+        for node in chosen
+        if not graph.passes_tensors(node)
+    ]
     end = graph.exit_point(graph.end, max(costs.values()) if by_latency else None, ends=True)
     starts = [0, *(graph.position[node] + 1 for node in chosen), graph.head_start]
     states = [graph.alive_after(start, node) for start, node in zip(starts[1:], [*chosen, graph.end], strict=True)]
@@ -246,10 +277,12 @@ def _even(legal: Sequence[fx.Node], costs: Mapping[fx.Node, float], num_exits: i
 
 def _left_out(model: nn.Module, chain: Chain) -> tuple[str, ...]:
     """A sentence if tensors of the model, such as those of an auxiliary classifier, reach no logits."""
-    used = chain.model_state_dict().keys()
-    running = {name[:i] for name in used for i, letter in enumerate(name) if letter == "."}
+    used = chain.state_dict(keep_vars=True).values()
+    known, state = {id(tensor) for tensor in used}, model.state_dict(keep_vars=True)
+    run = [name for name, tensor in state.items() if id(tensor) in known]
+    running = {name[:i] for name in run for i, letter in enumerate(name) if letter == "."}
     idle = []
-    for name in (name for name in model.state_dict() if name not in used):
+    for name in (name for name in state if name not in run):
         outer = list(accumulate(name.split("."), "{}.{}".format))
         idle.append(next((module for module in outer if module not in running), name))
     words = f"left out, for it reaches no logits: {', '.join(dict.fromkeys(idle))} ({len(idle)} tensors)"
@@ -282,6 +315,9 @@ def find_head(model: nn.Module, head: str | None, ran: Iterable[str]) -> tuple[s
     if not convolutions:
         raise ModelError(f"{type(model).__name__} has no convolution that could be its head: name a module with head=")
     last = convolutions[-1]
+    outer = accumulate(last.split("."), "{}.{}".format)  # of a model that is wrapped
+    if known := next((name for name in outer if name.rpartition(".")[2] in _HEAD_NAMES), None):
+        return known, []
     return last, [f"no module is called {', '.join(_HEAD_NAMES)}: {last} is taken for the head; head= names another"]
 
 
@@ -307,6 +343,11 @@ def closest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else listed
 
 
+def _with_parts(arguments: Any, node: fx.Node, parts: list[fx.Node]) -> Any:
+    """The arguments of a node with a list of the ``parts`` of ``node`` for the node itself."""
+    return fx.map_arg(arguments, lambda one: parts if one is node else one)
+
+
 class _Graph:
     """A traced model with what every node gives and costs at the example input."""
 
@@ -327,6 +368,9 @@ class _Graph:
         self.nodes: list[fx.Node] = []
         self.position: dict[fx.Node, int] = {}
         self.head_start = 0
+        self.block_kinds: set[type] = set()
+        self.networks: set[str] = set()
+        self._unpack()
 
     def value(self, node: fx.Node) -> Any:
         return self.outputs[node.name][1]
@@ -371,6 +415,7 @@ class _Graph:
             hint = f"name another module with head=, or give an input larger than {tuple(self.shape[-2:])}"
             raise ModelError(f"the head {head!r} takes no feature map (N, C, h, w): {hint}")
         self.end = maps[-1]
+        self._find_blocks()
 
     def is_feature_map(self, node: fx.Node) -> bool:
         """(N, C, h, w) with as many input pixels per feature pixel in height as in width: not (N, h, w, C), not
@@ -390,7 +435,6 @@ class _Graph:
         """Feature maps of the backbone, but its end, that no normalisation or activation follows, that lie in no
         residual block (where a block has no skip connection it could be cut, but is wide) and in no branch: all that is
         alive beside them must be what they were made from."""
-        merging = {module_stack(node)[-1][1] for node in self.nodes if node.target in _MERGES and module_stack(node)}
         last_of = {name: node for node in self.nodes for name, _ in module_stack(node)}
         ancestors: dict[fx.Node, set[fx.Node]] = {}
         legal: list[fx.Node] = []
@@ -398,11 +442,42 @@ class _Graph:
         for i, node in enumerate(self.nodes[: self.head_start]):
             ancestors[node] = set().union(*({one, *ancestors[one]} for one in node.all_input_nodes))
             beside = [one for j, one in enumerate(self.nodes[:i]) if last_uses[j] > i]
-            branch = any(isinstance(self.value(one), Tensor) and one not in ancestors[node] for one in beside)
-            inside = any(kind in merging and last_of[name] is not node for name, kind in module_stack(node))
+            branch = any(self._is_branch(one, ancestors[node]) for one in beside)
+            inside = any(self._is_block(name, kind) and last_of[name] is not node for name, kind in module_stack(node))
             if node is self.end or (self.is_feature_map(node) and self._finished(node) and not (branch or inside)):
                 legal.append(node)
         return [node for node, after in pairwise(legal[: legal.index(self.end) + 1]) if not self._same(node, after)]
+
+    def _is_branch(self, node: fx.Node, ancestors: set[fx.Node]) -> bool:
+        """Whether a live value is a feature map that the ones with these ``ancestors`` were not made from. Of a module
+        that gives several, such as an encoder, all count as what is made from one of them."""
+        if not isinstance(self.value(node), Tensor) or node.op == "get_attr" or node in ancestors:
+            return False
+        source = node.all_input_nodes[0] if node.target is operator.getitem else None
+        return source is None or source.op != "call_module" or source not in ancestors
+
+    def _is_block(self, name: str, kind: type) -> bool:
+        """Whether a module is of a kind that joins its own branches by an addition or a concatenation, as residual
+        blocks do, and is not the network itself, nor a part of it that goes through several resolutions: those join
+        features too, as a U-Net does in its forward."""
+        return kind in self.block_kinds and name not in self.networks
+
+    def _find_blocks(self) -> None:
+        """Sets ``block_kinds`` and ``networks``, the names of modules that join features but are no blocks."""
+        joins: dict[tuple[str, type], set[torch.Size]] = {}
+        for node in self.nodes:
+            value = self.value(node)
+            if node.target in _MERGES and isinstance(value, Tensor) and (stack := module_stack(node)):
+                joins.setdefault(stack[-1], set()).add(value.shape[2:])
+        macs = {node: self.outputs[node.name][0].macs for node in self.nodes[: self.head_start]}
+        first = next((node for node, cost in macs.items() if cost), None)
+        self.networks = set()
+        for name, kind in joins:
+            inside = [node for node in macs if (name, kind) in module_stack(node)]
+            most = first in inside and 2 * sum(macs[node] for node in inside) >= sum(macs.values())
+            if most or len(joins[name, kind]) > 1:
+                self.networks.add(name)
+        self.block_kinds = {kind for name, kind in joins if name not in self.networks}
 
     def _same(self, node: fx.Node, after: fx.Node) -> bool:
         """Whether what lies between two places, if anything, costs nothing and keeps the shape."""
@@ -458,16 +533,70 @@ class _Graph:
 
     def alive_after(self, stop: int, tapped: fx.Node) -> list[fx.Node]:
         """What later nodes need of the nodes before position ``stop``, ``tapped`` first."""
-        alive = [node for node in self.nodes[:stop] if self._last_use(node) >= stop and node is not tapped]
-        return [tapped, *alive]
+        alive = [node for node in self.nodes[:stop] if self._last_use(node) >= stop]
+        needed = {source for node in alive for source in self._sources(node)}
+        return [tapped, *sorted(needed - {tapped}, key=self.position.__getitem__)]
+
+    def _sources(self, node: fx.Node) -> set[fx.Node]:
+        """What to keep of a node so that a later segment has its value. A size is worked out again from the tensor that
+        it is the size of, for graphs pass on tensors alone; parameters and constants belong to every segment."""
+        if node.op == "get_attr":
+            return set()
+        if isinstance(self.value(node), Tensor) or not self._is_size(node):
+            return {node}
+        return set().union(*(self._sources(one) for one in node.all_input_nodes))
+
+    def _is_size(self, node: fx.Node) -> bool:
+        """Whether a value holds no tensor and comes from sizes alone, by functions that change nothing."""
+        plain = not any(isinstance(part, Tensor) for part in tree_leaves(self.value(node)))
+        return plain and node.op in ("call_function", "call_method") and not writes_in_place(node, self.traced)
+
+    def passes_tensors(self, node: fx.Node) -> bool:
+        """Whether a cut there leaves nothing but tensors for later, as a graph can pass on."""
+        return all(isinstance(self.value(one), Tensor) for one in self.alive_after(self.position[node] + 1, node))
+
+    def _unpack(self) -> None:
+        """Takes lists and tuples of tensors apart where they are made, so that tensors alone are kept for later."""
+        graph = self.traced.graph
+        for node in list(graph.nodes):
+            value = self.outputs[node.name][1] if node.op != "output" else None
+            if not isinstance(value, tuple | list) or isinstance(value, torch.Size) or not value:
+                continue
+            if not all(isinstance(one, Tensor) for one in value):
+                continue
+            taken = [user for user in node.users if user.target is operator.getitem and user.args[0] is node]
+            place = node
+            for user in taken:
+                place.append(user)
+                place = user
+            others = [user for user in node.users if user not in taken and user.op != "output"]
+            if not others:
+                continue
+            parts = []
+            for i, one in enumerate(value):
+                with graph.inserting_after(place):
+                    place = graph.call_function(operator.getitem, (node, i))
+                place.meta |= {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
+                self.outputs[place.name] = Workload(0, 0), one
+                parts.append(place)
+            for user in others:
+                user.args = _with_parts(user.args, node, parts)
+                user.kwargs = _with_parts(user.kwargs, node, parts)
+        self.traced.recompile()
 
     def extract(self, start: int, stop: int, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.GraphModule:
         """The nodes ``start`` to ``stop`` as a module of their own, from the ``sources`` to a tuple of the ``targets``;
-        to the one target itself at the end of the graph."""
+        to the one target itself at the end of the graph. Sizes that earlier nodes worked out are worked out again."""
         graph = fx.Graph()
         copies = {source: graph.placeholder(source.name) for source in sources}
+
+        def copy_of(node: fx.Node) -> fx.Node:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copy_of)
+            return copies[node]
+
         for node in self.nodes[start:stop]:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copy_of(node)
         ends = stop == len(self.nodes)
         graph.output(copies[targets[0]] if ends else tuple(copies[target] for target in targets))
         return fx.GraphModule(self.traced, graph)
@@ -490,6 +619,7 @@ class _Graph:
     def _dilation(self, nodes: Sequence[fx.Node]) -> int:
         """Of the last spatial convolution that is in no pyramid of parallel branches."""
         pyramids = {module_stack(node)[-1][0] for node in self.nodes if node.target is torch.cat and module_stack(node)}
+        pyramids -= self.networks
         for node in reversed(nodes):
             module = self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
             parallel = any(name in pyramids for name, _ in module_stack(node))

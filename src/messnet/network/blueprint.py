@@ -35,11 +35,12 @@ class Blueprint:
     def build(self, exits: tuple[Exit, ...] = ()) -> MultiExitNet:
         """The network with the heads of ``exits``, freshly initialised, in eval mode. Raises ModelError when the model
         is no longer what it was."""
-        from messnet.network.zoo import build_model  # seconds: torchvision brings torch's compiler
+        from messnet.network.zoo import build_noted_model  # seconds: torchvision brings torch's compiler
 
-        model = build_model(self.model, len(self.class_names), **self.model_options)
+        model, notes = build_noted_model(self.model, len(self.class_names), **self.model_options)
         early = [point.node for point in self.exit_points[:-1]]
         net = convert(model, torch.zeros(1, 3, *self.input_size), exit_points=early, head=self.head)
+        net.backbone.notes = (*notes, *net.notes)
         for exit in exits:
             if exit.head != FINAL_HEAD:
                 net.add_head(exit.exit_index, HeadConfig.parse(exit.head))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from messnet.errors import ModelError
 from messnet.network.backbone import Backbone, ExitCost, ExitPoint, State, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
-from messnet.network.tracing import UntraceableError
+from messnet.network.memory_layout import find_memory_format
+from messnet.network.tracing import UntraceableError, unwrapped
 from messnet.network.weights import expect_fit
 from messnet.policy.edges import on_processor
 from messnet.policy.labels import load_compiled, upsampled_labels
@@ -51,6 +53,11 @@ class MultiExitNet(nn.Module):
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the conversion, a sentence each."""
         return self.backbone.notes
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Channels last, or contiguous for a model whose code takes nothing else."""
+        return self.backbone.memory_format
 
     @property
     def num_exits(self) -> int:
@@ -185,9 +192,10 @@ def convert(
     Raises ModelError when the model cannot be converted.
     """
     if example_input.dim() != 4 or example_input.shape[1] != 3:
-        raise ModelError(f"example_input must be images (N, 3, H, W), got {tuple(example_input.shape)}")
+        raise ModelError(f"example_input must be RGB images (N, 3, H, W), got {tuple(example_input.shape)}")
     if isinstance(exit_points, str):
         raise ModelError(f"exit_points must be a list of module paths, got the string {exit_points!r}")
+    model = unwrapped(model)
     try:
         backbone: Backbone = cut_model(
             model, example_input, num_exits=num_exits, exit_points=exit_points, head=head, exit_cost=exit_cost
@@ -200,9 +208,39 @@ def convert(
         backbone = tap_model(
             model, example_input, exit_points=exit_points, head=head, reason=str(error).partition("; ")[0]
         )
+    _expect_usable(model, backbone)
+    graphs = [part for part in backbone.modules() if isinstance(part, fx.GraphModule)]
+    height, width = example_input.shape[-2:]
+    backbone.memory_format, note = find_memory_format(model, graphs, (height, width))
+    backbone.notes += (note,) if note else ()
     net = MultiExitNet(backbone)
     net.training = model.training  # the parts keep their own modes: a part may be frozen
     return net
+
+
+def _expect_usable(model: nn.Module, backbone: Backbone) -> None:
+    """Raises ModelError for what would only be found out in or after training."""
+    if backbone.num_classes == 1:
+        raise ModelError(
+            f"{type(model).__name__} gives one channel, as for a sigmoid; expected logits (N, K, h, w) of K >= 2 "
+            f"classes, of which the largest wins: return torch.cat([torch.zeros_like(y), y], 1), which tells the same "
+            f"two apart"
+        )
+    spans: list[tuple[int, int, str]] = []
+    for name, parameter in model.named_parameters():
+        steps = list(zip(parameter.shape, parameter.stride(), strict=True))
+        if any(stride == 0 and length > 1 for length, stride in steps):
+            raise ModelError(f"the elements of {name} share their memory, so no step can train them: .clone() it")
+        if not parameter.is_meta and parameter.numel():
+            reach = 1 + sum((length - 1) * stride for length, stride in steps)
+            start = parameter.data_ptr()
+            spans.append((start, start + reach * parameter.element_size(), name))
+    for (_, end, other), (start, _, name) in pairwise(sorted(spans)):
+        if start < end:
+            raise ModelError(
+                f"{other} and {name} are two parameters in one memory, which cannot be saved and restored: make them "
+                f"one parameter where they are the same (b.weight = a.weight), else .clone() one"
+            )
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:

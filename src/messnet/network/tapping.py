@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from messnet.costs.workload import in_eval_mode, metering
 from messnet.errors import ModelError
-from messnet.network.backbone import Backbone, ExitPoint, State, block_kind, closest, find_head
+from messnet.network.backbone import Backbone, ExitPoint, State, block_kind, closest, distinct, find_head
 from messnet.network.tracing import logits_of, run_error
 
 __all__ = ["TappedModel", "tap_model"]
@@ -83,7 +83,7 @@ class TappedModel(Backbone):
         return self._parameters_of
 
     def model_state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        return distinct(self.model.state_dict(keep_vars=True))
 
     def cut_after(self, exit_index: int) -> None:
         raise ModelError(self.notes[0])
@@ -107,22 +107,16 @@ def tap_model(
     x = example_input[:1].to(reference.device, reference.dtype)
     ran: list[nn.Module] = []
     hooks = [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in names.values()]
-    modes = [(module, module.training) for module in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, which nobody counts
-        found = _walk(tapped, x, ran)
+        with in_eval_mode(model):
+            found = _walk(tapped, x, ran)
     except ModelError:
         raise
     except Exception as error:
         raise run_error(error, tuple(x.shape)) from error
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     tapped.exit_points = tapped.cuts = tuple(point for point, _ in found)
     tapped._parameters_of = tuple(parameters for _, parameters in found)
     tapped.num_classes = tapped.exit_points[-1].channels
@@ -140,11 +134,11 @@ def _walk(tapped: TappedModel, x: Tensor, ran: list[nn.Module]) -> list[tuple[Ex
     states = tapped.states(x)
     paths = [*tapped.paths, ""]
     while True:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), metering() as meter, meter.part("segment"):
             state = next(states, None)
         if state is None:
             break
-        macs += counter.get_total_flops() / 2
+        macs += meter.counts["segment"].workload.macs
         modules, ran[:] = list(ran), []
         spatial = [m for m in modules if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
         dilation = int(spatial[-1].dilation[0]) if spatial else dilation

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import random
+import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import combinations, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from messnet.costs.workload import users_hooks
 from messnet.errors import ModelError
 
 __all__ = [
@@ -21,8 +26,10 @@ __all__ = [
     "drop_dead_code",
     "logits_of",
     "module_stack",
+    "place_of",
     "run_error",
     "trace",
+    "unwrapped",
     "writes_in_place",
 ]
 
@@ -38,8 +45,10 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     """The graph of ``model`` from images (N, 3, H, W) to logits, and the modules kept as one node each because they
     could not be traced, with the reason.
 
-    The graph holds in train() and in eval(): a module whose own code asks for the mode is kept whole too. The model is
-    left in the mode it came in. Raises UntraceableError, with the line, when the model's own forward cannot be traced.
+    The graph holds in train() and in eval(): a module whose own code asks for the mode is kept whole too. A tensor that
+    ``forward`` makes or holds, neither parameter nor buffer, becomes a buffer of the graph. The model is left in the
+    mode and with the attributes that it came with. Raises UntraceableError, with the line, when the model's own forward
+    cannot be traced.
     """
     modes = [(module, module.training) for module in model.modules()]
     whole: dict[str, str] = {}
@@ -49,10 +58,11 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
             for training in (True, False):
                 for module, _ in modes:
                     module.training = training
-                graphs.append(_graph(model, whole))
+                with _attributes_restored(model):
+                    graphs.append(_graph(model, whole))
             culprit = _first_difference(*graphs)
             if culprit is None:
-                return fx.GraphModule(model, graphs[1]), whole
+                return _graph_module(model, graphs[1]), whole
             if not culprit:
                 raise UntraceableError(
                     f"{type(model).__name__}.forward itself does other things in train() than in eval(); move them "
@@ -62,6 +72,18 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that torch.compile or DataParallel was given. Raises ModelError for a model that has no Python code."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "a TorchScript model has no Python code that could be cut: give the nn.Module that it was made from; its "
+            "tensors go into that by model.load_state_dict(torch.jit.load(FILE).state_dict())"
+        )
+    name = "module" if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else "_orig_mod"
+    inner = getattr(model, name, None)  # importing what torch.compile makes takes seconds
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def logits_of(output: Any, model: nn.Module) -> Any:
@@ -111,11 +133,18 @@ def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
 
 
 def run_error(error: Exception, shape: tuple[int, ...]) -> ModelError:
-    """Of a model that could be traced but not run on images of this shape."""
+    """The error of a model that could be traced but not run on images of ``shape`` (N, 3, H, W)."""
+    channels = re.search(r"expected input\[[\d, ]+\] to have (\d+) channels?, but got 3 channels", str(error))
+    if channels and f"input[{', '.join(map(str, shape))}]" in str(error):
+        way_out = "x.mean(1, keepdim=True)" if channels[1] == "1" else f"{channels[1]} channels of x"
+        return ModelError(
+            f"the model takes images of {channels[1]} channel{'s' * (channels[1] != '1')}; every image here is RGB "
+            f"{shape}, normalised: wrap it in a module whose forward gives it {way_out}, or give it a first layer of 3"
+        )
     if "meta tensor" in str(error):
-        return UntraceableError(f"the model asks for the values of its feature maps{_place(error)}; {WAY_OUT}")
+        return UntraceableError(f"the model asks for the values of its feature maps{place_of(error)}; {WAY_OUT}")
     why, *executing = str(error).split("\n\nWhile executing %")
-    place = _place(error) or "".join(f" in {node.partition(' ')[0]}" for node in executing)
+    place = place_of(error) or "".join(f" in {node.partition(' ')[0]}" for node in executing)
     return ModelError(f"the model does not run on images {shape}{place}: {' '.join(why.split())}")
 
 
@@ -138,6 +167,8 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.model, self.whole = model, whole
         self.failed: str | None = None
+        self.random: str | None = None
+        """The innermost module whose forward draws random numbers while it is traced, which would stay the same."""
 
     def path_of_module(self, mod: nn.Module) -> str:
         return "" if mod is self.model else super().path_of_module(mod).removeprefix("model.")
@@ -150,49 +181,147 @@ class _Tracer(fx.Tracer):
         return childless or known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        before = _random_state()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is None:  # the innermost is the first to see it
                 self.failed = self.path_of_module(m)
             raise
+        if self.random is None and _random_state() != before:
+            self.random = self.path_of_module(m)
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            self._run_hooks(m, args, result)
+        return result
+
+    def _run_hooks(self, module: nn.Module, args: tuple[object, ...], result: fx.Proxy) -> None:
+        """Shows the user's forward hooks of a module that is one node what they see when it runs, for a hook may keep a
+        feature map that a later module reads: from here on that is the node's output. What the hook changes needs no
+        care, it changes it again when the module runs."""
+        own = users_hooks(module)
+        for hook in [hook for hook in module._forward_pre_hooks.values() if hook in own]:
+            hook(module, args)
+        for hook in [hook for hook in module._forward_hooks.values() if hook in own]:
+            if hook(module, args, result) is not None:
+                raise UntraceableError(
+                    f"a forward hook changes what {self.path_of_module(module)} returns, which a graph does not show; "
+                    f"{WAY_OUT}"
+                )
 
 
-def _graph(model: nn.Module, whole: dict[str, str]) -> fx.Graph:
+def _random_state() -> tuple[object, ...]:
+    """The state of every generator of the processor that a forward may draw from."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state(legacy=False))
+
+
+@contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """What forward assigns to attributes of modules while it is traced holds proxies: afterwards it is as before."""
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    values = [value for _, held in attributes for value in held.values()]
+    dicts = [(value, value.copy()) for value in values if type(value) is dict]
+    lists = [(value, value.copy()) for value in values if type(value) is list]
+    try:
+        yield
+    finally:
+        for module, held in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(held)
+        for one_dict, items in dicts:
+            one_dict.clear()
+            one_dict.update(items)
+        for one_list, entries in lists:
+            one_list[:] = entries
+
+
+class _Traced(NamedTuple):
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    """The tensors that it reads besides parameters and buffers of the model, by name."""
+
+
+def _graph(model: nn.Module, whole: dict[str, str]) -> _Traced:
     """Traces until it succeeds; the innermost module that fails is kept whole next time, and added to ``whole``."""
     while True:
-        tracer = _Tracer(model, whole)
+        tracer, rooted = _Tracer(model, whole), _Rooted(model)
+        before = _random_state()
         try:
             # guards such as "height divisible by 32" are control flow on sizes; libraries skip them while tracing
             with mock.patch.object(torch.jit, "is_tracing", return_value=True):
-                graph = tracer.trace(_Rooted(model))
+                graph = tracer.trace(rooted)
         except ModelError:
             raise
         except Exception as error:
-            why = f"could not be traced{_place(error)}: {' '.join(str(error).split()).partition('. ')[0]}"
+            why = f"could not be traced{place_of(error)}: {' '.join(str(error).split()).partition('. ')[0]}"
             if not tracer.failed:
                 raise UntraceableError(f"{type(model).__name__} {why}; {WAY_OUT}") from error
             whole[tracer.failed] = why
             continue
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                node.target = str(node.target).removeprefix("model.")
         drop_dead_code(graph, model)
-        return graph
+        culprit, why = _rewritten(graph, tracer, rooted), "keeps a tensor from one call to the next"
+        if _random_state() != before:
+            culprit, why = tracer.random or "", "draws random numbers, which would stay the same"
+        if culprit is None:
+            return _named_as_the_users(graph, rooted, model)
+        if not culprit:
+            raise UntraceableError(
+                f"{type(model).__name__}.forward itself {why}; move that into a module, or {WAY_OUT}"
+            )
+        whole[culprit] = why
 
 
-def _place(error: Exception) -> str:
+def _rewritten(graph: fx.Graph, tracer: fx.Tracer, rooted: _Rooted) -> str | None:
+    """The module that has an attribute which the graph reads as a constant although forward assigns it anew."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for name in tracer.tensor_attrs.values():
+        owner, _, attribute = name.rpartition(".")
+        if name in read and isinstance(getattr(rooted.get_submodule(owner), attribute, None), fx.Proxy):
+            return owner.removeprefix("model").removeprefix(".")
+    return None
+
+
+def _named_as_the_users(graph: fx.Graph, rooted: _Rooted, model: nn.Module) -> _Traced:
+    """The graph with the names that tensors have in ``model``, and the ones that are no parameters or buffers of it."""
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    constants: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        owner, _, attribute = str(node.target).rpartition(".")
+        value = getattr(rooted.get_submodule(owner), attribute)
+        node.target = str(node.target).removeprefix("model.")
+        if isinstance(value, Tensor) and id(value) not in known:
+            if node.target.rpartition(".")[0] in called:  # a node of its own, which takes no further buffers
+                node.target = node.name
+            constants[node.target] = value.detach()
+    return _Traced(graph, constants)
+
+
+def _graph_module(model: nn.Module, traced: _Traced) -> fx.GraphModule:
+    root: dict[str, object] = dict(traced.constants)
+    for node in traced.graph.nodes:
+        if node.op in ("call_module", "get_attr") and node.target not in root:
+            owner, _, attribute = str(node.target).rpartition(".")
+            root[node.target] = getattr(model.get_submodule(owner), attribute)
+    graph_module = fx.GraphModule(root, traced.graph)
+    graph_module.training = model.training
+    return graph_module
+
+
+def place_of(error: Exception) -> str:
+    """The last line of the user's own code that an error went through: " at FILE:LINE (CODE)", "" if there is none."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)
     ]
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
 
 
-def _first_difference(one: fx.Graph, other: fx.Graph) -> str | None:
+def _first_difference(one: _Traced, other: _Traced) -> str | None:
     """The innermost module whose own code makes two graphs differ first ("" for the model itself), None if equal."""
     before: list[str] = []
-    for a, b in zip(one.nodes, other.nodes, strict=False):
-        if _signature(a) != _signature(b):
+    for a, b in zip(one.graph.nodes, other.graph.nodes, strict=False):
+        if _signature(a, one.constants) != _signature(b, other.constants):
             callers = (before, _callers(a), _callers(b))
             shared = max((_common(*pair) for pair in combinations(callers, 2)), key=len)
             return shared[-1].partition("@")[0] if shared else ""
@@ -210,5 +339,7 @@ def _callers(node: fx.Node) -> list[str]:
     return names[:-1] if node.op == "call_module" else names
 
 
-def _signature(node: fx.Node) -> tuple[str, ...]:
-    return node.op, str(node.target), str(node.args), str(node.kwargs)
+def _signature(node: fx.Node, constants: Mapping[str, Tensor]) -> tuple[object, ...]:
+    value = constants.get(str(node.target)) if node.op == "get_attr" else None
+    held = None if value is None else (value.dtype, value.cpu().tolist())
+    return node.op, str(node.target), str(node.args), str(node.kwargs), held

@@ -6,9 +6,10 @@ import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,9 +20,10 @@ from messnet.errors import ModelError
 
 __all__ = ["expect_fit", "load_weights"]
 
-# Where training scripts put the state dict in what they save, and what wrappers put before each name.
+# Where training scripts put the state dict in what they save, and what wrappers put into each name.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("", "module.", "model.")
+_WRAPPERS = ("_orig_mod", "module")
+_SHOWN = 3  # names of each kind in an error
 _AUXILIARY = "aux_classifier."
 _COUNTER = "num_batches_tracked"
 _NAMED = re.compile(r"\w+_Weights\.\w+")
@@ -31,47 +33,101 @@ def load_weights(model: nn.Module, source: str | Path) -> list[str]:
     """Loads ``source`` into ``model`` and returns what was not as expected but harmless, a sentence each.
 
     ``source`` is a .safetensors file, a torch state dict (.pt, .pth, alone or in a checkpoint; read as weights only: no
-    code of the file runs), or torchvision's name of weights, such as "FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1",
-    downloaded once. Tensors of an auxiliary classifier that the model does not have are left out. Where only the last
-    layer (of the model, and of its auxiliary classifier) differs, and only in the number of classes, that layer keeps
-    its initial weights and the rest is loaded.
+    downloaded once. Names may begin with whatever the model was wrapped in; what a file holds besides, such as a
+    criterion, is left out then. So are tensors of an auxiliary classifier that the model does not have. Where only the
+    last layer (of the model, and of its auxiliary classifier) differs, and only in the number of classes, that layer
+    keeps its initial weights and the rest is loaded.
 
-    Raises ModelError when it cannot be read, or a tensor is missing, unexpected or of another shape; nothing is loaded
-    then.
+    Raises ModelError when it cannot be read, or a tensor is missing, unexpected, of another shape, no floating-point
+    one or not finite; nothing is loaded then.
     """
     own, state = model.state_dict(), _read(str(source))
-    renamed = [
-        {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        for prefix in _PREFIXES
-        if all(name.startswith(prefix) for name in state)
-    ]
-    adapted = [_adapted(candidate, own) for candidate in renamed]
-    fitting, notes = next((pair for pair in adapted if pair[0].keys() == own.keys()), adapted[0])
-    fitting, more = _with_own_classifier(fitting, own, model)
-    notes = [*notes, *more]
+    fitting, notes = _unwrapped(state, own)
+    for adapt in (_adapted, _with_own_classifier, _with_tied):
+        fitting, more = adapt(fitting, own, model)
+        notes += more
     expect_fit(fitting, own, source=str(source))
+    _expect_numbers(fitting, own, source=str(source))
     model.load_state_dict(fitting)
     return [f"{source}: {note}" for note in notes]
 
 
 def expect_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, source: str) -> None:
     """Raises ModelError that lists what ``state`` lacks, has too much or in another shape than a model's ``own``."""
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [
+    missing, unexpected = [name for name in own if name not in state], [name for name in state if name not in own]
+    reshaped = [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    problems = [f"missing {_listed(missing)}"] if missing else []
+    problems += [f"unexpected {_listed(unexpected)}"] if unexpected else []
+    problems += [_listed(reshaped, "; ")] if reshaped else []
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ModelError(
-            f"{source} does not fit the model: {'; '.join(problems[:5])}{more}. Give weights of this very model, with "
-            f"as many classes"
+            f"{source} does not fit the model: {'; '.join(problems)}. Give weights of this very model, with as many "
+            f"classes"
         )
 
 
-def _adapted(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _listed(names: Sequence[str], between: str = ", ") -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return between.join(names[:_SHOWN]) + more
+
+
+def _expect_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, source: str) -> None:
+    """Raises ModelError where ``state`` holds integers for what is trained, or values that are not finite."""
+    for name, tensor in state.items():
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            raise ModelError(
+                f"{source}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers: "
+                f"give the weights from before they were quantised"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ModelError(f"{source}: {name} holds values that are not finite: the training that made it diverged")
+
+
+def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """``state`` under the names of the model that was wrapped: of all that may stand before them, what fits most names;
+    the file's own names where that is nothing. In words, what is left out beside it."""
+    for wrapper in _WRAPPERS:
+        if not any(wrapper in name.split(".") for name in own):
+            without = {".".join(p for p in name.split(".") if p != wrapper): tensor for name, tensor in state.items()}
+            state = without if len(without) == len(state) else state
+    fits = Counter(
+        name.removesuffix(suffix)
+        for name, suffixes in ((name, accumulate(reversed(name.split(".")), "{1}.{0}".format)) for name in state)
+        for suffix in suffixes
+        if suffix in own and name.removesuffix(suffix)[-1:] in ("", ".")
+    )
+    prefix = max(fits, key=lambda one: (fits[one], not one)) if fits else ""
+    beside = [name for name in state if not name.startswith(prefix)]
+    kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    outer = list(dict.fromkeys(name.partition(".")[0] for name in beside))
+    note = f"{len(beside)} tensors of {_listed(outer)} left out, the model's own begin with {prefix}"
+    return kept, [note] if beside else []
+
+
+def _with_tied(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    """``state`` with every name of tensors that have several, of which safetensors keep one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    missing = {
+        name: state[given]
+        for tied in names.values()
+        for given in [name for name in tied if name in state][:1]
+        for name in tied
+        if name not in state
+    }
+    return state | missing, []
+
+
+def _adapted(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
     """``state`` without an auxiliary classifier that has no place, with the counters that old files lack; in words."""
     auxiliary = [name for name in state if name.startswith(_AUXILIARY) and name not in own]
     # Files from before torch 0.4.1, some of torchvision's too, have none; torch itself lets them start at zero.
@@ -132,17 +188,22 @@ def _read(source: str) -> dict[str, Tensor]:
     )
 
 
-def _read_safetensors(path: Path) -> Any:
+def _read_safetensors(path: Path) -> object:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read ({error}); expected a whole safetensors file") from error
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
+        if "TorchScript archive" in str(error):
+            raise ModelError(
+                f"{path} is a TorchScript program, which is not run here: save its tensors alone, "
+                f"torch.save(torch.jit.load(FILE).state_dict(), ...)"
+            ) from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise ModelError(
@@ -155,7 +216,7 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
-def _download(name: str) -> Any:
+def _download(name: str) -> object:
     from torchvision.models import get_model_weights, get_weight, list_models
 
     try:

@@ -10,10 +10,11 @@ import inspect
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet50
@@ -21,15 +22,18 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
 from messnet.errors import ModelError
+from messnet.network.tracing import unwrapped
 
 __all__ = [
     "MODELS",
     "SegmentationModel",
     "build_model",
+    "build_noted_model",
     "drn50_deeplabv3",
     "drn50_fcn",
     "drn50_layer3_fcn",
     "mobilenetv2_fcn",
+    "other_precision",
 ]
 
 # torchvision's MobileNetV2: (expansion, channels, blocks, stride) per stage
@@ -106,10 +110,30 @@ def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
     (and ``options``) and returns an nn.Module: the user's own, or "torchvision.models.segmentation:fcn_resnet50".
 
     Weights are the user's explicit choice (``load_weights``): a function with a ``weights_backbone``, as torchvision's
-    have, is called with None instead of its default, which would download some.
+    have, is called with None instead of its default, which would download some. A model in another precision comes back
+    in float32, in which runs train and store.
 
     Raises ModelError when there is no such model.
     """
+    return build_noted_model(name, num_classes, **options)[0]
+
+
+def build_noted_model(name: str, num_classes: int, **options: float) -> tuple[nn.Module, tuple[str, ...]]:
+    """``build_model``, and what the user should know of it, a sentence each."""
+    model = unwrapped(_build(name, num_classes, options))
+    precision = other_precision(model)
+    note = f"the model comes in {precision} and is trained and stored in float32"
+    return (model.float(), (note,)) if precision else (model, ())
+
+
+def other_precision(model: nn.Module) -> str | None:
+    """The floating-point type that a model has tensors of besides float32, such as "float16"; None if it has none."""
+    tensors = (*model.parameters(), *model.buffers())
+    other = [tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype != torch.float32]
+    return str(other[0]).removeprefix("torch.") if other else None
+
+
+def _build(name: str, num_classes: int, options: Mapping[str, float]) -> nn.Module:
     if num_classes < 1:
         raise ModelError(f"a model has at least one class, not {num_classes}")
     build = _find(name)
@@ -121,7 +145,7 @@ def build_model(name: str, num_classes: int, **options: float) -> nn.Module:
                 f"the number of classes num_classes"
             )
         weights: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in parameters else {}
-        model = build(num_classes=num_classes, **weights | options)
+        model = build(num_classes=num_classes, **{**weights, **options})
     except TypeError as error:
         raise ModelError(
             f"model {name!r} does not take num_classes={num_classes} and {options or 'no options'}: {error}"

@@ -17,7 +17,7 @@ from messnet.errors import ModelError
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_weights
-from messnet.network.zoo import build_model
+from messnet.network.zoo import build_model, build_noted_model
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.names import GRAPH_RUNTIMES, RuntimeName, precision_of_dtype
@@ -37,7 +37,7 @@ def build_network(
 ) -> MultiExitNet:
     """The overprovisioned network: the user's model, converted, with every head of the space. ``device`` is where node
     latencies are measured if they place the exits; the network stays on the CPU."""
-    model = build_model(options.name, num_classes, **options.build_options)
+    model, notes = build_noted_model(options.name, num_classes, **options.build_options)
     if options.weights:
         load_weights(model, options.weights)  # only to know that they fit before hours are spent
     where = device if options.exit_cost == "latency" else "cpu"
@@ -49,6 +49,7 @@ def build_network(
         head=options.head,
         exit_cost=options.exit_cost,
     ).cpu()
+    net.backbone.notes = (*notes, *net.notes)
     if net.num_classes != num_classes:
         raise ModelError(f"{options.name} gives {net.num_classes} classes, expected {num_classes}")
     add_heads(net, heads)
@@ -61,7 +62,8 @@ def start_from(weights: str, net: MultiExitNet, options: ModelOptions) -> None:
     for note in load_weights(model, weights):
         print(note, file=sys.stderr)
     state = model.state_dict()
-    net.load_model_state_dict({name: state[name] for name in net.model_state_dict()})
+    # Constants of forward are in the network alone.
+    net.load_model_state_dict({name: state.get(name, own) for name, own in net.model_state_dict().items()})
 
 
 def profile_model(

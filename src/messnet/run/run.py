@@ -98,7 +98,12 @@ class Run:
         blueprint = self.blueprint()
         drawn = build_model(blueprint.model, len(blueprint.class_names), **blueprint.model_options).state_dict()
         net = self.network()
-        net.load_model_state_dict({name: drawn[name] for name in net.model_state_dict()})
+        names = net.model_state_dict().keys()
+        if names - drawn.keys():  # constants of forward, which may be drawn too, come with a conversion alone
+            self._network = None
+            torch.manual_seed(self.recipe.pretrain.seed)
+            return self.network()
+        net.load_model_state_dict({name: drawn[name] for name in names})
         return net
 
     def pretrained(self) -> MultiExitNet:
