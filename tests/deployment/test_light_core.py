@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from helpers.images import smooth_image
 from helpers.light import REPOSITORY, LightEnvironment
 from messnet.apps.tiling import predict_tiled
 from messnet.deployment.session import Session
+from messnet.records.instance import Instance
+from messnet.searching import route
 
 BUNDLE = REPOSITORY / "examples/scenes_mobilenetv2.mess"
 RUN = REPOSITORY / "examples/camvid_mobilenetv2"
@@ -129,6 +132,24 @@ def test_it_searches(light: LightEnvironment) -> None:
     costs = messnet.CostTable.from_json((RUN / "profile.json").read_text())
     expected = messnet.search(tables, costs, setting="budgeted", minimise="macs", max_drop_pp=1.0)
     assert json.loads(done.stdout) == json.loads(expected.instance.to_json())
+
+
+def test_the_command_searches_with_a_guarantee(light: LightEnvironment, tmp_path: Path) -> None:
+    """In plain Python, within a time limit; what is promised is counted here once more."""
+    run = shutil.copytree(RUN, tmp_path / "run")
+    tokens = ["--max-drop-pp", "1", "--guarantee", "0.1", "0.1", "--time-limit", "5"]
+    done = light.messnet("search", run, "--name", "safe", *tokens, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "numba is not installed" in done.stderr
+    instance = Instance.from_json((run / "instances/safe.json").read_text())
+    assert [instance.name, instance.setting] == ["safe", "input_dependent"]
+    assert "0.1" in instance.certificate
+    tables = messnet.ExitTables.from_bytes((RUN / "tables.npz").read_bytes())
+    calibration = tables.subset(tables.halves()[1])
+    routing = route(calibration, instance)
+    correct = calibration.intersection.sum(2) / calibration.labelled.sum(1)[:, None]
+    images = np.arange(len(routing))
+    assert (correct[images, -1] - correct[images, routing]).mean() <= 0.1
 
 
 def test_it_serves_with_its_page(light: LightEnvironment, session: Session, photos: Sequence[Path]) -> None:

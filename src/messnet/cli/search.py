@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter, Token
 
-from messnet.cli.app import AsJson, Out, Overrides, Target, app, examples, open_target, plain_name
-from messnet.errors import MessError
+from messnet.cli.app import AsJson, Out, Overrides, Target, app, examples, open_target, plain_name, quieten
+from messnet.errors import MessError, RecipeError
 from messnet.records.files import write_atomically
 from messnet.records.names import Setting
 from messnet.records.selection import CostUnit
@@ -28,7 +28,8 @@ from messnet.searching.objective import (
 
 if TYPE_CHECKING:
     from messnet.records.instance import Instance
-    from messnet.run.run import Run
+    from messnet.records.run_directory import RunDirectory
+    from messnet.searching.options import SearchOptions
 
 __all__ = ["search"]
 
@@ -146,21 +147,25 @@ def search(
         path.parent.mkdir(parents=True, exist_ok=True)
     if plot is not None:
         _expect_picture(plot)
-    opened: Run = open_target(target, overrides, out)
-    from messnet.run.choosing import search_run
-    from messnet.run.stages import run_stage
     from messnet.searching import words
 
     fronts: Mapping[str, Points]
     if name is None:
+        opened = open_target(target, overrides, out)
+        from messnet.run.stages import run_stage
+
         run_stage(opened, "search", again=True)
         found = opened.directory.front.read()
         files = [opened.directory.instance(name) for name in found.names]
         instances = [file.read() for file in files if file.exists]
         texts, fronts, unit = found.verdicts + found.skipped, {**found.fronts}, CostUnit("macs")
     else:
+        from messnet.run.choosing import search_run
+
+        directory, options = _recorded(target) if target.is_dir() and not overrides else _opened(target, overrides, out)
         result = search_run(
-            opened,
+            directory,
+            options,
             asked,
             name=name,
             setting="budgeted" if setting == "budgeted" else "input_dependent",
@@ -183,6 +188,25 @@ def search(
     for instance in instances:
         print("\n".join(words.describe(instance)))
     print("\n".join(texts))
+
+
+def _recorded(path: Path) -> tuple[RunDirectory, SearchOptions]:
+    """A run, and what its recipe asks of a search: read without the network and so without torch."""
+    from messnet.records.codec import MismatchError, from_plain
+    from messnet.records.run_directory import RunDirectory
+    from messnet.searching.options import SearchOptions
+
+    quieten()
+    directory = RunDirectory(path)
+    try:
+        return directory, from_plain(directory.record().recipe.get("search", {}), SearchOptions)
+    except MismatchError as error:
+        raise RecipeError(f"the recorded recipe of {path}: search.{error}") from error
+
+
+def _opened(target: Path, overrides: Sequence[str], out: Path | None) -> tuple[RunDirectory, SearchOptions]:
+    opened = open_target(target, overrides, out)
+    return opened.directory, opened.recipe.search
 
 
 def _asked(

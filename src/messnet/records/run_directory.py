@@ -156,6 +156,14 @@ class RunDirectory:
     def all_measured(self) -> list[Artefact[CostTable]]:
         return [self.measured(file.stem) for file in sorted(self.path.glob("costs/*.json"))]
 
+    def costs(self, path: Path | None = None) -> CostTable:
+        """The table at ``path``, by default the run's own, which knows no latency."""
+        if path is None:
+            return self.profile.read()
+        if not path.is_file():
+            raise RunError(f"no cost table {path}; make one with `messnet profile {self.path} --measure`")
+        return CostTable.from_json(path.read_bytes())
+
     def part_of_stage2(self, shard: Shard) -> Artefact[bytes]:
         return self._bytes(f"stage2.{shard}.safetensors", "distill")
 

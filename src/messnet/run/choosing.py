@@ -10,8 +10,7 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
 from messnet.records.measurements import Front
-from messnet.run.recipe import SearchOptions
-from messnet.run.run import Run
+from messnet.records.run_directory import RunDirectory
 from messnet.searching import (
     AnytimeObjective,
     Guarantee,
@@ -23,6 +22,7 @@ from messnet.searching import (
     pareto_front,
     search_for,
 )
+from messnet.searching.options import SearchOptions
 
 __all__ = ["search_all", "search_run"]
 
@@ -58,7 +58,8 @@ def search_all(tables: ExitTables, costs: CostTable, options: SearchOptions) -> 
 
 
 def search_run(
-    run: Run,
+    directory: RunDirectory,
+    options: SearchOptions,
     objective: Objective | AnytimeObjective,
     *,
     name: str,
@@ -67,9 +68,11 @@ def search_run(
     guarantee: Guarantee | None = None,
     time_limit: float | None = None,
 ) -> SearchResult:
-    """One more instance, beside the recipe's. The half that it is not selected on is what a guarantee calibrates on,
-    all of it: the certificate is then the report. Several cost tables: the least bad over these devices."""
-    options, tables, devices = run.recipe.search, run.tables(), [run.costs(path) for path in costs or (None,)]
+    """One more instance in the run at ``directory``, beside those of its recipe, whose ``options`` hold for it too. It
+    needs the run's tables, not its network, and so no torch. The half that it is not selected on is what a guarantee
+    calibrates on, all of it: the certificate is then the report. Several cost tables: the least bad over these
+    devices."""
+    tables, devices = directory.tables.read(), [directory.costs(path) for path in costs or (None,)]
     selection, calibration = (tables.subset(half) for half in tables.halves(options.seed))
     limit = options.time_limit if time_limit is None else time_limit
     result = search_for(
@@ -84,5 +87,5 @@ def search_run(
     )
     if guarantee is not None:
         result = certify(result, guarantee, selection=selection, calibration=calibration, costs=devices)
-    run.directory.instance(name).write(result.instance)
+    directory.instance(name).write(result.instance)
     return result

@@ -20,7 +20,7 @@ from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
 from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain, type_options
 from messnet.records.names import precision_named
-from messnet.searching import Grid
+from messnet.searching.options import SearchOptions
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
 __all__ = ["ModelOptions", "Recipe", "SearchOptions", "load_recipe", "recipe_from_record", "recipe_to_record"]
@@ -59,24 +59,6 @@ class ModelOptions:
     @property
     def build_options(self) -> dict[str, float]:
         return {name: value for name in ("width", "depth") if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """What ``messnet run`` searches: the best accuracy at no more work than the model, and the least work for each
-    drop; all input-dependent, one early cut included."""
-
-    max_drops_pp: tuple[float, ...] = (0.1, 1.0)
-    """mIoU that may be lost against the final exit, percentage points."""
-    grid: Grid = Grid()
-    time_limit: float | None = 300.0
-    """Seconds for the front, and for each objective if the front was not proved by then; null: as long as it takes."""
-    seed: int = 0
-    """Which half of the validation images is selected on."""
-
-    def __post_init__(self) -> None:
-        if self.time_limit is not None and not self.time_limit >= 0:
-            raise RecipeError(f"search.time_limit must be at least 0 seconds, got {self.time_limit}")
 
 
 @dataclass(frozen=True, kw_only=True)

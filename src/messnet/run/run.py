@@ -56,11 +56,7 @@ class Run:
 
     def costs(self, path: Path | None = None) -> CostTable:
         """The table at ``path``, by default the run's own, which knows no latency."""
-        if path is None:
-            return self.directory.profile.read()
-        if not path.is_file():
-            raise RunError(f"no cost table {path}; make one with `messnet profile {self.directory.path} --measure`")
-        return CostTable.from_json(path.read_bytes())
+        return self.directory.costs(path)
 
     def tables(self) -> ExitTables:
         return self.directory.tables.read()
