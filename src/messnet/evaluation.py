@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from messnet.training.checkpoint import Checkpoint
 
 __all__ = ["EvaluationOptions", "evaluate", "merge_shards"]
 
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 _ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficulty")
 
 
@@ -111,12 +113,23 @@ def merge_shards(shards: Mapping[Shard, ExitTables], origin: str) -> ExitTables:
     ordered = [shards[part] for part in parts]
     names = [name for tables in ordered for name in tables.image_names]
     order = np.argsort(np.concatenate([_positions(part, len(names)) for part in parts]))
-    merged: dict[str, Any] = {
-        name: np.concatenate([getattr(tables, name) for tables in ordered])[order] for name in _ARRAYS
-    }
+
+    def joined(arrays: list[NDArray[_Scalar]]) -> NDArray[_Scalar]:
+        return np.concatenate(arrays)[order]
+
     labels = [label for tables in ordered for label in tables.groups or [""] * len(tables.image_names)]
     groups = tuple(labels[i] for i in order) if any(labels) else ()
-    return replace(ordered[0], image_names=tuple(names[i] for i in order), groups=groups, origin=origin, **merged)
+    return replace(
+        ordered[0],
+        image_names=tuple(names[i] for i in order),
+        groups=groups,
+        origin=origin,
+        intersection=joined([tables.intersection for tables in ordered]),
+        predicted=joined([tables.predicted for tables in ordered]),
+        labelled=joined([tables.labelled for tables in ordered]),
+        image_confidence=joined([tables.image_confidence for tables in ordered]),
+        difficulty=joined([tables.difficulty for tables in ordered]),
+    )
 
 
 def _positions(part: Shard, num_images: int) -> IntArray:
@@ -194,7 +207,7 @@ def _empty(
 
 
 def _save(checkpoint: Checkpoint, key: str, tables: ExitTables) -> None:
-    arrays: dict[str, Any] = {name: torch.from_numpy(getattr(tables, name)) for name in _ARRAYS}
+    arrays = {name: torch.from_numpy(getattr(tables, name)) for name in _ARRAYS}
     fixed = {
         "class_names": list(tables.class_names),
         "exits": [list(exit) for exit in tables.exits],

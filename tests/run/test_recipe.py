@@ -84,6 +84,13 @@ def test_a_list_a_word_or_nothing(tmp_path: Path, words: list[str], weights: obj
     assert load_recipe(path, ["--pretrain.class_weights", *words]).pretrain.class_weights == weights
 
 
+def test_of_two_equal_options_the_last_wins(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        recipe_file(tmp_path, ""), ["--pretrain.seed", "1", "--model.width", "0.5", "--pretrain.seed", "2"]
+    )
+    assert (recipe.pretrain.seed, recipe.model.width) == (2, 0.5)
+
+
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert load_recipe(recipe_file(tmp_path, "")) == Recipe()
 

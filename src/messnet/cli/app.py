@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
@@ -178,13 +178,13 @@ def _tell_of_compiling() -> None:
     class Teller(event.Listener):
         told = False
 
-        def on_start(self, event: Any) -> None:
+        def on_start(self, event: object) -> None:
             if not self.told:
                 line = "messnet: compiling inner loops for this processor, once: up to a minute"
                 tqdm.write(line, file=sys.stderr)  # above a bar
             self.told = True
 
-        def on_end(self, event: Any) -> None:
+        def on_end(self, event: object) -> None:
             pass
 
     event.register("numba:compile", Teller())  # type: ignore[no-untyped-call]

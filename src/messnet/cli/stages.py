@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -22,6 +22,9 @@ from messnet.cli.app import (
     recipe_of,
     say,
 )
+
+if TYPE_CHECKING:
+    from messnet.run.run import Run
 
 __all__ = ["distill", "pretrain", "report", "run"]
 
@@ -97,7 +100,7 @@ def distill(
         _train_stage("distill", opened)
 
 
-def _open_together(target: Path, overrides: Sequence[str], out: Path | None, pretrained: Path | None = None) -> Any:
+def _open_together(target: Path, overrides: Sequence[str], out: Path | None, pretrained: Path | None = None) -> Run:
     """``open_target``; of processes that train together the first goes first, for it may write the run directory."""
     quieten()
     compute = recipe_of(target, overrides).compute
@@ -110,7 +113,7 @@ def _open_together(target: Path, overrides: Sequence[str], out: Path | None, pre
     return opened
 
 
-def _train_stage(stage: str, opened: Any) -> None:
+def _train_stage(stage: str, opened: Run) -> None:
     from messnet.run.stages import STAGES
 
     if opened.recipe.compute.is_parallel and opened.recipe.compute.launch().global_rank > 0:

@@ -62,6 +62,7 @@ class _OtherTypeError(ValueError):
 def to_plain(value: object) -> Plain:
     """Plain values of a record, its fields in their order. Arrays are none: see ``Format.to_npz``."""
     if is_dataclass(value) and not isinstance(value, type):
+        # Not dataclasses.asdict: that copies what it does not know, such as arrays.
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     match value:
         case None | bool() | int() | float() | str():
@@ -190,6 +191,7 @@ def _prepared(value: object, kind: object, place: str) -> object:
         dotted = f"{place}." if place else ""
         return {key: _prepared(item, field_type(kind, key), f"{dotted}{key}") for key, item in value.items()}
     if isinstance(value, list):
+        # JSON's keys are text: what stands where a dictionary is declared is its rows.
         if any(get_origin(option) is dict for option in type_options(kind)):
             return _from_rows(value, field_type(kind, ""), place)
         return [_prepared(item, field_type(kind, i), f"{place}[{i}]") for i, item in enumerate(value)]
@@ -226,6 +228,7 @@ def _mismatch(error: msgspec.ValidationError, value: object, kind: object) -> Mi
     """msgspec's words, made to name the value and the choices there were."""
     problem, _, place = str(error).partition(" - at `$")
     place = place.strip("`").removeprefix(".")
+    # Walk to the place, to show the value that stands there and the choices there were.
     for step in re.findall(r"[^.\[\]]+", place):
         key = int(step) if isinstance(value, list) and step.isdigit() else step
         inside = isinstance(value, dict) and key in value

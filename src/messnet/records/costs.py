@@ -86,8 +86,10 @@ class CostColumn(NamedTuple):
         It pays the segments up to there, the head of every exit on the way, the decision of every exit on the way but
         the last of the instance, and one output. A cost that belongs to the instance is the same at each.
         """
+        # The instance's last exit decides nothing: whoever gets there leaves there.
         policies = np.append(self.policies[:-1], 0.0)
         if not self.per_image:
+            # Parameters and memory are there whether an image passes or not.
             backbone = self.segments[: self.exit_indices[-1] + 1]
             return np.full(len(self.heads), self.whole(np.concatenate([backbone, self.heads, policies, self.outputs])))
         paid: FloatArray = self.reached() + np.cumsum(self.heads + policies) + self.outputs

@@ -227,6 +227,7 @@ class RunDirectory:
     def finishing(self, stage: str, fingerprint: str) -> Iterator[None]:
         """Records ``stage`` as finished, with its time, on the clock and of processors (this process and those that it
         waited for), and its provenance, when the block ends without an error."""
+        # os.times counts children only once they have been waited for, such as the workers that load data.
         start, start_cpu = time.perf_counter(), sum(os.times()[:4])
         yield
         record = self.record()

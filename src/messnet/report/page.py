@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jinja2
 import numpy as np
@@ -66,6 +66,17 @@ class ReportInputs:
     recipe_yaml: str
     provenance: dict[str, dict[str, str]]
     """By stage: seconds, versions, devices, in words."""
+
+
+class ExitRow(TypedDict):
+    """What an exit would do as a static model."""
+
+    exit_index: int
+    head: str
+    miou: float
+    """[0, 1]"""
+    macs: float
+    """Per image."""
 
 
 class _ExitShare(NamedTuple):
@@ -132,8 +143,8 @@ def _cells(line: _Line) -> list[list[str]]:
     return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
 
 
-def exit_rows(tables: ExitTables, costs: CostTable) -> list[dict[str, Any]]:
-    """What every exit would do as a static model: ``exit_index``, ``head``, ``miou`` in [0, 1], ``macs`` per image."""
+def exit_rows(tables: ExitTables, costs: CostTable) -> list[ExitRow]:
+    """What every exit would do as a static model."""
     macs = costs.column("macs", tables.exits).alone()
     return [
         {
@@ -306,7 +317,16 @@ def _shown(gallery: Gallery, measurements: Measurements) -> list[int]:
     return sorted({order[0], order[-1]}, key=order.index) if order else []
 
 
-def _strips(gallery: Gallery, measurements: Measurements) -> list[dict[str, Any]]:
+class _Strip(NamedTuple):
+    """One image through every exit."""
+
+    name: str
+    left: str
+    """The exit where it stopped."""
+    pictures: list[_Picture]
+
+
+def _strips(gallery: Gallery, measurements: Measurements) -> list[_Strip]:
     """For each picture shown: its name, in words where it left, and the pictures from input to final exit."""
     strips = []
     for g in _shown(gallery, measurements):
@@ -323,7 +343,7 @@ def _strips(gallery: Gallery, measurements: Measurements) -> list[dict[str, Any]
             source = label_picture(gallery.predictions[g, e], gallery.palette)
             pictures.append(_Picture(source, alt, _exit_name(place), note, state))
         left = next((_exit_name(place) for place in gallery.exits if place.exit_index == taken), f"exit {taken}")
-        strips.append({"name": name, "left": left, "pictures": pictures})
+        strips.append(_Strip(name, left, pictures))
     return strips
 
 
@@ -340,7 +360,18 @@ def _class_legend(gallery: Gallery, shown: list[int]) -> list[tuple[str, str]]:
     return [(gallery.class_names[k], f"#{gallery.palette[k].tobytes().hex()}") for k in known]
 
 
-def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> dict[str, Any] | None:
+class _ConfidenceExample(NamedTuple):
+    """A confidence map before and after edge refinement."""
+
+    exit: str
+    name: str
+    c_img: float
+    choice: ExitChoice | None
+    pictures: list[_Picture]
+    gradient: str
+
+
+def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> _ConfidenceExample | None:
     """The confidence map of one image before and after edge refinement, at the first exit that decides something on
     the image that went furthest. None where no exit decides anything."""
     shown = _shown(gallery, measurements)
@@ -354,14 +385,14 @@ def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> dict[s
         source = confidence_picture(values)
         alt, note = f"{name}, confidence map {caption} edge refinement", f"mean {values.mean(dtype=np.float64):.3f}"
         pictures.append(_Picture(source, alt, f"{caption} edge refinement", note))
-    return {
-        "exit": _exit_name(gallery.exits[e]),
-        "name": name,
-        "c_img": float(gallery.image_confidence[g, e]),
-        "choice": _choice_behind(gallery, e, measurements),
-        "pictures": pictures,
-        "gradient": ", ".join(confidence_colours()),
-    }
+    return _ConfidenceExample(
+        exit=_exit_name(gallery.exits[e]),
+        name=name,
+        c_img=float(gallery.image_confidence[g, e]),
+        choice=_choice_behind(gallery, e, measurements),
+        pictures=pictures,
+        gradient=", ".join(confidence_colours()),
+    )
 
 
 def _choice_behind(gallery: Gallery, e: int, measurements: Measurements) -> ExitChoice | None:
@@ -378,7 +409,17 @@ def _front_figure(measurements: Measurements, fronts: dict[str, list[tuple[float
     return as_svg(figure, "front", alt)
 
 
-def _depth_figure(measurements: Measurements, costs: CostTable) -> dict[str, Any] | None:
+class _DepthFigure(NamedTuple):
+    figure: Markup
+    instance: str
+    measure: str
+    """What difficulty is, in words."""
+    groups: list[tuple[str, int, float]]
+    """Of each exit: its name, images that left there, their mean difficulty."""
+    sentence: str
+
+
+def _depth_figure(measurements: Measurements, costs: CostTable) -> _DepthFigure | None:
     """Exit taken against difficulty, for the instance whose images spread most. None without an early exit."""
     rows = [row for row in measurements.rows[1:] if row.instance.setting == "input_dependent"]
     row = max(rows, key=Measurement.spread, default=None)
@@ -391,13 +432,13 @@ def _depth_figure(measurements: Measurements, costs: CostTable) -> dict[str, Any
     by_exit = [(name, difficulty[taken == exit_index]) for exit_index, name in names.items()]
     figure = draw_depth(difficulty, taken, names, len(costs.segments), measure)
     alt = f"exit taken against {measure}, one point per image, a bar at each exit's mean"
-    return {
-        "figure": as_svg(figure, "depth", alt),
-        "instance": row.instance.objective or row.instance.name,
-        "measure": measure,
-        "groups": [(name, len(here), float(here.mean()) if len(here) else float("nan")) for name, here in by_exit],
-        "sentence": _correlation_in_words(rank_correlation(difficulty, taken), len(taken)),
-    }
+    return _DepthFigure(
+        figure=as_svg(figure, "depth", alt),
+        instance=row.instance.objective or row.instance.name,
+        measure=measure,
+        groups=[(name, len(here), float(here.mean()) if len(here) else float("nan")) for name, here in by_exit],
+        sentence=_correlation_in_words(rank_correlation(difficulty, taken), len(taken)),
+    )
 
 
 def _difficulty(measurements: Measurements) -> tuple[NDArray[np.float64], str]:
@@ -434,7 +475,15 @@ def _correlation_in_words(correlation: float, num_images: int) -> str:
     )
 
 
-def _heads_figure(inputs: ReportInputs) -> dict[str, Any]:
+class _HeadsFigure(NamedTuple):
+    figure: Markup
+    best: list[tuple[str, int, str, str, str]]
+    """Of each exit: its name, number of heads, the best one, its mIoU in per cent and its GMACs."""
+    num_exits: int
+    """Heads of all exits together."""
+
+
+def _heads_figure(inputs: ReportInputs) -> _HeadsFigure:
     """mIoU of every exit on the reported images against its cost: backbone up to it and its head."""
     tables = _reported(inputs.tables, inputs.measurements.image_names)
     gmacs = inputs.costs.column("macs", tables.exits).alone() / 1e9
@@ -449,7 +498,7 @@ def _heads_figure(inputs: ReportInputs) -> dict[str, Any]:
         best.append((name, len(here), tables.exits[top].head, f"{100 * miou[top]:.2f}", _significant(gmacs[top], 4)))
     figure = draw_heads(gmacs, miou, exit_indices, names, len(inputs.costs.segments))
     alt = "mIoU of every exit head on the reported images against its GMACs, one colour per exit"
-    return {"figure": as_svg(figure, "heads", alt), "best": best, "num_exits": len(tables.exits)}
+    return _HeadsFigure(as_svg(figure, "heads", alt), best, len(tables.exits))
 
 
 def _reported(tables: ExitTables, image_names: Sequence[str]) -> ExitTables:

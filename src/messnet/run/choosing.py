@@ -36,6 +36,7 @@ def search_all(tables: ExitTables, costs: CostTable, options: SearchOptions) -> 
         )
         for setting in ("budgeted", "input_dependent")
     }
+    # The names of the paper's two questions: the best accuracy for the work, the least work for the accuracy.
     objectives = {"max-miou": Objective(maximise="miou", max_cost_ratio=1.0)}
     objectives |= {f"drop-{drop:g}pp": Objective(minimise="macs", max_drop_pp=drop) for drop in options.max_drops_pp}
     instances, verdicts, skipped = [], [], []

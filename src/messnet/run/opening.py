@@ -30,6 +30,7 @@ def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = 
     else:
         recipe = load_recipe(target, overrides)
         directory = RunDirectory(out or Path("runs") / target.stem)
+    # Recipes are compared as they are recorded: what a default is may change, what a run was made from may not.
     record = recipe_to_record(recipe)
     run = Run(recipe, directory)
     known = _known_recipe(directory) if directory.exists else None
@@ -109,6 +110,7 @@ def adopt_pretrained(run: Run, source: Path) -> None:
         run.directory.profile.write(other.profile.read())
         run.directory.exits.write(other.exits.read())
 
+    # Where the heads are the same too, so is the profile, to the bit even where latency placed the exits.
     if theirs["heads"] == record["heads"] and run.directory.fingerprint("profile") is None:
         profiled.record(run, copy_profile)
     profiled.ensure(run)

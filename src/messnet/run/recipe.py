@@ -96,7 +96,8 @@ def recipe_from_record(record: Mapping[str, object], overrides: Sequence[str] = 
 
 
 def _recipe(content: dict[str, object], overrides: Sequence[str], *, source: str, quiet: bool = False) -> Recipe:
-    said = dict(_parse_overrides(overrides))
+    said = dict(reversed(list(_parse_overrides(overrides))))  # of two equal options the last wins
+    # Overrides into copies of the sections: a record that was handed in stays as it is.
     for name, value in said.items():
         *sections, key = name.split(".")
         place = content
@@ -161,7 +162,9 @@ def _as_meant(value: object, text: object, kind: object) -> object:
 
 
 def _parse_overrides(tokens: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """(dotted name, value) of ``--section.key value ...``. Raises RecipeError for what is no option of a recipe."""
+    """(dotted name, value) of ``--section.key value ...``, the last first. Raises RecipeError for what is no option of a
+    recipe."""
+    # Backwards: the words of an option are known when it is reached.
     words: list[str] = []
     for token in [*reversed(tokens)]:
         if not token.startswith("--"):

@@ -30,6 +30,7 @@ def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | N
     reported, tables_reported = half.tolist(), tables.subset(half)
     instances = [_baseline(tables), *_found(run, front)]
     exits = sorted({choice.exit for instance in instances for choice in instance.exits})
+    # Before the sessions take the network over: parts are timed on a copy of it.
     predicted = _predict_latency(run, exits, costs.input_size)
     sessions = _sessions(run, instances, exits)
     samples = ((val[v].image, val[v].mask) for v in reported)
@@ -102,6 +103,7 @@ def _gallery(
     if len(sessions) < 2:
         return None
     session, row = max(zip(sessions[1:], rows[1:], strict=True), key=lambda pair: pair[1].spread())
+    # From shallow to deep, and from unsure to sure among those that left together; the tenth from either end.
     order = np.lexsort((row.image_confidence, row.exit_taken))
     first, last = int(order[len(order) // 10]), int(order[-1 - len(order) // 10])
     samples = [val[reported[v]] for v in dict.fromkeys((first, last))]

@@ -79,6 +79,7 @@ class Run:
             self.adopt(self.blueprint().build())
         assert self._network is not None
         net: MultiExitNet = self._network.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        # As it was when it was converted, but for its weights: stage 2 freezes the backbone.
         net.drop_heads()
         net.requires_grad_(True)
         for parameter in self._frozen:
@@ -91,6 +92,7 @@ class Run:
         torch.manual_seed(self.recipe.pretrain.seed)
         if self._network is None or self.recipe.compute.is_parallel:
             return self.network()
+        # The weights that a conversion from the start would draw: it draws them before all else.
         blueprint = self.blueprint()
         drawn = build_model(blueprint.model, len(blueprint.class_names), **blueprint.model_options).state_dict()
         net = self.network()
@@ -114,6 +116,7 @@ class Run:
         heads = unpack(self.directory.stage2.read(), str(self.directory.stage2.path))
         net = self.pretrained()
         if exits is None:
+            # Heads that diverged have no weights.
             add_heads(net, self.recipe.heads)
             net.drop_heads([exit for exit in net.exits if exit not in heads.stopped])
         _add_exits(net, exits or ())

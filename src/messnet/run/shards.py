@@ -42,6 +42,7 @@ def share(shard: Shard, net: MultiExitNet, exits: Sequence[Exit]) -> tuple[Exit,
 def deal(costs: Mapping[Exit, float], count: int) -> dict[Exit, int]:
     """The part, 0 .. ``count`` - 1, of each exit: heaviest first, each to the part with the least so far, so that parts
     take about the same time. The backbone pass, which every part does, does not count."""
+    # Longest processing time first (Graham 1969): no part takes more than 4/3 of what the best division would.
     loads = [0.0] * count
     dealt: dict[Exit, int] = {}
     for exit in sorted(costs, key=lambda exit: (-costs[exit], exit)):

@@ -51,6 +51,7 @@ class Stage:
     def fingerprint(self, record: Mapping[str, object]) -> str:
         """A name for what the artefact is made from: ``inputs`` and the formats."""
         parts: dict[str, object] = {**self.inputs(record)}
+        # Trainings read and write nothing but safetensors: no format, as in the first runs.
         if self.formats:
             parts["formats"] = list(self.formats.values())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -41,6 +41,7 @@ def profile_stage(run: Run) -> None:
         exit_points=net.exit_points,
         head=options.head,
     )
+    # The blueprint first: what is left of a run that is killed here is done again, for the stage is not recorded.
     run.directory.exits.write(blueprint.to_json().encode())
     run.directory.profile.write(profile(net, (height, width), model=options.name))
     run.adopt(net)
@@ -66,7 +67,9 @@ def distill_stage(run: Run, shard: Shard | None = None) -> None:
     recipe, made_from = run.recipe, _made_from(run)
     net, fabric = run.pretrained(), recipe.compute.launch()
     heads, finished = space_exits(net, recipe.heads), read_parts(run.directory, made_from)
+    # A process of several trains its part of the part that the command asks for.
     own = (shard or WHOLE).divided(fabric.global_rank, fabric.world_size) if fabric.world_size > 1 else shard
+    # Parts that are there already, of this very recipe and stage 1, are taken as they are.
     wanted = [exit for exit in (share(own, net, heads) if own else heads) if exit not in finished.exits]
     name = f"distill.{own}" if own else "distill"
     checkpoint = replace(run.checkpoint(name), made_from=made_from if own else "")
@@ -75,6 +78,7 @@ def distill_stage(run: Run, shard: Shard | None = None) -> None:
         rest = (recipe.heads, recipe.distill, recipe.compute, checkpoint, run.monitor(name))
         stopped = distill(net, run.dataset("train"), *rest, exits=wanted)
     trained = Part(net.heads.state_dict(), stopped, made_from)
+    # One process with no part of its own writes the whole; others leave their parts, which the first then merges.
     if own is None:
         run.directory.stage2.write(pack(join([finished, trained])))
         discard_parts(run.directory)
@@ -119,6 +123,7 @@ def merge_tables(run: Run) -> None:
     """The tables from the parts that shards left. Raises RunError that says what is missing."""
     parts = run.directory.parts_of_tables()
     tables = {shard: file.read() for shard, file in parts.items()}
+    # Recorded as if one pass had made them: they are equal.
     STAGES["evaluate"].record(run, lambda run: run.directory.tables.write(merge_shards(tables, _tables_origin(run))))
     for file in parts.values():
         file.discard()
