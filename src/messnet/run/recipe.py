@@ -162,8 +162,7 @@ def _as_meant(value: object, text: object, kind: object) -> object:
 
 
 def _parse_overrides(tokens: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """(dotted name, value) of ``--section.key value ...``, the last first. Raises RecipeError for what is no option of a
-    recipe."""
+    """(dotted name, value) of ``--section.key value ...``, the last first. Raises RecipeError for anything else."""
     # Backwards: the words of an option are known when it is reached.
     words: list[str] = []
     for token in [*reversed(tokens)]:
