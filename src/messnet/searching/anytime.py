@@ -54,7 +54,9 @@ class Figures(NamedTuple):
 def figures_of(mious: FloatArray, reached: FloatArray, extra: FloatArray, horizon: float) -> Figures:
     """The figures of n instances from arrays (n, exits), exits shallow to deep: the mIoU of each exit, the backbone's
     cost up to it, and the cost of its head and output; ``horizon`` is in the same unit."""
+    # A result is there when the backbone, all heads and all outputs up to it have run.
     times = reached + np.cumsum(extra, axis=1)
+    # Each result is at hand until the next one is there, or the horizon.
     ends = np.minimum(np.concatenate([times, np.full((len(times), 1), horizon)], axis=1), horizon)
     last_only = reached[:, -1] + extra[:, -1]
     ratio = np.divide(times[:, -1], last_only, out=np.ones(len(times)), where=last_only > 0)
@@ -82,14 +84,17 @@ def search_anytime(
     best: list[tuple[tuple[float, ...], tuple[int, ...], Figures]] = []
     possible: list[Figures] = []
     num_choices = 0
+    # All choices, one set of exit points after another, as arrays.
     for positions in _choices(tables, objective.min_exits, grid.max_exits):
         num_choices += len(positions)
+        # Only those that get better from exit to exit.
         positions = positions[(np.diff(mious[positions], axis=1) > 0).all(1)]
         figures = figures_of(mious[positions], reached[positions], extra[positions], objective.horizon * model)
         if len(positions):
             possible.append(figures)
         met = np.flatnonzero(_meets(objective, figures, baseline_miou, model))
         ranks = _ranks(objective, figures.take(met))
+        # The best of this set of exit points; the best of all are among these.
         for i in np.lexsort(ranks[::-1])[:NUM_BEST]:
             one = tuple(positions[met[i]].tolist())
             best.append((tuple(float(rank[i]) for rank in ranks), one, figures.take(met[[i]])))

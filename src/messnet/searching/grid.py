@@ -81,13 +81,16 @@ def columns_of(tables: ExitTables, position: int, grid: Grid) -> tuple[list[Colu
     for t in grid.pixel_thresholds_of(tables):
         confidence = tables.image_confidence[:, position, policy, t]
         observed = np.unique(confidence)
+        # A threshold between two observed values routes as the larger of them: no others need to be tried.
         chosen = observed
         if grid.num_image_thresholds < len(observed):
+            # Quantiles: the thresholds are dense where the images are.
             ranks = np.linspace(0, len(confidence) - 1, grid.num_image_thresholds).round().astype(int)
             chosen = np.unique(np.sort(confidence)[ranks])
         num_declared += len(chosen)
         chosen = chosen[chosen > observed[0]]
         bins = np.searchsorted(chosen, confidence, side="right").astype(np.int32)
+        # Pixel thresholds that route alike at every image threshold are one column.
         if len(chosen) and bins.tobytes() not in known:
             known.add(bins.tobytes())
             columns.append(Column(float(tables.pixel_thresholds[t]), image_thresholds(observed, chosen), bins))

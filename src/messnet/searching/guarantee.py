@@ -68,6 +68,7 @@ def certify(
         )
 
     measure = CostMeasure.of(objective, costs)
+    # The path is fixed by the selection images alone: the test below may then go along it for free.
     path = no_dearer(retreat_path(result.instance, selection, guarantee.num_steps), measure, selection)
     losses = np.array([loss_of(calibration, route(calibration, step)) for step in path])
     # p_value bets on one image after the other: a trend in the order of the files is no loss of their source.
@@ -105,6 +106,7 @@ def certified_step(losses: FloatArray, guarantee: Guarantee) -> tuple[int, float
     needs no test.
     """
     certified, p = 0, 0.0
+    # Testing stops at the first step that is not rejected; later ones are never looked at.
     for step, row in enumerate(losses[1:], start=1):
         tested = p_value(row, guarantee)
         if tested > guarantee.delta:
@@ -144,11 +146,13 @@ def p_value(losses: FloatArray, guarantee: Guarantee) -> float:
     Prediction Sets", 2021).
     """
     num_images = len(losses)
+    # The bets look at the images before only: estimates run behind by one image.
     seen = np.arange(2, num_images + 2)  # and one image made up, of loss 1/2 and variance 1/4
     mean = (0.5 + losses.cumsum()) / seen
     variance = (0.25 + ((losses - mean) ** 2).cumsum()) / seen
     before = np.concatenate([[0.25], variance[:-1]])
     bets = np.minimum(1, np.sqrt(-2 * math.log(guarantee.delta) / (num_images * before)))
+    # Ville: the largest capital on the way counts, in logarithms against overflow.
     capital = np.log1p(bets * (guarantee.epsilon - losses)).cumsum().max()
     return math.exp(-max(0.0, float(capital)))
 
@@ -162,6 +166,7 @@ def images_needed(losses: FloatArray, guarantee: Guarantee) -> int | None:
     def certify_it(num_images: int) -> bool:
         return p_value(np.resize(losses, num_images), guarantee) <= guarantee.delta
 
+    # Doubling, then bisection: certifying is taken for monotone in the number of images.
     enough = 1
     while not certify_it(enough):
         if enough >= MOST_IMAGES:
@@ -179,6 +184,7 @@ def retreat_path(instance: Instance, selection: ExitTables, num_steps: int = 100
     """
     last = selection.exits[selection.final]
     final = ExitChoice(exit_index=last.exit_index, head=last.head)
+    # The exit at which the instance cuts decides on the path, so it needs thresholds there.
     early = [_with_thresholds(choice, instance, selection) for choice in instance.exits if choice.exit != last]
     path = [replace(instance, exits=(final,))]
     for k in range(1, num_steps):
@@ -206,6 +212,7 @@ def _with_thresholds(choice: ExitChoice, instance: Instance, selection: ExitTabl
     position = selection.exits.index(choice.exit)
     losses = loss_of(selection, np.full(len(selection.image_names), position))
     confidence = selection.image_confidence[:, position, selection.policies.index(instance.policy)]
+    # Losses in the order in which images would leave, for each pixel threshold.
     ranked = losses[np.argsort(-confidence, axis=0, kind="stable")]  # (V, T)
     best = int(ranked.cumsum(0).sum(0).argmin())
     return replace(choice, pixel_threshold=float(selection.pixel_thresholds[best]), image_threshold=0.0)

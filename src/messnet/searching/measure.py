@@ -84,6 +84,7 @@ def statistic_of(values: FloatArray, statistic: Statistic) -> float:
         return float(values.mean())
     if statistic == "worst":
         return float(values.max())
+    # The ceil(0.95 n)-th smallest, in integers.
     return float(np.sort(values)[-(-19 * len(values) // 20) - 1])
 
 
@@ -101,6 +102,7 @@ def meets(objective: Objective, measure: CostMeasure, tables: ExitTables, instan
     """Whether an instance is within every constraint of an objective on the images of ``tables``: written from the
     definitions, beside the search."""
     routing = route(tables, instance)
+    # Each constraint by its definition, images and devices one by one.
     if miou_of(tables, instance) < round(objective.least_miou(baseline_miou_of(tables)), DECIMALS):
         return False
     if measure.measure(tables, instance) > measure.largest(objective):

@@ -142,11 +142,13 @@ def search_for(
         return search_anytime(tables, costs, objective, grid=grid, name=name)
     _expect_setting(setting)
     measure = CostMeasure.of(objective, costs)
+    # The region is what the solver exploits; further limits and floors are the problem's own.
     problem = Problem(tables, measure, objective, grid)
     least_miou, largest_cost = _limits(tables, measure, objective)
     region = Region(objective.goal, max(-1.0, least_miou), largest_cost)
     control = Control(time_limit=time_limit, should_stop=should_stop, progress=progress)
     outcome = solve(problem, region, setting=setting, control=control)
+    # Nothing within the constraints: what would be, if one of them were relaxed.
     if not outcome.best:
         raise InfeasibleError(words.infeasible(_infeasible(tables, measure, objective, setting, grid)))
     front = _front_of(problem, measure, outcome, setting)
@@ -277,6 +279,7 @@ def _compare(front: Front, objective: Objective, chosen: FrontPoint) -> Comparis
     indices = [choice.exit_index for choice in chosen.instance.exits if choice.exit != final]
     static = _feasible(front, front.static, objective)
     rivals: list[FrontPoint] = []
+    # Only heads that all of its early exit points have can be uniform.
     heads = {exit.head for exit in tables.exits if indices and exit.exit_index == indices[0]}
     for head in sorted(heads):
         exits = [Exit(index, head) for index in indices]
@@ -312,12 +315,14 @@ def _infeasible(
     least_miou, largest_cost = _limits(tables, measure, objective)
     front, _ = front_under(objective)
     relaxed: list[Relaxed] = []
+    # Without one limit: the least of its cost that all other constraints take.
     for limit in objective.limits_on:
         others = tuple(one for one in objective.limits_on if one is not limit)
         one = replace(objective, minimise=limit.cost, maximise=None, statistic=limit.statistic, limits_on=others)
         without, own = front_under(replace(one, max_cost=None, max_cost_ratio=None))
         reached = [point for point in without.points if point.miou >= least_miou]
         relaxed += [Relaxed(limit, point, own.unit) for point in reached[:1]]
+    # Without one floor: the best IoU of that class on the front of what is left.
     for name, floor in objective.min_class_iou:
         floors = tuple(one for one in objective.min_class_iou if one[0] != name)
         without, own = front_under(replace(objective, min_class_iou=floors))

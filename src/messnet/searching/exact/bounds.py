@@ -51,6 +51,7 @@ def spread(mine: Float32, theirs: Float32, out: Float32) -> None:
     width = mine.shape[1]
     for v in range(mine.shape[0]):
         for k in range(width):
+            # A set that takes all images with a gain, or all with a loss, is at the ends.
             gain = mine[v, k] - theirs[v, k]
             out[k] += max(gain, np.float32(0))
             out[width + k] += min(gain, np.float32(0))
@@ -62,6 +63,7 @@ def _best_gain(arrays: Arrays, h: int, gain: Float32) -> np.float32:
     image."""
     best = np.float32(0)
     for column in range(arrays.first_column[h], arrays.first_column[h + 1]):
+        # A running sum over the levels, the smallest set first; no image at all gains 0.
         order, bins, total = arrays.order[column], arrays.bins[column], np.float32(0)
         v = len(order) - 1
         for level in range(arrays.levels[column], 0, -1):
@@ -84,6 +86,7 @@ def remainder(span: Float32, floors: Float32, num_classes: int, tau: Real, negli
     for k in range(classes):
         span[4 * classes + k] = np.float32(1) / max(np.float32(1) + span[3 * classes + k], floors[1, k])
         span[5 * classes + k] = np.float32(1) / max(np.float32(1) + span[classes + k], floors[1, k])
+    # Any s >= 0 gives a valid bound: the least of a few is kept.
     for stress in STRESSES:
         total, more = np.float32(0), np.float32(1) + stress
         for k in range(classes):
@@ -123,6 +126,7 @@ def bound_triples(
     moves = np.zeros((num, 2 * width), np.float32)
     for h in range(num):
         spread(x[h], x[last], moves[h])
+    # The mean of l over the classes: what an image contributes at each exit, before any price.
     score = np.zeros((num + 1, num_images), np.float32)
     for h in range(num + 1):
         for v in range(num_images):
@@ -134,31 +138,40 @@ def bound_triples(
     share = 1 / num_images
     worse, best_pair = np.zeros((num, num_images), np.float32), np.zeros(num, np.float32)
     gain, mine = np.zeros(num_images, np.float32), np.zeros(num_images, np.float32)
+    # Price of the last exit: backbone, head, output. An early one: backbone and output, for those who leave,
     end = np.float32(share * (prices[0, last] + prices[1, last] + prices[3, last]))
     for h in range(num):
+        # and head and decision, for all who reach it.
         entry = np.float32(share * (prices[1, h] + prices[2, h]))
         out = np.float32(share * (prices[0, h] + prices[3, h]))
         total = np.float32(0)
         for v in range(num_images):
             here, there = score[h, v] - entry - out, score[num, v] - entry - end
+            # Both orders of g_b and g_c: A takes an image from wherever B sends it.
             worse[h, v] = min(here, there)
             gain[v] = here - there
             total += there
+        # All images at the last exit, plus the best gain of a set that leaves at h: the best B.
         best_pair[h] = total + _best_gain(arrays, h, gain)
+    # The first exit before each of the middle ones.
     left = 0
     span = np.zeros(3 * width, np.float32)
     for first in range(num):
         out = np.float32(share * (prices[0, first] + prices[3, first]))
+        # All images reach the first exit and pay its head and decision.
         entry = np.float32(prices[1, first] + prices[2, first])
         for v in range(num_images):
             mine[v] = score[first, v] - out
         for middle in range(num):
+            # Exits of one exit point are no instance; and what is ruled out already stays so.
             if arrays.exit_index[middle] <= arrays.exit_index[first] or bound[middle, first] < target:
                 continue
             base = best_pair[middle] - entry
+            # What A gains at most: every image free to leave at the first exit.
             free, theirs = np.float32(0), worse[middle]
             for v in range(num_images):
                 free += max(np.float32(0), mine[v] - theirs[v])
+            # Ends of l and u: all at the last exit, plus the most and the least that each early exit moves them.
             for k in range(width):
                 span[k] = offset[k] + moves[first, k] + moves[middle, k]
                 span[width + k] = offset[k] + moves[first, width + k] + moves[middle, width + k]

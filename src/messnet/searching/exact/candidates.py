@@ -53,14 +53,17 @@ class Candidates(NamedTuple):
 def candidate_mask(arrays: Arrays, last: int, num: int, max_cost: float, known: Candidates | None) -> NDArray[np.bool_]:
     """(middle, first) of the ``num`` exits before ``last``: those in order, not ruled out by what all their instances
     cost at least, and among those ``known`` if given."""
+    # The middle exit lies deeper than the first, and each has a threshold to try.
     index = arrays.exit_index[:num]
     marked: NDArray[np.bool_] = index[:, None] > index[None, :]
     levels = np.diff(arrays.first_column)[:num] > 0
     marked &= levels[:, None] & levels[None, :]
+    # A limit that every instance of the choice exceeds rules it out.
     for m in np.flatnonzero(arrays.limits < np.inf):
         marked &= least_cost_of_row(arrays, int(m), last, num) <= arrays.limits[m]
     if max_cost < np.inf:
         marked &= least_cost(arrays, last, num) <= max_cost
+    # Only among those that earlier bounds left.
     if known is not None:
         among = np.zeros_like(marked)
         here = known.exits[known.exits[:, 0] == last]
@@ -78,6 +81,7 @@ def evaluate_choice(problem: Problem, positions: tuple[int, ...], max_cost: floa
     elif len(positions) == 2:
         enumeration.try_pair(problem.arrays, positions[1], positions[0], (0, 1), *limits, front)
     else:
+        # Everything that could rule an instance out is set to what rules out nothing.
         first, middle, last = positions
         # One class for all levels and a line and corner that everything is above: nothing is ruled out.
         fine = np.zeros((len(problem.arrays.bins), 1 + int(problem.arrays.levels.max(initial=0))), np.int64)

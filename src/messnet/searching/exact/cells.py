@@ -87,6 +87,7 @@ def classes_of(arrays: Arrays) -> Sets:
     status, valid = np.zeros((num, CLASSES, num_images), np.int8), np.zeros((num, CLASSES), np.bool_)
     fine = np.zeros((len(arrays.bins), 1 + int(arrays.levels.max(initial=0))), np.int64)
     _classify(arrays, status, valid, fine)
+    # The exits before q are those of shallower exit points: pairs are numbered q by q.
     before = np.searchsorted(arrays.exit_index, arrays.exit_index)
     return Sets(status, valid, fine, np.cumsum(np.r_[0, before[:-1]]))
 
@@ -96,6 +97,7 @@ def _classify(arrays: Arrays, status: Status, valid: NDArray[np.bool_], fine: In
     """Fills ``Sets``: fine classes from the sets of every level, the coarser ones from their two children."""
     num_images = arrays.counts.shape[1]
     for h in range(len(status)):
+        # IN until a set lacks the image; ``some`` once a set has it.
         for c in range(FINE):
             status[h, AT_FINE + c] = IN
         some = np.zeros((FINE, num_images), np.bool_)
@@ -106,6 +108,7 @@ def _classify(arrays: Arrays, status: Status, valid: NDArray[np.bool_], fine: In
                     v -= 1
                 # The class of a set is its size: the share of images in it, in sixteenths.
                 c = min(FINE - 1, (num_images - 1 - v) * FINE // num_images)
+                # Sets shrink as levels rise: the highest level of a class in a column has the smallest set.
                 highest = level == arrays.levels[column] or fine[column, level + 1] != c
                 fine[column, level] = c
                 valid[h, AT_FINE + c] = True
@@ -114,10 +117,12 @@ def _classify(arrays: Arrays, status: Status, valid: NDArray[np.bool_], fine: In
                     if highest and not leaves:
                         status[h, AT_FINE + c, w] = OUT
                     some[c, w] |= leaves
+        # Lacked by some set and held by some other: undecided.
         for c in range(FINE):
             for w in range(num_images):
                 if some[c, w] and status[h, AT_FINE + c, w] == OUT:
                     status[h, AT_FINE + c, w] = SOME
+        # Coarser classes, from the fine ones up: what both children agree on, else undecided.
         for c in range(AT_FINE - 1, -1, -1):
             child = AT_FINE + 2 * (c - AT_HALF) if c >= AT_HALF else AT_HALF + 2 * c
             one, two = valid[h, child], valid[h, child + 1]
@@ -132,7 +137,9 @@ def form_at(arrays: Arrays, sets: Sets, tangent: Tangent, prices: FloatArray) ->
     """The linear form of a tangent; ``prices`` (4, H) are what the parts cost if all images pay them, in mIoU. Its
     ranges are yet to be filled, see ``fill_ranges``."""
     num_exits, num_images = arrays.counts.shape[:2]
+    # Padded, so that the compiled loops over images run without a remainder.
     width = -(-num_images // 32) * 32
+    # Costs are means over images: each carries its share of the price.
     share = 1 / num_images
     here, end = np.zeros((2, num_exits, width), np.float32)
     here[:, :num_images] = tangent.scores - share * (prices[0] + prices[3])[:, None]
@@ -151,6 +158,7 @@ def fill_ranges(arrays: Arrays, sets: Sets, form: Form, later: int, before: IntA
     for p in before:
         for v in range(len(gain)):
             for k in range(width):
+                # The change of l and u when an image leaves at p instead of the later exit.
                 gain[v, k] = x[p, v, k] - x[later, v, k]
         out = form.ranges[sets.pairs[later] + p]
         out[:, :width] = -BIG
@@ -160,15 +168,18 @@ def fill_ranges(arrays: Arrays, sets: Sets, form: Form, later: int, before: IntA
             total[:] = 0
             v = len(order) - 1
             for level in range(arrays.levels[column], 0, -1):
+                # A running sum over the images of the set at this level.
                 while v >= 0 and bins[order[v]] >= level:
                     more = gain[order[v]]
                     for k in range(width):
                         total[k] += more[k]
                     v -= 1
+                # The most and the least over all sets of the class, of all columns.
                 row = out[AT_HALF + sets.fine[column, level] // 2]
                 for k in range(width):
                     row[k] = max(row[k], total[k])
                     row[width + k] = min(row[width + k], total[k])
+        # A coarse class holds the sets of its two halves.
         for c in range(COARSE):
             one, two, row = out[AT_HALF + 2 * c], out[AT_HALF + 2 * c + 1], out[c]
             for k in range(width):
@@ -232,6 +243,7 @@ def _remainder(
 def _best_of(here: Float32, status: Status, later: Float32) -> np.float32:
     """The linear form's bound of a cell: each image at the first exit (``here``), or at its best exit after it
     (``later``), as its status lets it."""
+    # OUT: later. IN: at the first exit. SOME: the better of the two.
     total = np.float32(0)
     for v in range(len(status)):
         total += max(later[v] if status[v] == OUT else here[v], here[v] if status[v] == IN else later[v])
@@ -243,13 +255,16 @@ def _prepare(arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, wor
     """Computes the part of the workspace that is the same for all first exits before the last two."""
     later, change, whole = work.later, work.change, work.whole
     num_images, width = arrays.counts.shape[1], form.x.shape[2]
+    # Every image that does not leave at the first exit reaches the middle one and pays its entry.
     entry = form.entry[middle]
     for c in range(CLASSES):
         status, row = sets.status[middle, c], later[c]
         for v in range(num_images):
             here, there = form.here[middle, v], form.end[last, v]
             better = max(here, there)
+            # IN: leaves at the middle exit. OUT: goes on to the last. SOME: the better of the two.
             row[v] = (here if status[v] == IN else there if status[v] == OUT else better) - entry
+    # D lies in what B may lack, E in what B may have: sums over all such images bound them for any A.
     whole[:] = 0
     for v in range(num_images):
         mine, theirs, out = form.x[middle, v], form.x[last, v], change[v]
@@ -265,6 +280,7 @@ def _prepare(arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, wor
                 row = whole[1, c]
                 for k in range(len(out)):
                     row[k] += out[k]
+    # A coarse class: the wider of its two halves.
     for which in range(2):
         for c in range(COARSE):
             row, one, two = whole[which, c], whole[which, AT_HALF + 2 * c], whole[which, AT_HALF + 2 * c + 1]
@@ -276,6 +292,7 @@ def _prepare(arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, wor
 @compiled(fastmath=True)
 def _sum_between(mine: Status, theirs: Status, change: Float32, extra: Float32) -> None:
     """Sums ``change`` (V, 4 K) over the images that some set of the one class has and some set of the other lacks."""
+    # Positions first, without a branch, then the few rows that count.
     extra[:] = 0
     images, num = np.empty(len(mine), np.int32), 0
     for v in range(len(mine)):
@@ -309,6 +326,7 @@ def _divide(
     a_from_middle, b_from_last = form.ranges[sets.pairs[middle] + first], form.ranges[sets.pairs[last] + middle]
     a_from_last, none = form.ranges[sets.pairs[last] + first], extra[1]
     values = np.empty((FINE, FINE), np.float32)
+    # All images pay the first exit's head and decision.
     paid, best = form.entry[first] * np.float32(arrays.counts.shape[1]), RULED_OUT
     for r in range(COARSE):
         if not sets.valid[first, r]:
@@ -360,8 +378,10 @@ def _divide(
                             if sets.valid[first, AT_FINE + a] and sets.valid[middle, AT_FINE + b]:
                                 value = values[a, b] + short
                                 if value >= target:
+                                    # A bound that reaches the target: the cell stays, with its remainder for step 7.
                                     slack[a, b] = short
                                     best = max(best, value)
+                    # Not to be ruled out: how much better it may be was not asked.
                     if best >= enough:
                         return best
     return best
@@ -390,8 +410,10 @@ def bound_choices(
     for middle in middles:
         prepared = False
         for first in range(bound.shape[1]):
+            # Ruled out by a quicker bound.
             if bound[middle, first] < target:
                 continue
+            # Once for all first exits before this middle one.
             if not prepared:
                 _prepare(arrays, sets, form, last, middle, work)
                 prepared = True
@@ -425,6 +447,7 @@ def _narrow(
     for s in range(FINE):
         if slack[:, s].max() <= RULED_OUT + 1:
             continue
+        # All images after the first exit, at their best there; ``gain``: what leaving at the first exit adds.
         row, total_later = later[AT_FINE + s], -form.entry[first] * np.float32(num_images)
         for v in range(num_images):
             gain[v] = form.here[first, v] - row[v]
@@ -438,6 +461,7 @@ def _narrow(
                 while v >= 0 and bins[order[v]] >= level:
                     total += gain[order[v]]
                     v -= 1
+                # Step 6 with the set itself at the first exit, classes at the middle one only.
                 short = slack[fine[level], s]
                 if total + short >= target:
                     mine[fine[level], s] = short
@@ -467,8 +491,10 @@ def evaluate_choices(
     tried, low, enough = 0, np.float32(target), np.float32(1e9)
     for n in range(len(exits)):
         last, middle, first = exits[n]
+        # The last two exits are the same as before: so is what depends on them alone.
         if n == 0 or exits[n - 1, 0] != last or exits[n - 1, 1] != middle:
             _prepare(arrays, sets, form, last, middle, work)
+        # Which fine cells are left, then which of their columns, then their thresholds.
         work.slack[:] = RULED_OUT
         one = (last, middle, first)
         value = _divide(arrays, sets, form, one, work, low, np.float32(tau), enough)

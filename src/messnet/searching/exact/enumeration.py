@@ -27,20 +27,24 @@ QUICK = np.float32(2e-6)
 @compiled()
 def mean_iou_of(counts: Counts, num_classes: int, floors: FloatArray) -> float:
     """mIoU of summed counts (C,) to 12 decimals, or -1 where a class is below its floor."""
+    # In float64, class after class: equal counts give equal sums, whatever the instance.
     total, num = 0.0, num_classes
     for k in range(num_classes):
         iou = counts[k] / counts[num_classes + k]
         if iou < floors[k]:
             return -1.0
         total += iou
+    # A class that is only predicted has an IoU of 0: it counts in the mean and adds nothing to the sum.
     for k in range(2 * num_classes, len(counts)):
         if counts[k] > 0:
             num += 1
+    # Rounded, so that float sums of equal ratios in another order compare as equal.
     return float(np.rint(total / num * 1e12) / 1e12)
 
 
 @compiled(fastmath=True)
 def _quick_miou(counts: Counts, num_classes: int) -> np.float32:
+    # The same in float32 and any order: off by less than QUICK.
     total, num = np.float32(0), num_classes
     for k in range(num_classes):
         total += np.float32(counts[k]) / np.float32(counts[num_classes + k])
@@ -59,6 +63,7 @@ def _leaving(arrays: Arrays, m: int, positions: IntArray, out: FloatArray) -> No
         whole = parts[0, positions[last]]
         for e in range(last + 1):
             for part in range(1, 4):
+                # The last exit decides nothing.
                 if part == 2 and e == last:
                     continue
                 more = parts[part, positions[e]]
@@ -79,6 +84,7 @@ def _leaving(arrays: Arrays, m: int, positions: IntArray, out: FloatArray) -> No
 def _statistic(kind: int, leaving: FloatArray, num_left: IntArray) -> float:
     """The mean, the largest, or the least cost that 95 % of the images do not exceed, where num_left[e] images leave at
     exit e."""
+    # Only as many costs as exits occur, so that no image needs to be looked at.
     num_images = 0
     total = 0.0
     worst = -np.inf
@@ -89,6 +95,7 @@ def _statistic(kind: int, leaving: FloatArray, num_left: IntArray) -> float:
             worst = max(worst, leaving[e])
     if kind == WORST:
         return worst
+    # At most so many costs are candidates for the 95th percentile as there are exits.
     if kind == P95:
         best = worst
         for e in range(len(leaving)):
@@ -96,6 +103,7 @@ def _statistic(kind: int, leaving: FloatArray, num_left: IntArray) -> float:
             for other in range(len(leaving)):
                 if leaving[other] <= leaving[e]:
                     cheaper += num_left[other]
+            # At least 95 % of the images, in integers.
             if 20 * cheaper >= 19 * num_images:
                 best = min(best, leaving[e])
         return best
@@ -105,6 +113,7 @@ def _statistic(kind: int, leaving: FloatArray, num_left: IntArray) -> float:
 @compiled()
 def _objective(arrays: Arrays, leaving: FloatArray, num_left: IntArray) -> float:
     """The objective's cost from leaving costs (M, exits), infinite where a limit is exceeded."""
+    # The largest weighted cost over the devices; costs without a weight are limited only.
     worst = -np.inf
     for m in range(len(leaving)):
         value = _statistic(arrays.kinds[m], leaving[m], num_left)
@@ -118,6 +127,7 @@ def _objective(arrays: Arrays, leaving: FloatArray, num_left: IntArray) -> float
 @compiled()
 def _place(front: Frontier, cost: float) -> int:
     """The number of points that cost at most this."""
+    # Bisection: costs ascend.
     low, high = 0, front.size[0]
     while low < high:
         middle = (low + high) // 2
@@ -134,11 +144,13 @@ def _insert(front: Frontier, cost: float, miou: float, key: int) -> None:
     place, size = _place(front, cost), front.size[0]
     if place > 0:
         before = place - 1
+        # Costs at most as much and is more accurate: the new point is dominated.
         if front.miou[before] > miou:
             return
         # Equal mIoU: the cheaper one stays, of equally cheap ones the smaller key.
         if front.miou[before] == miou and (front.cost[before] < cost or front.key[before] < key):
             return
+        # Equal cost and less accurate, or a larger key: replaced.
         if front.cost[before] == cost:
             place = before
     # Points from ``place`` to ``stop`` cost at least as much and are no more accurate: dominated.
@@ -148,6 +160,7 @@ def _insert(front: Frontier, cost: float, miou: float, key: int) -> None:
     shift = 1 - (stop - place)
     if size + shift > len(front.cost):
         raise MemoryError
+    # One point is entered, ``stop - place`` are dropped: the others move up or down.
     if shift > 0:
         for i in range(size - 1, stop - 1, -1):
             front.cost[i + 1], front.miou[i + 1], front.key[i + 1] = front.cost[i], front.miou[i], front.key[i]
@@ -164,6 +177,7 @@ def _try(arrays: Arrays, counts: Counts, cost: float, key: int, least_miou: floa
     """Enters one instance whose cost is within its limits, if the front has none that is better."""
     if cost == np.inf:
         return
+    # To be entered takes at least the mIoU of the best point that costs at most as much.
     place = _place(front, cost)
     least = max(least_miou, front.miou[place - 1]) if place > 0 else least_miou
     # The float32 mIoU is off by less than QUICK, so nothing that could enter is lost here.
@@ -189,6 +203,7 @@ def key_of(arrays: Arrays, first: int, middle: int, last: int, row: int, second_
     Keys order instances as ties are resolved: fewer exits, then the shallower last, the shallower middle, the shallower
     first exit, then the pixel thresholds' order and the fewer images leaving early.
     """
+    # Digits in a mixed base, the first criterion of the order the highest digit; 0 stands for no exit.
     num_exits = 1 + (first >= 0) + (middle >= 0)
     base = len(arrays.exit_index) + 1
     key = ((num_exits * base + last) * base + middle + 1) * base + first + 1
@@ -205,6 +220,7 @@ def merge(front: Frontier, others: Frontier) -> None:
 @compiled()
 def try_single(arrays: Arrays, position: int, front: Frontier) -> None:
     """All images leave at one exit."""
+    # One exit, one cost: it is the same for all images.
     leaving = np.zeros((len(arrays.kinds), 1))
     positions, num_left = np.zeros(1, np.int64), np.zeros(1, np.int64)
     positions[0], num_left[0] = position, arrays.counts.shape[1]
@@ -238,10 +254,12 @@ def try_pairs_before(
     best, keys = np.zeros((len(firsts), 2)), np.zeros(len(firsts), np.int64)
     tried = 0
     for n in range(len(firsts)):
+        # A front of its own for each pair, of which the best feasible point is remembered, then merged.
         scratch.size[0] = 0
         tried += try_pair(arrays, last, firsts[n], part, np.inf, -1.0, scratch)
         merge(front, scratch)
         best[n, 0] = best[n, 1] = np.inf
+        # Ascending cost is ascending mIoU: the first feasible point from the one end or the other is the best.
         for i in range(scratch.size[0]):
             point = i if cheapest else scratch.size[0] - 1 - i
             if scratch.miou[point] >= least_miou and scratch.cost[point] <= max_cost:
@@ -259,6 +277,7 @@ def try_pair(
     ``part`` (start, step); returns the number of instances."""
     num_images, width = arrays.counts.shape[1:]
     here, there = arrays.counts[first], arrays.counts[last]
+    # What an image adds to the counts by leaving at the first exit instead of the last.
     gain = np.zeros((num_images, width), arrays.counts.dtype)
     for v in range(num_images):
         for k in range(width):
@@ -267,6 +286,7 @@ def try_pair(
     _add_all(arrays.counts[last], everything)
     positions, num_left = np.zeros(2, np.int64), np.zeros(2, np.int64)
     positions[0], positions[1] = first, last
+    # Costs of leaving at the one and at the other; how many do changes with the level.
     leaving = np.zeros((len(arrays.kinds), 2))
     for m in range(len(leaving)):
         _leaving(arrays, m, positions, leaving[m])
@@ -285,6 +305,7 @@ def try_pair(
                     summed[k] += more[k]
                 v -= 1
             tried += 1
+            # The images from v + 1 on, in ascending order of bins, leave at the first exit.
             num_left[0], num_left[1] = num_images - 1 - v, v + 1
             cost = _objective(arrays, leaving, num_left)
             if cost <= max_cost:
@@ -319,19 +340,23 @@ def try_triple(
     """
     num_images, width = arrays.counts.shape[1:]
     last, middle, first = exits
+    # Shallow to deep, as costs are paid.
     positions = np.zeros(3, np.int64)
     positions[0], positions[1], positions[2] = first, middle, last
     leaving = np.zeros((len(arrays.kinds), 3))
     for m in range(len(leaving)):
         _leaving(arrays, m, positions, leaving[m])
     price = _price(arrays, leaving)
+    # Counts with all images at the first exit: level 0, from which ``_try_columns`` goes up.
     early = np.zeros(width, arrays.counts.dtype)
     _add_all(arrays.counts[first], early)
+    # Without scores nothing is ruled out: mean l is taken for 0, and line and corners are below it.
     own = np.zeros((3, num_images))
     if len(scores):
         for e in range(3):
             own[e] = scores[positions[e]]
     columns = (arrays.first_column[middle], arrays.first_column[middle + 1])
+    # One mask for all columns of the middle exit.
     most = 0
     for other in range(columns[0], columns[1]):
         most = max(most, arrays.levels[other])
@@ -340,12 +365,14 @@ def try_triple(
     for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
         row = (column - arrays.first_column[first]) * (num_images + 1)
         here = slack[column - arrays.first_column[first]]
+        # No cell of this column of the first exit is left.
         if here.max() <= RULED_OUT + 1:
             continue
         keep = np.zeros((arrays.levels[column] + 1, most + 1), np.bool_)
         for other in range(columns[0], columns[1]):
             if not _ends(arrays, fine, column, other, here, ends):
                 continue
+            # Cells first, then single thresholds by the linear form, then the exact mIoU of what is left.
             kept = _sift(arrays, fine, column, other, own, here, ends, price, line, corners, keep)
             if kept > 0:
                 second = (other - columns[0]) * (num_images + 1)
@@ -362,6 +389,7 @@ def _ends(arrays: Arrays, fine: IntArray, column: int, other: int, slack: Float3
     some = False
     ends[0] = 1
     ends[1] = 0
+    # Levels of one class have the same ends, and classes follow one another.
     known = -1
     for level in range(1, arrays.levels[column] + 1):
         r = fine[column, level]
@@ -414,12 +442,15 @@ def _sift(
     """
     order, bins, other_bins = arrays.order[column], arrays.bins[column], arrays.bins[other]
     num_images, levels = len(order), arrays.levels[other]
+    # By bin of the middle exit: how mean l changes if the images in it leave there, and their number.
     gain, reaching = np.zeros(levels + 1), np.zeros(levels + 1)
+    # Level 0: all images leave at the first exit.
     whole, kept, v, saved = 0.0, 0, 0, price[1] - price[2]
     for image in range(num_images):
         whole += scores[0, image]
     keep[:] = False
     for level in range(1, arrays.levels[column] + 1):
+        # Images below the level leave it: to the last exit for now, and into their bin of the middle exit.
         while v < num_images and bins[order[v]] < level:
             image = order[v]
             whole += scores[2, image] - scores[0, image]
@@ -432,6 +463,7 @@ def _sift(
         if low > high:
             continue
         total, left = whole, 0.0
+        # Levels of the middle exit above those of interest: their images move all the same.
         for j in range(high + 1, levels + 1):
             total += gain[j]
             left += reaching[j]
@@ -481,6 +513,7 @@ def _try_columns(
     gain = np.zeros((levels + 1, width), arrays.counts.dtype)  # of leaving in the middle, by bin
     reaching = np.zeros(levels + 1, np.int64)
     base, summed = np.zeros(width, arrays.counts.dtype), np.zeros(width, arrays.counts.dtype)
+    # Level 0: all images leave at the first exit.
     for k in range(width):
         base[k] = early[k]
     num_left = np.zeros(3, np.int64)
@@ -488,6 +521,7 @@ def _try_columns(
     for level in range(1, arrays.levels[column] + 1):
         while v < num_images and bins[order[v]] < level:
             image = order[v]
+            # From the first exit to the last (``base``); from there to the middle one if that lets it (``into``).
             a, b, c, into = at_first[image], at_middle[image], at_last[image], gain[other_bins[image]]
             for k in range(width):
                 base[k] += c[k] - a[k]

@@ -42,6 +42,7 @@ class Problem:
     """
 
     def __init__(self, tables: ExitTables, measure: CostMeasure, objective: Objective, grid: Grid):
+        # Input that no search can answer for is refused before anything is computed.
         _check(tables, grid)
         self.tables, self.grid, self.policy = tables, grid, grid.policy_of(tables)
         self.columns: list[list[Column]] = []
@@ -51,6 +52,7 @@ class Problem:
             self.columns.append(columns)
             self.num_declared.append(declared)
         rows = _cost_rows(objective, measure, tables)
+        # All columns of all early exits, one under another; ``first_column`` says whose they are.
         bins = [column.bins for columns in self.columns for column in columns]
         num_images = len(tables.image_names)
         stacked = np.array(bins, np.int32).reshape(len(bins), num_images)
@@ -69,6 +71,7 @@ class Problem:
             limits=np.array([row.limit for row in rows], np.float64),
             floors=_floors(objective, tables),
         )
+        # Keys are 64-bit numbers: see ``enumeration.key_of``.
         if 4 * (len(tables.exits) + 1) ** 3 * self.arrays.rows_per_exit**2 >= 2**63:
             raise RecipeError("the grid has more instances than can be numbered: lower num_image_thresholds")
 
@@ -85,6 +88,7 @@ class Problem:
         indices = self.arrays.exit_index.tolist()
         ways = [1] * len(indices)  # to reach each exit by exactly so many early exits
         total = len(indices)
+        # Ways with one early exit more: each exit is reached from all that lie before it.
         for _ in range(max_exits - 1):
             ways = [
                 sum(ways[p] * self.num_declared[p] for p in range(len(self.num_declared)) if indices[p] < index)
@@ -101,6 +105,7 @@ class Problem:
         """The instance that a key stands for."""
         positions, rows = self._decode(key)
         exits = [ExitChoice(exit_index=e.exit_index, head=e.head) for e in (self.tables.exits[p] for p in positions)]
+        # A row is column (V + 1) + (V - level): fewer images leaving early, smaller number.
         for i, row in enumerate(rows):
             column = self.columns[positions[i]][row // (self.num_images + 1)]
             level = self.num_images - row % (self.num_images + 1)
@@ -132,6 +137,7 @@ class Problem:
     def counts_of(self, key: int) -> IntArray:
         """(C,) pixel counts of an instance, summed over the images."""
         positions, rows = self._decode(key)
+        # The last exit for all, then the middle one, then the first, which goes before both.
         routing = np.full(self.num_images, positions[-1])
         for position, row in reversed(list(zip(positions[:-1], rows, strict=True))):
             column = self.columns[position][row // (self.num_images + 1)]
@@ -141,6 +147,7 @@ class Problem:
 
     def _decode(self, key: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Exits, shallow to deep, and the (column, level) numbers of the early ones: ``enumeration.key_of`` undone."""
+        # The digits of ``enumeration.key_of``, from the lowest up.
         key, second = divmod(int(key), self.arrays.rows_per_exit)
         key, row = divmod(key, self.arrays.rows_per_exit)
         base = len(self.tables.exits) + 1
@@ -154,6 +161,7 @@ class Problem:
 def _check(tables: ExitTables, grid: Grid) -> None:
     if not tables.labelled.any():
         raise RecipeError("the selection images have no labelled pixel: nothing to select on")
+    # Only what the search looks at: the early exits under the policy of the grid.
     policy = tables.policies.index(grid.policy_of(tables))
     broken = np.argwhere(~np.isfinite(tables.image_confidence[:, : tables.final, policy]))
     if len(broken):
@@ -193,10 +201,12 @@ def _floors(objective: Objective, tables: ExitTables) -> FloatArray:
 
 def _counts(tables: ExitTables) -> Counts:
     """(H, V, C), see ``Arrays.counts``; int32 where no sum can exceed it."""
+    # Classes with labels first: their IoU can be above 0.
     occurs = tables.labelled.any(0)
     union = tables.predicted + tables.labelled[:, None] - tables.intersection
     parts = (tables.intersection[..., occurs], union[..., occurs], union[..., ~occurs])
     counts: NDArray[np.int64] = np.concatenate(parts, axis=2).transpose(1, 0, 2)
+    # No sum over the images, each at any exit, can be larger.
     largest = int(counts.max(initial=0)) * counts.shape[1]
     return np.ascontiguousarray(counts, np.int32) if largest < 2**31 else np.ascontiguousarray(counts, np.int64)
 

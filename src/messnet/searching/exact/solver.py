@@ -137,6 +137,8 @@ class Solver:
     # -- one and two exits ---------------------------------------------------------------------------------------
 
     def _evaluate_pairs(self) -> None:
+        """Evaluates all instances of two exits."""
+        # Pairs with the final exit come first, one pixel threshold at a time, the others whole.
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.problem.num_before(p)]
         lasts.reverse()  # the final exit first: it is in most good instances
         most = int(np.diff(self.arrays.first_column).max(initial=1))
@@ -148,6 +150,7 @@ class Solver:
         for number, jobs in enumerate(groups):
             for front, (tried, best, keys) in self._each(self._pairs_before, jobs, "two exits"):
                 self._learn(front, tried)
+                # The best feasible instance of each pair of exits: seeds and runners-up.
                 for (cost, miou), key in zip(best, keys, strict=True):
                     if cost < np.inf:
                         self._remember(cost, miou, int(key))
@@ -156,6 +159,7 @@ class Solver:
 
     def _halves(self, last: int) -> tuple[IntArray, IntArray]:
         """The early exits before ``last`` that are on the front of their exit point, and the others."""
+        # A head that is not even the best of its own exit point is seldom in a good instance.
         before = np.arange(self.problem.num_before(last))
         good = [self.problem.positions_of(key)[0] for one in self.static_at.values() for key in one.key[: one.size[0]]]
         marked = np.isin(before, good)
@@ -165,6 +169,7 @@ class Solver:
         self, job: tuple[int, IntArray, tuple[int, int]]
     ) -> tuple[Frontier, tuple[int, FloatArray, IntArray]]:
         (last, firsts, part), front, region = job, Frontier.empty(), self.region
+        # To begin with the static front spares entering what one exit alone does better.
         enumeration.merge(front, self.static)
         limits = (region.max_cost, region.least_miou, region.goal != "miou")
         return front, enumeration.try_pairs_before(self.arrays, last, firsts, part, *limits, Frontier.empty(), front)
@@ -231,6 +236,7 @@ class Solver:
         ranks: dict[int, list[int]] = {last: [] for last in lasts}  # early exits, the best first
         seeds: list[tuple[int, int, int]] = []
         for first, last in self._good_pairs():
+            # Two early exits that each do well before the same last exit, in order.
             for other in ranks.get(last, []):
                 low, high = sorted((first, other))
                 if self.arrays.exit_index[low] < self.arrays.exit_index[high]:
@@ -268,6 +274,7 @@ class Solver:
         max_cost, least_miou = self._limits()
         if self.region.goal == "front":  # what is no better than the front at its cost is not entered
             enumeration.merge(front, self.front)
+        # Relative to the tangent: mIoU - R.
         corners = self.corners_within(self.interval) - np.array([tangent.miou, 0.0])
         # An instance that improves on corner (m, c) has mIoU >= m and cost <= c, so mIoU - price cost >= m - price c.
         target = float((corners[:, 0] - self.price * corners[:, 1]).min(initial=np.inf)) - MARGIN
@@ -311,8 +318,10 @@ class Solver:
 
     def _largest_cost(self) -> float:
         """No instance of three exits costs more."""
+        # No cost takes part in bounds then.
         if not self.priced:
             return 0.0
+        # The backbone to the deepest exit, and three of the dearest heads and decisions.
         weighted = self.arrays.weights > 0
         backbone, head, decision, output = (self.arrays.parts * self.arrays.weights[:, None, None])[weighted].max(0)
         return float((backbone + output).max() + 3 * (head + decision).max())
@@ -322,6 +331,7 @@ class Solver:
         corners = self._corners()
         if self.region.goal != "front":
             return corners
+        # A corner reaches from its point's cost to the next one's: those that the interval meets.
         starts = self.front.cost[: len(corners)]
         here = (starts < costs[1]) & (corners[:, 1] > costs[0])
         # With a precision only what is above the front by more is looked for.
@@ -333,6 +343,7 @@ class Solver:
         prices = self.choose_tangent(costs)
         corners = self.corners_within(costs)
         candidates = self._bound_at(lasts, prices[0], corners, known)
+        # Other prices give other lines, and the lowest counts; each costs a pass over all choices.
         for price in prices[1:]:
             if len(candidates.exits) > self.tuning.num_reprice:
                 try:
@@ -352,6 +363,7 @@ class Solver:
         """Step 6: bounds by cells, at the first price."""
         form = self.form
         assert form is not None
+        # A matrix of bounds for each last exit, worked off in parallel by rows.
         target = self._target(candidates, corners, 0)
         lines, places = {}, {}
         for last in np.unique(candidates.exits[:, 0]).tolist():
@@ -365,6 +377,7 @@ class Solver:
             for part in np.array_split(np.flatnonzero((line > RULED_OUT).any(1)), 8)
             if len(part)
         ]
+        # Where many are left the front needs to know only which, not how promising they are.
         exact = self.region.goal != "front" or len(candidates.exits) <= self.tuning.num_reprice
         tau = float(corners[0, 0]) - candidates.base
 
@@ -387,6 +400,7 @@ class Solver:
         """Fills the ranges of the form that the cells of choices (n, 3) ask for."""
         form = self.form
         assert form is not None
+        # The three pairs of a choice (last, middle, first): each once, and not those filled before.
         needed = np.zeros_like(self.filled)
         for later, before in (0, 1), (0, 2), (1, 2):
             needed[exits[:, later], exits[:, before]] = True
@@ -412,12 +426,15 @@ class Solver:
         if not size:
             return self.problem.key_of_final, [0.0]
         costs, mious = self.front.cost[:size], self.front.miou[:size]
+        # The point of the front that is just accurate enough for the middle corner.
         at = min(int(np.searchsorted(mious, corners[len(corners) // 2, 0])), size - 1)
         if not self.priced or corners[-1, 1] >= self._largest_cost():  # cost is not bounded here
             return int(self.front.key[at]), [0.0]
+        # Within a strip the chord of its corners.
         if self.region.goal == "front" and len(corners) > 2:
             slope = (corners[-1, 0] - corners[0, 0]) / (corners[-1, 1] - corners[0, 1])
             return int(self.front.key[at]), [float(slope)]
+        # Else the slope between the points 5 % cheaper and 5 % dearer.
         low, high = (int(np.searchsorted(costs, factor * costs[at])) for factor in (0.95, 1.05))
         low, high = max(0, min(low, at - 1)), min(size - 1, max(high, at + 1))
         slope = (mious[high] - mious[low]) / (costs[high] - costs[low]) if costs[high] > costs[low] else 0.0
@@ -428,6 +445,7 @@ class Solver:
     ) -> Candidates:
         """Steps 3 to 5: bounds at one more price, of all choices or of those ``known``."""
         tangent = self.tangent
+        # What improves has at least the least mIoU of all corners: tau of step 3.
         tau = float(corners[0, 0]) - tangent.miou
         candidates = Candidates(np.zeros((0, 3), np.int64), np.zeros((0, 1)), tangent.miou, [price], self.interval)
         target = self._target(candidates, corners, 0)
@@ -438,6 +456,7 @@ class Solver:
             marked = candidate_mask(self.arrays, last, num, self._limits()[0], known)
             if not marked.any():
                 return np.zeros((0, 3), np.int64), np.zeros(0, np.float32)
+            # 9 is above every bound: "not bounded yet".
             lines = np.where(marked, np.float32(9), RULED_OUT)
             against = (tangent.x, tangent.offsets[last], tangent.floors, prices)
             bound_triples(self.arrays, last, num, *against, tau, target, lines)
@@ -447,6 +466,7 @@ class Solver:
         parts = list(self._each(bound, lasts, "bounds"))
         exits = np.concatenate([candidates.exits, *(part[0] for part in parts)])
         lines = np.concatenate([np.zeros(0), *(part[1] for part in parts)]).astype(np.float64)[:, None]
+        # Bounds at another tangent cannot be compared with these: they are dropped.
         if known is None or known.base != tangent.miou:
             return candidates._replace(exits=exits, bounds=lines)
         where = {tuple(one): i for i, one in enumerate(known.exits.tolist())}
@@ -467,6 +487,7 @@ class Solver:
         """Positions of the candidates that bounds do not rule out by now, the most promising first."""
         corners = self.corners_within(candidates.costs)
         targets = [self._target(candidates, corners, number) for number in range(len(candidates.prices))]
+        # How far each candidate's lowest line is above what it must reach.
         slack = (candidates.bounds - np.array(targets)).min(1)
         slack[done] = -np.inf
         order: IntArray = np.argsort(-slack, kind="stable")[: int((slack >= 0).sum())]

@@ -27,6 +27,7 @@ class FrontSolver(Solver):
     def _search_triples(self) -> tuple[float, float]:
         """Evaluates or rules out every choice of three exits; returns the gaps (cost, mIoU) that are left."""
         lasts = self.lasts_of_triples()
+        # Until the strips are known, one strip is left that covers every cost.
         edges, high = [-np.inf, np.inf], np.inf
         left: Candidates | None = None
         self.exact_from = np.inf
@@ -34,12 +35,14 @@ class FrontSolver(Solver):
             # No line rules out what costs less than every point of the front: that is evaluated without bounds.
             self.try_fully(self._cheaper_than_all(lasts))
             self._climb(lasts)
+            # The strips of the front as it is now; it rises while they are worked off, the dearest first.
             edges = [] if self.stopped else self._edges(self.tuning.bend)
             for low, high in self._strips(edges):
                 left = None
                 left = self.evaluate(self.bound(lasts, (low, high)), lasts)
                 if self.stopped:
                     break
+                # This strip is done, and with it all that is dearer, hence more accurate.
                 self.exact_from = self._miou_at(low)
         except (StoppedError, KeyboardInterrupt) as stop:
             self.note_stop(stop)
@@ -55,12 +58,14 @@ class FrontSolver(Solver):
     def _climb(self, lasts: Sequence[int]) -> None:
         """Raises the front by choices of the exits that are on it: the higher it is, the fewer candidates there are."""
         seeds: IntArray = np.zeros((0, 3), np.int64)
+        # Twice as wide strips, for a front that is still rough.
         for low, high in self._strips(self._edges(2 * self.tuning.bend)):
             self.choose_tangent((low, high))
             self.try_all(seeds)
             self.evaluate(self.bound(lasts, (low, high), self._of_exits_on_the_front(lasts)), lasts)
             if self.stopped:
                 break
+            # What is good in this strip is a good start in the next, cheaper one.
             seeds = self._choices_between(low, high)
 
     def _strips(self, edges: Sequence[float]) -> Iterator[tuple[float, float]]:
@@ -81,6 +86,7 @@ class FrontSolver(Solver):
         )  # from the cheapest on: what is left over is at the dear end, where strips take least
         while start < size - 1:
             stop = start + 1
+            # A strip grows until the front within it bends or rises too much for one tangent and one price.
             while (
                 stop < size - 1
                 and mious[stop] - mious[start] <= self.tuning.rise * bend
@@ -134,5 +140,6 @@ class FrontSolver(Solver):
 
 def _bend(mious: FloatArray, costs: FloatArray) -> float:
     """How far points of the front are from the line through the first and the last one, mIoU."""
+    # The line through the ends; points may lie on both sides of it.
     slope = (mious[-1] - mious[0]) / (costs[-1] - costs[0])
     return float(np.ptp(mious - slope * costs))

@@ -48,6 +48,7 @@ def tangent_at(problem: Problem, key: int) -> Tangent:
     """The tangent at the instance with this key."""
     k, counts = problem.arrays.num_classes, problem.arrays.counts
     whole = problem.counts_of(key).astype(np.float64)
+    # The reference: U0_k, r_k.
     union, iou = whole[k : 2 * k], whole[:k] / whole[k : 2 * k]
     width = -(-k // 8) * 8
     x, scores = np.zeros((*counts.shape[:2], 2, width), np.float32), np.empty(counts.shape[:2])
@@ -55,9 +56,12 @@ def tangent_at(problem: Problem, key: int) -> Tangent:
     for h, values in enumerate(counts):
         gains = (values[:, :k] - iou * values[:, k : 2 * k]) / union  # l_k, image by image
         scores[h] = gains.mean(1)
+        # Contributions to l_k, and to U_k / U0_k, which is u_k + 1.
         x[h, :, 0, :k], x[h, :, 1, :k] = gains, values[:, k : 2 * k] / union
+        # All images at this exit: sums of the contributions, the 1 taken off.
         summed = values.sum(0, dtype=np.int64).astype(np.float64)
         offsets[h, :, :k] = (summed[:k] - iou * summed[k : 2 * k]) / union, summed[k : 2 * k] / union - 1
+    # A union holds at least the labelled pixels of its class: 1 + u_k >= labelled / U0_k.
     labelled = problem.tables.labelled.sum(0, dtype=np.int64)
     floors[:, :k] = iou, labelled[labelled > 0] / union
     return Tangent(float(iou.mean()), x.reshape(*x.shape[:2], -1), offsets.reshape(len(counts), -1), scores, floors)
