@@ -14,6 +14,7 @@ Ends with one line per figure: name value unit goal ok|short.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import http.client
 import io
@@ -38,6 +39,8 @@ import numpy as np
 from PIL import Image
 
 import messnet
+from messnet.apps.serving.decoders import Decoders
+from messnet.apps.serving.decoding import decode_image
 
 LIMITS = {"max-body-mb": "1", "max-pixels": "262144", "max-queue": "16", "max-concurrency": "12", "timeout-s": "30"}
 LIMITS |= {"header-s": "5", "decode-s": "1", "max-connections": "64", "drain-s": "0.5"}
@@ -435,6 +438,31 @@ def direct_rate(options: argparse.Namespace, load: Load, seconds: float) -> floa
     return done / seconds
 
 
+def decoding_overhead(height: int, width: int, repeats: int = 40) -> float:
+    """Milliseconds that a JPEG of this size takes more in a process of its own than here. Each is the fastest of
+    ``repeats``, in turn, for other processes only ever add to it."""
+    draw = np.random.default_rng(2)
+    blocks = draw.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3)).repeat(16, 0).repeat(16, 1)
+    buffer = io.BytesIO()
+    Image.fromarray(blocks[:height, :width].astype(np.uint8)).save(buffer, "JPEG")
+    data, here, there = buffer.getvalue(), [], []
+
+    async def measure() -> None:
+        decoders = Decoders(1, max_pixels=2**22, decode_s=10)
+        await decoders.start()
+        for _ in range(repeats):
+            start = time.perf_counter()
+            decode_image(data, max_pixels=2**22)
+            here.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            await decoders.decode(data)
+            there.append(time.perf_counter() - start)
+        await decoders.stop()
+
+    asyncio.run(measure())
+    return 1000 * (min(there) - min(here))
+
+
 def service_rate(served: Served, load: Load, options: argparse.Namespace, seconds: float) -> float:
     rates = []
     for length in (seconds / 3, seconds):  # the first to warm up
@@ -495,6 +523,8 @@ def main() -> None:
     served = Served(options)
     direct = direct_rate(options, load, 10)
     service = service_rate(served, load, options, 10)
+    small, large = decoding_overhead(240, 320), decoding_overhead(2048, 2048, repeats=15)
+    print(f"decoding in another process: {small:.2f} ms more for 240 x 320, {large:.2f} ms for 2048 x 2048", flush=True)
     print(f"direct {direct:.1f} images/s, service {service:.1f} images/s", flush=True)
     tally, memory, seconds, cpu_s = mixed_load(served, load, options)
     settled = memory[int(WARM_UP_SHARE * len(memory)) :]
@@ -537,6 +567,8 @@ def main() -> None:
         ("good_not_in_time", tally.not_in_time, "requests", 0, not tally.not_in_time),
         ("hostile", tally.hostile.total(), "connections", None, True),
         ("service_cpu", cpu_s / seconds, "cores", None, True),
+        ("decoding_elsewhere_240x320", small, "ms", 1, small <= 1),
+        ("decoding_elsewhere_2048x2048", large, "ms", None, True),
         ("service_over_direct", service / direct, "ratio", 0.5, service / direct >= 0.5),
         ("wrong_or_missing_answers", len(tally.wrong), "requests", 0, not tally.wrong),
         ("5xx_but_503", server_errors, "requests", 0, server_errors == 0),
