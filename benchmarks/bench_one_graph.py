@@ -31,10 +31,10 @@ from onnx import TensorProto, helper
 
 from messnet.costs.latency import device_name
 from messnet.deployment.graph_runner import load_graph, stage_name
-from messnet.deployment.graphs import IR_VERSION, OPSET
 from messnet.deployment.restoring import restore_run
 from messnet.deployment.session import Session
 from messnet.images.preprocessing import normalise
+from messnet.policy.graph import IR_VERSION, OPSET
 from messnet.policy.labels import upsampled_labels
 from messnet.records.instance import ExitChoice
 from messnet.run.opening import open_run

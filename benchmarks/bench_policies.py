@@ -21,20 +21,27 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from scipy import ndimage
 
 from messnet.data.sources import open_dataset
 from messnet.evaluation import EvaluationOptions, evaluate
+from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.policy import Confidence
+from messnet.policy.reference import confidence_map
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
-from messnet.records.run_directory import Checkpoint
 from messnet.run.measuring import build_network
 from messnet.run.recipe import recipe_from_record
 from messnet.searching import Grid, cost_of, pareto_front, route
+from messnet.training.checkpoint import Checkpoint
 
 BASELINE, RANDOM = "top1+native", "random"
-FORMS = [f"{c}+{how}" for c in ("top1", "entropy") for how in ("native", "paper", "none", "mean", "patches")]
+FORMS = [f"{c}+{how}" for c in ("top1", "entropy") for how in ("native", "paper", "none")]
+RIVALS = ("mean", "patches", "classes")
+PATCH = 50  # input pixels, the side of a patch
+QUANTILE = 100  # the least sure hundredth of the patches speaks for the image
 RATIOS = np.array([0.5, 0.6, 0.7, 0.8, 0.9])  # of the whole model's workload
 Figure = tuple[str, float, str, float | None]
 
@@ -61,21 +68,58 @@ def load_run(run: Path, data_root: str | None) -> tuple[MultiExitNet, CostTable,
 
 def tabulate(run: Path, cache: Path, data_root: str | None) -> tuple[ExitTables, CostTable]:
     net, costs, val, own = load_run(run, data_root)
-    rare = np.argsort(own.labelled.sum(0))[:3]
-    classes = "+".join(map(str, sorted(rare.tolist())))
-    policies = (*FORMS, f"top1+classes:{classes}", f"entropy+classes:{classes}")
+    rare = tuple(sorted(np.argsort(own.labelled.sum(0))[:3].tolist()))
+    rivals = [f"{c}+{how}" for c in ("top1", "entropy") for how in RIVALS]
     file = cache / f"{run.name}.npz"
     if file.exists():
         tables = ExitTables.from_bytes(file.read_bytes())
-        if tables.policies == policies and tables.exits == net.exits:
+        if tables.policies == (*FORMS, *rivals) and tables.exits == net.exits:
             return tables, costs
-    options = EvaluationOptions(policies=policies, pixel_thresholds=tuple(own.pixel_thresholds.tolist()))
+    options = EvaluationOptions(policies=tuple(FORMS), pixel_thresholds=tuple(own.pixel_thresholds.tolist()))
     checkpoint = Checkpoint(cache / f"{run.name}.checkpoint")
     tables = evaluate(net, val, options, origin=run.name, checkpoint=checkpoint)
+    found = np.stack([rivals_of_image(net, val[v].image, rare) for v in range(len(val))])  # (V, H, P)
+    repeated = found[..., None].repeat(len(tables.pixel_thresholds), 3)
+    tables = replace(
+        tables,
+        policies=(*FORMS, *rivals),
+        image_confidence=np.concatenate([tables.image_confidence, repeated], 2),
+    )
     cache.mkdir(parents=True, exist_ok=True)
     file.write_bytes(tables.to_bytes())
     checkpoint.discard()
     return tables, costs
+
+
+def rivals_of_image(net: MultiExitNet, image: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
+    """(H, P): what each rival says at each exit, P as c+how for c of top1, entropy and how of ``RIVALS``."""
+    x = torch.from_numpy(normalise(image))[None].to(memory_format=torch.channels_last)
+    rows = []
+    with torch.inference_mode():
+        states = list(net.states(x))
+        for exit in net.exits:
+            logits = net.logits(exit, states[exit.exit_index])
+            stride = net.exit_points[exit.exit_index].output_stride
+            rows.append([rival(logits, stride, c, how, classes) for c in ("top1", "entropy") for how in RIVALS])
+    return np.array(rows, np.float32)
+
+
+def rival(logits: torch.Tensor, output_stride: int, kind: Confidence, how: str, classes: tuple[int, ...]) -> float:
+    """A confidence of one image that needs no pixel threshold, in [0, 1]; summed in float64.
+
+    "mean": over all pixels. "patches": of the means over all windows of about 50 input pixels, the one that 1 % of them
+    are not above (after Kahl et al., "ValUES", 2024, and Jazbec et al., "Fast yet Safe", 2024, who slide windows of 50
+    pixels and take the same quantile). "classes": mean over the pixels predicted as one of ``classes``; over all where
+    there is none, for a shallow exit may have overlooked them.
+    """
+    confidence = confidence_map(logits, kind)[0].double().numpy()
+    if how == "patches":
+        side = 2 * max(1, PATCH // (2 * output_stride)) + 1
+        means = ndimage.uniform_filter(confidence, side, mode="nearest")
+        return float(np.quantile(means, 1 / QUANTILE, method="lower"))
+    if how == "classes" and (wanted := np.isin(logits[0].argmax(0).numpy(), classes)).any():
+        return float(confidence[wanted].mean())
+    return float(confidence.mean())
 
 
 def with_random(tables: ExitTables) -> ExitTables:

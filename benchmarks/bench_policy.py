@@ -7,7 +7,7 @@ to the decision, against that of the segment and the head before it, 512 x 512, 
 3 %. The head is the plain FCN one (r = 1); the lightest one (r = 8) is reported too. Segment, head and decision take
 turns in the order in which they run. The figure is the ratio of the lower quartiles: on a machine that others use too,
 medians measure the others. Then, apart from any network:
-Logits of 21 classes, 64 x 64, for a 512 x 512 input (output stride 8). The baselines are the posters' literal form,
+Logits of 21 classes, 64 x 64, for a 512 x 512 input (output stride 8). The baselines are the paper's literal form,
 Canny and a median over 33 x 33 input pixels, and the native form by tensor operators instead of the compiled pass,
 measured in the same run, interleaved. ``doubtful`` is the share of images that the pass leaves to the operators. One
 line per figure: ``name value unit goal ok|short``.
@@ -28,14 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from messnet import exit_policy
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import convert
 from messnet.network.zoo import drn50_fcn, mobilenetv2_fcn
 from messnet.policy.compiled import confident_share
 from messnet.policy.edges import label_boundary, thicken
 from messnet.policy.policy import Policy
-from messnet.policy.reference import image_confidence, refined_confidence_map, should_exit
+from messnet.policy.reference import by_operators, image_confidence, refined_confidence_map, should_exit
 
 Figure = tuple[str, float, str, float | None]
 """name, value, unit, goal: at least so much; negative: at most its absolute value; None: reported only."""
@@ -67,9 +66,9 @@ def counted(logits: Tensor, policy: Policy, num_thresholds: int = 1) -> Tensor:
     return image_confidence(logits, OUTPUT_STRIDE, INPUT_SIZE, thresholds, policy)
 
 
-def by_operators(logits: Tensor) -> Tensor:
+def native_by_operators(logits: Tensor) -> Tensor:
     """The native form's c_img as accelerators and graphs compute it."""
-    return exit_policy._shares(logits, OUTPUT_STRIDE, INPUT_SIZE, torch.tensor([0.7]), NATIVE)
+    return by_operators(logits, OUTPUT_STRIDE, INPUT_SIZE, torch.tensor([0.7]), NATIVE)
 
 
 def doubtful(num_images: int) -> float:
@@ -174,7 +173,7 @@ def main() -> None:
     ms = interleaved_ms(
         {
             "native": lambda: counted(logits, NATIVE),
-            "native_by_operators": lambda: by_operators(logits),
+            "native_by_operators": lambda: native_by_operators(logits),
             "native_20_thresholds": lambda: counted(logits, NATIVE, 20),
             "native_literal_median": lambda: literal(logits, NATIVE),
             "paper": lambda: counted(logits, PAPER),

@@ -35,7 +35,7 @@ from messnet.costs.workload import copy_module
 from messnet.data import SegmentationDataset
 from messnet.deployment.bundle import is_bundle, open_bundle
 from messnet.deployment.graph_runner import GraphRunner, load_graph
-from messnet.deployment.graphs import make_graphs, policy_graph
+from messnet.deployment.graphs import make_graphs
 from messnet.deployment.measurement import measure_session
 from messnet.deployment.restoring import bundle_tensors, restore_bundle, restore_run
 from messnet.deployment.runner import Runner
@@ -43,6 +43,7 @@ from messnet.deployment.session import Result, Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.graph import policy_graph
 from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable

@@ -37,8 +37,7 @@ class EvaluationOptions:
     """What is recorded of every image."""
 
     policies: tuple[str, ...] = ("top1+native",)
-    """Confidence, "top1" or "entropy", + edge refinement, "native", "paper" or "none", or + a rival of the share of
-    confident pixels: "mean", "patches", "classes:8+9" (class ids); the first is deployed."""
+    """Confidence, "top1" or "entropy", + edge refinement, "native", "paper" or "none"; the first is deployed."""
     pixel_thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
     """Grid of th_pix, ascending, in [0, 1]."""
 

@@ -18,10 +18,11 @@ from helpers.light import REPOSITORY
 from messnet.deployment.bundle import open_bundle
 from messnet.deployment.graph_file import expect_self_contained, leading_to
 from messnet.deployment.graph_runner import GraphRunner, load_graph
-from messnet.deployment.graphs import make_graphs, output_graph
+from messnet.deployment.graphs import make_graphs
 from messnet.errors import RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.graph import output_graph
 from messnet.policy.policy import Policy
 from messnet.records.instance import ExitChoice
 

@@ -20,7 +20,6 @@ from messnet.deployment.bundle import open_bundle
 from messnet.deployment.export import check_graphs, export
 from messnet.deployment.graph_file import leading_to
 from messnet.deployment.graph_runner import load_graph
-from messnet.deployment.graphs import output_graph, policy_graph
 from messnet.deployment.loading import load
 from messnet.deployment.restoring import restore_bundle
 from messnet.deployment.session import Result, Session
@@ -28,7 +27,7 @@ from messnet.deployment.torch_runner import TorchRunner
 from messnet.errors import MessError, ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
-from messnet.policy.labels import upsampled_labels
+from messnet.policy.graph import output_graph, policy_graph
 from messnet.policy.policy import Policy
 from messnet.policy.reference import image_confidence
 from messnet.records.costs import CostTable
@@ -68,21 +67,6 @@ def same(one: Result, other: Result) -> None:
     np.testing.assert_array_equal(one.labels, other.labels)
     np.testing.assert_allclose(one.logits, other.logits, atol=1e-4)
     assert one.logits.shape == other.logits.shape
-
-
-@pytest.mark.parametrize("confidence", ["top1", "entropy"])
-@pytest.mark.parametrize("refinement", ["native", "none"])
-def test_the_policy_graph_counts_exactly(confidence: Any, refinement: Any) -> None:
-    policy = Policy(confidence=confidence, refinement=refinement)
-    graph = load_graph(policy_graph(policy, 5), "onnxruntime", "f32", 1)
-    draw = torch.Generator().manual_seed(0)
-    for height, width in [(1, 1), (1, 7), (9, 1), (2, 2), (13, 17), (8, 30)]:
-        coarse = torch.randn(3, 5, max(1, height // 3), max(1, width // 3), generator=draw) * 4
-        logits = upsample(coarse, (height, width)) + 0.3 * torch.randn(3, 5, height, width, generator=draw)
-        for threshold in (0.3, 0.5, 0.7, 0.9):
-            expected = image_confidence(logits, 8, (0, 0), [threshold], policy)[:, 0].numpy()
-            feeds = {"logits": logits.numpy(), "pixel_threshold": np.array([threshold], np.float32)}
-            np.testing.assert_array_equal(graph.run(feeds, ["confidence"])[0], expected)
 
 
 def test_thin_maps_are_widened_and_nothing_else_changes() -> None:
@@ -142,11 +126,9 @@ def test_segments_that_are_wanted_alone_run_without_their_head(bundle: Path) -> 
 
 
 @pytest.mark.parametrize("size", [(1, 1), (37, 50), (200, 130), (5, 4)])
-def test_labels_at_the_input(size: tuple[int, int]) -> None:
+def test_the_output_graph_gives_the_labels(size: tuple[int, int]) -> None:
     logits = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(1))
     expected = upsample(logits, size).argmax(1).numpy()
-    for threads in (1, 2, 7):
-        np.testing.assert_array_equal(upsampled_labels(logits.numpy(), size, threads=threads), expected)
     graph = load_graph(output_graph(), "onnxruntime", "f32", 1)
     np.testing.assert_array_equal(
         graph.run({"logits": logits.numpy(), "size": np.array(size)}, ["labels"])[0], expected

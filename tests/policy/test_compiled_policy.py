@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy import ndimage, special, stats
 
-from messnet.policy import compiled as exit_kernel
-from messnet.policy import reference as exit_policy
+from messnet.policy import reference
 from messnet.policy.compiled import confident_share
 from messnet.policy.policy import Policy
 from messnet.policy.reference import confidence_map, image_confidence
@@ -29,7 +28,7 @@ def count(logits: torch.Tensor, policy: Policy, thresholds: np.ndarray) -> tuple
 
 
 def by_operators(logits: torch.Tensor, policy: Policy, thresholds: np.ndarray) -> np.ndarray:
-    return exit_policy._shares(logits, 8, (1, 1), torch.from_numpy(thresholds), policy).numpy()
+    return reference.by_operators(logits, 8, (1, 1), torch.from_numpy(thresholds), policy).numpy()
 
 
 def by_scipy(logits: torch.Tensor, policy: Policy, threshold: float) -> list[int]:
@@ -79,15 +78,16 @@ def test_the_closest_thresholds_are_decided_as_by_the_operators(policy: Policy, 
 
 
 @pytest.mark.parametrize("policy", FORMS, ids=lambda policy: policy.name)
-def test_doubt_is_rare_and_settled_by_the_operators(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doubt_is_rare_and_settled_by_the_operators(policy: Policy) -> None:
     logits = noise(40, 11, (30, 40), 40)
-    counts, certain = count(logits, policy, np.array([0.9], np.float32))
+    certain = count(logits, policy, np.array([0.9], np.float32))[1]
     assert certain.mean() >= 0.9
-    monkeypatch.setattr(exit_kernel, "_tolerance", lambda num_classes, entropy: np.float32(2))  # doubts everything
-    assert not count(logits, policy, np.array([0.9], np.float32))[1].any()
-    settled = image_confidence(logits, 8, (1, 1), [0.9], policy)[:, 0].numpy()
-    np.testing.assert_array_equal(settled, by_operators(logits, policy, np.array([0.9], np.float32))[:, 0])
-    np.testing.assert_array_equal(settled[certain], (counts[certain, 0] / 1200).astype(np.float32))
+    # At a confidence that occurs, the image in which it occurs is always in doubt.
+    occurs = confidence_map(logits[:1], policy.confidence).numpy().ravel()[7::100]
+    for threshold in occurs[:, None]:
+        assert not count(logits[:1], policy, threshold)[1].any()
+        settled = image_confidence(logits, 8, (1, 1), threshold, policy).numpy()
+        np.testing.assert_array_equal(settled, by_operators(logits, policy, threshold))
 
 
 @pytest.mark.parametrize("policy", FORMS, ids=lambda policy: policy.name)

@@ -8,7 +8,6 @@ from scipy import ndimage
 from skimage.morphology import footprint_rectangle
 from skimage.segmentation import find_boundaries
 
-from messnet.policy import edges
 from messnet.policy.edges import canny_edges, label_boundary, thicken, window_majority, window_median
 
 
@@ -70,7 +69,7 @@ def test_canny_thresholds_of_0_equal_scaled_labels() -> None:
     np.testing.assert_array_equal(canny_edges(labels).numpy(), np.stack(scaled))
 
 
-def test_the_posters_erosion_of_edges_leaves_nothing() -> None:
+def test_the_papers_literal_erosion_of_edges_leaves_nothing() -> None:
     edges = canny_edges(label_maps(21, (128, 128)))
     assert edges.sum() > 1000
     square = np.ones((3, 3), np.uint8)
@@ -133,14 +132,3 @@ def test_operators_treat_every_map_alone(dimensions: int) -> None:
     for operator in (window_majority, thicken):
         alone = torch.cat([operator(mask[i : i + 1], 2) for i in range(6)])
         assert torch.equal(operator(batch, 2).view(6, 20, 17), alone)
-
-
-@pytest.mark.parametrize("radius", [1, 2, 16])
-def test_opencv_counts_as_the_tensor_operators(radius: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = torch.rand(2, 3, 37, 41, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask[0, 0] = False
-    views = (mask, mask[0], mask[..., 5:, ::2], mask.to(memory_format=torch.channels_last))
-    by_opencv = [operator(view, radius) for view in views for operator in (thicken, window_majority)]
-    monkeypatch.setattr(edges, "on_processor", lambda tensor: False)
-    by_tensors = [operator(view, radius) for view in views for operator in (thicken, window_majority)]
-    assert all(torch.equal(a, b) for a, b in zip(by_opencv, by_tensors, strict=True))

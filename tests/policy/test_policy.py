@@ -1,9 +1,6 @@
 """Confidence and decision against SciPy and the literal median, and what must not change them."""
 
-from pathlib import Path
-
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from scipy import ndimage, special, stats
@@ -20,7 +17,6 @@ from messnet.policy.reference import (
 )
 
 POLICIES = [Policy.parse(f"{c}+{r}") for c in ("top1", "entropy") for r in ("native", "paper", "none")]
-RIVALS = [Policy.parse(f"{c}+{p}") for c in ("top1", "entropy") for p in ("mean", "patches", "classes:1+3")]
 SIZE, STRIDE = (88, 120), 8
 THRESHOLDS = torch.linspace(0, 1, 21, dtype=torch.float64)
 
@@ -33,19 +29,16 @@ def smooth_logits(num_images: int = 3, num_classes: int = 5, scale: float = 30.0
 
 def test_policy_names_round_trip() -> None:
     assert Policy().name == "top1+native"
-    assert len({policy.name for policy in POLICIES + RIVALS}) == 12
-    assert all(Policy.parse(policy.name) == policy for policy in POLICIES + RIVALS)
-    assert RIVALS[-1].name == "entropy+classes:1+3"
-    assert RIVALS[-1].classes == (1, 3)
+    assert len({policy.name for policy in POLICIES}) == 6
+    assert all(Policy.parse(policy.name) == policy for policy in POLICIES)
 
 
-BAD_NAMES = ["", "top1", "top1+", "top2+native", "native+top1", "top1+native+none", "top1+mean:1", "top1+share"]
-BAD_NAMES += ["top1+classes", "top1+classes:", "top1+classes:1+", "top1+classes:-1", "top1+classes:car"]
+BAD_NAMES = ["", "top1", "top1+", "top2+native", "native+top1", "top1+native+none", "top1+share"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_an_unknown_policy_lists_the_options(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"top1 or entropy, \+, native, paper, none, mean, patches or classes:8\+9"):
+    with pytest.raises(RecipeError, match=r"top1 or entropy, \+, native, paper, none, such as top1\+native"):
         Policy.parse(name)
 
 
@@ -112,7 +105,7 @@ def test_native_form_is_independent_of_class_numbering(confidence: str) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("policy", POLICIES + RIVALS, ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 @pytest.mark.parametrize("size", [(11, 15), (8, 16)])
 def test_an_image_decides_alike_in_any_batch(policy: Policy, size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -157,81 +150,7 @@ def test_labels_are_argmax_with_ties() -> None:
         np.testing.assert_array_equal(labels.numpy(), logits.numpy().argmax(1))  # the first of equals
 
 
-@pytest.mark.parametrize("kind", ["top1", "entropy"])
-def test_rivals_in_numpy(kind: str) -> None:
-    logits = smooth_logits(scale=8)
-    c_map = confidence_map(logits, kind).numpy().astype(np.float64)
-    labels = logits.numpy().argmax(1)
-
-    def value(pooling: str, one: torch.Tensor = logits) -> np.ndarray:
-        shares = image_confidence(one, STRIDE, SIZE, [0.3, 0.7], Policy.parse(f"{kind}+{pooling}")).numpy()
-        assert shares.dtype == np.float32
-        assert shares.shape == (len(one), 2)
-        np.testing.assert_array_equal(shares[:, 0], shares[:, 1])  # no pixel threshold
-        return shares[:, 0]
-
-    np.testing.assert_array_equal(value("mean"), c_map.mean((1, 2)).astype(np.float32))
-
-    radius = 3  # 7 x 7 features of 8 pixels: about 50
-    padded = np.pad(c_map, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
-    means = np.lib.stride_tricks.sliding_window_view(padded, (7, 7), (1, 2)).mean((3, 4)).reshape(3, -1)
-    expected = np.quantile(means, 0.01, axis=1, method="lower")
-    np.testing.assert_allclose(value("patches"), expected, rtol=0, atol=1e-7)
-    assert (value("patches") < value("mean")).all()
-
-    wanted = np.isin(labels, (1, 3))
-    assert wanted.any((1, 2)).all()
-    expected = [c[w].mean() for c, w in zip(c_map, wanted, strict=True)]
-    np.testing.assert_array_equal(value("classes:1+3"), np.float32(expected))
-    without = logits.clone()
-    without[0, 2] -= 1000  # class 2 is predicted nowhere in image 0: all its pixels count
-    of_2, mean = value("classes:2", without), value("mean", without)
-    assert of_2[0] == mean[0]
-    assert (of_2[1:] != mean[1:]).all()
-
-
-def test_bad_poolings_are_refused() -> None:
-    with pytest.raises(RecipeError, match="takes no edge refinement"):
-        Policy(pooling="mean")
-    with pytest.raises(RecipeError, match="does not go with classes"):
-        Policy(pooling="classes", refinement="none")
-    with pytest.raises(RecipeError, match="does not go with classes"):
-        Policy(classes=(1,))
-    with pytest.raises(RecipeError, match=r"the classes are 0\.\.4"):
-        image_confidence(smooth_logits(), STRIDE, SIZE, [0.5], Policy.parse("top1+classes:2+5"))
-
-
-def test_the_policy_exports_as_one_graph() -> None:
-    class Step(torch.nn.Module):
-        def forward(self, logits: torch.Tensor) -> torch.Tensor:
-            return should_exit(image_confidence(logits, STRIDE, SIZE, [0.7], Policy())[:, 0], 0.5)
-
-    logits = smooth_logits()
-    program = torch.export.export(Step(), (logits,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    assert torch.equal(program.module()(logits[:2]), Step()(logits[:2]))
-
-
-EXPORTED = [Policy.parse(name) for name in ("top1+native", "entropy+none", "top1+patches", "top1+classes:1+3")]
-
-
-def test_onnxruntime_decides_alike(tmp_path: Path) -> None:
-    """One graph of every form that exports; other batches and sizes than it was exported with."""
-
-    class Step(torch.nn.Module):
-        def forward(self, logits: torch.Tensor) -> torch.Tensor:
-            shares = [image_confidence(logits, STRIDE, SIZE, [0.5, 0.9], policy) for policy in EXPORTED]
-            return torch.stack(shares)  # (P, N, 2)
-
-    logits = smooth_logits(scale=15)
-    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("h", min=3), 3: torch.export.Dim("w", min=3)}
-    program = torch.onnx.export(Step().eval(), (logits,), dynamo=True, dynamic_shapes=(dims,), verbose=False)
-    program.save(tmp_path / "policy.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx", providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    for one in (logits, logits[1:2], logits[..., :9, :12], logits[:2, :, 3:10]):
-        there, here = session.run(None, {name: one.numpy()})[0], Step()(one).numpy()
-        # exp may differ in its last bit: with thresholds that no pixel is that close to, counts are equal
-        np.testing.assert_array_equal(there[:2], here[:2])
-        np.testing.assert_allclose(there[2:], here[2:], rtol=0, atol=1e-6)
-        assert ((there > 0.7) == (here > 0.7)).all()
-    assert 0.1 < here.mean() < 0.95
+@pytest.mark.parametrize("name", ["top1+mean", "entropy+patches", "top1+classes:8+9"])
+def test_policies_of_before_say_what_to_do(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"did not pay, and is gone: evaluate and search again with top1\+native"):
+        Policy.parse(name)

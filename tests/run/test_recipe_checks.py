@@ -123,12 +123,6 @@ def test_validation_images_of_one_group(root: Path) -> None:
     assert problems(root, "--data.group", "^(..)") == ()
 
 
-def test_policies_of_classes_that_are_not_there(root: Path) -> None:
-    (found,) = problems(root, "--evaluate.policies", "top1+classes:1+2")
-    assert "'top1+classes:1+2', whose class 2 is not there: expected class ids 0 to 1" in found
-    assert problems(root, "--evaluate.policies", "top1+classes:1") == ()
-
-
 def test_augmentation_of_the_second_stage_is_looked_at_first(root: Path) -> None:
     with pytest.raises(RecipeError, match="hflip lies in"):
         problems(root, "--distill.augment.hflip", "2")

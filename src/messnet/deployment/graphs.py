@@ -6,8 +6,7 @@
 
 A stage holds the segments since the exit before, the head and the exit policy; a host that asks for some of the outputs
 only has the rest left out by its runtime. Batch, height and width are free. Segments and heads come from
-``torch.onnx.export``; policy and output are written here, from operators that every runtime has, and give the counts of
-``messnet.policy.reference`` exactly.
+``torch.onnx.export``, policy and output from ``messnet.policy.graph``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,13 +28,12 @@ from messnet.deployment.graph_runner import OUTPUT, stage_name
 from messnet.errors import ModelError, needing_extras
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.graph import IR_VERSION, OPSET, output_graph, policy_graph, serialised
 from messnet.policy.policy import Policy
 from messnet.records.instance import FINAL_HEAD, Exit
 
-__all__ = ["OPSET", "make_graphs", "output_graph", "policy_graph"]
+__all__ = ["make_graphs"]
 
-OPSET = 20
-IR_VERSION = 10
 _BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others have
 
 
@@ -76,7 +73,7 @@ def make_graphs(
             outputs=[*keep, "confidence"],
         )
         del whole.opset_import[1:]  # both parts' set, which is the same: twice, the checker and quantisers refuse it
-        graphs[stage_name(position)] = _serialised(onnx, whole)
+        graphs[stage_name(position)] = serialised(whole)
         live, start = following, exit.exit_index + 1
     return {**graphs, OUTPUT: output_graph()}
 
@@ -185,151 +182,6 @@ def _widen_thin_maps(graph: Any) -> None:
 def _is_plain_convolution(node: Any, weights: Mapping[str, Any]) -> bool:
     groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
     return node.op_type == "Conv" and groups == 1 and all(name in weights for name in node.input[1:])
-
-
-def _serialised(onnx: Any, model: Any) -> bytes:
-    del model.graph.value_info[:]  # shapes in between: a third of the file
-    for node in model.graph.node:
-        del node.metadata_props[:]  # where it stood in the source
-        node.doc_string = ""
-    data: bytes = model.SerializeToString()
-    onnx.checker.check_model(data, full_check=True)
-    return data
-
-
-def policy_graph(policy: Policy, num_classes: int) -> bytes:
-    """logits (N, K, h, w), pixel_threshold (1,) -> confidence (N,) float32: ``image_confidence`` at one threshold.
-
-    Raises ModelError for the "paper" form, whose Canny is no graph.
-    """
-    if policy.refinement == "paper":
-        raise ModelError(
-            f"the policy {policy.name} cannot be a graph, for its Canny edges are computed by OpenCV: search with a "
-            f"policy such as {policy.confidence}+native, or run it with torch"
-        )
-    if policy.pooling != "share":
-        raise ModelError(
-            f"the policy {policy.name} has no graph: search with {policy.confidence}+native, or run it with torch"
-        )
-    from onnx import TensorProto, helper
-
-    nodes: list[Any] = []
-
-    def op(kind: str, *inputs: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(kind, inputs, [f"{kind}{len(nodes)}"], **attributes))
-        return f"{kind}{len(nodes) - 1}"
-
-    def constant(*values: int) -> str:
-        tensor = helper.make_tensor("", TensorProto.INT64, [len(values)], values)
-        return op("Constant", value=tensor)
-
-    def number(value: float) -> str:
-        return op("Constant", value=helper.make_tensor("", TensorProto.FLOAT, [1], [value]))
-
-    classes = constant(1)
-    largest = op("ReduceMax", "logits", classes, keepdims=1)
-    shifted = op("Sub", "logits", largest)
-    total = op("ReduceSum", op("Exp", shifted), classes, keepdims=1)
-    if policy.confidence == "top1":
-        confidence = op("Reciprocal", total)  # softmax of the largest logit, eq. (1)
-    else:
-        log_sum = op("Log", total)
-        log_p = op("Sub", shifted, log_sum)
-        negative_entropy = op("ReduceSum", op("Mul", op("Exp", log_p), log_p), classes, keepdims=1)
-        relative = op("Div", negative_entropy, number(math.log(num_classes)))
-        confidence = op("Clip", op("Add", number(1.0), relative), _scalar(nodes, 0.0), _scalar(nodes, 1.0))
-    confident = op("Cast", op("GreaterOrEqual", confidence, "pixel_threshold"), to=TensorProto.FLOAT)
-    if policy.refinement == "native":
-        labels = op("Cast", op("ArgMax", "logits", axis=1, keepdims=1), to=TensorProto.FLOAT)
-        near = [_near_edge(op, constant, labels, TensorProto.FLOAT, axis) for axis in (2, 3)]
-        near_edge = op("Greater", op("Max", *near), number(0.5))
-        # More than half of 5 x 5 pixels, the border repeated: 13/25 or more. No rounding brings 12/25 to a half. By
-        # columns, then rows: a third of the time of both at once.
-        extended = op("Pad", confident, constant(0, 0, 2, 2, 0, 0, 2, 2), mode="edge")
-        share = op("AveragePool", op("AveragePool", extended, kernel_shape=[5, 1]), kernel_shape=[1, 5])
-        majority = op("Cast", op("Greater", share, number(0.5)), to=TensorProto.FLOAT)
-        confident = op("Where", near_edge, majority, confident)
-    # Two whole numbers below 2^24: their float32 quotient is the float64 one, rounded.
-    count = op("ReduceSum", confident, constant(1, 2, 3), keepdims=0)
-    pixels = op("ReduceProd", op("Shape", "logits", start=2), keepdims=0)
-    nodes.append(helper.make_node("Div", [count, op("Cast", pixels, to=TensorProto.FLOAT)], ["confidence"]))
-    inputs = [_value("logits", ["N", "K", "h", "w"]), _value("pixel_threshold", [1])]
-    return _model("policy", nodes, inputs, [_value("confidence", ["N"])])
-
-
-def _near_edge(op: Any, constant: Any, labels: str, to: int, axis: int) -> str:
-    """Pixels within a 3 x 3 window of a pixel whose label changes along ``axis``, as 0 and 1: (N, 1, h, w).
-
-    With the border repeated there are n + 1 steps between n pixels; a pixel is near those from the one before its
-    own two to the one after.
-    """
-    before = [0] * 8
-    before[axis] = before[axis + 4] = 1
-    extended = op("Pad", labels, constant(*before), mode="edge")
-    end = 2**31
-    upper = op("Slice", extended, constant(1), constant(end), constant(axis))
-    lower = op("Slice", extended, constant(0), constant(-1), constant(axis))
-    step = op("Cast", op("Not", op("Equal", upper, lower)), to=to)
-    kernel = [4, 3] if axis == 2 else [3, 4]
-    return op("MaxPool", step, kernel_shape=kernel, pads=[1, 1, 1, 1])  # type: ignore[no-any-return]
-
-
-def output_graph() -> bytes:
-    """logits (N, K, h, w), size (2,) int64 -> labels (N, H, W) uint8.
-
-    Bilinear upsampling is a product with one matrix per axis, the unit matrix upsampled along it: 4 times faster in
-    ONNX Runtime than to resize all classes.
-    """
-    from onnx import TensorProto, helper
-
-    nodes: list[Any] = []
-
-    def op(kind: str, *inputs: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(kind, inputs, [f"{kind}{len(nodes)}"], **attributes))
-        return f"{kind}{len(nodes) - 1}"
-
-    def constant(*values: int) -> str:
-        return op("Constant", value=helper.make_tensor("", TensorProto.INT64, [len(values)], values))
-
-    def matrix(axis: int) -> str:
-        """(upsampled, length) of an axis."""
-        length = op("Shape", "logits", start=axis, end=axis + 1)
-        zeros = op("ConstantOfShape", op("Concat", length, length, axis=0))
-        unit = op("Unsqueeze", op("EyeLike", zeros), constant(0, 1))
-        upsampled = op("Slice", "size", constant(axis - 2), constant(axis - 1))
-        to = op("Concat", constant(1, 1), upsampled, length, axis=0)
-        how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
-        return op("Squeeze", op("Resize", unit, "", "", to, **how), constant(0, 1))
-
-    across = op("Transpose", matrix(3), perm=[1, 0])
-    upsampled = op("MatMul", matrix(2), op("MatMul", "logits", across))
-    indices = op("ArgMax", upsampled, axis=1, keepdims=0)
-    nodes.append(helper.make_node("Cast", [indices], ["labels"], to=TensorProto.UINT8))
-    inputs = [_value("logits", ["N", "K", "h", "w"]), _value("size", [2], TensorProto.INT64)]
-    return _model(OUTPUT, nodes, inputs, [_value("labels", ["N", "H", "W"], TensorProto.UINT8)])
-
-
-def _scalar(nodes: list[Any], value: float) -> str:
-    from onnx import TensorProto, helper
-
-    name = f"scalar{len(nodes)}"
-    nodes.append(helper.make_node("Constant", [], [name], value=helper.make_tensor("", TensorProto.FLOAT, [], [value])))
-    return name
-
-
-def _value(name: str, shape: Sequence[str | int], kind: int = 1) -> Any:
-    from onnx import helper
-
-    return helper.make_tensor_value_info(name, kind, shape)
-
-
-def _model(name: str, nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> bytes:
-    import onnx
-    from onnx import helper
-
-    graph = helper.make_graph(nodes, name, inputs, outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    return _serialised(onnx, model)
 
 
 def _expect_tensors(following: Sequence[Any], exit: Exit) -> None:

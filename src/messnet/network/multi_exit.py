@@ -16,8 +16,8 @@ from messnet.network.exit_head import HeadConfig, build_head
 from messnet.network.memory_layout import find_memory_format
 from messnet.network.tracing import UntraceableError, unwrapped
 from messnet.network.weights import expect_fit
-from messnet.policy.edges import on_processor
-from messnet.policy.labels import load_compiled, upsampled_labels
+from messnet.policy.labels import upsampled_labels
+from messnet.policy.reference import on_processor
 from messnet.records.instance import FINAL_HEAD, Exit
 
 __all__ = ["MultiExitNet", "convert", "labels_at", "upsample"]
@@ -257,7 +257,6 @@ def labels_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if logits.shape[1] > 256:
         raise ModelError(f"labels are of 8 bits, so a network has at most 256 classes, not {logits.shape[1]}")
     if on_processor(logits):
-        load_compiled()
         given = logits.detach().float().numpy()
         return torch.from_numpy(upsampled_labels(given, size, threads=torch.get_num_threads()))
     # One by one: an upsampled batch would not stay in the caches.

@@ -57,7 +57,7 @@ def image_confidence(
     ``output_stride`` and ``input_size``. Raises MessError where torch is not installed.
     """
     thresholds = np.ascontiguousarray(pixel_thresholds, np.float32)
-    if by_torch or not _by_array(policy):
+    if by_torch or policy.refinement == "paper":
         return _reference(logits, output_stride, input_size, policy, thresholds)[0]
     compiled = loaded_compiled()
     if compiled is None:
@@ -83,7 +83,7 @@ def refined_confidence_map(
     """The confidence map before and after edge refinement, eq. (1) and (2): logits (N, K, h, w) float32 -> two
     (N, h, w) float32 in [0, 1]; (N, H, W) for the "paper" form. ``by_torch`` and errors as for ``image_confidence``.
     """
-    if by_torch or not _by_array(policy):
+    if by_torch or policy.refinement == "paper":
         before, after = _reference(logits, output_stride, input_size, policy)
         return before, after
     confidence = confidence_map(logits, policy.confidence)
@@ -155,10 +155,6 @@ def _window_median(confidence: FloatMap, where: BoolMap) -> FloatMap:
 
 def _padded(maps: NDArray[Pixel]) -> NDArray[Pixel]:
     return np.pad(maps, ((0, 0), (_RADIUS, _RADIUS), (_RADIUS, _RADIUS)), mode="edge")
-
-
-def _by_array(policy: Policy) -> bool:
-    return policy.refinement != "paper" and policy.pooling == "share"
 
 
 def _reference(

@@ -2,7 +2,7 @@
 
 On maps of 64 x 64 a tensor operator is mostly overhead, and the policy is forty of them. This takes a fraction of their
 time and gives the same counts: it bounds how far its confidence may lie from that of the tensor operators, which differ
-in the rounding of exp and of sums, and says where a threshold lies within that bound. ``exit_policy`` asks them there.
+in the rounding of exp and of sums, and says where a threshold lies within that bound. ``reference`` asks them there.
 """
 
 from __future__ import annotations

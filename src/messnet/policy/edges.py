@@ -1,40 +1,27 @@
 """Tensor operators of the exit policy: where labels change, and what a pixel's window says.
 
 All take maps whose last two dimensions are (H, W), on any device, each map on its own: what stands beside it in the
-batch changes nothing. All but ``canny_edges`` and ``window_median`` are built from operators that export (comparison,
-padding, cumulative sum) and cost the same for any radius. On the CPU, outside of an export, OpenCV counts the same
-integers in a third of the time: for maps of 64 x 64 a tensor operator is mostly overhead.
+batch changes nothing. ``canny_edges`` is OpenCV's; the sums over windows cost the same for any radius.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
     "canny_edges",
     "label_boundary",
-    "on_processor",
     "thicken",
     "window_majority",
     "window_median",
-    "window_sum",
 ]
 
 MEDIAN_CHUNK = 1 << 22
 """Window elements that ``window_median`` sorts at once: 16 MiB of float32."""
-
-
-def on_processor(tensor: Tensor) -> bool:
-    """Whether NumPy may read it: a plain tensor of the CPU, and no graph is being recorded."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def label_boundary(labels: Tensor) -> Tensor:
@@ -50,7 +37,7 @@ def label_boundary(labels: Tensor) -> Tensor:
 
 
 def canny_edges(labels: Tensor) -> Tensor:
-    """Canny's edges of the label map, the posters' literal ``cannyEdge(y)``: lines one pixel thin.
+    """Canny's edges of the label map, the paper's literal ``cannyEdge(y)``: lines one pixel thin.
 
     ``labels`` integer (N, H, W) in 0..255 -> bool (N, H, W), on the input's device. OpenCV computes it on the CPU,
     image by image: a round trip from any other device, and it does not export. It takes labels for grey values, so an
@@ -65,9 +52,6 @@ def canny_edges(labels: Tensor) -> Tensor:
 
 def thicken(mask: Tensor, radius: int) -> Tensor:
     """Dilation by a square of side ``2 * radius + 1``. ``mask`` bool (..., H, W) -> bool; nothing beyond the border."""
-    if on_processor(mask):
-        square = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
-        return _map_by_map(mask, lambda one: cv2.dilate(one, square))
     # A pixel is set where its window counts anything: the sum costs the same for any radius, max_pool2d does not.
     return _window_sum(F.pad(mask.float(), [radius] * 4), radius) > 0
 
@@ -80,20 +64,10 @@ def window_majority(mask: Tensor, radius: int) -> Tensor:
 
         ``window_majority(c >= th, radius) == (window_median(c, radius) >= th)``
 
-    exactly, ties included, for every c and th (method.md section 7).
+    exactly, ties included, for every c and th: the median of an odd number of values reaches th where more than half of
+    them do.
     """
-    side, half = 2 * radius + 1, (2 * radius + 1) ** 2 // 2
-    if on_processor(mask):
-        return _map_by_map(mask, lambda one: _box_count(one, side) > half)
-    return window_sum(mask.float(), radius) > half
-
-
-def window_sum(maps: Tensor, radius: int) -> Tensor:
-    """The sum over the ``(2 * radius + 1)^2`` window; beyond the border the nearest pixel repeats.
-
-    ``maps`` floating point (..., H, W), 3 or 4 dimensions -> the same shape and dtype.
-    """
-    return _window_sum(_extend(maps, radius), radius)
+    return _window_sum(_extend(mask.float(), radius), radius) > (2 * radius + 1) ** 2 // 2
 
 
 def window_median(confidence: Tensor, radius: int, where: Tensor | None = None) -> Tensor:
@@ -129,16 +103,3 @@ def _window_sum(counts: Tensor, radius: int) -> Tensor:
     rows = running[..., side:] - running[..., :-side]
     running = F.pad(rows.cumsum(-2), (0, 0, 1, 0))
     return running[..., side:, :] - running[..., :-side, :]
-
-
-def _map_by_map(mask: Tensor, operator: Callable[[NDArray[np.uint8]], Any]) -> Tensor:
-    """bool (..., H, W) -> bool: ``operator`` on each map (H, W) of 0 and 1."""
-    maps = mask.contiguous().numpy().view(np.uint8)
-    result = np.empty(maps.shape, np.bool_)
-    for index in np.ndindex(*maps.shape[:-2]):
-        result[index] = operator(maps[index])
-    return torch.from_numpy(result)
-
-
-def _box_count(one: NDArray[np.uint8], side: int) -> Any:
-    return cv2.boxFilter(one, cv2.CV_32S, (side, side), normalize=False, borderType=cv2.BORDER_REPLICATE)

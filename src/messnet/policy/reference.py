@@ -1,18 +1,16 @@
-"""The exit policy: how sure is an exit of one image, and may the image stop there? (method.md section 7)
+"""The exit policy: how sure is an exit of one image, and may the image stop there?
 
     c_map = confidence_map(logits)                                       per pixel, [0, 1]          (1)
     M     = pixels near the semantic edges of argmax(logits); there c_map becomes its window's median   (2)
     c_img = mean over all pixels of 1(c_map >= th_pix)                   share of confident pixels  (3)
     the image exits at the first exit with c_img >= th_img
 
-The posters write M = erode(cannyEdge(y), s_i). Eroding lines one pixel thin leaves nothing; eroding their complement
+The paper writes M = erode(cannyEdge(y), s_i). Eroding lines one pixel thin leaves nothing; eroding their complement
 is meant, so here the edges are thickened. Evaluation and the running network call the same functions.
 
-Tensor operators define every form. On the processor the native one is counted in one compiled pass (``exit_kernel``),
-and by tensor operators where that pass cannot tell how they would decide: the counts are equal, always.
-
-Rivals, to compare with, make c_img of the map otherwise, without a pixel threshold and without edge refinement: see
-``Pooling``.
+``by_operators`` is the definition that every other form is tested against: ``compiled`` for the processor, ``arrays``
+for deployment without torch, ``graph`` for runtimes of ONNX. ``image_confidence`` gives its counts, always: on the
+processor the compiled pass finds them in a fifth of the time, and says which images it cannot be certain of.
 """
 
 from __future__ import annotations
@@ -27,28 +25,24 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from messnet.errors import RecipeError
 from messnet.policy.compiled import confident_share
 from messnet.policy.edges import (
     canny_edges,
     label_boundary,
-    on_processor,
     thicken,
     window_majority,
     window_median,
-    window_sum,
 )
 from messnet.policy.policy import Confidence, Policy
 
 __all__ = [
+    "by_operators",
     "confidence_map",
     "image_confidence",
+    "on_processor",
     "refined_confidence_map",
     "should_exit",
 ]
-
-_PATCH = 50  # input pixels, the side of a patch
-_QUANTILE = 100  # the least sure hundredth of the patches speaks for the image
 
 
 def confidence_map(logits: Tensor, kind: Confidence) -> Tensor:
@@ -70,16 +64,13 @@ def image_confidence(
     """Share of confident pixels, c_img of eq. (3), at each pixel threshold: (N, K, h, w) -> (N, T) float32 in [0, 1].
 
     ``output_stride`` is os_i, input pixels per feature pixel; ``input_size`` (H, W) the network's input; both serve the
-    "paper" form and the size of patches only. ``pixel_thresholds`` (T,) in [0, 1] are rounded to float32, the dtype of
+    "paper" form only. ``pixel_thresholds`` (T,) in [0, 1] are rounded to float32, the dtype of
     the map that they are compared with. The mean is over all pixels of the map, ignored ones included: nothing is known
     to be ignorable at run time. No median is computed: for a threshold it is decided by a count, see
-    ``window_majority``. A policy without pixel threshold repeats its value T times. Raises RecipeError for a class of
-    interest that the logits do not have.
+    ``window_majority``.
     """
-    if policy.pooling != "share":
-        return _pooled(logits, output_stride, policy)[:, None].repeat(1, len(pixel_thresholds))
     if policy.refinement == "paper" or not on_processor(logits):
-        return _shares(logits, output_stride, input_size, pixel_thresholds, policy)
+        return by_operators(logits, output_stride, input_size, pixel_thresholds, policy)
     found, certain = confident_share(
         logits.detach().float().numpy(),
         np.ascontiguousarray(pixel_thresholds, np.float32),
@@ -89,7 +80,7 @@ def image_confidence(
     shares = torch.from_numpy(found)
     if not all(certain.tolist()):
         doubtful = torch.from_numpy(~certain)
-        shares[doubtful] = _shares(logits[doubtful], output_stride, input_size, pixel_thresholds, policy)
+        shares[doubtful] = by_operators(logits[doubtful], output_stride, input_size, pixel_thresholds, policy)
     return shares
 
 
@@ -105,6 +96,11 @@ def refined_confidence_map(
     return confidence, confidence if near_edge is None else window_median(confidence, radius, near_edge)
 
 
+def on_processor(tensor: Tensor) -> bool:
+    """Whether NumPy may read it: a plain tensor of the CPU, and no graph is being recorded."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def should_exit(image_confidence: Tensor, image_threshold: float) -> Tensor:
     """c_img >= th_img: (N,) float32 -> (N,) bool.
 
@@ -118,14 +114,14 @@ def should_exit(image_confidence: Tensor, image_threshold: float) -> Tensor:
     return image_confidence >= float(least)
 
 
-def _shares(
+def by_operators(
     logits: Tensor,
     output_stride: int,
     input_size: tuple[int, int],
     pixel_thresholds: Tensor | NDArray[Any] | Sequence[float],
     policy: Policy,
 ) -> Tensor:
-    """``image_confidence`` of the share of confident pixels, by tensor operators."""
+    """``image_confidence`` by tensor operators alone, on any device: what the other forms must give."""
     thresholds = torch.as_tensor(pixel_thresholds, dtype=torch.float32, device=logits.device)
     confidence, near_edge, radius = _map_and_edges(logits, output_stride, input_size, policy)
     # Input-resolution maps are os_i^2 times larger: one threshold at a time bounds the memory.
@@ -134,8 +130,7 @@ def _shares(
     for group in groups:
         confident = confidence[:, None] >= group[:, None, None]  # (N, T, h, w)
         if near_edge is not None:
-            refined = near_edge[:, None]  # by logic: ONNX Runtime has no torch.where of booleans
-            confident = (refined & window_majority(confident, radius)) | (~refined & confident)
+            confident = torch.where(near_edge[:, None], window_majority(confident, radius), confident)
         # An integer count and a division in float64 give every device, batch and runtime the same float32.
         shares.append((confident.sum((2, 3)).double() / confidence[0].numel()).float())
     return torch.cat(shares, 1)
@@ -158,32 +153,6 @@ def _map_and_edges(
             return confidence, None, 0
         case _:
             assert_never(policy.refinement)
-
-
-def _pooled(logits: Tensor, output_stride: int, policy: Policy) -> Tensor:
-    """c_img of the policies without a pixel threshold: (N, K, h, w) -> (N,) float32 in [0, 1].
-
-    Summed in float64, where sums of so many float32 below 1 are exact: no order of adding changes the result.
-    """
-    below = _below_top(logits)
-    confidence = _confidence(below, policy.confidence).double()
-    match policy.pooling:
-        case "mean":
-            return confidence.mean((1, 2)).float()
-        case "patches":
-            radius = max(1, _PATCH // (2 * output_stride))
-            means = window_sum(confidence, radius).flatten(1) / (2 * radius + 1) ** 2
-            ranked = means.sort(1).values
-            return ranked[:, (ranked.shape[1] - 1) // _QUANTILE].float()
-        case "classes":
-            if max(policy.classes) >= logits.shape[1]:
-                raise RecipeError(f"policy {policy.name}: the classes are 0..{logits.shape[1] - 1}")
-            wanted = torch.tensor(policy.classes, device=logits.device)
-            counts = (_labels(below)[..., None] == wanted).any(-1).double()
-            counts = torch.where(counts.sum((1, 2), keepdim=True) > 0, counts, torch.ones_like(counts))
-            return ((confidence * counts).sum((1, 2)) / counts.sum((1, 2))).float()
-        case _:
-            raise AssertionError(policy.pooling)
 
 
 def _below_top(logits: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from messnet.data.checks import DatasetReport, ImageFacts, check_dataset
 from messnet.data.sources import SOURCES
 from messnet.data.transforms import build_augmentation
 from messnet.errors import DataError
-from messnet.policy.policy import Policy
 from messnet.records.groups import group_ids, halves
 from messnet.run.recipe import Recipe
 from messnet.training.options import TrainOptions
@@ -73,7 +72,6 @@ def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) ->
         *_training_problems(recipe.pretrain, train),
         *_training_problems(recipe.distill, train),
         *_validation_problems(recipe, val),
-        *_policy_problems(recipe, val),
     )
 
 
@@ -130,14 +128,4 @@ def _validation_problems(recipe: Recipe, val: DatasetReport) -> Iterator[str]:
             yield (
                 f"of the validation images that a run {use} on ({len(half)} of {len(images)}) every pixel is void: "
                 "label more of them, leave out those without a label, or draw other halves with search.seed"
-            )
-
-
-def _policy_problems(recipe: Recipe, val: DatasetReport) -> Iterator[str]:
-    num_classes = len(val.class_share)
-    for name in recipe.evaluate.policies if num_classes else ():
-        if wrong := [k for k in Policy.parse(name).classes if k >= num_classes]:
-            yield (
-                f"evaluate.policies has {name!r}, whose class {wrong[0]} is not there: expected class ids 0 to "
-                f"{num_classes - 1}"
             )
