@@ -6,8 +6,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,16 +178,18 @@ def test_bytes_that_trickle_in_do_not_keep_a_connection() -> None:
 
 
 def test_an_answer_that_nobody_reads_is_given_up() -> None:
-    _, service = fake([Sample(name="large", media_type="image/png", data=bytes(40_000_000))], timeout_s=0.1)
+    large = [Sample(name="large", media_type="image/png", data=bytes(40_000_000))]
+    _, service = fake(large, timeout_s=0.1)
     with running(service) as client, socket.socket() as kept:
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         kept.settimeout(60)
         kept.connect((client.base_url.host, client.base_url.port))
+        before = figure(client, "process_open_fds")
         kept.sendall(b"GET /samples/0 HTTP/1.1\r\nHost: x\r\n\r\n")
-        open_ones = "process_open_fds"
-        before = figure(client, open_ones)
-        until(lambda: figure(client, open_ones) < before)
-        assert len(client.get("/samples/0").content) == 40_000_000  # whoever reads gets it
+        until(lambda: figure(client, "process_open_fds") < before)
+    _, service = fake(large)
+    with running(service) as client:  # whoever reads gets it
+        assert len(client.get("/samples/0").content) == 40_000_000
 
 
 def figure(client: httpx.Client, name: str) -> float:
@@ -343,3 +348,14 @@ def exits_of(client: httpx.Client, stop: str) -> list[object]:
     assert answer.status_code == 200, answer.text
     records = [json.loads(line) for line in answer.text.splitlines()]
     return [record.get("exit_index", record.get("stopped")) for record in records]
+
+
+def test_too_few_file_handles_are_said_in_one_line() -> None:
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "from messnet.cli import main; main(['serve', sys.argv[1], '--port', '0', '--runtime', 'onnxruntime'])"
+    )
+    bundle = Path(__file__).parents[2] / "examples/scenes_mobilenetv2.mess"
+    ended = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"messnet: the service may open 40 files, it needs \d+: .*\n", ended.stderr), ended.stderr

@@ -22,7 +22,7 @@ from messnet.errors import MessError
 
 __all__ = ["Server", "run_until_stopped"]
 
-_HANDLES_KEPT = 16  # for what comes and goes: forms on disk, the pipes of a new decoder, the page
+_HANDLES_KEPT = 24  # for the loop, the decoders' pipes, and what comes and goes: forms on disk, a new decoder, the page
 _END_S = 5.0  # for a process whose requests are all answered
 _BACKLOG = 1024
 
@@ -57,6 +57,8 @@ class Server(uvicorn.Server):
         self._overdue: threading.Timer | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Raises MessError when there are too few file handles to serve anyone."""
+        self._connections.max_connections = _connections_that_fit(self._service.options.max_connections)
         try:
             super().run(sockets)
         finally:
@@ -77,7 +79,6 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        self._connections.max_connections = _connections_that_fit(self._service.options.max_connections)
         for sock in sockets or ():
             sock.listen(_BACKLOG)  # the kernel may hold more than asyncio accepts at once
 
