@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, from reading every sample once."""
+"""The check of a data set: reads every sample once and tells what is there and what is wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +37,7 @@ FEW_BITS = 15
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is remembered of one image: enough to compare it with others."""
+    """One image as the check remembers it: enough to compare it with others."""
 
     name: str
     group: str
@@ -60,17 +59,17 @@ class DatasetReport:
     sizes: dict[str, int]
     """Readable images per size "HEIGHTxWIDTH", the most frequent first."""
     class_share: dict[str, float]
-    """Of the labelled pixels; sums to 1 unless there are none."""
+    """Share of each class in the labelled pixels; sums to 1 unless there are none."""
     class_images: dict[str, int]
-    """Images that the class is in."""
+    """Number of images that the class is in."""
     void_share: float
-    """Of all pixels."""
+    """Share of the pixels that count nowhere in all pixels."""
     unlabelled: tuple[str, ...]
     """Names of images that are void everywhere."""
     problems: tuple[str, ...]
     """One line each; a sample with a problem counts nowhere else."""
     problem_kinds: dict[str, int] = field(default_factory=dict)
-    """Of the problems that files have: how many of each."""
+    """Number of problems of each kind that files have."""
     unknown_ids: dict[str, int] = field(default_factory=dict)
     """Images per value that is no class; colours as 0xRRGGBB."""
     label_formats: dict[str, int] = field(default_factory=dict)
@@ -78,7 +77,7 @@ class DatasetReport:
     duplicates: tuple[tuple[str, ...], ...] = ()
     """Names of images of this split with the same pixels."""
     notes: tuple[str, ...] = ()
-    """What is worth a look, and what to do; no problem for messnet."""
+    """Findings that stop nothing but are worth a look, each with what to do."""
     image_formats: dict[str, int] = field(default_factory=dict)
     """Images per way that pixels are stored; empty for a data set that is not in files."""
     groups: dict[str, int] = field(default_factory=dict)
@@ -90,8 +89,8 @@ class DatasetReport:
     def is_usable(self) -> bool:
         return not self.problems and self.num_images > 0
 
-    def to_record(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_record(self) -> dict[str, object]:
+        """Plain values for JSON, without ``images``."""
         record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "images"}
         lists = {name: list(value) for name, value in record.items() if isinstance(value, tuple)}
         return record | lists | {"duplicates": [list(names) for names in self.duplicates]}
@@ -145,7 +144,7 @@ def check_dataset(
 
 
 def failed_report(error: DataError) -> DatasetReport:
-    """Of a split that cannot be opened at all."""
+    """The report of a split that cannot be opened at all."""
     return DatasetReport(
         num_images=0,
         sizes={},
@@ -159,7 +158,7 @@ def failed_report(error: DataError) -> DatasetReport:
 
 @dataclass(frozen=True)
 class _Look:
-    """What is kept of a sample; ``facts`` and ``counts`` only of one without a problem."""
+    """One sample as it was read; it has ``facts`` and ``counts`` only if it has no problem."""
 
     size: tuple[int, int] | None
     header: FileHeader | None
@@ -175,7 +174,7 @@ def _look(dataset: SegmentationDataset, index: int, num_classes: int) -> _Look:
         _expect_sound(sample, num_classes)
     except DataError as error:
         return _Look(header.size if header else None, header, error=error)
-    # Of the pixels, so that a file copied under another name or compression without loss is found too.
+    # The hash is of pixels, so that a file copied under another name or compression without loss is found too.
     content = hashlib.blake2b(np.ascontiguousarray(sample.image).data, digest_size=16)
     content.update(repr(sample.image.shape).encode())
     counts = np.bincount(sample.mask.ravel(), minlength=IGNORE_INDEX + 1)
@@ -189,6 +188,7 @@ def _ahead(look: Callable[[int], _Look], num_images: int, num_threads: int) -> I
     """In order; only a few are begun ahead, since a data set does not fit in memory."""
     indices = iter(range(num_images))
     with ThreadPoolExecutor(num_threads) as pool:
+        # Four samples a thread are enough to keep all threads busy while the oldest is waited for.
         waiting: deque[Future[_Look]] = deque(pool.submit(look, index) for index in islice(indices, 4 * num_threads))
         while waiting:
             done = waiting.popleft().result()
@@ -197,7 +197,7 @@ def _ahead(look: Callable[[int], _Look], num_images: int, num_threads: int) -> I
 
 
 class _Tally:
-    """Sums of looks, in order."""
+    """Adds samples up, in order."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset = dataset
@@ -269,7 +269,8 @@ class _Tally:
         return float(self.pixels[IGNORE_INDEX] / max(1, self.pixels.sum()))
 
     def _mistaken_foreground(self) -> str:
-        """Of a mask drawn in black and white half is read as void: no error, and nothing to learn."""
+        """Masks drawn in black and white: the white half is read as void, which is no error but leaves nothing to
+        learn."""
         present = np.flatnonzero(self.pixels).tolist()
         if self.num_classes > 1 and present == [0, IGNORE_INDEX] and isinstance(self.dataset, FileDataset):
             return (
@@ -281,9 +282,11 @@ class _Tally:
     def _notes(self) -> Iterator[str]:
         if len(self.sizes) > 1:
             yield "images differ in size: training needs a crop (pretrain.augment.crop, distill.augment.crop)"
+        # A class name that no mask has is often one that was listed in the wrong place.
         absent = [name for k, name in enumerate(self.dataset.class_names) if not self.pixels[k]]
         if absent and self.sizes:
             yield f"no pixel of {some(absent)}: their IoU is undefined here; are the class names in order?"
+        # Masks that count classes from 1: the last id is unknown, and nothing is class 0.
         if sorted(self.unknown) == [self.num_classes] and not self.pixels[0]:
             yield (
                 f"ids run from 1 to {self.num_classes}: if 0 is no class, say data.mask_values: [1, 2, ..., "

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +33,36 @@ _SPACES = re.compile(r"\s*")
 
 @dataclass(frozen=True, kw_only=True)
 class CocoOptions:
-    """What becomes of the annotations."""
+    """How annotations become masks."""
 
     min_pixels: int = 1000
     """Training images need more than this area of VOC's categories, in pixels, as annotated; 0 keeps all that have
     any. Validation keeps every image."""
     crowd: Literal["ignore", "label"] = "ignore"
     """Regions that hold many objects: void, or their class as in torchvision's reference."""
+
+
+class _RunLengths(TypedDict):
+    """A region as lengths of runs of pixels, column by column."""
+
+    size: tuple[int, int]
+    """(height, width)"""
+    counts: list[int] | str
+
+
+class _Image(TypedDict):
+    id: int
+    file_name: str
+
+
+class _Annotation(TypedDict):
+    """One region of one image, as the annotation file has it."""
+
+    image_id: int
+    category_id: int
+    iscrowd: int
+    area: float
+    segmentation: list[list[float]] | _RunLengths
 
 
 def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, is_training: bool) -> FileDataset[bytes]:
@@ -58,9 +81,10 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
         for name, entry in _entries((base / listing).read_text(encoding="utf-8")):
             missing.discard(name)
             if name == "images":
-                images[int(entry["id"])] = str(entry["file_name"])
+                image = cast("_Image", entry)
+                images[int(image["id"])] = image["file_name"]
             elif name == "annotations":
-                _keep(entry, options, kept, areas)
+                _keep(cast("_Annotation", entry), options, kept, areas)
         if missing:
             raise KeyError(*sorted(missing))
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -80,7 +104,7 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
     return FileDataset(list(zip(paths, labels, strict=True)), draw, class_names=VOC_CLASSES, palette=voc_palette())
 
 
-def _entries(text: str) -> Iterator[tuple[str, Any]]:
+def _entries(text: str) -> Iterator[tuple[str, object]]:
     """(name, element) of the lists in a JSON object, and (name, value) of the rest, one after the other: read at once,
     COCO's file takes several times its size in memory. Raises ValueError or IndexError when it is no JSON object."""
     decode = json.JSONDecoder().raw_decode
@@ -102,16 +126,15 @@ def _entries(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _past(marks: str, text: str, k: int, stay_at: str = "") -> int:
-    """Where ``text`` goes on after one of ``marks``, which may stand in spaces; at it if it is ``stay_at``."""
+    """The position in ``text`` after one of ``marks``, which may stand in spaces; its own position if it is
+    ``stay_at``."""
     k = _SPACES.match(text, k).end()  # type: ignore[union-attr]
     if text[k] not in marks:
         raise ValueError(f"expected one of {marks!r} at character {k}, got {text[k]!r}")
     return k if text[k] == stay_at else _SPACES.match(text, k + 1).end()  # type: ignore[union-attr]
 
 
-def _keep(
-    annotation: dict[str, Any], options: CocoOptions, kept: dict[int, list[bytes]], areas: dict[int, float]
-) -> None:
+def _keep(annotation: _Annotation, options: CocoOptions, kept: dict[int, list[bytes]], areas: dict[int, float]) -> None:
     """Adds [class index, segmentation] to what the image has, if VOC knows the category. As JSON: a hundred thousand
     nested lists would be copied page by page into every worker."""
     if annotation["category_id"] not in COCO_CATEGORIES:
@@ -143,7 +166,7 @@ def draw(annotations: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     return mask
 
 
-def _region(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+def _region(segmentation: list[list[float]] | _RunLengths, size: tuple[int, int]) -> NDArray[np.bool_]:
     """(H, W) of a list of polygons [x, y, x, y, ...] or a run-length encoding."""
     if isinstance(segmentation, list):
         from pycocotools.mask import frPyObjects

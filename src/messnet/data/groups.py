@@ -1,4 +1,4 @@
-"""Which images belong together (``data.group``), and what names and pixels show of it.
+"""Groups of images that belong together: the rule ``data.group``, and what names and pixels show of them.
 
 A rule is one of three: a regular expression that is searched for in an image's name, "folder" for the folder that
 holds the image, or a file of two columns, name and group.
@@ -175,7 +175,7 @@ def proposed_pattern(names: Sequence[str], thumbnails: Sequence[bytes]) -> str |
     names, thumbnails = names[:MAX_COMPARED], thumbnails[:MAX_COMPARED]
     if len(names) < 2:
         return None
-    nearest = _nearest(thumbnails)
+    nearest = _nearest(thumbnails)  # position of the image that each one resembles most
     candidates = []
     for mark, sign in (("_", "_"), ("-", "-"), (".", r"\."), (" ", " ")):
         other = f"[^{mark}]"
@@ -188,8 +188,10 @@ def proposed_pattern(names: Sequence[str], thumbnails: Sequence[bytes]) -> str |
         sizes = np.array([*Counter(groups.tolist()).values()])
         if len(sizes) < 2 or sizes.max() < 2:
             continue
+        # Two different images drawn at random are of one group with probability sum n_g (n_g - 1) / (n (n - 1)).
         num = len(groups)
         chance = float((sizes * (sizes - 1)).sum()) / (num * (num - 1))
+        # The share of images whose nearest is of their group has at most the standard deviation of n such draws.
         same = float((groups[nearest] == groups).mean())
         if same - chance > _MIN_EVIDENCE * np.sqrt(chance * (1 - chance) / num):
             return pattern

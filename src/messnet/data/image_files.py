@@ -115,7 +115,8 @@ class FileDataset(Generic[Label]):
         return sample
 
     def header(self, index: int) -> FileHeader:
-        """What the files of an image say of themselves; no pixel is read but those of 16 bits."""
+        """Size and form of an image and its label, from the beginnings of their files: no pixel is read but those of
+        16 bits."""
         path, label = self._pairs[index]
         size, image_format, brightest = None, "", None
         try:
@@ -133,7 +134,7 @@ class FileDataset(Generic[Label]):
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What the files of one labelled image say of themselves."""
+    """Size and form of one image and its label, from the beginnings of their files."""
 
     size: tuple[int, int] | None
     """(height, width) of the upright image; None where it cannot be read."""

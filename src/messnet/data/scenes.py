@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -158,7 +158,7 @@ def _render(
 
     draws: list[tuple[float, Callable[[], None]]] = []
 
-    def add(draw: Callable[..., None], label: int, place: int, most: int, margin: float, **look: Any) -> None:
+    def add(draw: Callable[..., None], label: int, place: int, most: int, margin: float, **look: Colour) -> None:
         for x, foot in canvas.spots(rng, place, count(most), margin):
             near = np.clip((foot - horizon) / (1 - horizon), 0, 1)
             scale = (1.35 - 0.75 * difficulty) * (0.3 + 0.7 * near) * rng.uniform(0.8, 1.2)

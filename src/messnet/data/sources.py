@@ -1,4 +1,4 @@
-"""Which data set a recipe means."""
+"""The data section of a recipe, and the data set that it means."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCES = {
     "cityscapes": "a folder with leftImg8bit/ and gtFine/, from the zip files of Cityscapes",
     "ade20k": "the folder ADEChallengeData2016, from the zip file of that name",
 }
-"""What ``data.source`` may be, and what ``data.root`` then is."""
+"""Values of ``data.source``, and the folder that ``data.root`` then is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class DataOptions:
     """For "voc" also "trainval" or "trainaug", which has SBD's labels."""
     val_split: str = "val"
     group: str | None = None
-    """Which images belong together (a drive, a patient, a scene, a video), so that no split separates them: a regular
+    """The images that belong together (a drive, a patient, a scene, a video), which no split separates: a regular
     expression that is searched for in an image's name (its groups in parentheses, else all it matches), such as
     "^([^_]+)_"; "folder" (or "folder:2", the one above) for the folder that holds the image; or a file (.csv, .tsv,
     .txt) of two columns, name and group. None: each image stands for itself."""

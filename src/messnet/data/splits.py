@@ -16,14 +16,14 @@ __all__ = ["SplitComparison", "compare_splits", "shared_images"]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitComparison:
-    """What the training and the validation split have in common, by pixels and by groups."""
+    """Images and groups that the training and the validation split have in common."""
 
     shared: tuple[tuple[str, str], ...]
     """Names, in training and in validation, of images with the same pixels."""
     shared_groups: tuple[str, ...]
     """Groups that data.group, or the data set itself, puts in both."""
     proposed_pattern: str | None
-    """What data.group might be, from names and pixels; None where groups are given, or nothing shows any."""
+    """A value for data.group, from names and pixels; None where groups are given, or nothing shows any."""
     near_shared: tuple[tuple[str, str], ...]
     """A training image and a validation image that are nearly the same, not with the same pixels; one pair for each
     such validation image."""
@@ -32,7 +32,7 @@ class SplitComparison:
     near_groups: tuple[tuple[str, str], ...] = field(repr=False)
     """(name, group) of every image of both splits, where nearly the same images are of one group."""
     notes: tuple[str, ...]
-    """What is worth a look, and what to do."""
+    """Findings that stop nothing but are worth a look, each with what to do."""
 
 
 def shared_images(train: DatasetReport, val: DatasetReport) -> tuple[tuple[str, str], ...]:
@@ -46,6 +46,7 @@ def compare_splits(train: DatasetReport, val: DatasetReport) -> SplitComparison:
     thumbnails = [image.thumbnail for image in images]
     has_groups = bool(train.groups or val.groups)
     pattern = None if has_groups else proposed_pattern([image.name for image in images], thumbnails)
+    # Nearly equal images of both splits together, so that one in each is found too.
     members: dict[int, list[int]] = {}
     for v, label in enumerate(near_duplicates(thumbnails).tolist()):
         members.setdefault(label, []).append(v)
@@ -54,6 +55,7 @@ def compare_splits(train: DatasetReport, val: DatasetReport) -> SplitComparison:
     near_val: list[tuple[str, ...]] = []
     for alike in members.values():
         ours, theirs = ([images[v] for v in alike if (v < num_train) == in_train] for in_train in (True, False))
+        # Those with the very same pixels are a problem of their own.
         contents = {image.content for image in ours}
         near_shared += [(ours[0].name, image.name) for image in theirs if ours and image.content not in contents]
         if len(theirs) > 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ SBD_PLACES = ("", "dataset", "benchmark_RELEASE/dataset")
 
 @dataclass(frozen=True, kw_only=True)
 class VocOptions:
-    """Where the extra labels of the split "trainaug" are."""
+    """Options of the split "trainaug", which has extra labels."""
 
     sbd: Path | None = None
     """benchmark_RELEASE, from SBD's benchmark.tgz (reading it needs scipy). None: it lies beside VOCdevkit, or
@@ -123,9 +123,15 @@ def _read_mat(path: Path) -> NDArray[np.uint8]:
     return _reader.to_classes(values, str(path))
 
 
-def _expect_scipy() -> Any:
+class _LoadMat(Protocol):
+    """scipy.io.loadmat, as far as it is used: it gives structures as arrays of records."""
+
+    def __call__(self, path: Path) -> dict[str, list[dict[str, list[NDArray[np.uint8]]]]]: ...
+
+
+def _expect_scipy() -> _LoadMat:
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise DataError("SBD's .mat files are read with scipy: pip install 'messnet[data]'") from error
-    return loadmat
+    return cast("_LoadMat", loadmat)

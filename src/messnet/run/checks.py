@@ -1,4 +1,4 @@
-"""What a run would refuse of a recipe and its data, found before hours are spent; ``check-data`` asks here too."""
+"""Checks of a recipe against its data before hours are spent: what ``run`` refuses, ``check-data`` tells."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _unread(scenes: SegmentationDataset) -> DatasetReport:
 
 
 def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) -> tuple[str, ...]:
-    """What a run by ``recipe`` would stop at, though each image is in order: one line each, with the way out.
+    """Everything that a run by ``recipe`` would stop at though each image is in order: one line each, with the way out.
 
     The reports are of all images of both splits. Raises RecipeError for augmentation that cannot be.
     """
@@ -114,6 +114,7 @@ def _validation_problems(recipe: Recipe, val: DatasetReport) -> Iterator[str]:
     if not any(image.is_labelled for image in images):
         yield "every pixel of the validation split is void: nothing can be measured on it"
         return
+    # Both halves that a run makes need a group, and in it a labelled image.
     groups = group_ids([image.group for image in images])
     if len(images) < 2 or groups.max() < 1:
         held = "1 image" if len(images) < 2 else f"images of one group ({images[0].group})"

@@ -1,4 +1,4 @@
-"""A first recipe for images in folders, made by looking at them: what ``messnet init`` writes."""
+"""A first recipe for images in folders, made by looking at them; ``messnet init`` writes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class _Classes:
-    """What the values of the masks are taken for."""
+    """The classes that the values of the masks are taken for."""
 
     names: tuple[str, ...]
     values: tuple[int, ...]
