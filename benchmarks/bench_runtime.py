@@ -34,7 +34,7 @@ from messnet.costs.latency import LatencyOptions, device_name
 from messnet.costs.workload import copy_module
 from messnet.data import SegmentationDataset
 from messnet.deployment.bundle import is_bundle, open_bundle
-from messnet.deployment.graph_runner import GraphRunner, load_graph
+from messnet.deployment.graph_runner import GraphRunner
 from messnet.deployment.graphs import make_graphs
 from messnet.deployment.measurement import measure_session
 from messnet.deployment.restoring import bundle_tensors, restore_bundle, restore_run
@@ -43,7 +43,6 @@ from messnet.deployment.session import Result, Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
-from messnet.policy.graph import policy_graph
 from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
@@ -163,8 +162,7 @@ def in_turn(pair: Sequence[Session], images: Sequence[np.ndarray], batch: int, r
 
 
 def policy_ms(session: Session, image: np.ndarray, repeats: int) -> dict[int, float]:
-    """Median time of one decision at each exit that decides: with it less without it, in turn; where a runtime always
-    runs it, that of the decision's own graph on the exit's logits."""
+    """Median time of one decision at each exit that decides: with it less without it, in turn."""
     runner, found = session.runner, {}
     for position, choice in enumerate(session.instance.exits[:-1]):
         if choice.image_threshold is None:
@@ -174,26 +172,14 @@ def policy_ms(session: Session, image: np.ndarray, repeats: int) -> dict[int, fl
             live = runner.advance(live, before.exit, logits=False).live
         laps: dict[bool, list[float]] = {True: [], False: []}
         values = live.values
-        alone = _decision(session, runner.advance(live, choice.exit).logits, choice)
         for _ in range(repeats + 1):
             for decide in (True, False):
                 start = time.perf_counter()
-                if alone is None:
-                    threshold = choice.pixel_threshold if decide else None
-                    runner.advance(replace(live, values=values), choice.exit, pixel_threshold=threshold)
-                elif decide:
-                    alone()
+                threshold = choice.pixel_threshold if decide else None
+                runner.advance(replace(live, values=values), choice.exit, pixel_threshold=threshold)
                 laps[decide].append((time.perf_counter() - start) * 1000)
         found[choice.exit_index] = max(0.0, float(np.median(laps[True][1:]) - np.median(laps[False][1:])))
     return found
-
-
-def _decision(session: Session, logits: Any, choice: ExitChoice) -> Any:
-    if session.runtime != "onnxruntime":
-        return None
-    graph = load_graph(policy_graph(session.policy, logits.shape[1]), "onnxruntime", "f32", session.runner.threads)
-    feeds = {"logits": logits, "pixel_threshold": np.array([choice.pixel_threshold], np.float32)}
-    return lambda: graph.run(feeds, ["confidence"])
 
 
 def measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from helpers.images import smooth_image
 from messnet.apps.predictions import PredictOptions, predict_files
 from messnet.cli import main
 from messnet.deployment.loading import load
-from messnet.deployment.session import Session
+from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, RecipeError
 from messnet.images.drawing import overlay
 from messnet.images.reading import large_images, read_image
@@ -138,18 +139,27 @@ def test_damaged_images_through_the_command(
     assert (tmp_path / "out" / record["exits"]).is_file()
 
 
-def test_batches_of_one_size_give_the_same(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Watched(Session):
+    """Tells how many images come at a time, and is interrupted at a call."""
+
+    def __init__(self, session: Session, interrupted_at: int | None = None) -> None:
+        super().__init__(session.runner, session.instance, palette=session.palette, class_names=session.class_names)
+        self.sizes: list[int] = []
+        self.interrupted_at = interrupted_at
+
+    def predict(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Result]:
+        self.sizes.append(len(images))
+        if len(self.sizes) == self.interrupted_at:
+            raise KeyboardInterrupt
+        return super().predict(images, batch_size=batch_size)
+
+
+def test_batches_of_one_size_give_the_same(session: Session, tmp_path: Path) -> None:
     folder = many(tmp_path / "in", [(64, 80), (64, 80), (64, 80), (48, 80), (64, 80)])
     one = predict_files(session, [folder], tmp_path / "one").records
-    sizes, predict = [], session.predict
-
-    def listen(images: list[np.ndarray], **given: int) -> list[object]:
-        sizes.append(len(images))
-        return predict(images, **given)
-
-    monkeypatch.setattr(session, "predict", listen)
-    records = predict_files(session, [folder], tmp_path / "two", PredictOptions(batch_size=2)).records
-    assert sizes == [2, 1, 1, 1]
+    watched = Watched(session)
+    records = predict_files(watched, [folder], tmp_path / "two", PredictOptions(batch_size=2)).records
+    assert watched.sizes == [2, 1, 1, 1]
     for a, b in zip(one, records, strict=True):
         assert (a["image"], a["exit_index"]) == (b["image"], b["exit_index"])
         same = np.array(Image.open(tmp_path / "one" / a["mask"])) == np.array(Image.open(tmp_path / "two" / b["mask"]))
@@ -164,18 +174,10 @@ def test_a_deadline_keeps_the_best_so_far(session: Session, tmp_path: Path) -> N
         assert predict_files(session, [folder], tmp_path / "out", options).records[0]["exit_index"] == expected
 
 
-def test_an_interrupt_keeps_what_is_done(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, calls, predict = many(tmp_path / "in", [(64, 80)] * 3), [], session.predict
-
-    def interrupted(images: list[np.ndarray], **given: int) -> list[object]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return predict(images, **given)
-
-    monkeypatch.setattr(session, "predict", interrupted)
+def test_an_interrupt_keeps_what_is_done(session: Session, tmp_path: Path) -> None:
+    folder = many(tmp_path / "in", [(64, 80)] * 3)
     with pytest.raises(KeyboardInterrupt):
-        predict_files(session, [folder], tmp_path / "out")
+        predict_files(Watched(session, interrupted_at=3), [folder], tmp_path / "out")
     assert len(json.loads((tmp_path / "out/predictions.json").read_text())["predictions"]) == 2
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from messnet.apps import video
 from messnet.apps.exit_control import first_confident
+from messnet.apps.predictions import overlay
 from messnet.apps.timeline import FrameRecord, Timeline, draw_timeline
 from messnet.apps.video import VideoOptions, predict_video
 from messnet.cli import main
@@ -172,11 +173,8 @@ def test_a_long_timeline_keeps_its_late_frames() -> None:
     assert timeline.summary()["within_budget"] == 8999 / 9000
 
 
-def test_decoding_goes_on_during_inference_but_not_without_bounds(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_decoding_goes_on_during_inference_but_not_without_bounds(tmp_path: Path) -> None:
     camera = Camera(length=60)
-    monkeypatch.setattr(video.cv2, "VideoCapture", lambda name: camera)
     (tmp_path / "x.mp4").touch()
     ahead = []
 
@@ -185,38 +183,43 @@ def test_decoding_goes_on_during_inference_but_not_without_bounds(
             time.sleep(0.3)
             ahead.append(camera.next - call - 1)
 
-    timeline = predict_video(StandIn(before=wait), tmp_path / "x.mp4", tmp_path, VideoOptions(queue_frames=5))
+    timeline = predict_video(
+        StandIn(before=wait), tmp_path / "x.mp4", tmp_path, VideoOptions(queue_frames=5), open_capture=lambda _: camera
+    )
     assert ahead == [6, 6]  # five in the queue and one in hand
     assert [frame.frame for frame in timeline.frames] == list(range(60))
     assert camera.released
 
 
-def test_a_slow_encoder_holds_the_inference_up(monkeypatch: pytest.MonkeyPatch, clip: Path, tmp_path: Path) -> None:
+def test_a_slow_encoder_holds_the_inference_up(clip: Path, tmp_path: Path) -> None:
     begun, may_go = [], threading.Event()
-    drawn = video.overlay
-    monkeypatch.setattr(video, "overlay", lambda *args: (may_go.wait(10), drawn(*args))[1])
+
+    def slowly(*what: np.ndarray) -> np.ndarray:
+        may_go.wait(10)
+        return overlay(*what)
+
     threading.Timer(0.5, lambda: (begun.append(session.calls), may_go.set())).start()
     session = StandIn()
-    assert len(predict_video(session, clip, tmp_path, VideoOptions(queue_frames=3)).frames) == 24
+    assert len(predict_video(session, clip, tmp_path, VideoOptions(queue_frames=3), draw=slowly).frames) == 24
     assert begun == [5]  # one with the encoder, three in the queue, one that waits
 
 
-def test_a_camera_drops_what_is_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_camera_drops_what_is_stale(tmp_path: Path) -> None:
     camera = Camera()
-    monkeypatch.setattr(video.cv2, "VideoCapture", lambda number: camera)
     lags = []
 
     def slowly(call: int) -> None:
         lags.append(camera.next)
         time.sleep(0.02)
 
-    timeline = predict_video(StandIn(before=slowly), 0, tmp_path, VideoOptions(max_frames=12))
+    timeline = predict_video(
+        StandIn(before=slowly), 0, tmp_path, VideoOptions(max_frames=12), open_capture=lambda _: camera
+    )
     numbers = [frame.frame for frame in timeline.frames]
     assert numbers == sorted(set(numbers))
     assert len(numbers) == 12
     assert timeline.dropped == numbers[-1] + 1 - 12 > 12
     assert max(np.subtract(lags, numbers)) <= 5  # the one in the queue, the one in hand, and what came meanwhile
-    monkeypatch.undo()
     assert len(read_video(tmp_path / "overlay.mp4")) == numbers[-1] + 1  # in place of dropped ones: it keeps time
     assert (timeline.source, camera.released) == ("camera:0", True)
 

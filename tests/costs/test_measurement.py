@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 
 from messnet.costs.latency import LatencyOptions
-from messnet.deployment import measurement
 from messnet.deployment.measurement import check_additivity, measure_heads, measure_session
 from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner
@@ -27,9 +26,7 @@ def costs(small_net: MultiExitNet) -> CostTable:
     return profile(small_net, SIZE, latency=OPTIONS)
 
 
-def test_a_session_that_takes_what_its_parts_take(
-    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_that_takes_what_its_parts_take(small_net: MultiExitNet, costs: CostTable) -> None:
     seen: list[tuple[Instance, int]] = []
 
     class Adding:
@@ -54,8 +51,7 @@ def test_a_session_that_takes_what_its_parts_take(
             seen.append((self.instance, choice.exit_index))
             return [self]
 
-    monkeypatch.setattr(measurement, "Session", Adding)
-    found = check_additivity(small_net, costs, OPTIONS, num_instances=40)
+    found = check_additivity(small_net, costs, OPTIONS, num_instances=40, open_session=Adding)
     assert found["num_instances"] == 40
     assert found["median_error"] == pytest.approx(0.1 / 1.1, rel=1e-3)
     assert found["worst_error"] == pytest.approx(0.1 / 1.1, rel=1e-3)
@@ -66,30 +62,30 @@ def test_a_session_that_takes_what_its_parts_take(
     assert all(row == sorted(set(row)) for row in indices)
 
 
-def test_sessions_stop_where_they_are_told(
-    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sessions_stop_where_they_are_told(small_net: MultiExitNet, costs: CostTable) -> None:
     stops = []
 
-    class Watched(measurement.Session):
+    class Watched(Session):
         def predict(self, images: Any) -> Any:
             results = super().predict(images)
             told = next(choice for choice in self.instance.exits if choice.image_threshold in (None, 0.0))
             stops.append((results[0].exit_index, told.exit_index))
             return results
 
-    monkeypatch.setattr(measurement, "Session", Watched)
-    found = check_additivity(small_net, costs, OPTIONS, num_instances=10)
+    found = check_additivity(
+        small_net,
+        costs,
+        OPTIONS,
+        num_instances=10,
+        open_session=lambda net, one, device: Watched(net, one, device=device),
+    )
     assert all(stopped == told for stopped, told in stops)
     assert len(set(stops)) > 1
     assert 0 <= found["median_error"] <= found["worst_error"]
 
 
-def test_a_session_is_measured_step_by_step(
-    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_is_measured_step_by_step(small_net: MultiExitNet, costs: CostTable) -> None:
     now = [0.0]
-    monkeypatch.setattr("messnet.costs.latency.time.perf_counter", lambda: now[0])
 
     class Timed(TorchRunner):
         """Segments take 10 ms, a head 3, a decision 1, labels 2."""
@@ -105,7 +101,7 @@ def test_a_session_is_measured_step_by_step(
     head = small_net.exits[0].head
     choices = (*(ExitChoice(exit_index=e, head=head) for e in (0, 2)), ExitChoice(exit_index=3, head="final"))
     session = Session(Timed(small_net, Policy()), Instance(name="any", setting="anytime", exits=choices))
-    table = measure_session(session, costs, OPTIONS)
+    table = measure_session(session, costs, OPTIONS, clock=lambda: now[0])
     for name in ("latency_ms", "latency_p95_ms"):
         column = table.column(name, [choice.exit for choice in choices])  # type: ignore[arg-type]
         assert column.segments.tolist() == pytest.approx([10, 0, 10, 13], abs=1e-3)
@@ -117,12 +113,9 @@ def test_a_session_is_measured_step_by_step(
     assert set(table.heads) == {choice.exit for choice in choices}
 
 
-def test_every_head_is_measured_in_a_runtime_of_graphs(
-    small_net: MultiExitNet, costs: CostTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_head_is_measured_in_a_runtime_of_graphs(small_net: MultiExitNet, costs: CostTable) -> None:
     """By a clock that only the parts move: segments take 10 ms, a decision 1, labels 2, each head its own time."""
     now, asked = [0.0], []
-    monkeypatch.setattr("messnet.costs.latency.time.perf_counter", lambda: now[0])
     takes = {exit: 3.0 + number for number, exit in enumerate(small_net.exits)}
 
     class Timed(TorchRunner):
@@ -138,8 +131,15 @@ def test_every_head_is_measured_in_a_runtime_of_graphs(
         asked.append((size, how))
         return Timed(net, Policy.parse(instance.policy))
 
-    monkeypatch.setattr(measurement, "graph_runner", runner)
-    table = measure_heads(small_net, costs, OPTIONS, runtime="onnxruntime", policy="entropy+native")
+    table = measure_heads(
+        small_net,
+        costs,
+        OPTIONS,
+        runtime="onnxruntime",
+        policy="entropy+native",
+        make_runner=runner,
+        clock=lambda: now[0],
+    )
     assert set(asked[0][1].items()) == {("runtime", "onnxruntime"), ("precision", "f32"), ("threads", 1)}
     assert asked[0][0] == SIZE
     final = small_net.exits[-1]

@@ -25,7 +25,6 @@ import messnet
 from helpers.files import snapshot
 from helpers.images import smooth_image
 from messnet.cli import main
-from messnet.deployment import bundle as bundle_module
 from messnet.deployment.bundle import MANIFEST, Manifest, is_bundle, open_bundle, write_bundle
 from messnet.deployment.export import export
 from messnet.deployment.loading import load
@@ -252,22 +251,12 @@ def test_what_is_there_stays(run: Path, tmp_path: Path, suffix: str) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_half_a_bundle_is_never_left(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_bundle_is_never_left(run: Path, exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "new/mine.mess"
-    written = []
-
-    def interrupted(path: Path, data: bytes) -> None:
-        written.append(path)
-        if len(written) == 2:
-            assert not out.exists()
-            raise KeyboardInterrupt
-        path.parent.mkdir(parents=True)
-        path.write_bytes(data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bundle_module, "write_atomically", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            export(run, out, instance="cut")
+    manifest = open_bundle(exported).manifest
+    files = {name: open_bundle(exported).read(name) for name in manifest.files}
+    with pytest.raises(RunError, match="cannot be written"):  # the last of them has too long a name
+        write_bundle(out, manifest, {**files, "x" * 300: b"more"})
     assert not list((tmp_path / "new").iterdir())
     left = tmp_path / "new/.mine.mess.tmp/costs"  # by a kill
     left.mkdir(parents=True)
@@ -525,14 +514,9 @@ def test_the_commands(
     assert snapshot(bundle) == before
 
 
-def test_a_bundle_measured_here(
-    exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from messnet.costs.latency import LatencyOptions
-
-    monkeypatch.setitem(LatencyOptions.__init__.__kwdefaults__, "repeats", 2)
+def test_a_bundle_measured_here(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(exported)
-    main(["profile", str(exported), "--measure", "--threads", "1", "--json"])
+    main(["profile", str(exported), "--measure", "--threads", "1", "--repeats", "2", "--json"])
     costs = CostTable.from_json(capsys.readouterr().out)
     assert costs.model == "mobilenetv2_fcn cut after exit 1"
     assert costs.total("latency_ms") > 0

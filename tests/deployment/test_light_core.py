@@ -207,3 +207,9 @@ def test_what_is_missing_is_named(
 def test_the_names_that_need_torch_say_so(light: LightEnvironment, name: str) -> None:
     done = light.run(f"import messnet\ntry: messnet.{name}\nexcept messnet.MessError as error: print(error)")
     assert "pip install 'messnet[train]'" in done.stdout, done.stderr
+
+
+def test_a_runtime_that_is_not_installed(light: LightEnvironment) -> None:
+    code = "sys.modules['onnxruntime'] = None\nimport messnet\n"
+    code += "try: messnet.load(sys.argv[1])\nexcept messnet.MessError as error: print(error)"
+    assert "onnxruntime is not installed: pip install 'messnet'" in light.run(code, BUNDLE).stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from helpers.images import smooth_image
 from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.deployment.loading import load
+from messnet.deployment.runner import Live, Step
 from messnet.deployment.session import Session
+from messnet.deployment.torch_runner import TorchRunner
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.policy import Policy
@@ -142,16 +145,25 @@ def test_a_deadline_in_the_past_is_refused(tiny_run: Path) -> None:
     assert next(session.anytime(image, deadline_ms=0.0)).labels.shape == (64, 64)
 
 
-def test_a_warm_up_runs_every_exit_and_is_forgotten(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, taken = load(tiny_run), []
-    advance = session.runner.advance
-    monkeypatch.setattr(
-        session.runner, "advance", lambda live, exit, **how: taken.append(exit) or advance(live, exit, **how)
+def test_a_warm_up_runs_every_exit_and_is_forgotten(small_net: MultiExitNet) -> None:
+    taken: list[Exit] = []
+
+    class Watched(TorchRunner):
+        def advance(self, live: Live, exit: Exit, **how: Any) -> Step:
+            taken.append(exit)
+            return super().advance(live, exit, **how)
+
+    exits = [exit for exit in small_net.exits if exit.head in (small_net.exits[0].head, "final")]
+    choices = [ExitChoice(exit_index=e.exit_index, head=e.head, pixel_threshold=0, image_threshold=0) for e in exits]
+    session = Session(
+        Watched(small_net, Policy()), Instance(name="x", setting="input_dependent", exits=(*choices[:-1], FINAL))
     )
     image = np.zeros((64, 64, 3), np.uint8)
     session.warm_up(image)
-    assert taken == 2 * [choice.exit for choice in session.instance.exits]
-    assert not any(session._clock.expected(i, (64, 64), 0.0) for i in range(len(taken) // 2))
+    assert taken == 2 * exits
+    taken.clear()
+    assert [result.exit_index for result in session.anytime(image, deadline_ms=1e9)] == [e.exit_index for e in exits]
+    assert taken == exits  # the warm-up has foretold nothing
 
 
 def test_an_exit_that_is_not_there(small_net: MultiExitNet) -> None:

@@ -28,6 +28,7 @@ __all__ = ["VIDEO_SUFFIXES", "PredictOptions", "Predictions", "draw_exit_map", "
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 _EXIT_MAP_SIDE = 1600
+_MANY = 50  # images, from which on it pays to load compiled passes
 # Pictures for the eye: a third of the time of Pillow's default, for files a tenth larger.
 _FAST = 1
 # Threads that draw, compress and write while the network runs, and how many images may wait for them.
@@ -105,7 +106,7 @@ def predict_files(
             warm = False
             for batch in _batches(files, 1 if options.tiled else options.batch_size, done):
                 if not warm:
-                    _warm_up(session, batch[0][1], options)
+                    _warm_up(session, batch[0][1], options, compiled=len(files) >= _MANY)
                     warm = True
                 for file, image, result in _results(batch, session, options, done.failed):
                     writing.add(_files_of(file, image, result, session, options), out)
@@ -197,13 +198,13 @@ def _batches(
         yield batch
 
 
-def _warm_up(session: Session, image: NDArray[np.uint8], options: PredictOptions) -> None:
+def _warm_up(session: Session, image: NDArray[np.uint8], options: PredictOptions, *, compiled: bool) -> None:
     """So that the first image's latency is that of the network, as the others' is."""
     if options.tiled:
         height, width = options.tile or session.input_size or image.shape[:2]
         image = image[:height, :width]
     with suppress(PredictionError):  # of an exit that the image may not take; if it does, the prediction tells
-        session.warm_up(image)
+        session.warm_up(image, compiled=compiled)
 
 
 def _results(

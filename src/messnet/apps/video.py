@@ -28,10 +28,13 @@ from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, RecipeError
 from messnet.images.colours import exit_colour
 from messnet.images.drawing import as_png, mask, overlay
+from messnet.policy.labels import load_compiled
 from messnet.records.files import write_atomically
 
 __all__ = ["VideoOptions", "predict_video"]
 
+Pixels = NDArray[np.uint8]
+Draw = Callable[[Pixels, Pixels, Pixels], Pixels]
 CODEC = "mp4v"  # what OpenCV's own wheels can write into mp4
 _WARM_UP = 3
 _ANNOUNCED_SLACK = 0.02  # containers round the number of their frames
@@ -59,13 +62,24 @@ class _Frame(NamedTuple):
     image: NDArray[np.uint8]  # (H, W, 3) RGB
 
 
-def predict_video(session: Session, source: Path | int, out: Path, options: VideoOptions | None = None) -> Timeline:
+def predict_video(
+    session: Session,
+    source: Path | int,
+    out: Path,
+    options: VideoOptions | None = None,
+    *,
+    open_capture: Callable[..., Any] = cv2.VideoCapture,
+    draw: Draw = overlay,
+) -> Timeline:
     """Segments a video file, or what a camera (its number) sees until interrupted.
 
     Writes overlay.mp4 and the timeline as timeline.json, .csv and .png to ``out``, and masks if asked for. What an
     interrupt (KeyboardInterrupt) or a damaged end leaves is written all the same: see ``Timeline.interrupted`` and
     ``damage``. Raises DataError when there is no such file or camera or not one frame comes from it, RecipeError for
     options out of range.
+
+    ``open_capture`` opens a file or a camera as OpenCV does; ``draw`` makes the picture of a frame (H, W, 3), its
+    labels (H, W) and the palette (K, 3).
     """
     options = options or VideoOptions()
     for count, what in ((options.max_frames, "max_frames"), (options.queue_frames, "queue_frames")):
@@ -73,7 +87,7 @@ def predict_video(session: Session, source: Path | int, out: Path, options: Vide
             raise RecipeError(f"{what} is at least 1, not {count}")
     choices = session.instance.exits
     control = ExitControl(choices, frame_budget_ms=options.frame_budget_ms, hysteresis=options.hysteresis)
-    with _capture(source) as capture:
+    with _capture(source, open_capture) as capture:
         found, first = capture.read()
         if not found:
             raise DataError(
@@ -82,7 +96,9 @@ def predict_video(session: Session, source: Path | int, out: Path, options: Vide
         fps = _frames_per_second(capture)
         announced = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         _warm_up(session, _rgb(first), control)
-        ran = _run(session, control, _Source(capture, first, fps, announced, isinstance(source, int)), out, options)
+        ran = _run(
+            session, control, _Source(capture, first, fps, announced, isinstance(source, int)), out, options, draw
+        )
     timeline = Timeline(
         source=_name(source),
         instance=session.instance.name,
@@ -115,14 +131,14 @@ class _Ran(NamedTuple):
     damage: str
 
 
-def _run(session: Session, control: ExitControl, source: _Source, out: Path, options: VideoOptions) -> _Ran:
+def _run(session: Session, control: ExitControl, source: _Source, out: Path, options: VideoOptions, draw: Draw) -> _Ran:
     """All frames through the three threads. Whatever ends it, the video is closed properly."""
     frames: list[FrameRecord] = []
     interrupted, damage = False, ""
     totals = [count for count in (source.announced, options.max_frames) if count]
     bar = tqdm(desc="predict", unit="frame", total=min(totals, default=None), mininterval=1, dynamic_ncols=True)
     start = time.perf_counter()
-    writer = _Writer(session, out, (source.first.shape[0], source.first.shape[1]), source.fps, options)
+    writer = _Writer(session, out, (source.first.shape[0], source.first.shape[1]), source.fps, options, draw)
     reader = _Reader(source, options)
     try:
         for frame in reader:
@@ -173,6 +189,7 @@ def _infer(session: Session, frame: _Frame, control: ExitControl, fps: float) ->
 
 def _warm_up(session: Session, image: NDArray[np.uint8], control: ExitControl) -> None:
     """Every exit, so that the first frames are no slower than the others and the budget knows what an exit costs."""
+    load_compiled()
     for repeat in range(_WARM_UP):
         before = time.perf_counter()
         for place, result in enumerate(session.anytime(image)):
@@ -238,8 +255,11 @@ class _Reader:
 class _Writer:
     """Draws, encodes and writes in a thread of its own; the video appears under its name once it is whole."""
 
-    def __init__(self, session: Session, out: Path, size: tuple[int, int], fps: float, options: VideoOptions) -> None:
+    def __init__(
+        self, session: Session, out: Path, size: tuple[int, int], fps: float, options: VideoOptions, draw: Draw
+    ) -> None:
         assert session.palette is not None
+        self._draw = draw
         self._palette = session.palette
         self._exits = [choice.exit_index for choice in session.instance.exits]
         self._out, self._masks = out, options.masks
@@ -281,7 +301,7 @@ class _Writer:
         try:
             while (job := self._jobs.get()) is not None:
                 frame, labels, record = job
-                picture = overlay(frame.image, labels, self._palette)
+                picture = self._draw(frame.image, labels, self._palette)
                 _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
                 bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
                 for _ in range(frame.number - self._last_index):  # in place of dropped frames, to keep time
@@ -319,7 +339,7 @@ def _caption(picture: NDArray[np.uint8], record: FrameRecord, place: int, num_ex
 
 
 @contextlib.contextmanager
-def _capture(source: Path | int) -> Iterator[Any]:
+def _capture(source: Path | int, open_capture: Callable[..., Any]) -> Iterator[Any]:
     """An open cv2.VideoCapture. Raises DataError when there is none."""
     # FFmpeg writes its own lines to stderr; this is read when its first file is opened.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -327,7 +347,7 @@ def _capture(source: Path | int) -> Iterator[Any]:
         raise DataError(f"no video {source}: expected a file")
     level = cv2.utils.logging.setLogLevel(0)
     try:
-        capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        capture = open_capture(source if isinstance(source, int) else str(source))
         if not capture.isOpened():
             what = "opened; is it plugged in, and free?" if isinstance(source, int) else "read as a video; replace it"
             raise DataError(f"{_name(source)} cannot be {what}")

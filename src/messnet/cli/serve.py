@@ -28,6 +28,7 @@ def serve(
     runtime: RuntimeOption | None = None,
     precision: PrecisionOption = "f32",
     threads: int | None = None,
+    model: str | None = None,
     samples: Path | None = None,
     max_body_mb: float = 16.0,
     max_pixels: int = 2**22,
@@ -58,6 +59,8 @@ def serve(
         runtime: What computes; by default torch, or for a bundle with graphs onnxruntime where torch is not installed.
         precision: Of weights and activations, where the runtime has it.
         threads: Of the processor, for the network; by default as many as the runtime takes.
+        model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
+            is not imported unless you name it here.
         samples: A folder of images that the page offers; by default those of a run's report.
         max_body_mb: Of a request, in 10^6 bytes.
         max_pixels: Of an image.
@@ -102,5 +105,6 @@ def serve(
         runtime=runtime,
         precision=precision,
         threads=threads,
+        model=model,
         samples=samples,
     )

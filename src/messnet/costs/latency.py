@@ -84,9 +84,10 @@ class LatencyOptions:
 
 
 class Stopwatch:
-    """Laps by name, in milliseconds."""
+    """Laps by name, in milliseconds. ``clock`` tells seconds."""
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._now = clock
         self.laps: defaultdict[Hashable, list[float]] = defaultdict(list)
         self._device = torch.device(device)
 
@@ -94,25 +95,25 @@ class Stopwatch:
     def lap(self, name: Hashable) -> Iterator[None]:
         """Times the block, from an idle device until the device is idle again."""
         self._synchronise()
-        start = time.perf_counter()
+        start = self._now()
         yield
         self._synchronise()
-        self.laps[name].append((time.perf_counter() - start) * 1000)
+        self.laps[name].append((self._now() - start) * 1000)
 
     def repeat(self, once: Callable[[], object], options: LatencyOptions, *, desc: str) -> None:
         """Calls ``once``, which laps: warm, ``options.repeats`` times or as often as ``max_seconds`` allow."""
         for _ in range(WARM_UP_ROUNDS):
-            start = time.perf_counter()
+            start = self._now()
             once()
-            seconds = time.perf_counter() - start
+            seconds = self._now() - start
             if seconds > options.max_seconds / 10:
                 break  # long enough to be warm
         self.laps.clear()
         affordable, rounds = max(MIN_ROUNDS, int(options.max_seconds / seconds)), list[float]()
         for _ in trange(min(options.repeats, affordable), desc=desc, unit="round", mininterval=2, dynamic_ncols=True):
-            start = time.perf_counter()
+            start = self._now()
             once()
-            rounds.append(time.perf_counter() - start)
+            rounds.append(self._now() - start)
             if median_spread(rounds) <= options.tolerance:
                 break
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from messnet.costs.latency import LatencyOptions, Stopwatch, num_threads
 from messnet.deployment.restoring import graph_runner
-from messnet.deployment.runner import Live
-from messnet.deployment.session import Session
+from messnet.deployment.runner import Live, Runner
+from messnet.deployment.session import Result, Session
 from messnet.network.multi_exit import MultiExitNet
 from messnet.profiling import running_copy
 from messnet.records.costs import CostTable, PartCost
@@ -23,21 +25,39 @@ __all__ = ["check_additivity", "measure_heads", "measure_session"]
 MAX_EXITS = 4  # of a random instance
 
 
+class Predicting(Protocol):
+    """A session, as far as its latency is looked at."""
+
+    def predict(self, images: Sequence[NDArray[np.uint8]]) -> Sequence[Result]: ...
+
+
+def session_on(net: MultiExitNet, instance: Instance, device: str) -> Session:
+    """The session that runs an instance of a network by torch on a device."""
+    return Session(net, instance, device=device)
+
+
 def check_additivity(
-    net: MultiExitNet, costs: CostTable, options: LatencyOptions, *, num_instances: int = 20, seed: int = 0
+    net: MultiExitNet,
+    costs: CostTable,
+    options: LatencyOptions,
+    *,
+    num_instances: int = 20,
+    seed: int = 0,
+    open_session: Callable[[MultiExitNet, Instance, str], Predicting] = session_on,
 ) -> dict[str, float]:
     """How far ``costs`` is off the latency of whole instances: ``CostTable.additivity``.
 
     Random instances, of random exits and heads, run one image in sessions of their own, in turn and each round in
     another order; thresholds let it go at an exit drawn beforehand. Compared are the measured median and the sum of the
-    parts on the way. ``options`` are those that ``costs`` was measured with, at batch 1; ``net`` is copied.
+    parts on the way. ``options`` are those that ``costs`` was measured with, at batch 1; ``net`` is copied, and
+    ``open_session`` runs an instance of it on a device.
     """
     draw = np.random.default_rng(seed)
     image = draw.integers(0, 256, (*costs.input_size, 3), dtype=np.uint8)
     watch = Stopwatch(options.device)
     drawn = [_random_instance(net.exits, draw) for _ in range(num_instances)]
     with running_copy(net, options) as running, num_threads(options.threads):
-        sessions = [Session(running, instance, device=options.device) for instance, _ in drawn]
+        sessions = [open_session(running, instance, options.device) for instance, _ in drawn]
 
         def once() -> None:
             for i in draw.permutation(num_instances).tolist():
@@ -76,7 +96,9 @@ def _random_instance(exits: Sequence[Exit], draw: np.random.Generator) -> tuple[
     return Instance(name="random", setting="input_dependent", exits=tuple(choices)), stop
 
 
-def measure_session(session: Session, workload: CostTable, options: LatencyOptions) -> CostTable:
+def measure_session(
+    session: Session, workload: CostTable, options: LatencyOptions, *, clock: Callable[[], float] = time.perf_counter
+) -> CostTable:
     """``workload`` with what the parts of the session's instance take in its runtime, one image at a time.
 
     A graph holds segments, head and decision of an exit: each is the time with it less the time without it, so that
@@ -85,7 +107,7 @@ def measure_session(session: Session, workload: CostTable, options: LatencyOptio
     """
     draw, size = np.random.default_rng(0), workload.input_size
     image = draw.integers(0, 256, (1, *size, 3), dtype=np.uint8)
-    watch, runner, exits = Stopwatch(session.device), session.runner, session.instance.exits
+    watch, runner, exits = Stopwatch(session.device, clock), session.runner, session.instance.exits
 
     def once() -> None:
         lives: list[Live | None] = [runner.start(image) for _ in range(3)]
@@ -129,7 +151,14 @@ def measure_session(session: Session, workload: CostTable, options: LatencyOptio
 
 
 def measure_heads(
-    net: MultiExitNet, workload: CostTable, options: LatencyOptions, *, runtime: GraphRuntime, policy: str
+    net: MultiExitNet,
+    workload: CostTable,
+    options: LatencyOptions,
+    *,
+    runtime: GraphRuntime,
+    policy: str,
+    make_runner: Callable[..., Runner] = graph_runner,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> CostTable:
     """``workload`` with what every part of ``net`` takes in a runtime of graphs, so that a search can read it.
 
@@ -144,10 +173,10 @@ def measure_heads(
         exits = [ofone[turn % len(ofone)] for ofone in heads if ofone]
         choices = tuple(ExitChoice(exit_index=exit.exit_index, head=exit.head) for exit in exits)
         instance = Instance(name="every exit", setting="anytime", exits=choices, policy=policy)
-        runner = graph_runner(
+        runner = make_runner(
             net, instance, workload.input_size, runtime=runtime, precision=precision, threads=options.threads
         )
-        tables.append(measure_session(Session(runner, instance), workload, options))
+        tables.append(measure_session(Session(runner, instance), workload, options, clock=clock))
 
     def mean(parts: Sequence[PartCost]) -> PartCost:
         times = np.array([(part.latency_ms, part.latency_p95_ms) for part in parts], np.float64).mean(0)

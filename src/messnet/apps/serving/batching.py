@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.deployment.session import Result, Session
+from messnet.policy.labels import load_compiled
 
 __all__ = ["Answer", "Stopped", "Worker"]
 
@@ -98,6 +99,7 @@ class Worker:
     async def start(self, warm_up: NDArray[np.uint8]) -> list[Answer]:
         """Starts taking requests. Returns every exit's answer to the image ``warm_up``, the second time it was run."""
         answers: list[Answer] = []
+        await self._in_thread(load_compiled)
         for _ in range(2):
             answers = await self._in_thread(lambda: [_answer(result) for result in self._session.anytime(warm_up)])
         self._dispatcher = asyncio.create_task(self._dispatch())

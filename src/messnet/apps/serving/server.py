@@ -32,10 +32,11 @@ class ModelOptions(TypedDict, total=False):
     """What a service runs."""
 
     instance: str | None
-    """As for ``load``, and so are the other three."""
+    """As for ``load``, and so are the other four."""
     runtime: RuntimeName | None
     precision: Precision
     threads: int | None
+    model: str | None
     device: str
     """auto (the default), cpu or cuda."""
     samples: Path | None
@@ -69,6 +70,7 @@ def open_service(path: Path, options: ServeOptions, **model: Unpack[ModelOptions
         runtime=model.get("runtime"),
         precision=model.get("precision", "f32"),
         threads=model.get("threads"),
+        model=model.get("model"),
     )
     found = _gallery_of(path) if chosen is None else chosen
     return Service(session, options, samples=found, info=describe(path, session))
