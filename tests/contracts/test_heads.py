@@ -1,4 +1,4 @@
-"""What every exit head of the paper's space keeps, for both kinds of blocks."""
+"""What every exit head of the paper's space, and with context, keeps, for both kinds of blocks."""
 
 import pytest
 import torch
@@ -6,7 +6,12 @@ import torch
 from messnet.network.exit_head import BlockKind, HeadConfig, HeadSpace, build_head
 
 CHANNELS, CLASSES = 64, 5
-CONFIGS = HeadSpace().configs(CHANNELS)
+CONFIGS = (
+    *HeadSpace().configs(CHANNELS),
+    *HeadSpace(channel_reduction=(1, 4), extra_blocks=(0, 1), rapid_dilation=(False,), context=(1, 3)).configs(
+        CHANNELS
+    ),
+)
 
 
 @pytest.mark.parametrize("block", ["bottleneck", "inverted_residual"])

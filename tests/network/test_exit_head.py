@@ -1,15 +1,22 @@
 """The head space and the layers of a head, against method.md section 5."""
 
 import itertools
+from collections import OrderedDict
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
+from messnet.costs.workload import count_module
+from messnet.deployment.graphs import make_graphs
 from messnet.errors import RecipeError
 from messnet.network.exit_head import HeadConfig, HeadSpace, build_head, plain_head_config
+from messnet.network.multi_exit import convert
+from messnet.policy.policy import Policy
 
 
 def build(
@@ -122,3 +129,76 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 def test_building_a_head_leaves_the_accelerators_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the accelerator was seeded"))
     build(HeadConfig())
+
+
+def test_context_is_one_more_part_and_none_changes_nothing() -> None:
+    space = HeadSpace(context=(0, 3))
+    assert space.configs(256)[:56] == HeadSpace().configs(256)
+    assert len(space.configs(256)) == 2 * 56
+    config = HeadConfig(context=3)
+    assert config.name == "crm1-blocks0-context3-fcn"
+    assert all(HeadConfig.parse(config.name) == config for config in space.configs(256))
+    with pytest.raises(RecipeError, match="context >= 0"):
+        HeadSpace(context=(-1,)).configs(256)
+
+
+def test_context_costs_what_its_blocks_cost_at_a_quarter_and_a_sixteenth_of_the_pixels() -> None:
+    height, width, channels, inner = 16, 24, 40, 6 * 96
+    block = 2 * 96 * inner + 9 * inner  # an inverted residual: 1x1, depthwise 3x3, 1x1
+    pixels = height * width
+    blocks = 3 * block * (pixels // 4 + pixels // 16)
+    own = pixels * (channels * 96 + 9 * 96 + 96 * 5)  # projection, depthwise 3x3, classifier
+    head = build_head(
+        HeadConfig(context=3),
+        channels=channels,
+        num_classes=5,
+        dilation=1,
+        output_stride=4,
+        block="inverted_residual",
+        seed=0,
+    )
+    assert count_module(head, (1, channels, height, width)).macs == blocks + own
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 9), (1, 3), (1, 1)], ids=str)
+def test_context_sees_the_whole_image_at_any_size(size: tuple[int, int]) -> None:
+    head = build(HeadConfig(context=1)).eval()
+    x = torch.randn(1, 64, *size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = head(x)
+    assert y.shape == (1, 5, *size)
+    (gradient,) = torch.autograd.grad(y[0, 0, 0, 0], x)
+    assert gradient[0].abs().sum(0).gt(0).all()  # every pixel has a say in the first
+
+
+def test_context_pools_as_scipy_does() -> None:
+    x = torch.randn(2, 64, 7, 10, generator=torch.Generator().manual_seed(0))
+    context = build(HeadConfig(context=1))[0].eval()
+    context.at_half, context.at_quarter = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        projected = context.project(x)
+        half = torch.from_numpy(pooled(projected.numpy()))
+        quarter = torch.from_numpy(pooled(half.numpy()))
+        quarter = quarter + quarter.mean((2, 3), keepdim=True)
+        expected = projected + sum(nn.functional.interpolate(y, (7, 10), mode="bilinear") for y in (half, quarter))
+        torch.testing.assert_close(context(x), expected)
+
+
+def pooled(x: np.ndarray) -> np.ndarray:
+    odd = [(0, 0), (0, 0), *((0, length % 2) for length in x.shape[2:])]
+    windows = ndimage.uniform_filter(np.pad(x, odd, mode="edge"), (1, 1, 2, 2), origin=(0, 0, -1, -1))
+    return np.ascontiguousarray(windows[:, :, ::2, ::2])
+
+
+def test_context_exports_for_any_size() -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    net = convert(nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 16, 3, 4, 1), body=nn.Conv2d(16, 16, 3, 1, 1),
+        classifier=nn.Conv2d(16, 5, 1))), torch.zeros(1, 3, 32, 48), num_exits=2)  # fmt: skip
+    exit = net.add_head(0, HeadConfig(context=1))
+    (stage, _) = make_graphs(net.eval(), [exit], Policy(), (32, 48)).values()
+    session = runtime.InferenceSession(stage)
+    for size in ((32, 48), (60, 36)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = net.logits(exit, next(net.states(x)))
+        feeds = {"live0": x.numpy(), "pixel_threshold": np.array([0.5], np.float32)}
+        np.testing.assert_allclose(session.run(["logits"], feeds)[0], expected.numpy(), atol=1e-5)

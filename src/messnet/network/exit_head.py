@@ -1,4 +1,5 @@
-"""Exit heads: from a tapped feature map to logits, in the paper's full configuration space (method.md section 5)."""
+"""Exit heads: from a tapped feature map to logits, in the paper's full configuration space (method.md section 5), and
+one part of our own: context, which lets a shallow exit see far for a sixteenth of what dilated blocks cost."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from messnet.errors import RecipeError
@@ -20,6 +22,8 @@ SegmentationHead = Literal["fcn", "deeplabv3"]
 
 # Fewer channels than this carry too little for any head; reductions that would go below it coincide.
 _MIN_CHANNELS = 8
+# Of the context at 1/2 and 1/4 of the exit's resolution.
+_CONTEXT_CHANNELS = 96
 # DeepLabV3's own width and rates: 256 channels, 12/24/36 at output stride 8.
 _MAX_ASPP_CHANNELS = 256
 _ASPP_RATES_AT_STRIDE_8 = (12, 24, 36)
@@ -27,35 +31,41 @@ _ASPP_RATES_AT_STRIDE_8 = (12, 24, 36)
 
 @dataclass(frozen=True, order=True)
 class HeadConfig:
-    """One head of the space: (channel_reduction, extra_blocks, rapid_dilation, segmentation_head)."""
+    """One head of the space: the paper's (channel_reduction, extra_blocks, rapid_dilation, segmentation_head), and
+    context."""
 
     channel_reduction: int = 1
     """r of the channel reduction module, C -> C/r; 1: no module."""
     extra_blocks: int = 0
     rapid_dilation: bool = False
     segmentation_head: SegmentationHead = "fcn"
+    context: int = 0
+    """Number of blocks at 1/2 and again at 1/4 of the exit's resolution, whose results and their global mean are added
+    to the features; 0: none. Not of the paper."""
 
     def __post_init__(self) -> None:
-        if self.channel_reduction < 1 or self.extra_blocks < 0:
+        if self.channel_reduction < 1 or self.extra_blocks < 0 or self.context < 0:
             raise RecipeError(
-                f"a head needs channel_reduction >= 1 and extra_blocks >= 0, got {self.channel_reduction} and "
-                f"{self.extra_blocks}"
+                f"a head needs channel_reduction >= 1, extra_blocks >= 0 and context >= 0, got "
+                f"{self.channel_reduction}, {self.extra_blocks} and {self.context}"
             )
 
     @property
     def name(self) -> str:
-        """Short, unique and a legal module name: "crm4-blocks2-rdi-fcn"."""
+        """Short, unique and a legal module name: "crm4-blocks2-rdi-fcn", "crm1-blocks0-context3-fcn"."""
         dilation = "-rdi" if self.rapid_dilation else ""
-        return f"crm{self.channel_reduction}-blocks{self.extra_blocks}{dilation}-{self.segmentation_head}"
+        context = f"-context{self.context}" if self.context else ""
+        return f"crm{self.channel_reduction}-blocks{self.extra_blocks}{dilation}{context}-{self.segmentation_head}"
 
     @classmethod
     def parse(cls, name: str) -> HeadConfig:
         """The inverse of ``name``. Raises RecipeError for anything else."""
-        match = re.fullmatch(r"crm(\d+)-blocks(\d+)(-rdi)?-(fcn|deeplabv3)", name)
+        match = re.fullmatch(r"crm(\d+)-blocks(\d+)(-rdi)?(?:-context(\d+))?-(fcn|deeplabv3)", name)
         if match is None:
             raise RecipeError(f"no head {name!r}: expected a name such as 'crm4-blocks2-rdi-fcn'")
-        reduction, blocks, rapid, head = match.groups()
-        return cls(int(reduction), int(blocks), rapid is not None, "fcn" if head == "fcn" else "deeplabv3")
+        reduction, blocks, rapid, context, head = match.groups()
+        kind: SegmentationHead = "fcn" if head == "fcn" else "deeplabv3"
+        return cls(int(reduction), int(blocks), rapid is not None, kind, int(context or 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +79,32 @@ class HeadSpace:
     rapid_dilation: tuple[bool, ...] = (False, True)
     """Whether the dilation doubles from block to block."""
     segmentation_head: tuple[SegmentationHead, ...] = ("fcn", "deeplabv3")
+    context: tuple[int, ...] = (0,)
+    """Numbers of blocks at 1/2 and again at 1/4 of the exit's resolution; 0: none, as in the paper; 3 is a good one."""
 
     def configs(self, channels: int) -> tuple[HeadConfig, ...]:
         """The distinct heads for a feature map of ``channels``; configs that coincide are listed once.
 
         Raises RecipeError when a value set is empty or a value out of range.
         """
-        if not all((self.channel_reduction, self.extra_blocks, self.rapid_dilation, self.segmentation_head)):
+        parts = (
+            self.context,
+            self.channel_reduction,
+            self.extra_blocks,
+            self.rapid_dilation,
+            self.segmentation_head,
+        )
+        if not all(parts):
             raise RecipeError("the head space is empty: every one of its value sets needs at least one value")
-        if min(self.channel_reduction) < 1 or min(self.extra_blocks) < 0:
-            raise RecipeError("the head space needs channel_reduction >= 1 and extra_blocks >= 0")
-        distinct: dict[tuple[int, int, bool, str], HeadConfig] = {}
-        for r, n, rapid, head in itertools.product(
-            self.channel_reduction, self.extra_blocks, self.rapid_dilation, self.segmentation_head
-        ):
+        if min(self.channel_reduction) < 1 or min(self.extra_blocks) < 0 or min(self.context) < 0:
+            raise RecipeError("the head space needs channel_reduction >= 1, extra_blocks >= 0 and context >= 0")
+        distinct: dict[tuple[int, int, bool, str, int], HeadConfig] = {}
+        for context, r, n, rapid, head in itertools.product(*parts):
             rapid = rapid and n > 0
             width = channels if r == 1 else max(channels // r, _MIN_CHANNELS)
             if r > 1 and width >= channels:
                 continue  # would not reduce anything
-            distinct.setdefault((width, n, rapid, head), HeadConfig(r, n, rapid, head))
+            distinct.setdefault((width, n, rapid, head, context), HeadConfig(r, n, rapid, head, context))
         if not distinct:
             raise RecipeError(f"no head of the space fits {channels} channels; add channel_reduction 1")
         return tuple(distinct.values())
@@ -125,7 +142,12 @@ def build_head(
         for _ in range(config.extra_blocks):
             dilation *= 2 if config.rapid_dilation else 1
             layers.append(_BLOCKS[block](channels, dilation))
+        if config.context:
+            layers.append(Context(channels, config.context, block))
+            channels = _CONTEXT_CHANNELS
         match config.segmentation_head:
+            case "fcn" if config.context:
+                layers.append(_light_fcn(channels, num_classes))
             case "fcn":
                 layers.append(_fcn(channels, num_classes, dilation))
             case "deeplabv3":
@@ -189,6 +211,46 @@ _BLOCKS: dict[BlockKind, Callable[[int, int], nn.Module]] = {
     "inverted_residual": InvertedResidual,
     "residual": Residual,
 }
+
+
+class Context(nn.Module):
+    """Sight for a shallow exit: (N, ``channels``, h, w) to (N, 96, h, w), any height and width.
+
+    The features are projected, and ``num_blocks`` of the backbone's own kind of block run at 1/2 and then at 1/4 of the
+    exit's resolution; both results, and the mean of the last over the whole image, are added to the projection. Ours,
+    made of what others have shown: a path of context at low resolution with a pooled global term (BiSeNet, Yu et al.,
+    ECCV 2018), depthwise blocks at low resolution beside one shallow path (Fast-SCNN, Poudel et al., BMVC 2019), a
+    light head on both (LR-ASPP, Howard et al., ICCV 2019).
+    """
+
+    def __init__(self, channels: int, num_blocks: int, block: BlockKind) -> None:
+        super().__init__()
+        self.project = _conv_bn(channels, _CONTEXT_CHANNELS, 1, act=True)
+        self.at_half = nn.Sequential(*(_BLOCKS[block](_CONTEXT_CHANNELS, 1) for _ in range(num_blocks)))
+        self.at_quarter = nn.Sequential(*(_BLOCKS[block](_CONTEXT_CHANNELS, 1) for _ in range(num_blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.project(x)
+        half: Tensor = self.at_half(_halved(x))
+        quarter: Tensor = self.at_quarter(_halved(half))
+        quarter = quarter + quarter.mean((2, 3), keepdim=True)
+        for y in (half, quarter):
+            x = x + F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return x
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Average pooling by 2, an odd last row or column repeated: (N, C, h, w) to (N, C, ceil(h / 2), ceil(w / 2))."""
+    return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2)
+
+
+def _light_fcn(channels: int, num_classes: int) -> nn.Module:
+    """An FCN head behind context, which has seen more than a dense 3x3 would: that one is depthwise."""
+    return nn.Sequential(
+        *_conv_bn(channels, channels, 3, groups=channels, act=True),
+        nn.Dropout(0.1),
+        nn.Conv2d(channels, num_classes, 1),
+    )
 
 
 def _fcn(channels: int, num_classes: int, dilation: int) -> nn.Module:
