@@ -95,3 +95,11 @@ def test_it_runs_as_it_is_where_exits_are_named(tmp_path: Path, name: str, capsy
     with pytest.raises(SystemExit):
         main(["export", str(run), "--instance", "both", "--out", str(tmp_path / "both.mess")])
     assert "cannot be exported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRAPHS)
+def test_what_cannot_be_exported_is_said_before_training(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["profile", str(recipe(tmp_path, name)), "--out", str(tmp_path / "run")])
+    assert "no instance past exit 0 can be exported, it runs with torch: blocks.1: " in capsys.readouterr().out

@@ -362,21 +362,19 @@ class ListUNet(UNet):
 
 
 class Encoder(nn.Module):
-    """Gives a list of features; ``decides`` by their values, so that it has no graph."""
+    """Gives a list of features; where it ``drops`` some in training by its own code, it is kept as one node."""
 
-    def __init__(self, decides: bool) -> None:
+    def __init__(self, drops: bool) -> None:
         super().__init__()
-        self.decides = decides
+        self.drops = drops
         self.e1, self.e2, self.e3 = layer(3, WIDTH, 2), layer(WIDTH, WIDTH, 2), layer(WIDTH, 2 * WIDTH, 2)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [x]
         for stage in (self.e1, self.e2, self.e3):
             features.append(stage(features[-1]))
-        if self.decides and len(features) > (5 if self.training else 4):
-            features.pop()
-        if self.decides:
-            features[0] = features[0] * (1.0 if float(torch.ones(()) * 1) > 0 else 0.0)
+        if self.drops:
+            features[-1] = F.dropout(features[-1], 0.1, self.training)
         return features
 
 
@@ -399,9 +397,9 @@ class SizedDecoder(nn.Module):
 
 
 class SizedUNet(nn.Module):
-    def __init__(self, num_classes: int, decides: bool = False) -> None:
+    def __init__(self, num_classes: int, drops: bool = False) -> None:
         super().__init__()
-        self.encoder, self.decoder = Encoder(decides), SizedDecoder()
+        self.encoder, self.decoder = Encoder(drops), SizedDecoder()
         self.segmentation_head = nn.Conv2d(WIDTH, num_classes, 1)
 
     def forward(self, x: Tensor) -> object:
@@ -539,7 +537,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "data_parallel": lambda num_classes: nn.DataParallel(Net(num_classes)),
     "compiled": lambda num_classes: torch.compile(Net(num_classes)),
     "sized_unet": SizedUNet,
-    "sized_unet_untraceable_encoder": lambda num_classes: SizedUNet(num_classes, decides=True),
+    "sized_unet_encoder_kept_whole": lambda num_classes: SizedUNet(num_classes, drops=True),
     "pyramid": lambda num_classes: Net(num_classes, head=Pyramid),
     "split": lambda num_classes: Net(num_classes, block=Split),
     "squeeze_excite": lambda num_classes: Net(num_classes, block=SqueezeExcite),

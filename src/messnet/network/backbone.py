@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves
 
 from messnet.costs.latency import node_latencies
-from messnet.costs.workload import Workload, count_nodes
+from messnet.costs.workload import Workload, count_nodes, in_eval_mode
 from messnet.errors import ModelError
 from messnet.network.exit_head import BlockKind
 from messnet.network.exit_points import choose_exit_points
@@ -53,6 +53,8 @@ ExitCost = Literal["workload", "latency"]
 # Where architectures keep their segmentation head, the first that exists counts.
 _HEAD_NAMES = ("classifier", "decode_head", "segmentation_head", "head")
 _MERGES = (operator.add, operator.iadd, torch.add, torch.cat, torch.concat)
+# Height and width of the image that a doubtful segment is exported for, where the example is larger.
+_TRIED_SIZE = 128
 # A tap belongs after these, not between them and the layer that they finish.
 _FINISHING = (
     _NormBase,
@@ -263,6 +265,7 @@ def cut_model(
         notes=tuple(notes),
     )
     chain.notes += _left_out(model, chain)
+    chain.notes += _without_graph(chain, whole, example_input)
     return chain
 
 
@@ -287,6 +290,37 @@ def _left_out(model: nn.Module, chain: Chain) -> tuple[str, ...]:
         idle.append(next((module for module in outer if module not in running), name))
     words = f"left out, for it reaches no logits: {', '.join(dict.fromkeys(idle))} ({len(idle)} tensors)"
     return (words,) if idle else ()
+
+
+def _without_graph(chain: Chain, whole: Mapping[str, str], example_input: Tensor) -> tuple[str, ...]:
+    """A sentence for each segment that cannot be exported, so that nobody learns it after training. Tried are those
+    that hold a module which is one node because its code could not be traced, on a small image; others hold PyTorch's
+    own modules and functions, and modules without children."""
+    notes = []
+    size = [min(length, _TRIED_SIZE) for length in example_input.shape[-2:]]
+    live: tuple[object, ...] = (example_input.new_zeros(2, 3, *size),)
+    parts = [*chain.segments, chain.final_head]
+    with in_eval_mode(chain), torch.no_grad():
+        for i, part in enumerate(parts):
+            assert isinstance(part, fx.GraphModule)
+            called = {str(node.target) for node in part.graph.nodes if node.op == "call_module"}
+            doubtful = [name for name in called if name in whole or _is_script(part.get_submodule(name))]
+            try:
+                if doubtful:
+                    torch.export.export(part, live, strict=False)
+                live = tuple(part(*live)) if part is not chain.final_head else ()
+            except Exception as error:  # torch raises many kinds
+                reason = " ".join(str(error).split()).partition(" While executing")[0].partition(". ")[0]
+                where = f"past exit {i - 1}" if i else "of this network"
+                notes.append(
+                    f"no instance {where} can be exported, it runs with torch: {', '.join(doubtful)}: {reason}"
+                )
+                break
+    return tuple(notes)
+
+
+def _is_script(module: nn.Module) -> bool:
+    return any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
 
 
 def _kept_whole(whole: Mapping[str, str]) -> list[str]:

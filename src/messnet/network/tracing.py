@@ -58,8 +58,7 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
             for training in (True, False):
                 for module, _ in modes:
                     module.training = training
-                with _attributes_restored(model):
-                    graphs.append(_graph(model, whole))
+                graphs.append(_graph(model, whole))
             culprit = _first_difference(*graphs)
             if culprit is None:
                 return _graph_module(model, graphs[1]), whole
@@ -247,8 +246,9 @@ def _graph(model: nn.Module, whole: dict[str, str]) -> _Traced:
         before = _random_state()
         try:
             # guards such as "height divisible by 32" are control flow on sizes; libraries skip them while tracing
-            with mock.patch.object(torch.jit, "is_tracing", return_value=True):
+            with _attributes_restored(model), mock.patch.object(torch.jit, "is_tracing", return_value=True):
                 graph = tracer.trace(rooted)
+                rewritten = _rewritten(graph, tracer, rooted)
         except ModelError:
             raise
         except Exception as error:
@@ -258,7 +258,7 @@ def _graph(model: nn.Module, whole: dict[str, str]) -> _Traced:
             whole[tracer.failed] = why
             continue
         drop_dead_code(graph, model)
-        culprit, why = _rewritten(graph, tracer, rooted), "keeps a tensor from one call to the next"
+        culprit, why = rewritten, "keeps a tensor from one call to the next"
         if _random_state() != before:
             culprit, why = tracer.random or "", "draws random numbers, which would stay the same"
         if culprit is None:

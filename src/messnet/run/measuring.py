@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from messnet.costs.latency import LatencyOptions, num_threads
 from messnet.deployment.bundle import open_bundle
@@ -16,7 +17,7 @@ from messnet.deployment.restoring import restore_bundle
 from messnet.errors import ModelError
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
-from messnet.network.weights import load_weights
+from messnet.network.weights import load_backbone_weights, load_weights
 from messnet.network.zoo import build_model, build_noted_model
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
@@ -24,7 +25,7 @@ from messnet.records.names import GRAPH_RUNTIMES, RuntimeName, precision_of_dtyp
 from messnet.run.recipe import ModelOptions
 from messnet.run.run import Run, add_heads
 
-__all__ = ["build_network", "measure_run", "profile_bundle", "profile_model", "start_from"]
+__all__ = ["build_network", "measure_run", "profile_bundle", "profile_model", "start_from_weights"]
 
 
 def build_network(
@@ -38,8 +39,7 @@ def build_network(
     """The overprovisioned network: the user's model, converted, with every head of the space. ``device`` is where node
     latencies are measured if they place the exits; the network stays on the CPU."""
     model, notes = build_noted_model(options.name, num_classes, **options.build_options)
-    if options.weights:
-        load_weights(model, options.weights)  # only to know that they fit before hours are spent
+    _load_weights(model, options)  # only to know that they fit before hours are spent
     where = device if options.exit_cost == "latency" else "cpu"
     net = convert(
         model.to(where),
@@ -56,10 +56,21 @@ def build_network(
     return net
 
 
-def start_from(weights: str, net: MultiExitNet, options: ModelOptions) -> None:
-    """Loads the user's weights into ``net``, through the plain model: that has all names, the net those it runs."""
+def _load_weights(model: nn.Module, options: ModelOptions) -> list[str]:
+    """Loads what the recipe starts from, if anything, and says what was not as expected."""
+    if options.weights:
+        return load_weights(model, options.weights)
+    if options.backbone_weights:
+        return load_backbone_weights(model, options.backbone_weights, head=options.head)
+    return []
+
+
+def start_from_weights(net: MultiExitNet, options: ModelOptions) -> None:
+    """Loads what the recipe starts from into ``net``, through the plain model: that has all names, the net those it
+    runs. What is not loaded stays as it is in ``net``."""
     model = build_model(options.name, net.num_classes, **options.build_options)
-    for note in load_weights(model, weights):
+    model.load_state_dict(net.model_state_dict(), strict=False)
+    for note in _load_weights(model, options):
         print(note, file=sys.stderr)
     state = model.state_dict()
     # Constants of forward are in the network alone.

@@ -42,6 +42,9 @@ class ModelOptions:
     weights: str | None = None
     """What stage 1 starts from: a safetensors file or torch state dict with all tensors of the model, or torchvision's
     name of weights ("FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1")."""
+    backbone_weights: str | None = None
+    """What the backbone of stage 1 starts from: a file as for weights, or "package:path", a file of an installed
+    package; what fits is loaded by name or by order, and the head stays new."""
     num_exits: int = 6
     """N, the final exit included."""
     exit_cost: ExitCost = "workload"
@@ -55,6 +58,10 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.num_exits < 2:
             raise RecipeError(f"model.num_exits must be at least 2 (one early exit), got {self.num_exits}")
+        if self.weights and self.backbone_weights:
+            raise RecipeError(
+                "model.weights are of the whole model, model.backbone_weights of a part: give one of them"
+            )
 
     @property
     def build_options(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from messnet.records.exit_tables import EXIT_TABLES
 from messnet.records.shard import WHOLE, Shard
 from messnet.report.page import ReportInputs, render_report
 from messnet.run.choosing import search_all
-from messnet.run.measuring import build_network, start_from
+from messnet.run.measuring import build_network, start_from_weights
 from messnet.run.recipe import recipe_to_record
 from messnet.run.reporting import measure_instances
 from messnet.run.run import Run
@@ -51,8 +51,8 @@ def pretrain_stage(run: Run) -> None:
     """Stage 1: the backbone and the final head, by default with the early exits in turn."""
     recipe, checkpoint = run.recipe, run.checkpoint("pretrain")
     net, fabric = run.initial(), recipe.compute.launch()
-    if recipe.model.weights:
-        start_from(recipe.model.weights, net, recipe.model)
+    if recipe.model.weights or recipe.model.backbone_weights:
+        start_from_weights(net, recipe.model)
     pretrain(net, run.dataset("train"), recipe.pretrain, recipe.compute, checkpoint, run.monitor("pretrain"))
     if fabric.global_rank == 0:  # of processes that train together one writes
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.model_state_dict().items()}
