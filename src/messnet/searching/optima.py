@@ -31,7 +31,7 @@ from messnet.searching.grid import Grid, route
 from messnet.searching.measure import DECIMALS, CostMeasure, baseline_miou_of
 from messnet.searching.objective import AnytimeObjective, Limit, Objective, Statistic
 
-__all__ = ["Front", "choose", "pareto_front", "search", "search_for"]
+__all__ = ["Front", "choose", "feasible", "pareto_front", "result_of", "search", "search_for"]
 
 SECONDS_TO_EXPLAIN = 20.0
 """How long an infeasible search looks for the nearest points."""
@@ -152,7 +152,7 @@ def search_for(
     if not outcome.best:
         raise InfeasibleError(words.infeasible(_infeasible(tables, measure, objective, setting, grid)))
     front = _front_of(problem, measure, outcome, setting)
-    result = _result(front, objective, outcome.best, outcome.proof, name)
+    result = result_of(front, objective, outcome.best, outcome.proof, name)
     return replace(result, incumbents=outcome.incumbents)
 
 
@@ -184,8 +184,8 @@ def choose(front: Front, objective: Objective, *, name: str = "instance") -> Sea
         raise RecipeError("a front knows its own mean cost and mIoU only: search for this objective instead")
     if objective.max_cost is not None and front.unit.relative:
         raise RecipeError("a front over several devices knows relative costs only: search for this objective instead")
-    feasible = _feasible(front, front.points, objective)
-    if not feasible:
+    points = feasible(front, front.points, objective)
+    if not points:
         least_miou, largest_cost = _limits_at(front, objective)
         why = Infeasible(
             objective=objective,
@@ -196,7 +196,7 @@ def choose(front: Front, objective: Objective, *, name: str = "instance") -> Sea
             further=False,
         )
         raise InfeasibleError(words.infeasible(why))
-    return _result(front, objective, feasible, front.proof, name)
+    return result_of(front, objective, points, front.proof, name)
 
 
 def _expect_setting(setting: str) -> None:
@@ -248,14 +248,14 @@ def _limits_at(front: Front, objective: Objective) -> tuple[float, float]:
     return round(objective.least_miou(front.baseline_miou), DECIMALS), min(ratio, absolute)
 
 
-def _feasible(front: Front, points: Sequence[FrontPoint], objective: Objective) -> list[FrontPoint]:
+def feasible(front: Front, points: Sequence[FrontPoint], objective: Objective) -> list[FrontPoint]:
     """The points (by ascending cost) that meet the constraints, best first."""
     least_miou, largest_cost = _limits_at(front, objective)
-    feasible = [p for p in points if p.miou >= least_miou and p.cost <= largest_cost]
-    return feasible[::-1] if objective.maximise else feasible
+    met = [p for p in points if p.miou >= least_miou and p.cost <= largest_cost]
+    return met[::-1] if objective.maximise else met
 
 
-def _result(front: Front, objective: Objective, best: Sequence[FrontPoint], proof: Proof, name: str) -> SearchResult:
+def result_of(front: Front, objective: Objective, best: Sequence[FrontPoint], proof: Proof, name: str) -> SearchResult:
     """The best of some points, best first; the next ones are its runners-up."""
     chosen = best[0]
     selection = front.select(chosen)
@@ -277,7 +277,7 @@ def _compare(front: Front, objective: Objective, chosen: FrontPoint) -> Comparis
     tables = front.problem.tables
     final = tables.exits[tables.final]
     indices = [choice.exit_index for choice in chosen.instance.exits if choice.exit != final]
-    static = _feasible(front, front.static, objective)
+    static = feasible(front, front.static, objective)
     rivals: list[FrontPoint] = []
     # Only heads that all of its early exit points have can be uniform.
     heads = {exit.head for exit in tables.exits if indices and exit.exit_index == indices[0]}
