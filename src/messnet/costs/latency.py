@@ -34,7 +34,7 @@ class LatencyOptions:
     """On what, and how carefully, latency is measured."""
 
     device: str = "cpu"
-    """As torch names it: "cpu", "cuda", "cuda:1"."""
+    """As torch names it: "cpu", "cuda", "cuda:1"; "mps" and "xpu" are taken where torch has them, though untested."""
     dtype: DType = "float32"
     batch: int = 1
     """Images at a time."""
@@ -48,8 +48,9 @@ class LatencyOptions:
     """Rounds end sooner when the median time of one is known to this share of it, with 95 % confidence; 0: never."""
 
     def __post_init__(self) -> None:
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise RecipeError(f"cannot measure on {self.device}: torch finds no CUDA device here; use cpu")
+        kind, here = self.device.partition(":")[0], torch.accelerator.current_accelerator(check_available=True)
+        if kind != "cpu" and (here is None or here.type != kind):
+            raise RecipeError(f"cannot measure on {self.device}: torch finds no {kind} device here; use cpu")
         if self.dtype not in get_args(DType):
             raise RecipeError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(get_args(DType))}")
         if self.batch < 1 or self.repeats < 1 or (self.threads is not None and self.threads < 1):
@@ -109,7 +110,7 @@ class Stopwatch:
             if seconds > options.max_seconds / 10:
                 break  # long enough to be warm
         self.laps.clear()
-        affordable, rounds = max(MIN_ROUNDS, int(options.max_seconds / seconds)), list[float]()
+        affordable, rounds = max(MIN_ROUNDS, int(options.max_seconds / max(seconds, 1e-9))), list[float]()
         for _ in trange(min(options.repeats, affordable), desc=desc, unit="round", mininterval=2, dynamic_ncols=True):
             start = self._now()
             once()
@@ -124,8 +125,8 @@ class Stopwatch:
         return float(np.percentile(self.laps[name], 95))
 
     def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
 
 
 def median_spread(values: Sequence[float]) -> float:

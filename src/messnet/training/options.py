@@ -29,8 +29,9 @@ _FABRIC: dict[Literal["f32", "bf16"], Literal["32-true", "bf16-mixed"]] = {"f32"
 class ComputeOptions:
     """Where and how to compute; changes no result that is compared, so a run may go on with others."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" (an accelerator if there is one), "cpu" or "cuda"."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """"auto" (CUDA if there is any, else the processor), "cpu", "cuda", or where torch has it "mps", Apple's, which is
+    untested. Fabric, which trains, knows no "xpu"; sessions do."""
     precision: Literal["auto", "f32", "bf16"] = "auto"
     """"bf16" is autocast: weights stay float32. "auto": that on an accelerator, float32 on a CPU, where depthwise
     backward passes are slower in bf16."""
@@ -57,8 +58,10 @@ class ComputeOptions:
         accelerator = "cpu" if accelerator == "auto" else accelerator
         if accelerator == "cuda" and not torch.cuda.is_available():
             raise RecipeError("compute.device is 'cuda' but torch sees no CUDA device; use 'auto' or 'cpu'")
-        if accelerator not in ("cpu", "cuda"):
-            raise RecipeError(f"compute.device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
+        if accelerator == "mps" and not torch.backends.mps.is_available():
+            raise RecipeError("compute.device is 'mps' but torch sees no such device; use 'auto' or 'cpu'")
+        if accelerator not in ("cpu", "cuda", "mps"):
+            raise RecipeError(f"compute.device must be 'auto', 'cpu', 'cuda' or 'mps', got {self.device!r}")
         automatic: Literal["f32", "bf16"] = "bf16" if accelerator == "cuda" else "f32"
         precision = _FABRIC[automatic if self.precision == "auto" else self.precision]
         if not self.is_parallel:
