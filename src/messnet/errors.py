@@ -26,6 +26,7 @@ __all__ = [
     "RecipeError",
     "RunError",
     "needing_extras",
+    "one_line",
 ]
 
 # Which extra brings what the core does without, by the name under which it is imported.
@@ -96,3 +97,9 @@ def needing_extras(**smallest: str) -> Iterator[None]:
         raise MessError(
             f"this needs the package {package}, which is not installed: pip install 'messnet[{extra}]'"
         ) from error
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line and fit to be shown. What an error quotes may come from a stranger's file, and control
+    characters do things to a terminal or turn the direction of writing: each becomes a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, CycloptsError, Parameter, Token
 
 from messnet import __version__
-from messnet.errors import MessError, needing_extras
+from messnet.errors import MessError, needing_extras, one_line
 from messnet.records.names import Precision, RuntimeName, precision_named, runtime_named
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except (MessError, CycloptsError) as error:
-        print(f"messnet: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"messnet: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends

@@ -36,7 +36,7 @@ from messnet.apps.serving.images import encode_mask, encode_overlay
 from messnet.apps.serving.openapi import FORMAT_NAMES, NDJSON, STOP_NAMES, specification
 from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.session import Session
-from messnet.errors import MessError
+from messnet.errors import MessError, one_line
 
 __all__ = ["Sample", "Service"]
 
@@ -405,7 +405,6 @@ async def _say(request: Request, error: Exception) -> Response:
 
 
 def _one_line(text: str) -> str:
-    """``text`` as it may be shown anywhere: one line, no control characters, which may come from a stranger's file and
-    do things to a terminal or turn the direction of writing, and no more of it than one reads."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    """No more of ``text`` than one reads, on one line."""
+    line = one_line(text)
     return line if len(line) <= _LONGEST_ERROR else line[:_LONGEST_ERROR] + " ..."

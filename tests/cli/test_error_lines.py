@@ -1,0 +1,18 @@
+"""What the command says of bad input is one line, fit for a terminal, whatever the input is called."""
+
+from __future__ import annotations
+
+import pytest
+
+from messnet.cli import main
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\u202etxt.exe", "\x07\x9b\x85"])
+def test_names_do_nothing_to_a_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["predict", "a.mess", f"/nowhere/{name}.png"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("messnet: ")
+    assert said.removesuffix("\n").isprintable()
+    assert "/nowhere/" in said
