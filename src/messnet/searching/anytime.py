@@ -72,6 +72,7 @@ def search_anytime(
     devices = [costs] if isinstance(costs, CostTable) else list(costs)
     if len(devices) != 1:
         raise RecipeError(f"the anytime setting is searched for one device: give one cost table, got {len(devices)}")
+    # Costs of the parts, which any choice of exits adds up.
     column = checked_column(devices[0], tables, objective.cost)
     reached = column.reached()
     extra = column.heads + column.outputs
@@ -92,6 +93,7 @@ def search_anytime(
         figures = figures_of(mious[positions], reached[positions], extra[positions], objective.horizon * model)
         if len(positions):
             possible.append(figures)
+        # Constraints after the order of mIoU: what is possible without them is told if none is met.
         met = np.flatnonzero(_meets(objective, figures, baseline_miou, model))
         ranks = _ranks(objective, figures.take(met))
         # The best of this set of exit points; the best of all are among these.

@@ -77,6 +77,7 @@ def folds_of(groups: IntArray, num_folds: int, seed: int = 0) -> IntArray:
     sizes = np.bincount(groups)
     if min(num_folds, len(sizes)) < 2:
         raise RecipeError(f"cross-fitting takes two folds and two groups of images, got {num_folds} and {len(sizes)}")
+    # A random order, then large groups first: folds come out even, and another seed deals them otherwise.
     order = np.random.default_rng(seed).permutation(len(sizes))
     fold_of_group = np.zeros(len(sizes), np.int64)
     held = np.zeros(min(num_folds, len(sizes)), np.int64)
@@ -116,21 +117,25 @@ def cross_fit(
             raise RecipeError("cross-fitting takes objectives of one mean cost")
         if objective.limits_on or objective.min_class_iou or objective.max_cost is not None:
             raise RecipeError("cross-fitting takes limits on mIoU and on the ratio of one cost only, so far")
+    # Where each image leaves and what it costs, filled fold by fold: each image once.
     folds = folds_of(tables.group_ids(), num_folds, seed)
     num_images = len(tables.image_names)
     routing = np.zeros((len(objectives), num_images), np.int64)
     spent = np.zeros((len(objectives), len(measure.devices), num_images))
     for fold in range(int(folds.max()) + 1):
         kept_out = np.flatnonzero(folds == fold)
+        # One front of the other folds answers every objective.
         front = pareto_front(
             tables.subset(np.flatnonzero(folds != fold)), measure.devices, cost=measure.name, grid=grid
         )
         judged = tables.subset(kept_out)
         for i, objective in enumerate(objectives):
+            # Its thresholds meet images that it was not chosen on.
             instance = procedure(front, objective).instance
             routing[i, kept_out] = route(judged, instance)
             for d, table in enumerate(measure.devices):
                 spent[i, d, kept_out] = cost_of(judged, table, instance, measure.name)
+    # The counts of all folds together: one mIoU, as of one set of images.
     weights = np.array(measure.weights)
     return [
         CrossFitted(
@@ -159,10 +164,12 @@ def tighten(
     """The instance for ``max_drop_pp`` or ``min_miou``, meant for new images: searched on all images with the laxest of
     the limits tightened by ``STEPS_PP`` up to which the cross-fitted mIoU is within what was asked for.
 
-    If not even the tightest keeps it, the answer is the user's model, which loses nothing by definition.
+    If not even the tightest keeps it, or what keeps it costs more than the user's model there, the answer is that
+    model, which loses nothing by definition.
     """
     if objective.maximise or (objective.max_drop_pp is None and objective.min_miou is None):
         raise RecipeError("only a limit on mIoU is tightened: give max_drop_pp or min_miou, and a cost to minimise")
+    # All limits are judged on the same folds, so that they differ by the limit alone.
     tried = [_tightened(objective, step) for step in STEPS_PP]
     fitted = cross_fit(tables, costs, tried, grid=grid, num_folds=num_folds, seed=seed)
     # From the tightest to the laxest, up to the first that fails: a lax limit that passes by luck is not taken.
@@ -171,6 +178,9 @@ def tighten(
         if one.miou < objective.least_miou(one.baseline_miou):
             break
         kept = one
+    # What is dearer than the model on images not seen is no gain, however cheap it was where it was chosen.
+    if kept is not None and kept.cost > kept.baseline_cost:
+        kept = None
     front = pareto_front(tables, costs, cost=objective.cost_name, grid=grid)
     point = procedure(front, kept.searched) if kept else _model_itself(front)
     if kept is None:
@@ -211,6 +221,7 @@ def _error_of_drop(tables: ExitTables, routing: IntArray) -> float:
         per_image = (tables.intersection[images, positions], tables.predicted[images, positions], tables.labelled)
         summed = []
         for counts in per_image:
+            # All groups but one, for each of them.
             by_group = np.zeros((num_groups, counts.shape[1]), np.int64)
             np.add.at(by_group, ids, counts)
             summed.append(by_group.sum(0) - by_group)

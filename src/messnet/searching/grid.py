@@ -103,6 +103,7 @@ def image_thresholds(observed: NDArray[np.float32], values: NDArray[np.float32])
 
     Each lies midway between the two: as far as can be from the images that it must tell apart, on either side.
     """
+    # Where each value stands among the observed ones, and the one below it.
     positions = np.searchsorted(observed, values)
     before = observed[np.maximum(positions - 1, 0)]
     # float32 is the tables' type: so no later cast moves a threshold onto an observed value.
@@ -123,6 +124,7 @@ def route(tables: ExitTables, instance: Instance) -> IntArray:
     reaches its image threshold, else its last exit."""
     positions = _positions(tables, instance)
     routing = np.full(len(tables.image_names), positions[-1], np.int64)
+    # From the deepest early exit up: a shallower exit overrides what lies behind it.
     for choice, position in reversed(list(zip(instance.exits[:-1], positions[:-1], strict=True))):
         if choice.pixel_threshold is not None and choice.image_threshold is not None:
             confidence = confidence_at(tables, choice, instance.policy)

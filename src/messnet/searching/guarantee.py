@@ -76,6 +76,7 @@ def certify(
     step, p = certified_step(losses, guarantee)
     certified, retreats = path[step], step + 1 < len(path)
 
+    # Measured as the search measured it: the same cost, statistic, devices and unit.
     after = replace(
         result.selection,
         miou=miou_of(selection, certified),
@@ -232,6 +233,7 @@ def _keep(choice: ExitChoice, policy: str, selection: ExitTables, k: int, num_st
 
 def _shortfall(guarantee: Guarantee, ahead: FloatArray) -> Shortfall:
     """Why the path was not walked to its end; ``ahead`` are the losses (steps, n) of the steps not certified."""
+    # The step with the largest loss decides how many images the whole path would take.
     worst = ahead[ahead.mean(1).argmax()]
     hopeless = worst.mean() >= guarantee.epsilon
     return Shortfall(

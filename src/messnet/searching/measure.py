@@ -74,6 +74,7 @@ class CostMeasure:
     def measure(self, tables: ExitTables, instance: Instance, statistic: Statistic | None = None) -> float:
         """The cost of an instance over the images of ``tables``."""
         kind = statistic or self.statistic
+        # A statistic on each device first, then the largest of the weighted ones.
         spent = [statistic_of(cost_of(tables, table, instance, self.name), kind) for table in self.devices]
         return max(weight * value for weight, value in zip(self.weights, spent, strict=True))
 
@@ -123,6 +124,7 @@ def meets(objective: Objective, measure: CostMeasure, tables: ExitTables, instan
 def checked_column(table: CostTable, tables: ExitTables, name: CostName) -> CostColumn:
     """One cost of the tables' exits. Raises RunError for an exit that the cost table lacks and for a cost below 0."""
     column = table.column(name, tables.exits)
+    # Bounds add costs up and assume that more parts never cost less.
     for values in (column.segments, column.heads, column.policies, column.outputs):
         if not (values >= 0).all():
             bad = values[~(values >= 0)][0]

@@ -98,6 +98,7 @@ def search(
     ``limits`` are as Limit or its text ("latency_ms.p95<=40"). ``setting="anytime"`` takes its objective from
     ``anytime``. For several objectives of one cost call ``pareto_front`` once and ``choose`` for each.
     """
+    # Its objective comes as a record, and knows neither limits on further costs nor time limits.
     if setting == "anytime":
         return search_for(tables, costs, anytime or AnytimeObjective(), grid=grid, name=name)
     objective = Objective(
@@ -187,6 +188,7 @@ def choose(front: Front, objective: Objective, *, name: str = "instance") -> Sea
     points = feasible(front, front.points, objective)
     if not points:
         least_miou, largest_cost = _limits_at(front, objective)
+        # The front itself holds the nearest points: nothing needs to be searched again.
         why = Infeasible(
             objective=objective,
             unit=front.unit,
@@ -282,11 +284,13 @@ def _compare(front: Front, objective: Objective, chosen: FrontPoint) -> Comparis
     # Only heads that all of its early exit points have can be uniform.
     heads = {exit.head for exit in tables.exits if indices and exit.exit_index == indices[0]}
     for head in sorted(heads):
+        # The final exit has one head, its own.
         exits = [Exit(index, head) for index in indices]
         if not all(one in tables.exits for one in exits):
             continue
         exits += [final] if len(indices) < len(chosen.instance.exits) else []
         least_miou, largest_cost = _limits_at(front, objective)
+        # Its thresholds are free: all of them are evaluated.
         region = Region(objective.goal, max(-1.0, least_miou), largest_cost)
         positions = [tables.exits.index(one) for one in exits]
         rivals += solve(front.problem, region, setting=front.setting, choice=positions).best[:1]
@@ -318,6 +322,7 @@ def _infeasible(
     # Without one limit: the least of its cost that all other constraints take.
     for limit in objective.limits_on:
         others = tuple(one for one in objective.limits_on if one is not limit)
+        # The objective's own cost no longer counts: the limit's takes its place.
         one = replace(objective, minimise=limit.cost, maximise=None, statistic=limit.statistic, limits_on=others)
         without, own = front_under(replace(one, max_cost=None, max_cost_ratio=None))
         reached = [point for point in without.points if point.miou >= least_miou]
