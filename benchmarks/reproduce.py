@@ -1,4 +1,4 @@
-"""The posters' tables on any recipe, each training done once and shared by all tables.
+"""The paper's tables on any recipe, each training done once and shared by all tables.
 
     python benchmarks/reproduce.py RECIPE TABLE [TABLE ...] [--seeds 0 1 2] [--out FOLDER] [--set --data.root X]
 
@@ -51,7 +51,7 @@ class Variant(NamedTuple):
 
 
 def variant_of(scheme: str, loss: str) -> tuple[str, Variant]:
-    """``loss`` as the recipe names it, or "pfd_filtered". PFD, the posters' choice, goes without saying."""
+    """``loss`` as the recipe names it, or "pfd_filtered". PFD, the paper's choice, goes without saying."""
     name, filtered = loss.removesuffix("_filtered"), str(loss == "pfd_filtered").lower()
     overrides = ("--pretrain.scheme", scheme, "--distill.loss", name, "--distill.filter_kl", filtered)
     return (scheme, Variant(overrides)) if loss == "pfd" else (f"{scheme}-{loss}", Variant(overrides, scheme))

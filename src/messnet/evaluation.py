@@ -34,7 +34,7 @@ _ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficu
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What is recorded of every image."""
+    """Options of the evaluation: which figures are recorded of every image."""
 
     policies: tuple[str, ...] = ("top1+native",)
     """Confidence, "top1" or "entropy", + edge refinement, "native", "paper" or "none"; the first is deployed."""

@@ -26,7 +26,7 @@ from messnet.errors import RunError
 __all__ = ["Format", "MismatchError", "Plain", "field_type", "from_plain", "to_plain", "type_options"]
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
-"""What JSON and YAML hold."""
+"""The values that JSON and YAML hold."""
 
 _Record = TypeVar("_Record")
 

@@ -1,4 +1,4 @@
-"""What every part of a network costs on one device, and the one rule by which parts make up an instance."""
+"""The costs of every part of a network on one device, and the one rule by which parts make up an instance."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class PartCost:
     macs: float
     """Multiply-accumulates of matmul-like operators, one image."""
     macs_paper: float
-    """The posters' convention: ``macs`` plus 2 per BatchNorm element and 1 per global-pooling input element."""
+    """The paper's convention: ``macs`` plus 2 per BatchNorm element and 1 per global-pooling input element."""
     parameters: int
     memory_bytes: int
     """Largest sum of the activations alive while the part runs on one batch: its inputs and all that later parts need
     included, parameters and operators' own workspace not."""
     latency_ms: float | None = None
-    """Of one batch, median; None where nothing was measured."""
+    """Median over batches; None where nothing was measured."""
     latency_p95_ms: float | None = None
     """Its 95th percentile. The sum over parts is at least as slow as the 95th percentile of the whole, unless parts are
     slow together: a conservative figure."""
@@ -119,7 +119,7 @@ class CostTable:
     uncounted: dict[str, int] = field(default_factory=dict)
     """Operators of the user's own model that ``macs`` leaves out, with the number of calls."""
     conditions: dict[str, str | int] = field(default_factory=dict)
-    """What latency was measured on: device, runtime, batch, dtype, threads. Empty where nothing was measured."""
+    """The conditions of a latency: device, runtime, batch, dtype, threads. Empty where nothing was measured."""
     additivity: dict[str, float] = field(default_factory=dict)
     """How far the sum of the parts is off the latency of whole instances: ``median_error`` and ``worst_error``,
     relative, over ``num_instances``. Empty where that was not checked."""

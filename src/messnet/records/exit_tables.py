@@ -1,4 +1,4 @@
-"""What every exit predicted on every image of a labelled split."""
+"""Tables of what every exit predicted on every image of a labelled split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["EXIT_TABLES", "ExitTables"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExitTables:
-    """What every exit predicted on every image of a labelled split (method.md section 8).
+    """Pixel counts and confidences of every exit on every image of a labelled split (method.md section 8).
 
     V images, H exits (every head of every exit point, the final one last), K classes, P policies, T thresholds.
     Counts are pixels at input resolution, ignored pixels in none of them. With them the mIoU of any routing is exact.
@@ -45,7 +45,7 @@ class ExitTables:
     """(V, H, P, T): c_img of the exit under the policy at the pixel threshold, all pixels counted. A policy without
     pixel threshold repeats its value over T."""
     origin: str = ""
-    """What the tables were made from, weights, recipe and part of the split; empty where nobody said."""
+    """Names all that the tables were made from: weights, recipe and part of the split; empty where nobody said."""
     groups: tuple[str, ...] = ()
     """(V,) the group of each image, images that belong together; "" is a group of its own. Empty: all are."""
 

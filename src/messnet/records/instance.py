@@ -40,7 +40,7 @@ class ExitChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Instance:
-    """What is deployed: a setting, the chosen exits with one head each, their thresholds.
+    """A network as it is deployed: a setting, the chosen exits with one head each, their thresholds.
 
     ``exits`` is ordered shallow to deep. ``policy`` names the confidence and the edge refinement
     (``"top1+native"``). ``objective`` says in words what the search was asked for, ``selected_on`` what it measured

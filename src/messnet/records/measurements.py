@@ -1,4 +1,4 @@
-"""What a search found and what running instances did: the records that a report is made of. No torch."""
+"""Records that a report is made of: the results of the search and of running instances. No torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["FRONT", "Front", "Gallery", "Measurement", "Measurements"]
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """What the search stage found, on the images it selects on."""
+    """The results of the search stage on the images that it selects on."""
 
     fronts: dict[str, list[tuple[float, float]]]
     """By setting: (MACs per image, mIoU in [0, 1]) of the best instances."""
     names: list[str]
-    """Of the instances that were searched for, found or not."""
+    """Names of the instances that were searched for, found or not."""
     verdicts: list[str]
-    """What was proved of each instance that was found."""
+    """A sentence for each instance that was found: what was proved of it."""
     skipped: list[str]
     """Why the others were not."""
 
@@ -42,7 +42,7 @@ class Measurement:
     macs: float
     """Multiply-accumulates per image, mean over the images, early stops counted."""
     macs_paper: float
-    """The same in the posters' convention."""
+    """The same in the paper's convention."""
     exit_taken: list[int]
     """exit_index per image."""
     image_confidence: list[float]
@@ -100,7 +100,7 @@ class Gallery:
     image_names: tuple[str, ...]
     class_names: tuple[str, ...]
     exits: tuple[Exit, ...]
-    """Of the instance, shallow to deep."""
+    """The instance's exits, shallow to deep."""
     palette: NDArray[np.uint8]
     """(K, 3) RGB."""
     images: NDArray[np.uint8]

@@ -219,7 +219,7 @@ class RunDirectory:
         return self._record.read()
 
     def fingerprint(self, stage: str) -> str | None:
-        """What the finished ``stage`` was made from, None if it is not finished."""
+        """A name for all that the finished ``stage`` was made from, None if it is not finished."""
         entry = self.record().stages.get(stage)
         return str(entry["fingerprint"]) if entry else None
 

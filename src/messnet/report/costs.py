@@ -45,7 +45,7 @@ def cost_table(costs: CostTable, points: Sequence[tuple[str, str]]) -> Table:
 def cost_notes(costs: CostTable) -> list[str]:
     """The model's own figures, what was not counted, the conditions of a measurement, and the verdict."""
     notes = [
-        f"whole model: {costs.total_macs() / 1e9:.3f} GMACs ({costs.total_macs('paper') / 1e9:.3f} in the posters' "
+        f"whole model: {costs.total_macs() / 1e9:.3f} GMACs ({costs.total_macs('paper') / 1e9:.3f} in the paper's "
         f"count), {costs.total('parameters') / 1e6:.2f} M parameters, {costs.total('memory_bytes') / 2**20:.1f} MiB of "
         f"activations at most"
     ]

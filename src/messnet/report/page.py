@@ -62,14 +62,14 @@ class ReportInputs:
     fronts: dict[str, list[tuple[float, float]]]
     """By setting: (MACs per image, mIoU in [0, 1]) of the search's best instances on the selection half."""
     verdicts: list[str]
-    """What the searches proved, a sentence each."""
+    """The proofs of the searches, a sentence each."""
     recipe_yaml: str
     provenance: dict[str, dict[str, str]]
     """By stage: seconds, versions, devices, in words."""
 
 
 class ExitRow(TypedDict):
-    """What an exit would do as a static model."""
+    """The figures of an exit as a static model."""
 
     exit_index: int
     head: str
@@ -144,7 +144,7 @@ def _cells(line: _Line) -> list[list[str]]:
 
 
 def exit_rows(tables: ExitTables, costs: CostTable) -> list[ExitRow]:
-    """What every exit would do as a static model."""
+    """The figures of every exit as a static model."""
     macs = costs.column("macs", tables.exits).alone()
     return [
         {
@@ -168,7 +168,7 @@ def exits_table(tables: ExitTables, costs: CostTable) -> Table:
 
 
 def headline(measurements: Measurements) -> str:
-    """What was gained, in words, honest where nothing was: the cheapest row that lost at most 1 pp."""
+    """The gain in words, honest where there is none: the cheapest row that lost at most 1 pp."""
     row, baseline = _headline_row(measurements), _baseline(measurements)
     if row is baseline:
         return "No instance met what was asked: only the baseline was measured"
@@ -413,9 +413,9 @@ class _DepthFigure(NamedTuple):
     figure: Markup
     instance: str
     measure: str
-    """What difficulty is, in words."""
+    """The measure of difficulty, in words."""
     groups: list[tuple[str, int, float]]
-    """Of each exit: its name, images that left there, their mean difficulty."""
+    """For each exit its name, the number of images that left there, and their mean difficulty."""
     sentence: str
 
 
@@ -478,7 +478,7 @@ def _correlation_in_words(correlation: float, num_images: int) -> str:
 class _HeadsFigure(NamedTuple):
     figure: Markup
     best: list[tuple[str, int, str, str, str]]
-    """Of each exit: its name, number of heads, the best one, its mIoU in per cent and its GMACs."""
+    """For each exit its name, the number of heads, the best one, that one's mIoU in per cent and its GMACs."""
     num_exits: int
     """Heads of all exits together."""
 

@@ -111,7 +111,7 @@ def profile_bundle(
 
 
 def measure_run(run: Run, latency: LatencyOptions, name: str, runtime: RuntimeName = "torch") -> CostTable:
-    """What the run's network costs on this device, every head of it: RUN/costs/NAME.json. Latency asks for no training.
+    """Measures the run's network on this device, every head of it: RUN/costs/NAME.json. Latency asks for no training.
     In a ``runtime`` of graphs, those of all heads are made, and decisions are of the recipe's first policy."""
     blueprint, net = run.blueprint(), run.network()
     add_heads(net, run.recipe.heads)

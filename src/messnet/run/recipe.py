@@ -48,7 +48,7 @@ class ModelOptions:
     num_exits: int = 6
     """N, the final exit included."""
     exit_cost: ExitCost = "workload"
-    """What the exits are to divide evenly: "workload", or "latency" as measured while profiling."""
+    """The cost that the exits divide evenly: "workload", or "latency" as measured while profiling."""
     exit_points: tuple[str, ...] | None = None
     """Early exit points by module path, shallow to deep, instead of num_exits even ones; a model that cannot be traced
     is tapped there."""

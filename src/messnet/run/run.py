@@ -33,8 +33,8 @@ Split = Literal["train", "val"]
 
 
 class Run:
-    """What stages read and write. Data sets are opened once and the model is converted once: a stage takes the network
-    over from the one before it, with the heads and weights that it asks for."""
+    """Everything that stages read and write. Data sets are opened once and the model is converted once: a stage takes
+    the network over from the one before it, with the heads and weights that it asks for."""
 
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
         self.recipe, self.directory = recipe, directory

@@ -1,4 +1,4 @@
-"""What a stage is: one record for each, which says all there is to know of it."""
+"""One record for each stage, which says all there is to know of it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Stage:
     """One step of the paper, from artefacts to an artefact."""
 
     name: str
-    """Of its verb too."""
+    """Its verb has the same."""
     do: Callable[[Run], None]
     sections: tuple[str, ...]
-    """Of the recipe: what the artefact depends on."""
+    """The sections of the recipe that the artefact depends on."""
     without: frozenset[str] = frozenset()
     """Options of these sections that change nothing here, as "data.group"."""
     artefact: Callable[[RunDirectory], RunFile]

@@ -105,12 +105,12 @@ def _merge_heads(run: Run) -> None:
 
 
 def _made_from(run: Run) -> str:
-    """What parts of stage 2 must have been made from to belong together: the recipe, and stage 1 to the bit."""
+    """A name for the recipe and the bits of stage 1, which parts of stage 2 that belong together have in common."""
     return f"{STAGES['distill'].made_from(run)}-{hashlib.sha256(run.directory.stage1.read()).hexdigest()[:16]}"
 
 
 def evaluate_stage(run: Run, shard: Shard | None = None) -> None:
-    """What every exit does to every validation image, or to a ``shard`` of them, in a file of its own then."""
+    """Tabulate every exit's predictions on every validation image, or on a ``shard`` of them in a file of its own."""
     net, val, options, origin = run.trained(), run.dataset("val"), run.recipe.evaluate, _tables_origin(run)
     checkpoint = run.checkpoint(f"tables.{shard}" if shard else "tables")
     file = run.directory.part_of_tables(shard) if shard else run.directory.tables
@@ -130,7 +130,7 @@ def merge_tables(run: Run) -> None:
 
 
 def _tables_origin(run: Run) -> str:
-    """What tables are made from: the recipe, and the weights to the bit."""
+    """A name for all that tables are made from: the recipe, and the weights to the bit."""
     digest = hashlib.sha256(STAGES["evaluate"].made_from(run).encode())
     for weights in (run.directory.stage1, run.directory.stage2):
         digest.update(hashlib.sha256(weights.read()).digest())
