@@ -1,4 +1,4 @@
-"""Workload of the paper's three models at 512x512, 21 classes, against the posters' figures.
+"""Workload of the paper's three models at 512x512, 21 classes, against the paper's figures.
 
 python benchmarks/bench_workload.py [--json PATH]
 """
@@ -27,7 +27,7 @@ def main() -> None:
         whole = count_module(model, (1, 3, 512, 512))
         net = messnet.convert(model, torch.zeros(1, 3, 512, 512), num_exits=6)
         parts = messnet.profile(net, input_size=(512, 512)).total_macs("paper")
-        value = math.floor(whole.macs_paper / 1e7) / 100  # the posters truncate
+        value = math.floor(whole.macs_paper / 1e7) / 100  # the paper truncates
         ok = value == goal and parts == whole.macs_paper
         figures.append({"name": f"{name}_gmacs_paper", "value": value, "goal": goal, "ok": ok})
         print(f"{name}_gmacs_paper {value:.2f} GMACs {goal:.2f} {'ok' if ok else 'short'}")

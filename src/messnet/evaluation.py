@@ -61,7 +61,7 @@ def evaluate(
     checkpoint: Checkpoint | None = None,
     checkpoint_seconds: float = 10.0,
 ) -> ExitTables:
-    """Runs every exit of ``net`` on every image of ``dataset`` (method.md section 8).
+    """Runs every exit of ``net`` on every image of ``dataset`` (docs/method.md#validation-tables).
 
     One image at a time, in its own size and in float32, as a deployed instance runs it: its decisions can then be read
     from the tables exactly. ``part`` i of n takes every n-th image from the i-th on: shards that

@@ -55,3 +55,17 @@ def test_what_a_page_says_runs(
 def test_links_lead_somewhere(page: Path) -> None:
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / path).exists(), path
+
+
+def test_what_the_source_cites_of_the_method_is_there() -> None:
+    """``docs/method.md#anchor`` in a docstring leads to a heading, as GitHub names it."""
+    root = Path(__file__).parents[2]
+    headings = re.findall(r"^#+ (.*)$", (root / "docs/method.md").read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    cited = {
+        (file.name, anchor)
+        for file in (root / "src").rglob("*.py")
+        for anchor in re.findall(r"method\.md#?([\w-]*)", file.read_text())
+    }
+    assert len(cited) > 5
+    assert not {(name, anchor) for name, anchor in cited if anchor not in anchors}

@@ -1,4 +1,4 @@
-"""The paper's models: their workload against the posters, their layers against torchvision's."""
+"""The paper's models: their workload against the paper, their layers against torchvision's."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from messnet.costs.workload import count_module
 from messnet.errors import ModelError
 from messnet.network.zoo import MODELS, build_model, mobilenetv2_fcn
 
-# GMACs at 512x512, 21 classes: as the posters print them, and convolutions alone (shared/paper/README.md)
+# GMACs at 512x512, 21 classes: as the paper prints them, and convolutions alone (shared/paper/README.md)
 POSTER = {
     "drn50_fcn": (138.63, 138.368),
     "drn50_deeplabv3": (163.86, 163.579),
@@ -32,7 +32,7 @@ def output_shape(on_meta: nn.Module, input_shape: tuple[int, ...]) -> tuple[int,
 
 
 @pytest.mark.parametrize("name", POSTER)
-def test_the_workload_is_the_posters(name: str) -> None:
+def test_the_workload_is_the_papers(name: str) -> None:
     workload = count_module(on_meta(name), (1, 3, 512, 512))
     paper, conv = POSTER[name]
     assert math.floor(workload.macs_paper / 1e7) / 100 == paper

@@ -1,4 +1,4 @@
-"""The losses against the posters' equation, pixel by pixel."""
+"""The losses against the paper's equation, pixel by pixel."""
 
 import itertools
 

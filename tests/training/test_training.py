@@ -1,4 +1,4 @@
-"""Both stages: the posters' loss, training that goes on bit for bit where it stopped, heads that see no other head."""
+"""Both stages: the paper's loss, training that goes on bit for bit where it stopped, heads that see no other head."""
 
 import math
 import multiprocessing
@@ -45,7 +45,7 @@ from messnet.training.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("num_exits", range(2, 7))
-def test_active_exits_are_the_posters(num_exits: int) -> None:
+def test_active_exits_are_the_papers(num_exits: int) -> None:
     for j in range(1, 25):
         alternating = {1 + (j % (num_exits - 1))}
         modulo = {i for i in range(1, num_exits) if j % i == 0}
@@ -63,7 +63,7 @@ def test_active_exits_are_the_posters(num_exits: int) -> None:
         ("end_to_end", "alternating", [0, 1]),
     ],
 )
-def test_one_iteration_is_one_step_on_the_posters_loss(
+def test_one_iteration_is_one_step_on_the_papers_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, schedule: str, active: list[int]
 ) -> None:
     monkeypatch.setattr(F, "dropout", lambda x, *_: x)

@@ -1,4 +1,4 @@
-"""From a user's model to a chain of segments (method.md section 2): find the legal cuts, choose, cut.
+"""From a user's model to a chain of segments (docs/method.md#segments): find the legal cuts, choose, cut.
 
 The modules are the user's own: shared, not copied, under their own names, so weights are kept and train() and eval()
 mean what they meant.

@@ -1,5 +1,7 @@
-"""Exit heads: from a tapped feature map to logits, in the paper's full configuration space (method.md section 5), and
-one part of our own: context, which lets a shallow exit see far for a sixteenth of what dilated blocks cost."""
+"""Exit heads: from a tapped feature map to logits (docs/method.md#exit-heads).
+
+The space is the paper's, with one part of our own: context, which lets a shallow exit see far at little cost.
+"""
 
 from __future__ import annotations
 

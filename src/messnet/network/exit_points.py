@@ -1,4 +1,4 @@
-"""Where to put the exits: N exits at equal cost (method.md section 4). Numbers in, indices out."""
+"""Where to put the exits: N exits at equal cost (docs/method.md#exit-points). Numbers in, indices out."""
 
 from __future__ import annotations
 

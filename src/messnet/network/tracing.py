@@ -1,4 +1,4 @@
-"""A user's model as a graph over its own modules (method.md section 2)."""
+"""A user's model as a graph over its own modules (docs/method.md#segments)."""
 
 from __future__ import annotations
 

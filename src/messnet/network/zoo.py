@@ -86,7 +86,7 @@ def mobilenetv2_fcn(num_classes: int = 21, *, width: float = 1.0, depth: float =
 
     ``width`` scales the channels (rounded to 8), ``depth`` the number of blocks of every stage (at least 1): 1.0 is
     the paper's model, less is for processors without an accelerator. The last 1x1 layer (320 -> 1280) of the
-    classification network is dropped, as the posters' workload shows.
+    classification network is dropped, as the paper's workload shows.
     """
     if not (0 < width <= 4 and 0 < depth <= 4):
         raise ModelError(f"width and depth of mobilenetv2_fcn must lie in (0, 4], got width={width}, depth={depth}")

@@ -19,7 +19,7 @@ __all__ = ["EXIT_TABLES", "ExitTables"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExitTables:
-    """Pixel counts and confidences of every exit on every image of a labelled split (method.md section 8).
+    """Pixel counts and confidences of every exit on every image of a labelled split (docs/method.md#validation-tables).
 
     V images, H exits (every head of every exit point, the final one last), K classes, P policies, T thresholds.
     Counts are pixels at input resolution, ignored pixels in none of them. With them the mIoU of any routing is exact.

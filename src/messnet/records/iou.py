@@ -41,6 +41,6 @@ def class_iou(intersection: _Counts, predicted: _Counts, labelled: _Counts) -> F
 
 def mean_iou(intersection: _Counts, predicted: _Counts, labelled: _Counts) -> float:
     """mIoU in [0, 1] of summed pixel counts, each (K,): the mean over the classes that occur in labels or predictions
-    (method.md section 8). NaN if none occurs."""
+    (docs/method.md#validation-tables). NaN if none occurs."""
     iou = class_iou(intersection, predicted, labelled)
     return float(np.nanmean(iou)) if np.isfinite(iou).any() else float("nan")

@@ -14,7 +14,7 @@ from messnet.records.instance import FINAL_HEAD, Exit
 __all__ = ["cost_notes", "cost_table"]
 
 _NUM_OPERATORS = 6  # that are named
-_ADDITIVE = 0.1  # median error up to which the parts tell the whole (method.md section 3)
+_ADDITIVE = 0.1  # median error up to which the parts tell the whole (docs/method.md#costs)
 
 
 def cost_table(costs: CostTable, points: Sequence[tuple[str, str]]) -> Table:

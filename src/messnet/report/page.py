@@ -1,4 +1,4 @@
-"""The report: tables, words and one self-contained page, from artefacts alone (method.md section 10)."""
+"""The report: tables, words and one self-contained page, from artefacts alone."""
 
 from __future__ import annotations
 

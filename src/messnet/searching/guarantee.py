@@ -119,8 +119,8 @@ def certified_step(losses: FloatArray, guarantee: Guarantee) -> tuple[int, float
 def loss_of(tables: ExitTables, routing: IntArray) -> FloatArray:
     """(V,) loss in [0, 1] of each image under a routing (V,) of positions in ``tables.exits``.
 
-    The drop of the share of correct pixels against the final exit (method.md section 9), 0 where an image gains. An
-    image without labelled pixels loses nothing.
+    The loss is the drop of the share of correct pixels against the final exit (docs/method.md#guarantee). It is 0
+    where an image gains, and for an image without labelled pixels.
     """
     images = np.arange(len(tables.image_names))
     correct, correct_finally = (

@@ -1,4 +1,4 @@
-"""Both training stages on one loop (method.md section 6).
+"""Both training stages on one loop (docs/method.md#training).
 
 Stage 1, ``pretrain``: the backbone and the final head learn, by default with one early exit active at a time.
 Stage 2, ``distill``: both frozen, every head of the overprovisioned network learns from the final exit, independently.

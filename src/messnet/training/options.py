@@ -138,8 +138,8 @@ class PretrainOptions(TrainOptions):
     """Which early exits' losses join the final one's: "exit_aware", those of ``schedule``; "baseline", none;
     "end_to_end", all, in every iteration."""
     schedule: Schedule = "alternating"
-    """Of "exit_aware". "alternating" (poster 1): one early exit is active per iteration, in turn. "modulo" (poster 2):
-    exit i is active when i divides the iteration."""
+    """Which early exits are active under "exit_aware". "alternating": one per iteration, in turn. "modulo": exit i when
+    i divides the iteration. The paper's two posters have one each (docs/method.md#training)."""
     head_learning_rate: float | None = None
     """Of the final head and the early ones; None: ``learning_rate``. Ten times that where the backbone is trained and
     the head is new, as in DeepLab's recipes (Chen et al., TPAMI 2018)."""
@@ -167,7 +167,7 @@ class DistillOptions(TrainOptions):
 
     loss: DistillationLoss = "pfd"
     """"pfd": positive filtering distillation; "kd": unfiltered; "self_distillation": from the next deeper exit too;
-    "ce": labels alone. (The posters' "exits only" is "ce" after pretrain.scheme "baseline".)"""
+    "ce": labels alone. (The paper's "exits only" is "ce" after pretrain.scheme "baseline".)"""
     alpha: float = 0.5
     """Weight of the labels against the teachers' distributions, [0, 1]."""
     filter_kl: bool = False

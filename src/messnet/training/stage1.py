@@ -30,7 +30,7 @@ __all__ = ["active_exits", "pretrain"]
 def active_exits(schedule: Schedule, iteration: int, num_early: int) -> tuple[int, ...]:
     """Indices (from 0) of the early exits whose loss counts in ``iteration`` = 1, 2, ...
 
-    In the posters' numbering from 1: i = 1 + (j mod (N-1)) alone, or every i with j mod i = 0.
+    In the paper's numbering from 1: i = 1 + (j mod (N-1)) alone, or every i with j mod i = 0.
     """
     match schedule:
         case "alternating":
@@ -47,8 +47,7 @@ def pretrain(
     checkpoint: Checkpoint,
     monitor: Monitor | None = None,
 ) -> None:
-    """Stage 1: ``L = CE(y_N) + sum_i a_i(j) CE(y_i)`` in iteration j (posters; method.md section 6). Changes ``net`` in
-    place.
+    """Stage 1: ``L = CE(y_N) + sum_i a_i(j) CE(y_i)`` in iteration j (docs/method.md#training). Changes ``net``.
 
     ``options.scheme`` says what a_i(j) is: "exit_aware", that of the schedule (``active_exits``); "baseline", 0, so
     that the backbone never sees an early exit; "end_to_end", 1. Every early exit of the scheme gets a plain FCN head

@@ -45,7 +45,7 @@ def distill(
     exits: Sequence[Exit] | None = None,
 ) -> dict[Exit, int]:
     """Stage 2: attaches every head of ``space`` at every exit point, or ``exits`` of them, and trains them on the
-    frozen backbone, each on its own (method.md section 6; the losses: ``messnet.training.losses.teach``). Changes
+    frozen backbone, each on its own (docs/method.md#training; the losses: ``messnet.training.losses.teach``). Changes
     ``net`` in place; backbone, final head and their statistics stay as they are.
 
     The weights of a head are the same to the bit whichever heads are trained beside it, here or elsewhere (same kind of
