@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -300,7 +301,8 @@ def _without_graph(chain: Chain, whole: Mapping[str, str], example_input: Tensor
     size = [min(length, _TRIED_SIZE) for length in example_input.shape[-2:]]
     live: tuple[object, ...] = (example_input.new_zeros(2, 3, *size),)
     parts = [*chain.segments, chain.final_head]
-    with in_eval_mode(chain), torch.no_grad():
+    with in_eval_mode(chain), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to whoever exports, which nobody does here
         for i, part in enumerate(parts):
             assert isinstance(part, fx.GraphModule)
             called = {str(node.target) for node in part.graph.nodes if node.op == "call_module"}

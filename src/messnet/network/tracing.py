@@ -215,10 +215,11 @@ def _random_state() -> tuple[object, ...]:
 
 @contextmanager
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """What forward assigns to attributes of modules while it is traced holds proxies: afterwards it is as before."""
+    """Attributes of modules are afterwards as they were: what forward assigns while it is traced holds proxies. So are
+    hooks, which some libraries install in the first call and remember to have installed."""
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     values = [value for _, held in attributes for value in held.values()]
-    dicts = [(value, value.copy()) for value in values if type(value) is dict]
+    dicts = [(value, dict(value)) for value in values if isinstance(value, dict)]
     lists = [(value, value.copy()) for value in values if type(value) is list]
     try:
         yield
