@@ -44,7 +44,7 @@ __all__ = [
     "search",
     "zoo",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Resolved when first used: the command's --help and a search should not wait for torch.
 _HOMES = {
