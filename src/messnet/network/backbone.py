@@ -84,7 +84,7 @@ class ExitPoint:
     output_stride: int
     """Input pixels per feature pixel."""
     dilation: int
-    """Of the backbone's last spatial convolution before this point."""
+    """The dilation of the backbone's last spatial convolution before this point."""
     macs: float
     """Workload of the backbone up to here, at the example input's size."""
     latency_ms: float | None = None
@@ -92,12 +92,12 @@ class ExitPoint:
 
 
 class State(NamedTuple):
-    """What is alive at an exit point."""
+    """The values at an exit point that something later reads."""
 
     features: Tensor
     """(N, C, h, w): the tapped feature map."""
     kept: tuple[Any, ...] = ()
-    """What later segments need besides: skip connections, sizes."""
+    """Further values that later segments read: the tensors of skip connections."""
 
 
 class Backbone(nn.Module, ABC):
@@ -108,16 +108,16 @@ class Backbone(nn.Module, ABC):
     cuts: tuple[ExitPoint, ...]
     """Every place where an early exit could sit, then the end of the backbone."""
     block: BlockKind
-    """What the backbone is made of."""
+    """The kind of block that the backbone is made of."""
     num_classes: int
     notes: tuple[str, ...]
-    """What the user should know of the conversion, a sentence each."""
+    """Sentences that the user should read: what the conversion kept whole, left out or could not do."""
     final_head: nn.Module | None
     """None once it is cut off."""
     exportable: bool
-    """Whether the parts are graphs of their own."""
+    """True where every segment is a graph of its own, as an export needs."""
     memory_format: torch.memory_format = torch.channels_last
-    """What the model is run and trained in: channels last, or contiguous where its code takes nothing else."""
+    """The memory layout to run and train in: channels last, or contiguous where the model's code takes nothing else."""
 
     @abstractmethod
     def states(self, x: Tensor) -> Iterator[State]:
@@ -358,8 +358,11 @@ def find_head(model: nn.Module, head: str | None, ran: Iterable[str]) -> tuple[s
 
 
 def block_kind(model: nn.Module, head: str) -> BlockKind:
-    """What the backbone, all but ``head``, is made of: inverted residuals where it is depthwise with batch norms,
-    bottlenecks where a block's own convolutions are 1x1, kxk, 1x1, else plain residual blocks."""
+    """The kind of block that the backbone, all but ``head``, is made of.
+
+    Inverted residuals where it has depthwise convolutions and batch norms; bottlenecks where a block's own convolutions
+    are 1x1, kxk, 1x1; else plain residual blocks.
+    """
     modules = [module for name, module in model.named_modules() if not f"{name}.".startswith(f"{head}.")]
     convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
     depthwise = any(conv.groups == conv.in_channels > 1 for conv in convolutions)
@@ -468,9 +471,13 @@ class _Graph:
         return max((self.position.get(user, len(self.nodes)) for user in node.users), default=self.position[node])
 
     def legal_cuts(self) -> list[fx.Node]:
-        """Feature maps of the backbone, but its end, that no normalisation or activation follows, that lie in no
-        residual block (where a block has no skip connection it could be cut, but is wide) and in no branch: all that is
-        alive beside them must be what they were made from."""
+        """The nodes where an early exit may sit, in the order of the graph.
+
+        A node is legal if its output is a feature map, and three things hold. No normalisation or activation follows,
+        for a tap belongs behind the layer that they finish. The node lies inside no residual block; a block without a
+        skip connection could be cut, but its inside is wide and a head there expensive. And the node is no branch:
+        every other feature map that a later node reads must be one that this one was made from.
+        """
         last_of = {name: node for node in self.nodes for name, _ in module_stack(node)}
         ancestors: dict[fx.Node, set[fx.Node]] = {}
         legal: list[fx.Node] = []
@@ -516,7 +523,7 @@ class _Graph:
         self.block_kinds = {kind for name, kind in joins if name not in self.networks}
 
     def _same(self, node: fx.Node, after: fx.Node) -> bool:
-        """Whether what lies between two places, if anything, costs nothing and keeps the shape."""
+        """Tells whether two places are as good as one: what lies between them costs nothing and keeps the shape."""
         between = self.nodes[self.position[node] + 1 : self.position[after] + 1]
         free = all(self.outputs[one.name][0].macs_paper == 0 for one in between)
         return free and self.value(node).shape == self.value(after).shape
@@ -568,14 +575,17 @@ class _Graph:
         return node
 
     def alive_after(self, stop: int, tapped: fx.Node) -> list[fx.Node]:
-        """What later nodes need of the nodes before position ``stop``, ``tapped`` first."""
+        """The nodes before position ``stop`` whose values later segments must be given, ``tapped`` first."""
         alive = [node for node in self.nodes[:stop] if self._last_use(node) >= stop]
         needed = {source for node in alive for source in self._sources(node)}
         return [tapped, *sorted(needed - {tapped}, key=self.position.__getitem__)]
 
     def _sources(self, node: fx.Node) -> set[fx.Node]:
-        """What to keep of a node so that a later segment has its value. A size is worked out again from the tensor that
-        it is the size of, for graphs pass on tensors alone; parameters and constants belong to every segment."""
+        """The nodes to keep so that a later segment has the value of ``node``.
+
+        A size is worked out again from the tensor that it is the size of, because graphs pass on tensors alone.
+        Parameters and constants are kept for nobody: every segment holds those that it reads.
+        """
         if node.op == "get_attr":
             return set()
         if isinstance(self.value(node), Tensor) or not self._is_size(node):
@@ -583,12 +593,12 @@ class _Graph:
         return set().union(*(self._sources(one) for one in node.all_input_nodes))
 
     def _is_size(self, node: fx.Node) -> bool:
-        """Whether a value holds no tensor and comes from sizes alone, by functions that change nothing."""
+        """Tells whether a value holds no tensor and comes from sizes alone, by functions that change nothing."""
         plain = not any(isinstance(part, Tensor) for part in tree_leaves(self.value(node)))
         return plain and node.op in ("call_function", "call_method") and not writes_in_place(node, self.traced)
 
     def passes_tensors(self, node: fx.Node) -> bool:
-        """Whether a cut there leaves nothing but tensors for later, as a graph can pass on."""
+        """Tells whether a cut there leaves nothing but tensors for later, as a graph can pass on."""
         return all(isinstance(self.value(one), Tensor) for one in self.alive_after(self.position[node] + 1, node))
 
     def _unpack(self) -> None:
@@ -653,7 +663,7 @@ class _Graph:
         )
 
     def _dilation(self, nodes: Sequence[fx.Node]) -> int:
-        """Of the last spatial convolution that is in no pyramid of parallel branches."""
+        """The dilation of the last spatial convolution that is in no pyramid of parallel branches."""
         pyramids = {module_stack(node)[-1][0] for node in self.nodes if node.target is torch.cat and module_stack(node)}
         pyramids -= self.networks
         for node in reversed(nodes):

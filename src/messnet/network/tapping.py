@@ -57,10 +57,12 @@ class TappedModel(Backbone):
 
         def resume(switch: Callable[[], Any]) -> Any:
             mode = torch.is_grad_enabled()
-            # back to who asks now, which need not be who asked first: the garbage collector ends a run from anywhere
+            # The model's greenlet returns to its parent. That must be whoever asks now: the garbage collector may end
+            # the run from another greenlet than the one that began it.
             runner.parent = getcurrent()
             result = switch()
-            torch.set_grad_enabled(mode)  # the model may sleep inside a no_grad block of its own
+            # The model may have stopped inside a no_grad block of its own, whose mode is not the caller's.
+            torch.set_grad_enabled(mode)
             return result
 
         seen: set[nn.Module] = set()

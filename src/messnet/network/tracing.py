@@ -38,7 +38,7 @@ _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1
 
 
 class UntraceableError(ModelError):
-    """What is asked of the model needs a graph of a part that has none; tapping does not."""
+    """The request needs the graph of a part that has none; the model can still be tapped as it runs."""
 
 
 def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -122,7 +122,7 @@ def drop_dead_code(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node of a graph over ``root`` changes the first tensor that it reads."""
+    """Tells whether a node of a graph over ``root`` changes the first tensor that it reads."""
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method") or getattr(node.target, "__module__", "") == "_operator":

@@ -1,4 +1,4 @@
-"""Where a training stage keeps the state it resumes from."""
+"""The file that a training stage resumes from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Checkpoint"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a training stage keeps the state it resumes from."""
+    """The file that a training stage resumes from, and beside it one with the best state."""
 
     path: Path
     made_from: str = field(default="", kw_only=True)

@@ -1,4 +1,4 @@
-"""What training tells while it goes: losses and mIoU as CSV and to TensorBoard, and a look at validation images."""
+"""The figures of a training while it goes: losses and mIoU as CSV and to TensorBoard, validation images looked at."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Journal", "Monitor", "Validation", "say"]
 
 @dataclass(frozen=True)
 class Monitor:
-    """Where training tells how it goes, and on which images it looks."""
+    """The folder that a training writes its figures to, and the images that it is validated on."""
 
     folder: Path
     """Of the CSV files, NAME.csv, and of TensorBoard's, tensorboard/NAME."""
@@ -114,7 +114,7 @@ class Validation:
         self._samples: list[tuple[Tensor, Tensor]] = []
 
     def look(self, net: MultiExitNet, exits: Sequence[Exit], device: torch.device) -> dict[Exit, ValidationResult]:
-        """What each exit makes of the images; ``net`` is in eval mode. One image at a time, in its own size."""
+        """The mIoU of each exit on the images, one at a time in its own size; ``net`` is in eval mode."""
         if not self._samples:
             samples = [self.dataset[v] for v in self.indices]
             self._samples = [(torch.from_numpy(normalise(s.image))[None], torch.tensor(s.mask)[None]) for s in samples]

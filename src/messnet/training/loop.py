@@ -34,14 +34,14 @@ MAX_COUNTED = 2000
 
 
 class Stage(Protocol):
-    """What a stage does in an iteration, and what of it is kept."""
+    """One training stage as the loop sees it: its steps, the figures that it shows and the state that it saves."""
 
     fabric: Fabric
     net: MultiExitNet
     num_parts: int
     """Processes that share each batch; 1 where each has all of it."""
     keeps_best: bool
-    """Whether one state can be the best: not where every head has a best of its own."""
+    """True where one state can be the best of all; in stage 2 every head would have a best of its own."""
 
     @property
     def columns(self) -> Sequence[str]:
@@ -252,8 +252,12 @@ def layout(net: MultiExitNet, device: torch.device) -> torch.memory_format:
 def sgd(
     parameters: Iterable[nn.Parameter] | Sequence[dict[str, Any]], options: TrainOptions, *, fused: bool = False
 ) -> torch.optim.SGD:
-    """Of ``parameters``, or groups of them, each with a "scale" of its learning rate. ``fused``: an update in one pass
-    over memory; where all of them have a part in every loss."""
+    """Stochastic gradient descent with the stage's learning rate, momentum and weight decay.
+
+    ``parameters`` may be groups, each with a "scale" by which ``set_learning_rate`` multiplies the rate. ``fused``
+    updates all tensors in one pass over memory; it needs a gradient for each of them, so every parameter must have a
+    part in every loss.
+    """
     return torch.optim.SGD(
         parameters,
         lr=options.learning_rate,

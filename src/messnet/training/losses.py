@@ -41,7 +41,7 @@ def cross_entropy(
 
 
 def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """What the valid pixels weigh together: their number where all classes weigh 1."""
+    """The sum of the weights of all valid pixels: their number where all classes weigh 1."""
     valid = labels != IGNORE_INDEX
     return valid.sum() if class_weights is None else class_weights[labels[valid]].sum()
 
@@ -62,7 +62,7 @@ def automatic_class_weights(label_pixels: NDArray[np.int64]) -> NDArray[np.float
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the final exit and the labels teach on one batch: computed once, used by every head."""
+    """The soft target of one batch, from the final exit and the labels: computed once, used by every head."""
 
     target: Tensor
     """(N, K, H, W): the weight of each class's log-probability in the loss; 0 where ignored."""

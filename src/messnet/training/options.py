@@ -1,4 +1,4 @@
-"""What both training stages are told: the recipe's sections ``pretrain``, ``distill`` and ``compute``."""
+"""The options of both training stages: the recipe's sections ``pretrain``, ``distill`` and ``compute``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _FABRIC: dict[Literal["f32", "bf16"], Literal["32-true", "bf16-mixed"]] = {"f32"
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """Where and how to compute; changes no result that is compared, so a run may go on with others."""
+    """The device, the precision and what is shown of a training. No option here changes which images, augmentations or
+    weights a training has, so a run that was stopped may go on with others."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """"auto" (CUDA if there is any, else the processor), "cpu", "cuda", or where torch has it "mps", Apple's, which is
@@ -82,7 +83,7 @@ class ComputeOptions:
 
     @property
     def is_parallel(self) -> bool:
-        """Whether several processes train together."""
+        """True where several processes train together."""
         if TorchElasticEnvironment.detect():
             return int(os.environ["WORLD_SIZE"]) > 1
         return self.devices > 1
@@ -97,7 +98,7 @@ class ComputeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What both stages share; defaults from torchvision's segmentation reference."""
+    """The options that both stages share; defaults from torchvision's segmentation reference."""
 
     section: ClassVar[str] = "training"
 
@@ -141,8 +142,8 @@ class PretrainOptions(TrainOptions):
     """Which early exits are active under "exit_aware". "alternating": one per iteration, in turn. "modulo": exit i when
     i divides the iteration. The paper's two posters have one each (docs/method.md#training)."""
     head_learning_rate: float | None = None
-    """Of the final head and the early ones; None: ``learning_rate``. Ten times that where the backbone is trained and
-    the head is new, as in DeepLab's recipes (Chen et al., TPAMI 2018)."""
+    """The learning rate of the final head and the early ones; None: ``learning_rate``. Ten times that where the
+    backbone is trained and the head is new, as in DeepLab's recipes (Chen et al., TPAMI 2018)."""
     keep: Literal["last", "best"] = "last"
     """Which weights the stage hands on: the last ones, or of those validated (compute.validate_every) the ones with
     the best mean mIoU over the exits."""

@@ -128,7 +128,11 @@ class _Pretraining:
                 return tuple(range(num_early))
 
     def _normaliser(self, labels: Tensor) -> Tensor | None:
-        """Of a shared batch: the weight of all its pixels, over the number of shares, which averaging divides by."""
+        """The divisor of the loss of a shared batch, None where the batch is not shared.
+
+        It is the weight of the pixels of all shares over the number of shares, because averaging the gradients divides
+        by that number once more.
+        """
         if self.num_parts == 1:
             return None
         return _mean_over_processes(self.fabric, pixel_weight(labels, self.class_weights).float())
