@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 import messnet
 from helpers.peoples_models import MODELS, Stripes
@@ -44,6 +46,11 @@ REFUSED = {
 # What runs as it is, tapped at a named module, has no graphs.
 TAPPED = {"untraceable": "blocks.0", "untraceable_hooked": "blocks.0"}
 WITHOUT_GRAPHS = ("scripted_part",)
+# Near neighbours of others, for which tests/network/test_peoples_models.py is enough: an export takes seconds.
+CONVERTED_ALONE = (
+    "bfloat16", "float64", "hooked_block", "instance_norm", "kept_from_before", "made_in_block", "net_wrapped",
+    "data_parallel", "shuffle", "spectral_old", "squeeze_excite", "unet_wrapped_twice",
+)  # fmt: skip
 
 
 def recipe(folder: Path, name: str, more: str = "") -> Path:
@@ -63,7 +70,7 @@ def train_and_search(folder: Path, name: str, more: str = "") -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*REFUSED, *WITHOUT_GRAPHS)])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*REFUSED, *WITHOUT_GRAPHS, *CONVERTED_ALONE)])
 def test_it_goes_all_the_way(tmp_path: Path, name: str) -> None:
     run = train_and_search(tmp_path, name)
     main(["export", str(run), "--instance", "both", "--runtime", "onnx", "--out", str(tmp_path / "both.mess")])
@@ -103,3 +110,27 @@ def test_what_cannot_be_exported_is_said_before_training(
 ) -> None:
     main(["profile", str(recipe(tmp_path, name)), "--out", str(tmp_path / "run")])
     assert "no instance past exit 0 can be exported, it runs with torch: blocks.1: " in capsys.readouterr().out
+
+
+def test_a_backbone_starts_from_weights_that_are_tried_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = MODELS["net_wrapped"](2).state_dict()
+    backbone = {name.removeprefix("net."): tensor for name, tensor in trained.items() if "classifier" not in name}
+    torch.save(backbone, tmp_path / "w.pth")
+    torch.save({"stem.0.weight": torch.ones(5, 3, 3, 3)}, tmp_path / "other.pth")
+    run = str(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main(
+            ["profile", str(recipe(tmp_path, "net_wrapped", f", backbone_weights: {tmp_path}/other.pth")), "--out", run]
+        )
+    assert "fits 0 of the backbone's 15 tensors" in capsys.readouterr().err
+    main(["profile", str(recipe(tmp_path, "net_wrapped", f", backbone_weights: {tmp_path}/w.pth")), "--out", run])
+    main(["pretrain", run, "--pretrain.learning_rate", "0"])
+    assert (
+        "15 of the backbone's 15 tensors are loaded by order; new: the head net.classifier" in capsys.readouterr().err
+    )
+    stage1 = safetensors.torch.load_file(tmp_path / "run" / "stage1.safetensors")
+    for name, tensor in backbone.items():
+        if name.endswith(("weight", "bias")):
+            assert torch.equal(stage1[f"net.{name}"], tensor)

@@ -24,7 +24,8 @@ EXACT = (
     "norm_inside", "blur", "made_in_block", "temperature", "random_features", "kept_from_before", "coord_conv", "noisy",
     "tied", "tied_across", "weightnorm_old", "weightnorm_new", "spectral_old", "hooked", "hooked_block",
     "hooked_used_before", "locked", "scripted_part", "views", "attention", "unet_wrapped_twice", "data_parallel",
-    "sized_unet", "sized_unet_encoder_kept_whole", "pyramid", "split", "in_a_dict", "grey",
+    "sized_unet", "sized_unet_encoder_kept_whole", "pyramid", "split", "in_a_dict", "grey", "instance_norm",
+    "shuffle", "squeeze_excite", "net_wrapped",
 )  # fmt: skip
 
 
