@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,16 @@ from messnet.images.drawing import as_png, confidence_as_grey, mask, overlay
 from messnet.images.reading import dimness, large_images, list_images, read_image
 from messnet.records.files import write_atomically
 
-__all__ = ["VIDEO_SUFFIXES", "PredictOptions", "Predictions", "draw_exit_map", "image_files", "predict_files"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "PredictOptions",
+    "PredictionRecord",
+    "Predictions",
+    "TileRecord",
+    "draw_exit_map",
+    "image_files",
+    "predict_files",
+]
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 _EXIT_MAP_SIDE = 1600
@@ -70,12 +79,41 @@ class PredictOptions:
             raise RecipeError("a deadline is for one whole image at a time: leave tiles and batches out")
 
 
+class TileRecord(TypedDict):
+    """One tile of an image, as predictions.json has it."""
+
+    rows: tuple[int, int]
+    """Pixels, the end exclusive."""
+    columns: tuple[int, int]
+    exit_index: int
+    image_confidence: float
+    """In [0, 1]."""
+
+
+class PredictionRecord(TypedDict):
+    """One image, as predictions.json has it. Files are named relative to its folder."""
+
+    image: str
+    """The file that was read."""
+    mask: str
+    exit_index: int
+    """The exit taken; with tiles the deepest."""
+    image_confidence: float
+    """In [0, 1]."""
+    latency_ms: float
+    overlay: NotRequired[str]
+    confidence: NotRequired[str]
+    exits: NotRequired[str]
+    """With tiles: the picture of the exit that each took."""
+    tiles: NotRequired[list[TileRecord]]
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What was written, and what was not."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
-    """The records of predictions.json, one per image."""
+    records: list[PredictionRecord] = field(default_factory=list)
+    """Those of predictions.json, one per image."""
     failed: list[str] = field(default_factory=list)
     """A line for each image that could not be read, or for which the network computes nothing finite."""
     notes: list[str] = field(default_factory=list)
@@ -113,7 +151,7 @@ def predict_files(
                 bar.update(writing.added + len(done.failed) - bar.n)
     finally:
         if done.records:
-            summary: dict[str, Any] = {
+            summary: dict[str, object] = {
                 "instance": session.instance.name,
                 "class_names": session.class_names,
                 "predictions": done.records,
@@ -131,12 +169,12 @@ class _Writing:
     """Draws, compresses and writes the files of images in threads of its own, which Pillow and NumPy let run beside the
     network; a picture takes as long to compress as a small network to predict. ``records`` are filled in order."""
 
-    def __init__(self, records: list[dict[str, Any]], workers: int) -> None:
+    def __init__(self, records: list[PredictionRecord], workers: int) -> None:
         self.added = 0
         """Images so far."""
         self._records = records
         self._pool = ThreadPoolExecutor(workers, "writing") if workers else None
-        self._waiting: deque[Future[dict[str, Any]]] = deque()
+        self._waiting: deque[Future[PredictionRecord]] = deque()
 
     def add(self, files: _Files, out: Path) -> None:
         """Writes them soon; waits while too many do. Raises what went wrong with earlier ones."""
@@ -165,13 +203,13 @@ class _Writing:
 class _Files:
     """The files of one image, still to be drawn, and its record."""
 
-    record: dict[str, Any]
+    record: PredictionRecord
     draw: dict[str, Callable[[], bytes]]
     """By path within the folder, what gives the file's bytes."""
     is_large: bool
     """So large that only one such image is held at a time."""
 
-    def write(self, out: Path) -> dict[str, Any]:
+    def write(self, out: Path) -> PredictionRecord:
         for name, draw in self.draw.items():
             write_atomically(out / name, draw())
         return self.record
@@ -243,7 +281,13 @@ def _files_of(
     palette = session.palette
     assert palette is not None
     name = f"{file.stem}.png"
-    record: dict[str, Any] = {"image": str(file), "mask": f"masks/{name}"}
+    record: PredictionRecord = {
+        "image": str(file),
+        "mask": f"masks/{name}",
+        "exit_index": result.exit_index,
+        "image_confidence": result.image_confidence,
+        "latency_ms": result.latency_ms,
+    }
     draw: dict[str, Callable[[], bytes]] = {f"masks/{name}": lambda: as_png(mask(result.labels, palette))}
     if options.overlays:
         record["overlay"] = f"overlays/{name}"
@@ -254,11 +298,6 @@ def _files_of(
         record["confidence"] = f"confidence/{name}"
         confidence = result.confidence_map
         draw[record["confidence"]] = lambda: as_png(confidence_as_grey(confidence), compress_level=_FAST)
-    record |= {
-        "exit_index": result.exit_index,
-        "image_confidence": result.image_confidence,
-        "latency_ms": result.latency_ms,
-    }
     if isinstance(result, TiledResult):
         tiled, exit_indices = result, [choice.exit_index for choice in session.instance.exits]
         record["exits"] = f"exits/{name}"

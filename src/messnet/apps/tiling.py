@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +108,9 @@ def predict_tiled(
         pieces = [image[slice(*row[0]), slice(*column[0])] for row, column in batch]
         results = session.predict(pieces, batch_size=batch_size)
         for (row, column), result in zip(batch, results, strict=True):
-            here, within = (slice(*row[1]), slice(*column[1])), (_within(*row), _within(*column))
+            here = slice(*row[1]), slice(*column[1])
+            # What a tile owns, counted from its own corner.
+            within = tuple(slice(own[0] - whole[0], own[1] - whole[0]) for whole, own in (row, column))
             labels[here] = result.labels[within]
             confidence[here] = result.confidence_map[within]
             tiles.append(
@@ -144,7 +145,3 @@ def cut(length: int, tile: int, overlap: int) -> list[tuple[tuple[int, int], tup
     begins = [i * (length - tile) // max(1, number - 1) for i in range(number)]
     borders = [0, *((a + tile + b) // 2 for a, b in pairwise(begins)), length]
     return [((a, a + tile), (borders[i], borders[i + 1])) for i, a in enumerate(begins)]
-
-
-def _within(whole: tuple[int, int], own: tuple[int, int]) -> Any:
-    return slice(own[0] - whole[0], own[1] - whole[0])

@@ -8,9 +8,10 @@ import json
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from messnet.apps.exit_control import Reason, change_rate
 from messnet.images.axes import LIGHT, style
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FrameRecord", "Timeline", "draw_timeline"]
+__all__ = ["FrameRecord", "Summary", "Timeline", "draw_timeline"]
 
 ALARM = "#b3382c"
 MAX_DRAWN = 2000
@@ -44,6 +45,25 @@ class FrameRecord(NamedTuple):
     stopped_by: Reason
     unsteadied_exit: int
     """The exit that the instance's own thresholds would have taken, among those that ran."""
+
+
+class Summary(TypedDict):
+    """Figures over all frames of a video: shares and rates in [0, 1]."""
+
+    frames: int
+    dropped: int
+    seconds: float
+    frames_per_second: float
+    latency_ms_median: float
+    latency_ms_p95: float
+    within_budget: float | None
+    """Share of the frames; None where there is no budget."""
+    stopped_by_budget: float
+    exits: dict[str, int]
+    """Frames by the exit taken, as JSON names it."""
+    change_rate: float
+    change_rate_unsteadied: float
+    """By the instance's own thresholds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +92,7 @@ class Timeline:
         """Frames of a camera that were passed over, being stale."""
         return self.frames[-1].frame + 1 - len(self.frames) if self.frames else 0
 
-    def summary(self) -> dict[str, Any]:
-        """Figures over all frames: shares and rates in [0, 1]."""
+    def summary(self) -> Summary:
         latencies = np.array([frame.latency_ms for frame in self.frames])
         taken = [frame.exit_index for frame in self.frames]
         budget = self.frame_budget_ms
@@ -167,7 +186,7 @@ def draw_timeline(timeline: Timeline) -> Figure:
     return figure
 
 
-def _draw_latency(axes: Axes, timeline: Timeline, latency: np.ndarray[Any, Any]) -> None:
+def _draw_latency(axes: Axes, timeline: Timeline, latency: NDArray[np.float64]) -> None:
     budget = timeline.frame_budget_ms
     # Rare peaks (a page fault, another program) would flatten the rest: they are drawn as arrows at the edge.
     top = 1.15 * max(float(np.percentile(latency, 99)), budget or 0.0)

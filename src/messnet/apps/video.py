@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -31,13 +31,35 @@ from messnet.images.drawing import as_png, mask, overlay
 from messnet.policy.labels import load_compiled
 from messnet.records.files import write_atomically
 
-__all__ = ["VideoOptions", "predict_video"]
+if TYPE_CHECKING:
+    from cv2.typing import MatLike
 
+__all__ = ["Capture", "VideoOptions", "predict_video"]
+
+T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 Draw = Callable[[Pixels, Pixels, Pixels], Pixels]
 CODEC = "mp4v"  # what OpenCV's own wheels can write into mp4
 _WARM_UP = 3
 _ANNOUNCED_SLACK = 0.02  # containers round the number of their frames
+
+
+class Capture(Protocol):
+    """A file or a camera that is being read, as much of cv2.VideoCapture as is used."""
+
+    def isOpened(self) -> bool: ...  # noqa: N802
+
+    def read(self) -> tuple[bool, MatLike]:
+        """Whether there was another frame, and the frame (H, W, 3) uint8 BGR."""
+        ...
+
+    def get(self, property_id: int, /) -> float: ...
+
+    def release(self) -> None: ...
+
+
+OpenCapture = Callable[..., Capture]
+"""Is given a file's name or a camera's number, as cv2.VideoCapture is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +90,7 @@ def predict_video(
     out: Path,
     options: VideoOptions | None = None,
     *,
-    open_capture: Callable[..., Any] = cv2.VideoCapture,
+    open_capture: OpenCapture = cv2.VideoCapture,
     draw: Draw = overlay,
 ) -> Timeline:
     """Segments a video file, or what a camera (its number) sees until interrupted.
@@ -117,8 +139,8 @@ def predict_video(
 
 
 class _Source(NamedTuple):
-    capture: Any  # cv2.VideoCapture
-    first: NDArray[np.uint8]  # (H, W, 3) BGR, already read
+    capture: Capture
+    first: MatLike  # (H, W, 3) BGR, already read
     fps: float
     announced: int  # frames, says the file; 0: it does not
     live: bool
@@ -230,7 +252,7 @@ class _Reader:
         self._stopped.set()
         self._thread.join()
 
-    def _run(self, image: NDArray[np.uint8]) -> None:
+    def _run(self, image: MatLike) -> None:
         try:
             index, found, shape = 0, True, image.shape
             while found and not self._stopped.is_set():
@@ -315,7 +337,7 @@ class _Writer:
             self._error = error
 
 
-def _put(waiting: queue.Queue[Any], item: Any, given_up: Callable[[], bool]) -> None:
+def _put(waiting: queue.Queue[T], item: T, given_up: Callable[[], bool]) -> None:
     """Waits for room, unless nobody will make any."""
     while not given_up():
         with contextlib.suppress(queue.Full):
@@ -339,8 +361,8 @@ def _caption(picture: NDArray[np.uint8], record: FrameRecord, place: int, num_ex
 
 
 @contextlib.contextmanager
-def _capture(source: Path | int, open_capture: Callable[..., Any]) -> Iterator[Any]:
-    """An open cv2.VideoCapture. Raises DataError when there is none."""
+def _capture(source: Path | int, open_capture: OpenCapture) -> Iterator[Capture]:
+    """The open file or camera. Raises DataError when there is none."""
     # FFmpeg writes its own lines to stderr; this is read when its first file is opened.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     if isinstance(source, Path) and not source.is_file():
@@ -359,8 +381,8 @@ def _capture(source: Path | int, open_capture: Callable[..., Any]) -> Iterator[A
         cv2.utils.logging.setLogLevel(level)
 
 
-def _frames_per_second(capture: Any) -> float:
-    fps = float(capture.get(cv2.CAP_PROP_FPS))
+def _frames_per_second(capture: Capture) -> float:
+    fps = capture.get(cv2.CAP_PROP_FPS)
     # A camera that does not know says 0, a file without a rate says thousands.
     return fps if math.isfinite(fps) and 0 < fps <= 1000 else 30.0
 
@@ -369,5 +391,5 @@ def _name(source: Path | int) -> str:
     return f"camera:{source}" if isinstance(source, int) else str(source)
 
 
-def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _rgb(image: MatLike) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)

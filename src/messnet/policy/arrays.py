@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,16 @@ from messnet.errors import needing_extras
 from messnet.policy.labels import first_largest, loaded_compiled
 from messnet.policy.policy import Confidence, Policy
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["confidence_map", "image_confidence", "nearest", "refined_confidence_map"]
 
 FloatMap = NDArray[np.float32]
 BoolMap = NDArray[np.bool_]
 Pixel = TypeVar("Pixel", np.float32, np.uint8)
 
-# Of the native form, in pixels of the logits: half the side of the median's window.
+# Half the side of the window whose median the native form takes, in pixels of the logits.
 _RADIUS = 2
 
 
@@ -58,7 +62,11 @@ def image_confidence(
     """
     thresholds = np.ascontiguousarray(pixel_thresholds, np.float32)
     if by_torch or policy.refinement == "paper":
-        return _reference(logits, output_stride, input_size, policy, thresholds)[0]
+        reference, given = _in_torch(logits)
+        exact: NDArray[np.float32] = reference.image_confidence(
+            given, output_stride, input_size, thresholds, policy
+        ).numpy()
+        return exact
     compiled = loaded_compiled()
     if compiled is None:
         return _counted(logits, thresholds, policy)
@@ -84,8 +92,9 @@ def refined_confidence_map(
     (N, h, w) float32 in [0, 1]; (N, H, W) for the "paper" form. ``by_torch`` and errors as for ``image_confidence``.
     """
     if by_torch or policy.refinement == "paper":
-        before, after = _reference(logits, output_stride, input_size, policy)
-        return before, after
+        reference, given = _in_torch(logits)
+        before, after = reference.refined_confidence_map(given, output_stride, input_size, policy)
+        return before.numpy(), after.numpy()
     confidence = confidence_map(logits, policy.confidence)
     if policy.refinement == "none":
         return confidence, confidence
@@ -157,19 +166,10 @@ def _padded(maps: NDArray[Pixel]) -> NDArray[Pixel]:
     return np.pad(maps, ((0, 0), (_RADIUS, _RADIUS), (_RADIUS, _RADIUS)), mode="edge")
 
 
-def _reference(
-    logits: NDArray[np.float32],
-    output_stride: int,
-    input_size: tuple[int, int],
-    policy: Policy,
-    thresholds: NDArray[np.float32] | None = None,
-) -> tuple[NDArray[np.float32], ...]:
-    """Of the image confidence at ``thresholds``, or of both maps: what torch computes."""
+def _in_torch(logits: NDArray[np.float32]) -> tuple[ModuleType, Tensor]:
+    """The policy's definition in torch, and the logits as it takes them. Raises MessError where torch is missing."""
     with needing_extras():
         import torch
 
         from messnet.policy import reference
-    given = torch.from_numpy(np.ascontiguousarray(logits))
-    if thresholds is not None:
-        return (reference.image_confidence(given, output_stride, input_size, thresholds, policy).numpy(),)
-    return tuple(one.numpy() for one in reference.refined_confidence_map(given, output_stride, input_size, policy))
+    return reference, torch.from_numpy(np.ascontiguousarray(logits))

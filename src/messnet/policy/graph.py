@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from messnet.errors import ModelError
 from messnet.policy.policy import Policy
@@ -20,6 +20,8 @@ __all__ = ["IR_VERSION", "OPSET", "output_graph", "policy_graph", "serialised"]
 
 OPSET = 20
 IR_VERSION = 10
+# ONNX's numbers of dtypes, as in TensorProto: part of the format, so that onnx is imported only to build a graph.
+_FLOAT, _UINT8, _INT64 = 1, 2, 7
 
 
 def policy_graph(policy: Policy, num_classes: int) -> bytes:
@@ -71,8 +73,6 @@ def output_graph() -> bytes:
     Bilinear upsampling is a product with one matrix per axis, the unit matrix upsampled along it: 4 times faster in
     ONNX Runtime than to resize all classes.
     """
-    from onnx import TensorProto
-
     graph = _Graph()
     op = graph.op
 
@@ -89,9 +89,9 @@ def output_graph() -> bytes:
     across = op("Transpose", matrix(3), perm=[1, 0])
     upsampled = op("MatMul", matrix(2), op("MatMul", "logits", across))
     indices = op("ArgMax", upsampled, axis=1, keepdims=0)
-    op("Cast", indices, output="labels", to=int(TensorProto.UINT8))
-    inputs = [_value("logits", ["N", "K", "h", "w"]), _value("size", [2], TensorProto.INT64)]
-    return graph.serialised("output", inputs, [_value("labels", ["N", "H", "W"], TensorProto.UINT8)])
+    op("Cast", indices, output="labels", to=_UINT8)
+    inputs = [_value("logits", ["N", "K", "h", "w"]), _value("size", [2], _INT64)]
+    return graph.serialised("output", inputs, [_value("labels", ["N", "H", "W"], _UINT8)])
 
 
 def serialised(model: ModelProto) -> bytes:
@@ -113,36 +113,35 @@ class _Graph:
     def __init__(self) -> None:
         self._nodes: list[NodeProto] = []
 
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: object) -> str:
         """Adds an operator. Returns the name of its output."""
         from onnx import helper
 
         name = output or f"{kind}{len(self._nodes)}"
-        self._nodes.append(helper.make_node(kind, inputs, [name], **attributes))
+        node = helper.make_node(kind, inputs, [name])
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
+        self._nodes.append(node)
         return name
 
     def integers(self, *values: int) -> str:
         """A constant (n,) int64."""
-        from onnx import TensorProto, helper
-
-        return self.op("Constant", value=helper.make_tensor("", TensorProto.INT64, [len(values)], values))
+        return self._constant(_INT64, [len(values)], values)
 
     def number(self, value: float) -> str:
         """A constant (1,) float32."""
-        from onnx import TensorProto, helper
-
-        return self.op("Constant", value=helper.make_tensor("", TensorProto.FLOAT, [1], [value]))
+        return self._constant(_FLOAT, [1], [value])
 
     def scalar(self, value: float) -> str:
         """A constant () float32."""
-        from onnx import TensorProto, helper
+        return self._constant(_FLOAT, [], [value])
 
-        return self.op("Constant", value=helper.make_tensor("", TensorProto.FLOAT, [], [value]))
+    def _constant(self, kind: int, shape: Sequence[int], values: Sequence[float]) -> str:
+        from onnx import helper
+
+        return self.op("Constant", value=helper.make_tensor("", kind, shape, values))
 
     def as_float(self, name: str) -> str:
-        from onnx import TensorProto
-
-        return self.op("Cast", name, to=int(TensorProto.FLOAT))
+        return self.op("Cast", name, to=_FLOAT)
 
     def serialised(self, name: str, inputs: Sequence[ValueInfoProto], outputs: Sequence[ValueInfoProto]) -> bytes:
         from onnx import helper
@@ -169,8 +168,8 @@ def _near_edge(graph: _Graph, labels: str, axis: int) -> str:
     return op("MaxPool", step, kernel_shape=kernel, pads=[1, 1, 1, 1])
 
 
-def _value(name: str, shape: Sequence[str | int], kind: int = 1) -> ValueInfoProto:
-    """The description of an input or output; kind 1 is float32."""
+def _value(name: str, shape: Sequence[str | int], kind: int = _FLOAT) -> ValueInfoProto:
+    """The description of an input or output; ``kind`` is its dtype's number."""
     from onnx import helper
 
     return helper.make_tensor_value_info(name, kind, shape)

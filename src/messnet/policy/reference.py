@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -26,13 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from messnet.policy.compiled import confident_share
-from messnet.policy.edges import (
-    canny_edges,
-    label_boundary,
-    thicken,
-    window_majority,
-    window_median,
-)
+from messnet.policy.edges import canny_edges, label_boundary, thicken, window_majority, window_median
 from messnet.policy.policy import Confidence, Policy
 
 __all__ = [
@@ -43,6 +37,8 @@ __all__ = [
     "refined_confidence_map",
     "should_exit",
 ]
+
+Thresholds = Tensor | NDArray[np.generic] | Sequence[float]
 
 
 def confidence_map(logits: Tensor, kind: Confidence) -> Tensor:
@@ -58,7 +54,7 @@ def image_confidence(
     logits: Tensor,
     output_stride: int,
     input_size: tuple[int, int],
-    pixel_thresholds: Tensor | NDArray[Any] | Sequence[float],
+    pixel_thresholds: Thresholds,
     policy: Policy,
 ) -> Tensor:
     """Share of confident pixels, c_img of eq. (3), at each pixel threshold: (N, K, h, w) -> (N, T) float32 in [0, 1].
@@ -118,7 +114,7 @@ def by_operators(
     logits: Tensor,
     output_stride: int,
     input_size: tuple[int, int],
-    pixel_thresholds: Tensor | NDArray[Any] | Sequence[float],
+    pixel_thresholds: Thresholds,
     policy: Policy,
 ) -> Tensor:
     """``image_confidence`` by tensor operators alone, on any device: what the other forms must give."""

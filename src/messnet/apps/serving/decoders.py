@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError, read_exactly
+from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError, read_exactly, write_exactly
 
 __all__ = ["Decoders"]
 
@@ -66,10 +66,8 @@ class _Decoder:
         assert isinstance(requests, io.FileIO)
         assert isinstance(answers, io.FileIO)
         try:
-            for part in (REQUEST.pack(len(data)), data):
-                view = memoryview(part)
-                while view:
-                    view = view[requests.write(view) :]
+            write_exactly(requests, REQUEST.pack(len(data)))
+            write_exactly(requests, data)
             status, first, second = ANSWER.unpack(read_exactly(answers, ANSWER.size))
             if status != 200:
                 raise RequestError(status, read_exactly(answers, first).decode())

@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from messnet.images.reading import rgb_of
 
-__all__ = ["ANSWER", "FORMATS", "READY", "REQUEST", "RequestError", "decode_image", "expect_pixels", "read_exactly"]
+__all__ = ["ANSWER", "FORMATS", "READY", "REQUEST", "RequestError", "decode_image", "read_exactly", "write_exactly"]
 
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp"}
 """What is taken: by the name that Pillow has for it, its media type."""
@@ -55,7 +55,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as file:
-            expect_pixels(file.size, max_pixels)
+            _expect_pixels(file.size, max_pixels)
             return rgb_of(file)
     except RequestError:
         raise
@@ -69,7 +69,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         raise RequestError(422, f"the image is damaged ({type(error).__name__}: {error}); send it again") from error
 
 
-def expect_pixels(size: tuple[int, int], max_pixels: int) -> None:
+def _expect_pixels(size: tuple[int, int], max_pixels: int) -> None:
     """Raises RequestError (413) for an image (width, height) of more than ``max_pixels``."""
     width, height = size
     if max(width, _MIN_SIDE) * max(height, _MIN_SIDE) > max_pixels:
@@ -88,6 +88,13 @@ def read_exactly(stream: io.FileIO, count: int) -> bytearray:
             raise EOFError
         filled += got
     return data
+
+
+def write_exactly(stream: io.FileIO, data: bytes | memoryview) -> None:
+    """All of ``data``: a raw file may take only a part at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
 
 
 def _limit_resources(max_pixels: int) -> None:
@@ -130,17 +137,10 @@ def main(arguments: list[str]) -> None:
             image = np.ascontiguousarray(_decode_within(data, max_pixels, seconds))
         except RequestError as error:
             why = str(error).encode(errors="replace")
-            _write(answers, ANSWER.pack(error.status, len(why), 0) + why)
+            write_exactly(answers, ANSWER.pack(error.status, len(why), 0) + why)
         else:
-            _write(answers, ANSWER.pack(200, image.shape[0], image.shape[1]))
-            _write(answers, image.data.cast("B"))
-
-
-def _write(stream: io.FileIO, data: bytes | memoryview) -> None:
-    """All of ``data``: a raw file may take only a part at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]
+            write_exactly(answers, ANSWER.pack(200, image.shape[0], image.shape[1]))
+            write_exactly(answers, image.data.cast("B"))
 
 
 if __name__ == "__main__":
