@@ -50,7 +50,6 @@ def test_shares_sizes_and_images_without_labels() -> None:
     assert report.void_share == pytest.approx(14 / 20)
     assert report.unlabelled == ("s1",)
     assert report.problems == ()
-    assert report.is_usable
     assert json.loads(json.dumps(report.to_record()))["sizes"] == {"2x4": 2, "2x2": 1}
     text = report.to_text()
     for part in (
@@ -96,7 +95,6 @@ def test_problems_are_collected(image: np.ndarray, mask: np.ndarray, problem: st
     report = check_dataset(Listed((IMAGE, HALF), (image, mask), (IMAGE, HALF)))
     assert report.problems == (problem,)
     assert report.sizes == {"2x4": 2}
-    assert not report.is_usable
     assert problem in report.to_text()
 
 
@@ -113,15 +111,15 @@ def test_damaged_files_are_collected(tmp_path: Path) -> None:
     assert "in no image" in report.to_text()
 
 
-def test_an_empty_data_set_is_not_usable() -> None:
+def test_an_empty_data_set_has_a_report() -> None:
     report = check_dataset(Listed())
-    assert not report.is_usable
+    assert (report.num_images, report.problems) == (0, ())
     assert "0 images, height x width: none readable" in report.to_text()
 
 
 def test_the_generated_scenes_are_sound() -> None:
     report = check_dataset(Scenes("val", ScenesOptions(num_val=30)))
-    assert report.is_usable
+    assert not report.problems
     assert sum(report.class_share.values()) == pytest.approx(1)
 
 
@@ -160,7 +158,7 @@ def test_black_and_white_masks_are_no_data_set_of_two_classes(tmp_path: Path) ->
     assert "data.mask_values: [0, 255]" in report.problems[0]
     told = open_folder(tmp_path, "train", class_names=("a", "b"), mask_values=(0, 255))
     assert check_dataset(told).class_share == {"a": pytest.approx(3 / 8), "b": pytest.approx(5 / 8)}
-    assert check_dataset(told).is_usable
+    assert not check_dataset(told).problems
 
 
 def test_ids_that_begin_with_one_are_noticed(tmp_path: Path) -> None:
@@ -223,5 +221,5 @@ def test_a_users_bug_is_not_hidden_by_threads() -> None:
 
 def test_a_split_that_cannot_be_opened() -> None:
     report = failed_report(DataError("no folder x"))
-    assert not report.is_usable
+    assert report.problems == ("no folder x",)
     assert "no folder x" in report.to_text()

@@ -51,6 +51,7 @@ class ExitControl:
             raise RecipeError(
                 f"hysteresis lies in [0, 1), not {hysteresis:g}: it is a share of what is above a threshold"
             )
+        # No confidence reaches infinity: an exit without a threshold is passed.
         self.thresholds = [math.inf if c.image_threshold is None else c.image_threshold for c in choices]
         self.budget_ms = math.inf if frame_budget_ms is None else frame_budget_ms
         self.hysteresis = hysteresis
@@ -65,6 +66,7 @@ class ExitControl:
 
     def step_ms(self, place: int) -> float:
         """q: the 95th percentile of the step to the exit at ``place``; 0 while it was never measured."""
+        # By the nearest rank, so that it is a time that was measured, from the first one on.
         times = sorted(self._steps_ms[place])
         return times[math.ceil(0.95 * len(times)) - 1] if times else 0.0
 
@@ -82,15 +84,18 @@ class ExitControl:
         if place == len(self.thresholds) - 1:
             return "last"
         threshold = self.thresholds[place]
+        # The bracket of (1). A share of what lies above an infinite threshold would be no number.
         margin = self.hysteresis * (1 - threshold) if place < self._previous and threshold < math.inf else 0.0
         if confidence >= threshold + margin:
             return "confident"
+        # The bracket of (2): a deeper exit must fit with some time to spare before it is begun again.
         held = self._stopped_by_budget and self._previous <= place
         budget = self.budget_ms * (1 - self.hysteresis) if held else self.budget_ms
         if elapsed_ms + self.step_ms(place + 1) <= budget:
             self._withheld[place + 1] = 0
             return None
         self._withheld[place + 1] += 1
+        # Without this, one slow spell would be remembered for ever: a step that is not taken is not measured.
         if self._withheld[place + 1] > WINDOW and elapsed_ms <= self.budget_ms:
             self._withheld[place + 1] = 0
             self._steps_ms[place + 1].clear()

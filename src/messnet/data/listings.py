@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            return data.decode("cp1252")
+            return data.decode("cp1252")  # last, for it takes nearly any bytes for letters
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} ({error}): expected a text file; save it as UTF-8") from error
 
@@ -92,6 +92,7 @@ def read_names(listing: Path) -> list[str]:
 
 def bare_name(line: str, suffixes: Sequence[str]) -> str:
     """The name of an image from a line that may hold a path or a suffix: ``images\\a.JPG`` means ``a``."""
+    # Lists come from Windows too, wherever they are read.
     path = PurePosixPath(line.replace("\\", "/"))
     return path.stem if path.suffix.lower() in suffixes else path.name
 

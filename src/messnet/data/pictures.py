@@ -26,6 +26,7 @@ MAX_NAME = 28
 
 def typical_samples(dataset: SegmentationDataset, count: int) -> list[SegmentationSample]:
     """``count`` readable samples, evenly spread over the data set."""
+    # Three times as many are tried, as some may be damaged.
     samples = []
     for index in np.linspace(0, len(dataset) - 1, min(3 * count, len(dataset))).round().astype(int).tolist():
         try:
@@ -87,6 +88,7 @@ def _draw_shares(
         )
     axes.set_yticks(places, [name for _, name in names], fontsize=9)
     axes.invert_yaxis()
+    # Logarithmic, as shares differ by factors of a thousand; linear below 0.1 %, for a class may have no pixel at all.
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlim(0, 100)
     axes.set_xticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])

@@ -94,6 +94,7 @@ class Scenes:
 
     def __getitem__(self, index: int) -> SegmentationSample:
         index = range(len(self))[index]
+        # The split is part of the seed, as 0 or 1, so that no scene is in both.
         rng = np.random.default_rng([self.options.seed, self.split == "val", index])
         difficulty = float(rng.random())
         image, mask = _render(rng, difficulty, self.options.size)
@@ -137,6 +138,7 @@ class _Canvas:
         found = np.flatnonzero(self.mask == label)
         if count == 0 or len(found) == 0:
             return np.empty((0, 2))
+        # Twelve draws for each spot wanted, for many lie too close to the border of their region.
         rows, columns = np.divmod(rng.choice(found, 12 * count), self.mask.shape[1])
         reach = round(margin * self.mask.shape[0])
         sides = np.clip([columns - reach, columns + reach], 0, self.mask.shape[1] - 1)
@@ -150,6 +152,7 @@ def _render(
     """Image (H, W, 3) RGB and mask (H, W)."""
     sky, ground, foliage = MOODS[rng.integers(len(MOODS))] + rng.normal(0, 6, (3, 1)).astype(np.float32)
     horizon = rng.uniform(0.16, 0.66)
+    # The cube makes most tilts small; the sign stays.
     canvas = _Canvas(size, tilt=np.radians(14) * rng.uniform(-1, 1) ** 3, background=sky)
     _land(rng, canvas, horizon, difficulty, sky, ground)
 
@@ -160,6 +163,7 @@ def _render(
 
     def add(draw: Callable[..., None], label: int, place: int, most: int, margin: float, **look: Colour) -> None:
         for x, foot in canvas.spots(rng, place, count(most), margin):
+            # Perspective: 0 at the horizon, 1 at the lower edge, and what is near is large.
             near = np.clip((foot - horizon) / (1 - horizon), 0, 1)
             scale = (1.35 - 0.75 * difficulty) * (0.3 + 0.7 * near) * rng.uniform(0.8, 1.2)
             draws.append((foot, partial(draw, rng, canvas, x, foot, scale, label=label, **look)))
@@ -189,8 +193,10 @@ def _land(
     for _ in range(int((rng.random(3) < 0.75 * difficulty).sum())):
         foot = horizon + depth * rng.uniform(0.3, 1)
         radii = np.array((rng.uniform(0.35, 0.75), depth * rng.uniform(0.16, 0.34))) * (1.2 - 0.5 * difficulty)
+        # A lake that reached above the horizon would be sky that is labelled water.
         radii[1] = min(radii[1], foot - horizon - 0.06 * depth)
         shore = _blob(rng, (rng.uniform(0, canvas.aspect), foot), radii, 0.12)
+        # The dark rim above the water is the bank, and stays ground.
         canvas.polygon(np.add(shore, (0, -0.006)), ground * 0.8)
         canvas.polygon(shore, sky, WATER)
 
@@ -203,6 +209,7 @@ def _road(rng: np.random.Generator, canvas: _Canvas, horizon: float) -> None:
     t = np.linspace(0, 1, 24)
     if rng.random() < 0.5:
         start, end = rng.uniform(0.1, 0.9, 2) * canvas.aspect
+        # Equal steps along the road grow towards the viewer, and so does its width.
         y = horizon + 0.01 + (1.2 - horizon) * t**1.5
         half = np.stack([0.012 + 0.3 * t**1.5, 0 * t], 1)
         centre = np.stack([start + (end - start) * t + rng.uniform(-0.5, 0.5) * t * (1 - t) * 2, y], 1)
@@ -213,6 +220,7 @@ def _road(rng: np.random.Generator, canvas: _Canvas, horizon: float) -> None:
     asphalt = ASPHALT + np.float32(rng.normal(0, 10))
     canvas.polygon(np.concatenate([centre - half, (centre + half)[::-1]]), asphalt, ROAD)
     left, right = centre - 0.05 * half, centre + 0.05 * half
+    # The middle line: every second step is a dash of four corners.
     dashes = np.stack([left[1:-1:2], left[2::2], right[2::2], right[1:-1:2]], 1)
     canvas.polygon(dashes, asphalt + 70)
 
@@ -220,6 +228,7 @@ def _road(rng: np.random.Generator, canvas: _Canvas, horizon: float) -> None:
 def _blob(rng: np.random.Generator, centre: tuple[float, float], radii: Points | float, roughness: float) -> Points:
     """A closed wobbly curve, (40, 2)."""
     frequency = np.array((2, 3, 5))
+    # Fast waves are low ones, as on any natural outline.
     height = rng.normal(0, roughness / frequency)
     waves = np.cos(frequency * ANGLES + rng.uniform(0, 6.3, 3)) @ height
     return np.asarray(centre + radii * (1 + waves[:, None]) * CIRCLE)
@@ -243,6 +252,7 @@ def _building(
     roof = _box(x, foot - height, width * 1.12, storey * rng.uniform(0.25, 0.9))
     roof[1:3, 0] += np.array((1, -1)) * width * rng.uniform(0, 0.5)
     canvas.polygon(roof, rng.choice(ROOFS), label)
+    # The window of each floor and column, in storeys from the middle of the building's foot.
     row, column = np.divmod(np.arange(floors * columns), columns)
     corners = np.stack([column - (columns - 1) / 2, -row - 0.25], 1)[:, None] + _box(0, 0, 0.42, 0.58)
     panes = corners * storey + (x, foot)
@@ -278,6 +288,7 @@ def _vehicle(
     rng: np.random.Generator, canvas: _Canvas, x: float, foot: float, scale: float, *, label: int, glass: Colour
 ) -> None:
     """A car or a boat: the same drawing, whatever it rests on."""
+    # A negative width mirrors the drawing.
     size = np.array((rng.choice((-1, 1)), 1)) * 0.34 * scale
     paint = rng.choice(PAINTS) + rng.normal(0, 6, 3).astype(np.float32)
     origin = np.array((x, foot))
@@ -300,16 +311,20 @@ def _photograph(rng: np.random.Generator, canvas: _Canvas, difficulty: float) ->
     amplitude = np.zeros((3, IGNORE_INDEX + 1), np.float32)
     amplitude[:, : len(TEXTURE)] = TEXTURE.T * (0.2 + 0.8 * difficulty)
     texture = sum(row[canvas.mask] * noise for row, noise in zip(amplitude, grain, strict=True))
+    # Contrast is about the mean of each channel, so that hard images are flat but not dark.
     mean = cv2.mean(canvas.image)[:3]
     contrast = 1.05 - 0.6 * difficulty * rng.uniform(0.7, 1)
     light = contrast * (1 + 0.2 * difficulty * _noise(rng, size, (2, 2)))
     merged = cv2.merge([(canvas.image[..., c] + texture - mean[c]) * light + mean[c] for c in range(3)])
+    # In pixels, for the size that the figures were chosen at, 128 rows.
     blur = (0.35 + 0.9 * difficulty * rng.uniform(0.5, 1)) * size[0] / 128
     image = cv2.GaussianBlur(cv2.convertScaleAbs(np.maximum(merged, 0)), (0, 0), blur)
     sigma = 1 + 11 * difficulty * rng.uniform(0.5, 1)
     static = rng.integers(0, 256, image.shape, np.uint8)  # uniform: ten times cheaper than normal, looks the same
+    # Uniform bytes have mean 127.5 and standard deviation 256 / sqrt(12) = 74.
     image = cv2.addWeighted(image, 1, static, sigma / 74, -127.5 * sigma / 74)
 
+    # The rim lies beyond |x|^p + |y|^p = 1, a rectangle with round corners; n pixels have their centres within +-1.
     power = rng.uniform(6, 14)
     y, x = (np.abs(np.linspace(1 / n - 1, 1 - 1 / n, n)) ** power for n in size)
     is_rim = y[:, None] + x > 1

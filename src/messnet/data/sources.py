@@ -99,6 +99,7 @@ def _open_files(options: DataOptions, split: Literal["train", "val"]) -> Segment
         raise DataError("data.source 'folder' needs data.root (a folder) and data.class_names (a list)")
     if root is None:
         raise DataError(f"data.source {source!r} needs data.root: {SOURCES[source]}")
+    # The stages know two splits; a data set may call them otherwise, or offer several to train on.
     name = options.train_split if split == "train" else options.val_split
     if source == "folder":
         return open_folder(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from messnet.data.checks import DatasetReport, ImageFacts
+from messnet.data.checks import DatasetReport
 from messnet.data.groups import near_duplicates, proposed_pattern
 from messnet.data.listings import some
 
@@ -37,6 +37,7 @@ class SplitComparison:
 
 def shared_images(train: DatasetReport, val: DatasetReport) -> tuple[tuple[str, str], ...]:
     """Names, in the first split and in the second, of images with the same pixels."""
+    # Backwards, so that of images with the same pixels the first one gives the name.
     names, others = ({image.content: image.name for image in report.images[::-1]} for report in (train, val))
     return tuple(sorted((names[content], others[content]) for content in names.keys() & others.keys()))
 
@@ -44,6 +45,7 @@ def shared_images(train: DatasetReport, val: DatasetReport) -> tuple[tuple[str, 
 def compare_splits(train: DatasetReport, val: DatasetReport) -> SplitComparison:
     images = (*train.images, *val.images)
     thumbnails = [image.thumbnail for image in images]
+    # What the user has said needs no proposal.
     has_groups = bool(train.groups or val.groups)
     pattern = None if has_groups else proposed_pattern([image.name for image in images], thumbnails)
     # Nearly equal images of both splits together, so that one in each is found too.
@@ -66,18 +68,11 @@ def compare_splits(train: DatasetReport, val: DatasetReport) -> SplitComparison:
         proposed_pattern=pattern,
         near_shared=tuple(near_shared),
         near_val=tuple(near_val),
-        near_groups=tuple(_named(images, members)),
+        # Numbered, not named after one of its images: a name may occur in both splits.
+        near_groups=tuple((images[v].name, f"group{label:05d}") for label, alike in members.items() for v in alike),
         notes=(),
     )
-    notes = tuple(_notes(comparison, train, val))
-    return SplitComparison(**{**vars(comparison), "notes": notes})
-
-
-def _named(images: tuple[ImageFacts, ...], members: dict[int, list[int]]) -> Iterator[tuple[str, str]]:
-    """(name, group) with numbered groups: an image's name may occur in both splits."""
-    for label, alike in members.items():
-        for v in alike:
-            yield images[v].name, f"group{label:05d}"
+    return replace(comparison, notes=tuple(_notes(comparison, train, val)))
 
 
 def _notes(found: SplitComparison, train: DatasetReport, val: DatasetReport) -> Iterator[str]:

@@ -54,6 +54,7 @@ def build_augmentation(options: AugmentOptions) -> Augmentation:
         if not 0 <= value <= 1:
             raise RecipeError(f"{name} lies in [0, 1], not {value}")
 
+    # Colour comes first, while the pixels are bytes and before a crop fills in the mean colour, which stays as it is.
     jitter = v2.ColorJitter(*[options.color_jitter] * 3) if options.color_jitter else v2.Identity()
     flip = v2.RandomHorizontalFlip(options.hflip)
     outside = {tv_tensors.Image: tuple(round(255 * mean) for mean in MEAN), tv_tensors.Mask: IGNORE_INDEX}
@@ -118,6 +119,7 @@ class TrainingStream(Dataset[tuple[Tensor, Tensor]]):
             return self.augment(sample.image, sample.mask)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        # One epoch's order is kept: the stream is read in order, and each worker comes by every epoch.
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset)))
         return self._order[1]

@@ -151,6 +151,7 @@ class Service:
     def end_arrivals(self) -> None:
         """Gives up requests whose bodies have not arrived whole, for the service is about to end."""
         self._started = False
+        # Their time is over now, which is told to each client as any other end of its time.
         for timeout in self._arriving:
             timeout.reschedule(asyncio.get_running_loop().time())
 
@@ -160,6 +161,7 @@ class Service:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         await self._decoders.start()
         answers = await self.worker.start(noise)
+        # Where the caller gave no records of exits there is none to fill.
         for record, answer in zip(self._info.get("exits", ()), answers, strict=False):
             record["warm_up_latency_ms"] = answer.latency_ms
         self._started = True
@@ -261,6 +263,7 @@ class Service:
             choice.image_threshold if stop == "instance" else threshold for choice in self.session.instance.exits
         ]
         refinements = self.worker.refine(image, deadline_ms=deadline_ms, thresholds=thresholds)
+        # With the first line the status is sent: what fails before it can still be told by a status.
         async with self._answered(limit):
             first = await anext(refinements)
         lines = self._lines(first, refinements, limit)
@@ -327,7 +330,7 @@ class Service:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                del body
+                del body  # before waiting for the rest: many such requests may come at once
                 await drain(request.receive, limit, request.headers)
                 raise RequestError(413, f"the body has more than {limit} bytes, which is the limit; scale it down")
         return bytes(body)
@@ -359,7 +362,7 @@ def _number(request: Request, name: str, most: float = float("inf")) -> float | 
     try:
         value = float(text)
     except ValueError:
-        value = float("nan")
+        value = float("nan")  # is in no range, so the line below refuses it as it does "nan" itself
     if not 0 <= value <= most:
         expected = "a number of at least 0" if most == float("inf") else f"a number from 0 to {most:g}"
         raise RequestError(422, f"{name}: expected {expected}, got {text!r}")

@@ -100,6 +100,7 @@ class Worker:
         """Starts taking requests. Returns every exit's answer to the image ``warm_up``, the second time it was run."""
         answers: list[Answer] = []
         await self._in_thread(load_compiled)
+        # The first run also waits for memory and threads, which no later one does.
         for _ in range(2):
             answers = await self._in_thread(lambda: [_answer(result) for result in self._session.anytime(warm_up)])
         self._dispatcher = asyncio.create_task(self._dispatch())
@@ -165,7 +166,7 @@ class Worker:
             except TimeoutError:
                 break
             if not isinstance(job, _Predict) or pixels + job.image.size // 3 > self._max_pixels:
-                if job is None:
+                if job is None:  # the end of all work: it is found again after this batch
                     self._queue.put_nowait(None)
                 self._held = job
                 break
@@ -207,6 +208,7 @@ class Worker:
         stopped: Stopped = "deadline"
         try:
             results = self._session.anytime(job.image, deadline_ms=job.deadline_ms)
+            # Each exit runs when its result is asked for: leaving the loop is what saves the deeper ones.
             for result, threshold in zip(results, job.thresholds, strict=False):
                 answer = _answer(result)
                 put(answer)

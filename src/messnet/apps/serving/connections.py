@@ -75,7 +75,7 @@ class Connection(H11Protocol):
 
     def _await_request(self) -> None:
         self._stop_waiting()
-        self.waiting[self] = None
+        self.waiting[self] = None  # at the end: a dictionary keeps the order in which its keys came
         self._until_request = self.loop.call_later(self.options.header_s, self._no_request, self.loop.time())
 
     def _stop_waiting(self) -> None:

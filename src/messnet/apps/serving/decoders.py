@@ -121,6 +121,7 @@ class Decoders:
     async def decode(self, data: bytes, client: str = "") -> NDArray[np.uint8]:
         """As ``decode_image``; raises RequestError (422) too for an image that takes too long or crashes its decoder.
         Cancel it and the work has ended when it returns."""
+        # Held here by name, for the dictionary itself does not keep it.
         turn = self._turns.setdefault(client, asyncio.Lock())
         async with turn:
             return await self._decode(data)
@@ -130,6 +131,7 @@ class Decoders:
         work = asyncio.get_running_loop().run_in_executor(self._threads, decoder.ask, data)
         ended = True  # unless it answers
         try:
+            # Cancelling what runs in a thread does nothing; killing the process ends it.
             image = await asyncio.shield(work)
             ended = False
         except RequestError:

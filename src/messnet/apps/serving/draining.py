@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
         self._overdue = threading.Timer(options.drain_s + options.timeout_s + _END_S, self._end_now)
         self._overdue.daemon = True
         self._overdue.start()
+        # A signal comes between any two instructions of the loop, where its methods may not be called.
         self._loop.call_soon_threadsafe(self._drain)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -104,6 +105,7 @@ def _connections_that_fit(wanted: int) -> int:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    # Handles are numbered from 0 on, and the lowest free number is given: nearly all below it are in use.
     lowest_free = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest_free)
     left = limit - lowest_free - ACCEPTED_AT_ONCE - _HANDLES_KEPT

@@ -122,7 +122,7 @@ class Gate:
         finally:
             self.answered += 1
             self._addresses[address] -= 1
-            if not self._addresses[address]:
+            if not self._addresses[address]:  # or strangers could fill the memory with addresses
                 del self._addresses[address]
 
     def _refusal(self, headers: Headers, address: str) -> RequestError | None:

@@ -60,6 +60,7 @@ class ServeOptions:
         if self.port > 65535:
             raise RecipeError(f"--port must be at most 65535, got {self.port}")
         for origin in self.cors:
+            # Browsers send scheme, host and port; with a path or a slash at its end it would never be equal.
             parts = urlsplit(origin)
             if origin != "*" and origin != f"{parts.scheme}://{parts.netloc}":
                 raise RecipeError(f"--cors takes an origin such as https://example.org, or *, got {origin!r}")

@@ -53,6 +53,7 @@ def serve(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> N
     with _listening(options) as sock:  # before the model is loaded: a port that is taken is known at once
         service = open_service(path, options, **model)
         host, port = sock.getsockname()[:2]
+        # An IPv6 address stands in brackets in a URL.
         shown = f"[{host}]" if ":" in host else host
         print(f"{service.session.instance.name} of {path}: http://{shown}:{port}/ (ctrl-c stops it)", flush=True)
         run_until_stopped(service, sock)
@@ -82,6 +83,7 @@ def _listening(options: ServeOptions) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
         try:
+            # Or else a service that is started again would wait for the connections of the one before to time out.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
         except BaseException:
