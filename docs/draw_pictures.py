@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import json
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from messnet.images.axes import LIGHT, style
 from messnet.images.drawing import coloured
 from messnet.records.instance import FINAL_HEAD
 from messnet.records.measurements import Gallery, Measurements
@@ -31,40 +29,38 @@ def main() -> None:
     save(draw_exits(gallery), "exits.png")
     save(draw_confidence(gallery), "confidence.png")
     fronts = json.loads((run / "front.json").read_text())["fronts"]
-    save(draw_front(fronts, [(row.macs, row.miou) for row in measurements.rows]), "front.png")
+    save_drawing(draw_front(fronts, [(row.macs, row.miou) for row in measurements.rows]), "front.png")
     row = max(measurements.rows[1:], key=lambda row: row.spread())
     choices = row.instance.exits
     names = {c.exit_index: "final exit" if c.head == FINAL_HEAD else f"exit {c.exit_index}" for c in choices}
     difficulty, taken = np.array(measurements.difficulty), np.array(row.exit_taken)
-    save(
+    save_drawing(
         draw_depth(difficulty, taken, names, choices[-1].exit_index + 1, "difficulty of the generated scene"),
         "depth.png",
     )
 
 
-def draw_exits(gallery: Gallery) -> plt.Figure:
+def draw_exits(gallery: Gallery) -> Figure:
     """An image per row: photograph, what each exit says, labels; the exit taken is framed."""
     num_images, num_exits = gallery.predictions.shape[:2]
-    figure, rows = plt.subplots(
-        num_images, num_exits + 2, figsize=(1.9 * (num_exits + 2), 1.75 * num_images), squeeze=False
-    )
-    for g, axes in enumerate(rows):
+    figure = Figure(figsize=(1.9 * (num_exits + 2), 1.75 * num_images))
+    for g, axes in enumerate(figure.subplots(num_images, num_exits + 2, squeeze=False)):
         show(axes[0], gallery.images[g], "image")
         for e, (index, head) in enumerate(gallery.exits):
             name = "final exit" if head == FINAL_HEAD else f"exit {index}"
             decides = f", {gallery.image_confidence[g, e]:.0%} sure" if head != FINAL_HEAD else ""
             show(axes[e + 1], coloured(gallery.predictions[g, e], gallery.palette), name + decides)
             if index == gallery.exit_taken[g]:
-                for spine in axes[e + 1].spines.values():
-                    spine.set(visible=True, linewidth=3, color="#d1495b")
+                axes[e + 1].spines[:].set(visible=True, linewidth=3, color="#d1495b")
         show(axes[-1], coloured(gallery.masks[g], gallery.palette), "labels")
     figure.tight_layout(pad=0.4)
     return figure
 
 
-def draw_confidence(gallery: Gallery) -> plt.Figure:
+def draw_confidence(gallery: Gallery) -> Figure:
     """The first early exit on the first image: prediction, confidence before and after edge refinement."""
-    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.1), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.1), layout="constrained")
+    axes = figure.subplots(1, 4)
     show(axes[0], gallery.images[0], "image")
     show(
         axes[1],
@@ -82,20 +78,22 @@ def draw_confidence(gallery: Gallery) -> plt.Figure:
     return figure
 
 
-def show(axis: plt.Axes, picture: np.ndarray, title: str) -> None:
+def show(axis: Axes, picture: np.ndarray, title: str) -> None:
     axis.imshow(picture)
     axis.set_title(title, fontsize=9)
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save_drawing(figure: Figure, name: str) -> None:
+    """A drawing of the report, whose colours stand in for the page's own until there is a page."""
     for axis in figure.axes:
-        for line in (*axis.get_xgridlines(), *axis.get_ygridlines()):  # the page sets their colour by its style
-            line.set_color("0.9")
+        style(axis, LIGHT)
+    save(figure, name)
+
+
+def save(figure: Figure, name: str) -> None:
     figure.savefig(PICTURES / name, dpi=110, bbox_inches="tight")
-    plt.close(figure)
     print(PICTURES / name)
 
 
