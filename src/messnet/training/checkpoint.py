@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,29 +23,35 @@ class Checkpoint:
     made_from: str = field(default="", kw_only=True)
     """Fingerprint of the recipe, where a state of another one must not be taken for this one's."""
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self) -> dict[str, object] | None:
         """The last state saved, None if there is none. Raises RunError when it cannot be read."""
         if not self.path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            # A run directory may come from a stranger: weights_only lets the file hold tensors and plain values, no code.
+            # A state saved on an accelerator has to open where there is none, so everything is read to the CPU.
+            state: dict[str, object] = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunError(
                 f"{self.path} cannot be read (damaged, or no checkpoint); delete it to start the stage again"
             ) from error
+        # States from before there were fingerprints have none, and are taken on trust.
         if state.pop("made_from", self.made_from) != self.made_from:
             raise RunError(f"{self.path} was made from another recipe; delete it to start anew with this one")
         return state
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: Mapping[str, object]) -> None:
         """Replaces the last state. Raises RunError when the disk is full or read-only; the last state is whole then."""
-        _save(self.path, state | ({"made_from": self.made_from} if self.made_from else {}))
+        buffer = io.BytesIO()
+        torch.save({**state, **({"made_from": self.made_from} if self.made_from else {})}, buffer)
+        with writing(self.path):
+            write_atomically(self.path, buffer.getvalue())
 
-    def save_best(self, state: dict[str, Any]) -> None:
+    def save_best(self, state: Mapping[str, object]) -> None:
         """Beside the last state: the best one."""
-        _save(self.best.path, state)
+        self.best.save(state)
 
-    def load_best(self) -> dict[str, Any] | None:
+    def load_best(self) -> dict[str, object] | None:
         return self.best.load()
 
     @property
@@ -54,6 +60,7 @@ class Checkpoint:
 
     def expect_writable(self) -> None:
         """Raises RunError when no state could be saved here: before hours are spent, not after."""
+        # A file of its own, for an attempt at the state's own path could destroy the state that is to be resumed.
         probe = self.path.with_name(f".{self.path.name}.probe")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +68,5 @@ class Checkpoint:
             probe.unlink()
 
     def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.path.with_suffix(".best").unlink(missing_ok=True)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with writing(path):
-        write_atomically(path, buffer.getvalue())
+        for path in (self.path, self.best.path):
+            path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,57 +26,79 @@ def fast_dilation(device: torch.device) -> AbstractContextManager[object]:
 
 class _FastDilation(TorchFunctionMode):
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.conv2d and not kwargs and _is_slow(*args):
-            return _Depthwise.apply(args[0], args[1], args[5][0])
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        # nn.Conv2d passes everything by position; a call with keywords is somebody else's, and is left as it is.
+        if func is torch.conv2d and not kwargs and (dilation := _slow_dilation(*args)):  # type: ignore[arg-type]
+            return _Depthwise.apply(*args[:2], dilation)
         return func(*args, **(kwargs or {}))
 
 
-def _is_slow(
+def _slow_dilation(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
     groups: int = 1,
-) -> bool:
-    """As ``nn.Conv2d`` gives them: pairs. Odd square kernel, one dilation for both directions."""
+) -> int:
+    """The dilation of a convolution that has a slow backward pass and a fast one, 0 of others. The arguments are as
+    ``nn.Conv2d`` gives them, pairs; the kernel is odd and square, the dilation the same in both directions."""
     kernel = weight.shape[-1]
-    return (
+    if not (isinstance(dilation, tuple) and dilation[0] == dilation[1] > 1):
+        return 0
+    is_slow = (
         groups == x.shape[1] == len(weight)
         and bias is None
-        and isinstance(dilation, tuple)
-        and dilation[0] == dilation[1] > 1
-        and tuple(stride) == (1, 1)
+        and stride == (1, 1)
         and weight.shape[-2] == kernel
         and kernel % 2 == 1
-        and tuple(padding) == (dilation[0] * (kernel // 2),) * 2
+        and padding == (dilation[0] * (kernel // 2),) * 2
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
+        # Autocast would run the forward pass in bfloat16, and the backward pass would then meet two dtypes.
         and not torch.is_autocast_enabled("cpu")
     )
+    return int(dilation[0]) if is_slow else 0
+
+
+class _Context(Protocol):
+    """What autograd hands to both passes, and what is kept from one to the other."""
+
+    saved_tensors: tuple[Tensor, Tensor]
+    needs_input_grad: tuple[bool, bool, bool]
+    dilation: int
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Depthwise(torch.autograd.Function):
     """y[c] = x[c] * w[c], dilated: (N, C, H, W), (C, 1, k, k), dilation -> (N, C, H, W)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
         return F.conv2d(x, weight, None, 1, dilation * (weight.shape[-1] // 2), dilation, len(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dilation, radius, groups = ctx.dilation, weight.shape[-1] // 2, len(weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
         of_x = of_weight = None
-        if ctx.needs_input_grad[0]:  # the forward pass of the kernel turned round
+        # dx[p] = sum_q w[q] dy[p - q * dilation]: a convolution again, with the kernel turned round. It is dilated too, but
+        # it is a forward pass, and that has a fast dilated kernel.
+        if ctx.needs_input_grad[0]:
             of_x = F.conv2d(grad, weight.flip(2, 3), None, 1, dilation * radius, dilation, groups)
-        if ctx.needs_input_grad[1]:  # each of the dilation^2 interleaved images sees an undilated convolution
+        # dw[q] = sum_p dy[p] x[p + q * dilation]: only pixels that are a multiple of the dilation apart meet. Each of the
+        # dilation^2 interleaved images so sees an undilated convolution, and dw is the sum over them, as over a batch.
+        if ctx.needs_input_grad[1]:
             x, grad = _interleaved(x, dilation), _interleaved(grad, dilation)
             of_weight = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, (1, 1), (radius, radius), (1, 1), False, (0, 0), groups, (False, True, False)

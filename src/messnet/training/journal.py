@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +20,14 @@ from messnet.data import SegmentationDataset
 from messnet.errors import RecipeError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.records.arrays import IntArray
 from messnet.records.files import write_atomically, writing
 from messnet.records.instance import Exit
 from messnet.records.iou import mean_iou, pixel_counts
 from messnet.training.options import LogKind
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["Journal", "Monitor", "Validation", "say"]
 
@@ -66,9 +70,12 @@ class Journal:
         if self.path is not None:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(self._text([row], header=False))
+                # On the disk before the checkpoint that follows, which a power cut could otherwise outlive alone: the
+                # training that goes on from it would never write this row again.
                 file.flush()
                 os.fsync(file.fileno())
         if self._board is not None:
+            # TensorBoard puts what has a slash in its name into one group: "loss/exit0" beside "loss/exit1".
             for name in row.keys() - {"iteration"}:
                 self._board.add_scalar(name.replace(".", "/"), row[name], int(row["iteration"]))
 
@@ -76,7 +83,7 @@ class Journal:
         if self._board is not None:
             self._board.close()
 
-    def _text(self, rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
+    def _text(self, rows: Sequence[Mapping[str, object]], *, header: bool) -> str:
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self.columns, extrasaction="ignore", lineterminator="\n")
         if header:
@@ -94,7 +101,7 @@ class Journal:
         return [row for row in rows if (row.get("iteration") or "").isdigit() and int(row["iteration"]) <= done]
 
 
-def _open_tensorboard(folder: Path, done: int) -> Any:
+def _open_tensorboard(folder: Path, done: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -102,6 +109,7 @@ def _open_tensorboard(folder: Path, done: int) -> Any:
             "compute.log asks for TensorBoard, which is not installed: pip install 'messnet[log]', or log 'csv'"
         ) from error
     with writing(folder):
+        # TensorBoard only appends: it has to be told from which step on the rows of a killed training do not count.
         return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
 
@@ -110,11 +118,14 @@ class Validation:
 
     def __init__(self, dataset: SegmentationDataset, num_images: int) -> None:
         indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
+        # Rounded positions may meet: dict.fromkeys drops repetitions and keeps the order.
         self.dataset, self.indices = dataset, [int(v) for v in dict.fromkeys(indices.tolist())]
         self._samples: list[tuple[Tensor, Tensor]] = []
 
     def look(self, net: MultiExitNet, exits: Sequence[Exit], device: torch.device) -> dict[Exit, ValidationResult]:
         """The mIoU of each exit on the images, one at a time in its own size; ``net`` is in eval mode."""
+        # Read once and kept: it is a handful of images, looked at hundreds of times. Not read by __init__, for training
+        # that is over already looks at none.
         if not self._samples:
             samples = [self.dataset[v] for v in self.indices]
             self._samples = [(torch.from_numpy(normalise(s.image))[None], torch.tensor(s.mask)[None]) for s in samples]
@@ -138,6 +149,6 @@ class ValidationResult:
     """The class that every labelled pixel was taken for, None if there are several."""
 
 
-def _result(intersection: Any, predicted: Any, labelled: Any) -> ValidationResult:
+def _result(intersection: IntArray, predicted: IntArray, labelled: IntArray) -> ValidationResult:
     seen = np.flatnonzero(predicted)
     return ValidationResult(mean_iou(intersection, predicted, labelled), int(seen[0]) if len(seen) == 1 else None)

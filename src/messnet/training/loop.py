@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, closing
+from typing import NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
@@ -25,12 +25,22 @@ from messnet.training.journal import Journal, Monitor, Validation, ValidationRes
 from messnet.training.losses import automatic_class_weights
 from messnet.training.options import ComputeOptions, TrainOptions
 
-__all__ = ["Stage", "class_weights", "diverged", "every", "layout", "mix", "set_learning_rate", "sgd", "train"]
+__all__ = ["Saved", "Stage", "class_weights", "diverged", "every", "layout", "mix", "set_learning_rate", "sgd", "train"]
 
 # Iterations between two looks at the losses: each waits for the device.
 SHOW_EVERY = 10
 # Images whose labels "auto" class weights are counted on: enough for shares, and minutes less on large data sets.
 MAX_COUNTED = 2000
+
+
+class Saved(TypedDict):
+    """What a checkpoint holds of a stage."""
+
+    stage: Mapping[str, object]
+    """As ``Stage.state_dict`` gave it."""
+    iteration: int
+    best: NotRequired[float]
+    """The score of the best state so far; early states lack it."""
 
 
 class Stage(Protocol):
@@ -67,9 +77,9 @@ class Stage(Protocol):
         """The network in eval mode, then as it was."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> Mapping[str, object]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
 
 
 def train(
@@ -88,14 +98,15 @@ def train(
         checkpoint.expect_writable()
         _warn_of_emulation(stage.fabric.device, compute)
     done, best = 0, -math.inf
-    if saved := checkpoint.load():
+    if saved := cast(Saved | None, checkpoint.load()):
         stage.load_state_dict(saved["stage"])
         done, best = int(saved["iteration"]), float(saved.get("best", -math.inf))
+    # Of processes that share each batch only the first writes: all have the same network.
     recorder = _Recorder(name, stage, options, compute, monitor if leads else None, done)
     batch = options.batch_size
     latest: dict[Exit, Tensor] = {}
     with (
-        recorder,
+        closing(recorder),
         tqdm(
             total=options.iterations * batch,
             initial=done * batch,
@@ -109,6 +120,7 @@ def train(
         for iteration, (images, labels) in _batches(dataset, options, compute, stage, done):
             learning_rate = _learning_rate(options, iteration)
             # Of each exit that had a turn since the last record: one early exit has it in an iteration of stage 1.
+            # They stay on the device until they are told, so that it need not be waited for in every iteration.
             latest |= stage.step(iteration, learning_rate, images, labels)
             bar.update(batch)
             saves = iteration % options.checkpoint_every == 0
@@ -119,7 +131,9 @@ def train(
             bar.set_postfix({"iteration": iteration} | {key: f"{value:.3f}" for key, value in shown.items()})
             improves, best = stage.keeps_best and score > best, max(best, score)
             if leads and (saves or improves):
-                state = {"stage": stage.state_dict(), "iteration": iteration, "best": best}
+                state: Saved = {"stage": stage.state_dict(), "iteration": iteration, "best": best}
+                # The best one first: a kill between the two leaves a last state that is repeated from, never one whose
+                # "best" speaks of weights that were not written.
                 if improves:
                     checkpoint.save_best(state)
                 if saves:
@@ -127,6 +141,7 @@ def train(
 
 
 def _warn_of_emulation(device: torch.device, compute: ComputeOptions) -> None:
+    # Only torch's own private check says it: without the instructions oneDNN emulates bfloat16 element by element.
     if device.type == "cpu" and compute.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         say(
             "compute.precision is bf16, which this processor has no instructions for: an iteration may take "
@@ -155,10 +170,7 @@ class _Recorder:
         self.uniform: set[Exit] = set()
         self.has_warned = False
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self.journal is not None:
             self.journal.close()
 
@@ -169,6 +181,7 @@ class _Recorder:
         self, iteration: int, learning_rate: float, losses: Mapping[Exit, Tensor]
     ) -> tuple[dict[str, float], float]:
         """The losses in words, and how good the network is: the mean mIoU of its exits, -inf if none was looked at."""
+        # One transfer for all: each waits until the device has caught up.
         values = torch.stack([*losses.values()]).tolist()
         shown = self.stage.show(iteration, dict(zip(losses, values, strict=True)))
         row = {f"loss.{key}": value for key, value in shown.items()}
@@ -176,6 +189,7 @@ class _Recorder:
         if self.validation is not None and self.is_due(iteration):
             with self.stage.evaluating(), self.stage.fabric.autocast():
                 results = self.validation.look(self.stage.net, self.stage.shown_exits, self.stage.fabric.device)
+            # No class may occur in the few images, or a head may have diverged: NaN, which would compare with nothing.
             score = float(np.nan_to_num(np.mean([result.miou for result in results.values()]), nan=-math.inf))
             row |= {f"miou.{key}": value for key, value in self.stage.summarise(results).items()}
             self._warn(iteration, results)
@@ -203,6 +217,8 @@ def _batches(
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """Iterations from ``done`` + 1 with their images and labels; of parts that share a batch, this process's."""
     fabric, parts, batch = stage.fabric, stage.num_parts, options.batch_size
+    # Unequal shares would weigh images unequally in the mean over processes; a share of one image has no statistics for
+    # a normalisation over globally pooled features.
     if batch % parts or batch // parts < 2:
         raise RecipeError(
             f"{options.section}.batch_size {batch} cannot be shared by {parts} processes: expected a multiple of "
@@ -220,6 +236,8 @@ def _batches(
         stream,
         batch_size=batch // parts,
         collate_fn=stack_samples,
+        # Every image depends on its position in the stream alone, so that to resume is to begin at a later position, and
+        # to share a batch is to take every parts-th one.
         sampler=range(done * batch + rank, len(stream), parts),
         num_workers=compute.num_workers,
         pin_memory=fabric.device.type == "cuda",
@@ -244,13 +262,14 @@ def layout(net: MultiExitNet, device: torch.device) -> torch.memory_format:
     """
     if net.memory_format is torch.contiguous_format:
         return torch.contiguous_format
+    # Depthwise as cuDNN and oneDNN mean it: one filter a channel, and more than one channel.
     convolutions = (m for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
     is_depthwise = any(m.groups == m.in_channels > 1 for m in convolutions)
     return torch.channels_last if is_depthwise or device.type != "cpu" else torch.contiguous_format
 
 
 def sgd(
-    parameters: Iterable[nn.Parameter] | Sequence[dict[str, Any]], options: TrainOptions, *, fused: bool = False
+    parameters: Iterable[nn.Parameter] | Sequence[dict[str, object]], options: TrainOptions, *, fused: bool = False
 ) -> torch.optim.SGD:
     """Stochastic gradient descent with the stage's learning rate, momentum and weight decay.
 
@@ -268,7 +287,9 @@ def sgd(
 
 
 def _learning_rate(options: TrainOptions, iteration: int) -> float:
+    # The linear scaling rule (Goyal et al. 2017): the option is for a batch of 16.
     peak = options.learning_rate * options.batch_size / 16
+    # Iterations are counted from 1, so the first is at the peak and the last is above 0 still.
     poly: float = (1 - (iteration - 1) / options.iterations) ** 0.9
     return peak * poly * min(1.0, iteration / max(options.warmup, 1))
 
@@ -302,11 +323,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def every(labels: Tensor, stride: int) -> Tensor:
     """Labels at the centres of stride x stride cells, whole cells only."""
+    # Bilinear interpolation to 1/stride takes its samples at the centres of the cells (align_corners=False), so the
+    # labels are read there; for an even stride the centre lies between pixels, and the one after it is taken.
     height, width = (length // stride * stride for length in labels.shape[-2:])
     return labels[..., stride // 2 : height : stride, stride // 2 : width : stride]
 
 
 def mix(seed: int, *parts: object) -> int:
+    # A checksum and not hash(): Python salts that of a string anew in every process.
     return zlib.crc32("/".join(map(str, (seed, *parts))).encode())
 
 

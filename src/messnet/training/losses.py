@@ -35,6 +35,7 @@ def cross_entropy(
     ``CE(y, t) = -sum_p w[t_p] log softmax(y_p)[t_p] / sum_p w[t_p]``, w = 1 without class weights. ``normaliser``
     replaces the sum below, where the batch is a part of a larger one.
     """
+    # Summed here and divided below, not reduction="mean": that gives NaN for a batch without a valid pixel.
     total = F.cross_entropy(logits.float(), labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
     weight = pixel_weight(labels, class_weights) if normaliser is None else normaliser
     return total / weight.where(weight > 0, 1)
@@ -55,7 +56,7 @@ def automatic_class_weights(label_pixels: NDArray[np.int64]) -> NDArray[np.float
     if label_pixels.sum() == 0:
         raise DataError("class_weights 'auto' needs labelled pixels: every pixel of the training split is ignored")
     share = label_pixels / label_pixels.sum()
-    weights = 1 / np.log(1.02 + share)
+    weights = 1 / np.log(1.02 + share)  # 1.02 bounds the rarest class's weight: 1 / log(1.02) is about 50
     balanced: NDArray[np.float64] = weights / (share * weights).sum()
     return balanced
 
@@ -103,9 +104,10 @@ def teach(
     """
     valid = labels != IGNORE_INDEX
     num_classes = teacher_logits.shape[1]
+    # one_hot refuses IGNORE_INDEX, which is no class: those pixels pass as class 0 and weigh nothing below.
     onehot = F.one_hot(labels.where(valid, 0), num_classes).movedim(-1, 1).float()
     log_teacher = F.log_softmax(teacher_logits.float(), dim=1)
-    right = teacher_logits.argmax(1) == labels
+    right = teacher_logits.argmax(1) == labels  # the positive filter, 1(argmax y_N = t)
     match loss:
         case "ce":
             label_weight, teacher_weight = valid.float(), torch.zeros_like(valid, dtype=torch.float)
@@ -120,11 +122,15 @@ def teach(
         normaliser = of_pixel.sum()
     else:
         normaliser = valid.sum().float()
+    # KL(q || y) = sum_k q_k log q_k - sum_k q_k log y_k: the second sum is the soft cross-entropy that joins the target,
+    # the first is minus q's entropy, which no student changes and which goes to the constant.
     distribution = log_teacher.exp()
     entropy = -(distribution * log_teacher).sum(1)
     if loss == "self_distillation" and deeper_logits is not None:
         log_deeper = F.log_softmax(deeper_logits.float(), dim=1)
+        # Chosen on the device: an if would wait for it in every iteration.
         log_deeper = log_deeper.where(log_deeper.isfinite().all(), log_teacher)
+        # Half of each KL: both parts of the sum above are linear in (q, q log q), so the teachers are averaged.
         distribution = (distribution + log_deeper.exp()) / 2
         entropy = (entropy - (log_deeper.exp() * log_deeper).sum(1)) / 2
     target = label_weight[:, None] * onehot + teacher_weight[:, None] * distribution
@@ -134,5 +140,7 @@ def teach(
 
 def distillation_loss(logits: Tensor, teacher: Teacher) -> Tensor:
     """The loss of one head; ``logits`` (N, K, H, W) at the teacher's resolution."""
+    # With probabilities for labels cross_entropy sums -target * log softmax(logits), targets of any total: the soft
+    # cross-entropy of ``teach``.
     total = F.cross_entropy(logits.float(), teacher.target, reduction="sum")
     return total / teacher.normaliser + teacher.constant

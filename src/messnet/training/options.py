@@ -71,6 +71,8 @@ class ComputeOptions:
         strategy = DDPStrategy(find_unused_parameters=True)
         if not TorchElasticEnvironment.detect():
             return Fabric(accelerator=accelerator, devices=self.devices, strategy=strategy, precision=precision)
+        # torchrun has started the processes already, on this machine or on several: Fabric must not start others, and
+        # has to be told how many machines there are, which torchrun says only as a quotient.
         world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return Fabric(
             accelerator=accelerator,

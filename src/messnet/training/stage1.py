@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from messnet.data import SegmentationDataset
 from messnet.errors import RecipeError
 from messnet.network.exit_head import plain_head_config
-from messnet.network.multi_exit import MultiExitNet
+from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, ValidationResult
-from messnet.training.loop import class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
+from messnet.training.loop import Saved, class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
 from messnet.training.losses import cross_entropy, pixel_weight
 from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
 
@@ -67,8 +66,13 @@ def pretrain(
     stage = _Pretraining(net, plain, options, fabric, weights)
     train("pretrain", stage, dataset, options, compute, checkpoint, monitor)
     if options.keep == "best" and fabric.global_rank == 0 and (best := checkpoint.load_best()):
-        stage.load_state_dict(best["stage"])
+        stage.load_state_dict(cast(Saved, best)["stage"])
     net.drop_heads()
+
+
+class _State(TypedDict):
+    net: Mapping[str, Tensor]
+    optimizer: dict[str, object]
 
 
 class _Pretraining:
@@ -102,11 +106,14 @@ class _Pretraining:
 
     def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
         set_learning_rate(self.optimizer, learning_rate)
+        # Dropout that depends on the iteration alone, so that a resumed training draws what it would have drawn; but each
+        # process another, or all shares of a batch would drop the same features.
         rank = (self.fabric.global_rank,) if self.num_parts > 1 else ()
         torch.manual_seed(mix(self.options.seed, "pretrain", iteration, *rank))
         active = self._active(iteration)
         size = [length // self.options.loss_stride for length in labels.shape[-2:]]
         labels = every(labels, self.options.loss_stride)
+        # Before the forward pass: processes that wait for each other here do not yet hold its activations.
         normaliser = self._normaliser(labels)
         with fast_dilation(images.device):
             outputs = self.module(images.contiguous(memory_format=self.layout), active, size)
@@ -152,15 +159,16 @@ class _Pretraining:
         yield
         self.net.train()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> _State:
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        saved = cast(_State, state)
+        self.net.load_state_dict(saved["net"])
+        self.optimizer.load_state_dict(saved["optimizer"])
 
 
-def _groups(net: MultiExitNet, options: PretrainOptions) -> list[dict[str, Any]]:
+def _groups(net: MultiExitNet, options: PretrainOptions) -> list[dict[str, object]]:
     """The parameters, those of the heads with the scale of their learning rate."""
     if options.head_learning_rate is None:
         return [{"params": list(net.parameters())}]
@@ -170,6 +178,7 @@ def _groups(net: MultiExitNet, options: PretrainOptions) -> list[dict[str, Any]]
             "pretrain.head_learning_rate needs a final head with parameters of its own, and in this model it has none: "
             "leave the option out"
         )
+    # By identity, for == of two tensors compares their elements.
     known = {id(parameter) for parameter in heads}
     backbone = [parameter for parameter in net.parameters() if id(parameter) not in known]
     return [{"params": backbone}, {"params": heads, "scale": options.head_learning_rate / options.learning_rate}]
@@ -186,13 +195,15 @@ class _ExitAware(nn.Module):
     def forward(self, images: Tensor, active: Sequence[int], size: Sequence[int]) -> list[Tensor]:
         """Logits (N, K, *size) of the active early exits, then of the final one."""
         exits = {i: self.plain[i] for i in active} | {self.net.num_exits - 1: self.net.exits[-1]}
+        # states is lazy: an exit's head runs before the next segment does, and the features of exits that have no turn
+        # are never held.
         states = enumerate(self.net.states(images))
         logits = [self.net.logits(exits[i], state) for i, state in states if i in exits]
-        return [F.interpolate(y, size=tuple(size), mode="bilinear", align_corners=False) for y in logits]
+        return [upsample(y, size) for y in logits]
 
 
 def _mean_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
-    mean = fabric.all_reduce(tensor, reduce_op="mean")
+    mean = fabric.all_reduce(tensor, reduce_op="mean")  # of a collection it makes a collection, hence the assertion
     assert isinstance(mean, Tensor)
     return mean
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
 from messnet.data import SegmentationDataset
 from messnet.errors import RunError
 from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
-from messnet.network.multi_exit import MultiExitNet
+from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
@@ -61,6 +60,7 @@ def distill(
     wanted = space_exits(net, space) if exits is None else tuple(exits)
     teachers = _teachers(net, wanted) if options.loss == "self_distillation" else ()
     net.drop_heads()
+    # Seeded by the recipe and its own name, a head begins with the same weights in whichever shard it is trained.
     for exit in (*wanted, *(exit for exit in teachers if exit not in wanted)):
         net.add_head(exit.exit_index, HeadConfig.parse(exit.head), seed=options.seed)
     stage = _Distillation(net, wanted, options, fabric, weights)
@@ -74,6 +74,15 @@ def _teachers(net: MultiExitNet, wanted: Sequence[Exit]) -> tuple[Exit, ...]:
     """The plain heads that teach the exits before them, from the shallowest of ``wanted`` on."""
     shallowest = min((exit.exit_index for exit in wanted), default=net.num_exits)
     return tuple(Exit(i, plain_head_config().name) for i in range(shallowest + 1, net.num_exits - 1))
+
+
+class _State(TypedDict):
+    """A saved state as it is read: tuples come back as lists. The optional keys are younger than the others."""
+
+    heads: Mapping[str, Tensor]
+    exits: NotRequired[list[tuple[int, str]]]
+    stopped: NotRequired[list[tuple[int, str, int]]]
+    optimizers: list[dict[str, object]]
 
 
 class _Distillation:
@@ -94,6 +103,7 @@ class _Distillation:
         self.options, self.fabric, self.class_weights = options, fabric, class_weights
         self.layout = layout(net, fabric.device)
         self.net = net.eval().to(fabric.device, memory_format=self.layout)  # type: ignore[call-overload]
+        # eval() above keeps the backbone's normalisation statistics; without requires_grad no graph is built through it.
         net.requires_grad_(False)
         net.heads.train().requires_grad_(True)
         self.wanted = frozenset(wanted)
@@ -116,16 +126,17 @@ class _Distillation:
         size = [length // self.options.loss_stride for length in labels.shape[-2:]]
         features, final = self._observe(images.contiguous(memory_format=self.layout), size)
         labels = every(labels, self.options.loss_stride)
-        teacher = self._teach(final, labels, None)
+        teacher = self._teach(final, labels, None)  # also the last early exit's under self-distillation
         losses: dict[Exit, Tensor] = {}
         for i in reversed(self.points):  # a deeper exit teaches the one before it
             deeper = None
             for exit in [exit for exit in self.optimizers if exit.exit_index == i]:
                 loss, logits = self._train_head(exit, iteration, learning_rate, features[i], teacher, size)
                 losses[exit] = loss
+                # Of the heads at a point the plain one teaches, as it was before its own step of this iteration.
                 if self.options.loss == "self_distillation" and exit.head == plain_head_config().name:
                     deeper = logits
-            del features[i]
+            del features[i]  # from the deepest on, so the memory of a step shrinks as it goes
             if self.options.loss == "self_distillation" and i != self.points[0]:
                 teacher = self._teach(final, labels, deeper)
         return losses
@@ -145,8 +156,9 @@ class _Distillation:
                 for i, state in enumerate(self.net.states(images)):
                     features[i] = state.features
                 final = self.net.logits(self.net.exits[-1], state)
-        final = F.interpolate(final.float(), size=tuple(size), mode="bilinear", align_corners=False)
-        return {i: features[i] for i in self.points}, final
+        # Losses are taken in float32: under autocast the logits are bfloat16, whose 8 bits round log-probabilities away.
+        # Features of points without a head are let go here.
+        return {i: features[i] for i in self.points}, upsample(final.float(), size)
 
     def _teach(self, final: Tensor, labels: Tensor, deeper: Tensor | None) -> Teacher:
         return teach(
@@ -170,11 +182,11 @@ class _Distillation:
     ) -> tuple[Tensor, Tensor]:
         """One step of one head; its loss, and its logits before the step."""
         optimizer = self.optimizers[exit]
-        # dropout of a head must not depend on the heads beside it
+        # Seeded for each head: its dropout must not depend on the heads that are trained beside it.
         torch.manual_seed(mix(self.options.seed, *exit, iteration))
         with self.fabric.autocast(), fast_dilation(features.device):
             logits: Tensor = self.net.head(exit)(features)
-        logits = F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+        logits = upsample(logits.float(), size)
         loss = distillation_loss(logits, teacher)
         loss.backward()
         set_learning_rate(optimizer, learning_rate)
@@ -225,7 +237,7 @@ class _Distillation:
         yield
         self.net.heads.train()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {
             "heads": self.net.heads.state_dict(),
             "exits": [list(exit) for exit in self.optimizers],
@@ -233,9 +245,10 @@ class _Distillation:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.values()],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        stopped = {Exit(i, head): iteration for i, head, iteration in state.get("stopped", ())}
-        saved = [Exit(i, head) for i, head in state.get("exits", self.optimizers)]
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        values = cast(_State, state)
+        stopped = {Exit(i, head): iteration for i, head, iteration in values.get("stopped", ())}
+        saved = [Exit(i, head) for i, head in values.get("exits", self.optimizers)]
         if {*saved, *stopped} != {*self.optimizers}:
             raise RunError(
                 "the checkpoint of stage 2 holds other heads than are to be trained: delete it to train these anew"
@@ -243,6 +256,6 @@ class _Distillation:
         self.stopped = stopped
         self.optimizers = {exit: self.optimizers[exit] for exit in saved}
         self.net.drop_heads(keep=saved)
-        self.net.heads.load_state_dict(state["heads"])
-        for optimizer, values in zip(self.optimizers.values(), state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
+        self.net.heads.load_state_dict(values["heads"])
+        for optimizer, one in zip(self.optimizers.values(), values["optimizers"], strict=True):
+            optimizer.load_state_dict(one)
