@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ def evaluate(
     # The layout that a Session runs in: another one rounds otherwise.
     net = net.eval().to(device, memory_format=net.memory_format)  # type: ignore[call-overload]
     positions, marked = _positions(part, len(dataset)), _marked(origin, part)
+    # Devices round differently, so the rows of one table are not made half here, half there.
     key = f"{marked} on {torch.device(device).type}"
     tables = _resumed(checkpoint, key) or _empty(net, dataset, options, marked, num_images=len(positions))
     names, groups, saved = list(tables.image_names), list(tables.groups), time.perf_counter()
@@ -81,6 +82,7 @@ def evaluate(
         _evaluate_image(net, sample, tables, v, options, device)
         names.append(sample.name)
         groups.append(sample.group)
+        # By the clock and not by the image: to save takes longer the more images there are, and images differ in size.
         if checkpoint and time.perf_counter() - saved >= checkpoint_seconds:
             _save(checkpoint, key, replace(tables, image_names=tuple(names), groups=tuple(groups)))
             saved = time.perf_counter()
@@ -111,6 +113,7 @@ def merge_shards(shards: Mapping[Shard, ExitTables], origin: str) -> ExitTables:
             )
     ordered = [shards[part] for part in parts]
     names = [name for tables in ordered for name in tables.image_names]
+    # The parts' rows stand one part after the other; sorting their positions in the split puts every image back.
     order = np.argsort(np.concatenate([_positions(part, len(names)) for part in parts]))
 
     def joined(arrays: list[NDArray[_Scalar]]) -> NDArray[_Scalar]:
@@ -158,6 +161,7 @@ def _evaluate_image(
         states = list(net.states(image))
         for h, exit in enumerate(net.exits):
             logits = net.logits(exit, states[exit.exit_index])
+            # An argmax or a maximum over NaN would give a plausible label or confidence: stop before one is written.
             _expect_finite(logits, exit, sample.name)
             stride = net.exit_points[exit.exit_index].output_stride
             for p, policy in enumerate(options.policies):
@@ -172,6 +176,7 @@ def _count(prediction: Tensor, label: Tensor, num_classes: int) -> tuple[IntArra
     if prediction.device.type == "cpu":
         return pixel_counts(prediction.numpy(), label.numpy(), num_classes)
     side = num_classes + 1
+    # One number for each (label, prediction), as in pixel_counts: IGNORE_INDEX is clamped to the row that is left out.
     joint = torch.bincount((label.long().clamp(max=num_classes) * side + prediction).flatten(), minlength=side * side)
     return counts_of(joint.cpu().numpy().reshape(side, side))
 
@@ -205,6 +210,24 @@ def _empty(
     )
 
 
+class _Fixed(TypedDict):
+    class_names: list[str]
+    exits: list[tuple[int, str]]
+    policies: list[str]
+    pixel_thresholds: list[float]
+    origin: str
+
+
+class _State(TypedDict):
+    """A saved state as it is read: tuples come back as lists."""
+
+    key: str
+    image_names: list[str]
+    groups: NotRequired[list[str]]
+    fixed: _Fixed
+    arrays: dict[str, Tensor]
+
+
 def _save(checkpoint: Checkpoint, key: str, tables: ExitTables) -> None:
     arrays = {name: torch.from_numpy(getattr(tables, name)) for name in _ARRAYS}
     fixed = {
@@ -227,7 +250,7 @@ def _save(checkpoint: Checkpoint, key: str, tables: ExitTables) -> None:
 
 def _resumed(checkpoint: Checkpoint | None, key: str) -> ExitTables | None:
     """The tables as they were last saved; None where nothing was, or something else."""
-    state = checkpoint.load() if checkpoint else None
+    state = cast(_State | None, checkpoint.load() if checkpoint else None)
     if state is None or state.get("key") != key:
         return None
     fixed = state["fixed"]

@@ -82,6 +82,7 @@ def profile(
         )
 
     sizes, last = net.segment_parameters(), net.num_exits - 1
+    # Operators are told of the user's own model alone: segments and final head, without what early exits add.
     own = [*(_Part("segment", k) for k in range(net.num_exits)), _Part("head", *net.exits[-1])]
     operators, uncounted = Counter[str](), Counter[str]()
     for part in own:
@@ -116,7 +117,8 @@ def _count(net: MultiExitNet, shape: tuple[int, ...], dtype: torch.dtype) -> dic
     except UncopyableError:
         with in_eval_mode(net):
             return _count_on(net, shape, device_of(net))
-    except Exception:  # a model that looks at values has to compute them
+    # A model that looks at values (an if on a tensor, a .item()) cannot run without any: it has to compute them.
+    except Exception:
         copied = copy_module(
             net, lambda tensor: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         )
@@ -147,6 +149,8 @@ def _count_on(net: MultiExitNet, shape: tuple[int, ...], device: torch.device | 
 
 
 def _time(net: MultiExitNet, shape: tuple[int, ...], options: LatencyOptions) -> Stopwatch:
+    # Random values, for zeros may be faster: processors and accelerators clock by the power that they draw. Seeded, so
+    # that one measurement is like another.
     watch = Stopwatch(options.device)
     x = options.convert(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     x = x.contiguous(memory_format=net.memory_format)
@@ -183,6 +187,7 @@ def _run_early_exits(
         for exit in heads:
             with around(_Part("head", *exit)):
                 net.logits(exit, state)
+        # A decision and an output cost the same whichever head gave the logits; without a head zeros of their shape do.
         blank = state.features.new_zeros(len(state.features), net.num_classes, *state.features.shape[-2:])
         logits = net.logits(heads[0], state) if heads else blank
         with around(_Part("policy", k)):
@@ -197,5 +202,6 @@ def _label(logits: Tensor, size: tuple[int, ...]) -> None:
 
 
 def _to_host(result: Tensor) -> None:
+    # Labels and decisions end on the processor, as in a session: the transfer is a part of what they cost.
     if not result.is_meta:
         result.cpu()

@@ -47,6 +47,8 @@ def break_even(costs: CostTable, exit: Exit, name: CostName = "macs") -> BreakEv
         raise RecipeError(f"no image pays {name}: expected one of {', '.join(_PAID_BY_AN_IMAGE)}")
     model, column = costs.total(name), costs.column(name, [exit])
     cut, head, decision = column.leaving()[0], column.heads[0], column.policies[0]
+    # ``cut`` is segments + head + output, so cut - head is what an image pays up to this exit and for its labels,
+    # whatever becomes of the head: the rest is what is left to save, the divisor of the module's formula.
     rest = model - (cut - head)
     return BreakEven(
         exit=exit,
@@ -82,6 +84,7 @@ def _cheapest(costs: CostTable, name: CostName) -> list[BreakEven]:
     for exit in costs.heads:
         if exit != costs.final_exit:
             one = break_even(costs, exit, name)
+            # Segments and decision are the same for all heads of a point, so the least surcharge is the cheapest head.
             rival = found.setdefault(exit.exit_index, one)
             found[exit.exit_index] = min(rival, one, key=lambda each: each.surcharge)
     return [found[index] for index in sorted(found)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ class Stopwatch:
     @contextmanager
     def lap(self, name: Hashable) -> Iterator[None]:
         """Times the block, from an idle device until the device is idle again."""
+        # An accelerator is given work and computes it later: without the first wait the block would be charged for what
+        # came before it, without the second it would seem to take no time.
         self._synchronise()
         start = self._now()
         yield
@@ -110,6 +112,7 @@ class Stopwatch:
             if seconds > options.max_seconds / 10:
                 break  # long enough to be warm
         self.laps.clear()
+        # The last round of warming up says how long one takes.
         affordable, rounds = max(MIN_ROUNDS, int(options.max_seconds / max(seconds, 1e-9))), list[float]()
         for _ in trange(min(options.repeats, affordable), desc=desc, unit="round", mininterval=2, dynamic_ncols=True):
             start = self._now()
@@ -136,6 +139,7 @@ def median_spread(values: Sequence[float]) -> float:
     about normal with standard deviation sqrt(n) / 2 (Conover, Practical Nonparametric Statistics, section 3.2).
     """
     n = len(values)
+    # Ranks from 1: the interval goes from the low-th smallest value to the low-th largest.
     low = math.floor((n - 1.96 * math.sqrt(n)) / 2)
     if n < 6 or low < 1:
         return math.inf
@@ -151,9 +155,10 @@ def node_latencies(graph_module: fx.GraphModule, example_input: Tensor, *, repea
     watch = Stopwatch(example_input.device)
 
     class Interpreter(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
+        def run_node(self, n: fx.Node) -> object:
             with watch.lap(n.name):
-                return super().run_node(n)
+                result: object = super().run_node(n)
+            return result
 
     options = LatencyOptions(device=str(example_input.device), repeats=repeats)
     for layout in (torch.channels_last, torch.contiguous_format):

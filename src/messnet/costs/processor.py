@@ -45,6 +45,8 @@ def spin_briefly() -> None:
 @cache
 def _physical_cores() -> int:
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    # Two logical processors of one core share its arithmetic units, so a second thread on it gains little or nothing.
+    # Core numbers begin anew on each socket: only the pair names a core.
     cores, number, socket = set(), 0, ""
     for name, value in _cpuinfo():  # of each logical processor: its number, its socket, then its core
         if name == "processor" and value.isdecimal():

@@ -18,10 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,7 +78,7 @@ class Meter(TorchDispatchMode):
         self.macs = _counter()
         self._alive = WeakIdKeyDictionary()
         self._peak = 0
-        self._calls: Counter[Any] = Counter()
+        self._calls: Counter[OpOverloadPacket] = Counter()
 
     @contextmanager
     def part(self, name: Hashable) -> Iterator[None]:
@@ -95,13 +96,22 @@ class Meter(TorchDispatchMode):
             memory_bytes=self._peak,
         )
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        result: object = func(*args, **(kwargs or {}))
         read = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
         made = {storage for tensor in _tensors(result) if id(storage := tensor.untyped_storage()) not in read}
+        # A result in a storage that was read is a view or an operation in place, and takes no memory of its own. The
+        # dictionary holds storages weakly: one that nobody refers to any more drops out of the sum by itself.
         for storage in made:
             self._alive[storage] = storage.nbytes()
         self._peak = max(self._peak, sum(self._alive.values()))
+        # What reads nothing makes constants, and what neither makes nor changes a storage is a view: neither is work.
         if read and (made or func._schema.is_mutable):
             self._calls[func.overloadpacket] += 1
         return result
@@ -207,6 +217,8 @@ def copy_module(module: _Module, convert: Callable[[Tensor], Tensor]) -> _Module
     hooked = [name for name, part in module.named_modules() if users_hooks(part)]
     if unsafe := sorted({*hooked} - _nodes(module)):
         raise UncopyableError(f"{unsafe[0]} has a forward hook, which may keep what it sees in the original")
+    # deepcopy takes what it finds in its memo for copied already: each tensor's converted copy is put there beforehand,
+    # so that the weights are never copied first and converted afterwards.
     memo: dict[int, object] = {}
     for tensor in (*module.parameters(), *module.buffers(), *_held_tensors(module)):
         converted = convert(tensor.detach())
@@ -256,16 +268,16 @@ def _held_tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for values in held for tensor in _tensors(values)]
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def _tensors(values: object) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _flops(counter: FlopCounterMode) -> dict[Any, int]:
+def _flops(counter: FlopCounterMode) -> dict[OpOverloadPacket, int]:
     """By operator; a multiply-accumulate is two operations."""
     return dict(counter.get_flop_counts().get("Global", {}))
 
 
-def _workload(flops: dict[Any, int]) -> Workload:
+def _workload(flops: dict[OpOverloadPacket, int]) -> Workload:
     extra = sum(value for operator, value in flops.items() if operator in _PAPER_ONLY)
     total = sum(flops.values())
     return Workload(macs=(total - extra) / 2, macs_paper=total / 2)
@@ -276,6 +288,7 @@ Shape = tuple[int, ...]
 
 
 def _batch_norm(input_shape: Shape, *_: object, **__: object) -> int:
+    # Two multiply-accumulates an element, the paper's figure, though normalisation folds into one.
     return 2 * 2 * math.prod(input_shape)
 
 
@@ -350,6 +363,7 @@ _UNKNOWN_TO_TORCH = {
 
 
 def _counter() -> FlopCounterMode:
+    # The paper's extra operators are counted along always, and subtracted for the "conv" convention by ``_workload``.
     formulas = {**_PAPER_ONLY, **_UNKNOWN_TO_TORCH}
     if hasattr(torch.ops.torchvision, "deform_conv2d"):  # where torchvision is loaded
         formulas[torch.ops.torchvision.deform_conv2d] = _deformable

@@ -28,8 +28,8 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            # A run directory may come from a stranger: weights_only lets the file hold tensors and plain values, no code.
-            # A state saved on an accelerator has to open where there is none, so everything is read to the CPU.
+            # A run directory may come from a stranger: weights_only lets the file hold tensors and plain values, no
+            # code. A state saved on an accelerator has to open where there is none, so everything is read to the CPU.
             state: dict[str, object] = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunError(

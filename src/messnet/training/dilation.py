@@ -92,12 +92,13 @@ class _Depthwise(torch.autograd.Function):
         dilation, radius, groups = ctx.dilation, weight.shape[-1] // 2, len(weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
         of_x = of_weight = None
-        # dx[p] = sum_q w[q] dy[p - q * dilation]: a convolution again, with the kernel turned round. It is dilated too, but
-        # it is a forward pass, and that has a fast dilated kernel.
+        # dx[p] = sum_q w[q] dy[p - q * dilation]: a convolution again, with the kernel turned round. It is dilated too,
+        # but it is a forward pass, and that has a fast dilated kernel.
         if ctx.needs_input_grad[0]:
             of_x = F.conv2d(grad, weight.flip(2, 3), None, 1, dilation * radius, dilation, groups)
-        # dw[q] = sum_p dy[p] x[p + q * dilation]: only pixels that are a multiple of the dilation apart meet. Each of the
-        # dilation^2 interleaved images so sees an undilated convolution, and dw is the sum over them, as over a batch.
+        # dw[q] = sum_p dy[p] x[p + q * dilation]: only pixels that are a multiple of the dilation apart meet. Each of
+        # the dilation^2 interleaved images so sees an undilated convolution, and dw is the sum over them, as over a
+        # batch.
         if ctx.needs_input_grad[1]:
             x, grad = _interleaved(x, dilation), _interleaved(grad, dilation)
             of_weight = torch.ops.aten.convolution_backward(

@@ -236,8 +236,8 @@ def _batches(
         stream,
         batch_size=batch // parts,
         collate_fn=stack_samples,
-        # Every image depends on its position in the stream alone, so that to resume is to begin at a later position, and
-        # to share a batch is to take every parts-th one.
+        # Every image depends on its position in the stream alone, so that to resume is to begin at a later position,
+        # and to share a batch is to take every parts-th one.
         sampler=range(done * batch + rank, len(stream), parts),
         num_workers=compute.num_workers,
         pin_memory=fabric.device.type == "cuda",
@@ -262,7 +262,7 @@ def layout(net: MultiExitNet, device: torch.device) -> torch.memory_format:
     """
     if net.memory_format is torch.contiguous_format:
         return torch.contiguous_format
-    # Depthwise as cuDNN and oneDNN mean it: one filter a channel, and more than one channel.
+    # Depthwise is one filter a channel; a convolution of a single channel has one too and is dense.
     convolutions = (m for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
     is_depthwise = any(m.groups == m.in_channels > 1 for m in convolutions)
     return torch.channels_last if is_depthwise or device.type != "cpu" else torch.contiguous_format

@@ -122,8 +122,8 @@ def teach(
         normaliser = of_pixel.sum()
     else:
         normaliser = valid.sum().float()
-    # KL(q || y) = sum_k q_k log q_k - sum_k q_k log y_k: the second sum is the soft cross-entropy that joins the target,
-    # the first is minus q's entropy, which no student changes and which goes to the constant.
+    # KL(q || y) = sum_k q_k log q_k - sum_k q_k log y_k: the second sum is the soft cross-entropy that joins the
+    # target, the first is minus q's entropy, which no student changes and which goes to the constant.
     distribution = log_teacher.exp()
     entropy = -(distribution * log_teacher).sum(1)
     if loss == "self_distillation" and deeper_logits is not None:

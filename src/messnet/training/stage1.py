@@ -106,14 +106,13 @@ class _Pretraining:
 
     def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
         set_learning_rate(self.optimizer, learning_rate)
-        # Dropout that depends on the iteration alone, so that a resumed training draws what it would have drawn; but each
-        # process another, or all shares of a batch would drop the same features.
+        # Dropout that depends on the iteration alone, so that a resumed training draws what it would have drawn; but
+        # each process another, or all shares of a batch would drop the same features.
         rank = (self.fabric.global_rank,) if self.num_parts > 1 else ()
         torch.manual_seed(mix(self.options.seed, "pretrain", iteration, *rank))
         active = self._active(iteration)
         size = [length // self.options.loss_stride for length in labels.shape[-2:]]
         labels = every(labels, self.options.loss_stride)
-        # Before the forward pass: processes that wait for each other here do not yet hold its activations.
         normaliser = self._normaliser(labels)
         with fast_dilation(images.device):
             outputs = self.module(images.contiguous(memory_format=self.layout), active, size)

@@ -103,7 +103,8 @@ class _Distillation:
         self.options, self.fabric, self.class_weights = options, fabric, class_weights
         self.layout = layout(net, fabric.device)
         self.net = net.eval().to(fabric.device, memory_format=self.layout)  # type: ignore[call-overload]
-        # eval() above keeps the backbone's normalisation statistics; without requires_grad no graph is built through it.
+        # eval() above keeps the backbone's normalisation statistics; without requires_grad no graph is built through
+        # it.
         net.requires_grad_(False)
         net.heads.train().requires_grad_(True)
         self.wanted = frozenset(wanted)
@@ -156,8 +157,8 @@ class _Distillation:
                 for i, state in enumerate(self.net.states(images)):
                     features[i] = state.features
                 final = self.net.logits(self.net.exits[-1], state)
-        # Losses are taken in float32: under autocast the logits are bfloat16, whose 8 bits round log-probabilities away.
-        # Features of points without a head are let go here.
+        # Losses are taken in float32: under autocast the logits are bfloat16, whose 8 bits round log-probabilities
+        # away. Features of points without a head are let go here.
         return {i: features[i] for i in self.points}, upsample(final.float(), size)
 
     def _teach(self, final: Tensor, labels: Tensor, deeper: Tensor | None) -> Teacher:

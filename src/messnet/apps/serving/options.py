@@ -19,7 +19,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every one that the machine has."""
     port: int = 8000
-    """0: any free one."""
+    """0 takes a free one."""
     max_body_mb: float = 16.0
     """Of a request, in 10^6 bytes; more is 413."""
     max_pixels: int = 2**22
@@ -44,9 +44,9 @@ class ServeOptions:
     """After SIGTERM: how long connections that stand may bring one more request. What has been accepted is answered
     within ``timeout_s`` more, and then the process ends whatever is left."""
     proxy: str | None = None
-    """Address of a proxy in front, whose X-Forwarded-For is believed; None: nobody's."""
+    """Address of a proxy in front, whose X-Forwarded-For is believed; by default nobody's."""
     cors: tuple[str, ...] = ()
-    """Origins (https://example.org, or *) whose pages may ask; none: only the service's own page."""
+    """Origins (https://example.org, or *) whose pages may ask; by default only the service's own page."""
 
     def __post_init__(self) -> None:
         least = {"port": 0, "max_pixels": 1, "max_queue": 1, "max_concurrency": 1, "max_connections": 1}
