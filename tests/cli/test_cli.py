@@ -359,7 +359,7 @@ def test_bad_profiles(tiny_run: Path, tmp_path: Path, fails: Callable[..., str])
     assert "no recipe" in fails("profile", tmp_path / "run")
     assert "--model.wdth" in fails("profile", "mobilenetv2_fcn", "--model.wdth", "2")
     assert "at least 1" in fails("profile", tiny_run, "--measure", "--batch", "0")
-    assert "cannot write the plot" in fails("profile", tiny_run, "--plot", tmp_path / "cuts.text")
+    assert "is no picture" in fails("profile", tiny_run, "--plot", tmp_path / "cuts.text")
     message = fails("search", tiny_run, "--name", "x", "--costs", tmp_path / "missing.json")
     assert "missing.json" in message
     assert "--measure" in message

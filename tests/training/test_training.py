@@ -252,7 +252,7 @@ def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert ComputeOptions().fabric().device == torch.device("cpu")
     with pytest.raises(RecipeError, match="torch sees no CUDA device"):
         ComputeOptions(device="cuda").fabric()
-    with pytest.raises(RecipeError, match="must be 'auto', 'cpu' or 'cuda', got 'tpu'"):
+    with pytest.raises(RecipeError, match="must be 'auto', 'cpu', 'cuda' or 'mps', got 'tpu'"):
         ComputeOptions(device="tpu").fabric()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -16,9 +17,12 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from messnet import __version__
 from messnet.errors import MessError, needing_extras, one_line
+from messnet.records.files import write_atomically
 from messnet.records.names import Precision, RuntimeName, precision_named, runtime_named
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from messnet.records.run_directory import RunDirectory
     from messnet.run.recipe import Recipe
     from messnet.run.run import Run
@@ -33,6 +37,7 @@ __all__ = [
     "app",
     "do_stage",
     "examples",
+    "expect_picture",
     "main",
     "named_runtime",
     "open_target",
@@ -40,6 +45,7 @@ __all__ = [
     "print_table",
     "quieten",
     "recipe_of",
+    "save_figure",
     "say",
 ]
 
@@ -82,6 +88,7 @@ PrecisionOption = Annotated[Precision, Parameter(converter=_precision)]
 RuntimeOption = Annotated[RuntimeName, Parameter(converter=named_runtime)]
 
 
+# The verbs that go on where they were stopped when they are given once more.
 _RESUMED = {"run", "pretrain", "distill", "evaluate", "search", "report"}
 
 
@@ -90,7 +97,10 @@ def main(tokens: Sequence[str] | None = None) -> None:
     (who read the output went away, as `| head` does)."""
     try:
         with needing_extras():
+            # cyclopts would print its errors in a box and exit with 1: here every fault of the user's is one line and
+            # 2.
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        # Here and not when the interpreter ends, where a reader that went away can no longer be answered with 141.
         sys.stdout.flush()
     except (MessError, CycloptsError) as error:
         print(f"messnet: {one_line(str(error))}", file=sys.stderr)
@@ -99,6 +109,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
         raise SystemExit(141) from None
     except OSError as error:
+        # Without a name it is no file of the user's (a socket, a bug): that keeps its traceback.
         if error.filename is None:
             raise
         reason = f"{error.filename}: {error.strerror}"
@@ -129,6 +140,7 @@ def recipe_of(target: Path, overrides: Sequence[str]) -> Recipe:
 
 def do_stage(stage: str, target: Path, overrides: Sequence[str], out: Path | None, *, quiet: bool = False) -> Run:
     opened = open_target(target, overrides, out)
+    # Imports that bring torch stand inside the verbs: --help, and an error in the arguments, come at once without it.
     from messnet.run.stages import run_stage
 
     say(stage, run_stage(opened, stage), quiet)
@@ -161,6 +173,22 @@ def plain_name(name: str) -> str:
     return name
 
 
+def expect_picture(path: Path) -> None:
+    """Before any work is done: raises MessError for the name of a plot whose ending is no kind of picture."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise MessError(f"--plot {path} is no picture: its name ends in one of {', '.join(sorted(kinds))}")
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: float) -> None:
+    """Written whole or not at all, in the kind that the name ends in."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=dpi)
+    write_atomically(path, buffer.getvalue())
+
+
 def quieten() -> None:
     """Libraries' advice to developers is no news to the user of a command; a minute of silence is."""
     warnings.filterwarnings("ignore", module="lightning.*")
@@ -170,6 +198,7 @@ def quieten() -> None:
 @cache
 def _tell_of_compiling() -> None:
     """A line before numba compiles the first of the inner loops that no earlier command left on the disk."""
+    # Without numba NumPy and graphs do the inner loops, and nothing is compiled.
     if find_spec("numba") is None:
         return
     from numba.core import event
@@ -182,7 +211,7 @@ def _tell_of_compiling() -> None:
             if not self.told:
                 line = "messnet: compiling inner loops for this processor, once: up to a minute"
                 tqdm.write(line, file=sys.stderr)  # above a bar
-            self.told = True
+            self.told = True  # loops call one another: numba tells of each
 
         def on_end(self, event: object) -> None:
             pass

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, Overrides, app, examples, recipe_of
+from messnet.cli.app import AsJson, Overrides, Target, app, examples, recipe_of, save_figure
 from messnet.errors import DataError, MessError
+from messnet.records.files import write_atomically
 
 if TYPE_CHECKING:
     from messnet.data import SegmentationDataset
@@ -23,7 +28,6 @@ __all__ = ["check_data", "init", "recipe"]
 Data = Annotated[
     Path, Parameter(help="A recipe (YAML), a run's directory, or the folder of a data set, with --data.source.")
 ]
-Target = Annotated[Path, Parameter(help="A recipe (YAML), or the directory of a run, which remembers its recipe.")]
 UNNAMED = tuple(str(k) for k in range(255))
 """Class names of a folder that none were given for; those that no mask has are left out of the report."""
 
@@ -59,9 +63,11 @@ def check_data(
     reports, datasets = _check_splits(recipe.data)
     if not datasets:
         raise MessError("; ".join(dict.fromkeys(line for found in reports.values() for line in found.problems)))
+    # Images that both splits have flatter every figure of the run: looked for whatever else is wrong.
     both = compare_splits(reports["train"], reports["val"])
     # A folder alone has no recipe yet that could be refused.
     refused = () if _is_folder(target) or len(datasets) < 2 else recipe_problems(recipe, *reports.values())
+    # Drawn and written before a problem ends the command: they are what one looks at to find it.
     if plot is not None:
         _plot(reports, datasets, plot)
     if groups is not None:
@@ -104,8 +110,6 @@ def _is_folder(target: Path) -> bool:
 
 def _recipe_to_check(target: Path, overrides: Sequence[str]) -> tuple[Recipe, bool]:
     """The recipe, and whether class names were made up."""
-    from dataclasses import replace
-
     if not _is_folder(target):
         return recipe_of(target, overrides), False
     from messnet.run.recipe import recipe_from_record
@@ -122,9 +126,6 @@ def _recipe_to_check(target: Path, overrides: Sequence[str]) -> tuple[Recipe, bo
 
 def _check_splits(options: DataOptions) -> tuple[dict[str, DatasetReport], dict[str, SegmentationDataset]]:
     """Reports of both splits, and those data sets that could be opened."""
-    from dataclasses import replace
-    from functools import partial
-
     from tqdm import tqdm
 
     from messnet.data.checks import check_dataset, failed_report
@@ -136,7 +137,9 @@ def _check_splits(options: DataOptions) -> tuple[dict[str, DatasetReport], dict[
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     for split in splits:
         try:
+            # Every image is read once: a cache would hold the whole data set for nothing.
             dataset = open_dataset(replace(options, cache=False), split)
+        # A split that cannot be opened is one more line of the report, and the other split is read all the same.
         except DataError as error:
             reports[split] = failed_report(error)
             continue
@@ -147,8 +150,6 @@ def _check_splits(options: DataOptions) -> tuple[dict[str, DatasetReport], dict[
 
 
 def _without_absent(report: DatasetReport) -> DatasetReport:
-    from dataclasses import replace
-
     seen = {name: share for name, share in report.class_share.items() if share}
     return replace(
         report,
@@ -159,11 +160,7 @@ def _without_absent(report: DatasetReport) -> DatasetReport:
 
 
 def _write_groups(rows: Sequence[tuple[str, str]], path: Path) -> None:
-    import csv
-    import io
-
     from messnet.data.listings import some
-    from messnet.records.files import write_atomically
 
     groups: dict[str, str] = {}
     if twice := [name for name, group in rows if groups.setdefault(name, group) != group]:
@@ -174,20 +171,12 @@ def _write_groups(rows: Sequence[tuple[str, str]], path: Path) -> None:
 
 
 def _plot(reports: Mapping[str, DatasetReport], datasets: Mapping[str, SegmentationDataset], path: Path) -> None:
-    import io
-
     from messnet.data.pictures import draw_dataset, typical_samples
-    from messnet.records.files import write_atomically
 
     each = 6 // len(datasets)
     samples = [(split, one) for split, dataset in datasets.items() for one in typical_samples(dataset, each)]
     figure = draw_dataset(reports, samples, next(iter(datasets.values())).palette)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=110)
-    try:
-        write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise MessError(f"cannot write the plot: {error}") from error
+    save_figure(figure, path, dpi=110)
 
 
 @app.command(help_epilogue=examples("init photos/", "init photos/ --out photos.yaml"))
@@ -198,11 +187,8 @@ def init(
 ) -> None:
     """Look at a folder of images and masks, and write a commented recipe for it: classes, void, groups, sizes, class
     weights."""
-    from functools import partial
-
     from tqdm import tqdm
 
-    from messnet.records.files import write_atomically
     from messnet.run.proposal import propose_recipe
 
     if out.exists():

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, app, examples, named_runtime, quieten
 from messnet.errors import MessError, RecipeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["export"]
 
@@ -89,7 +93,7 @@ def export(
         )
 
 
-def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[Any] | None:
+def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[NDArray[np.uint8]] | None:
     """Some of those that are ``named``, or of the run's validation images; None where there are none to be read."""
     from messnet.apps.predictions import image_files
     from messnet.deployment.bundle import is_bundle
@@ -98,9 +102,11 @@ def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[An
 
     if named:
         files = image_files(named)
+        # Evenly spread, for neighbours in a listing are often alike; -(-a // b) rounds up, so there are never more.
         return [read_image(file) for file in files[:: -(-len(files) // at_most)]]
     if is_bundle(target):
         return None
+    # A run outlives its data set: where that is gone, graphs are checked on generated images, and the output says so.
     try:
         val = open_run(target).dataset("val")
         return [val[v].image for v in range(0, len(val), -(-len(val) // at_most))]

@@ -1,4 +1,4 @@
-"""evaluate: what every exit does to every validation image, in one go or in shards."""
+"""``messnet evaluate``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from messnet.cli.app import AsJson, Out, Overrides, Target, app, do_stage, examples, open_target
+from messnet.errors import RecipeError
+from messnet.records.shard import Shard
 
 __all__ = ["evaluate"]
 
@@ -32,11 +34,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
-    from messnet.errors import RecipeError
-    from messnet.records.shard import Shard
-
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")
+    # A shard has rows of some images only, of which no mIoU is told: that is for the tables that --merge makes.
     if shard:
         part = Shard.parse(shard)
         opened = open_target(target, overrides, out)

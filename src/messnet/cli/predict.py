@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -15,6 +16,7 @@ from messnet.cli.app import AsJson, PrecisionOption, RuntimeOption, app, example
 from messnet.errors import DataError, RecipeError, needing_extras
 
 if TYPE_CHECKING:
+    from messnet.apps.video import VideoOptions
     from messnet.deployment.session import Session
 
 __all__ = ["predict"]
@@ -95,15 +97,24 @@ def predict(
     from messnet.apps.predictions import PredictOptions, image_files, predict_files
     from messnet.deployment.loading import load
 
+    # Opened when the arguments are known to be good: a network takes seconds to load, a wrong option should take none.
     def open_session() -> Session:
-        how: dict[str, Any] = {"device": device, "runtime": runtime, "precision": precision, "threads": threads}
-        session = load(target, instance=instance, model=model, **how)
+        session = load(
+            target,
+            instance=instance,
+            device=device,
+            runtime=runtime,
+            precision=precision,
+            threads=threads,
+            model=model,
+        )
         if runtime is None and session.runtime != "torch":
             why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
             print(f"messnet: {session.runtime} computes, for {why}", file=sys.stderr)
         return session
 
     sources = _videos(images, camera)
+    # None where an option was not given: what is left in these belongs to the other kind of input.
     of_images = {"--batch-size": batch_size if batch_size != 1 else None, "--deadline-ms": deadline_ms, "--tile": tile}
     of_videos = {"--frame-budget-ms": frame_budget_ms, "--fps-budget": fps_budget, "--hysteresis": hysteresis}
     if sources:
@@ -112,8 +123,12 @@ def predict(
             of_images | {"--tile-overlap": tile_overlap, "--large-images": large_images or None}, "images", "videos"
         )
         budget_ms = _budget_ms(frame_budget_ms, fps_budget)
-        given = {"frame_budget_ms": budget_ms, "hysteresis": hysteresis, "max_frames": max_frames, "masks": masks}
-        _predict_videos(open_session, sources, out, given, as_json=as_json)
+        with needing_extras(cv2="video", matplotlib="video"):
+            from messnet.apps.video import VideoOptions
+        how = VideoOptions(frame_budget_ms=budget_ms, max_frames=max_frames, masks=masks)
+        # The record has the default; here None says that the option was not given, for it has no meaning with images.
+        how = how if hysteresis is None else replace(how, hysteresis=hysteresis)
+        _predict_videos(open_session, sources, out, how, as_json=as_json)
         return
     _refuse(of_videos | {"--masks": masks or None, "--max-frames": max_frames}, "videos", "images")
     options = PredictOptions(
@@ -147,15 +162,13 @@ def _predict_videos(
     open_session: Callable[[], Session],
     sources: list[Path | int],
     out: Path,
-    given: dict[str, Any],
+    options: VideoOptions,
     *,
     as_json: bool,
 ) -> None:
     """One after the other with the same network. What is damaged is told at the end, when the others are done."""
-    with needing_extras(cv2="video", matplotlib="video"):
-        from messnet.apps.video import VideoOptions, predict_video
+    from messnet.apps.video import predict_video
 
-    options = VideoOptions(**{name: value for name, value in given.items() if value is not None})
     session = open_session()
     summaries, damaged = {}, []
     for source in sources:
@@ -168,6 +181,7 @@ def _predict_videos(
         summaries[timeline.source] = timeline.summary()
         if not as_json:
             print(f"{timeline.describe()}\nin {folder}/")
+        # Ctrl-C ends a video before its time, but is how a camera is meant to end.
         if timeline.interrupted and not isinstance(source, int):
             raise SystemExit(130)
         if timeline.damage:
@@ -194,6 +208,7 @@ def _videos(files: tuple[Path, ...], camera: int | None) -> list[Path | int]:
     if videos and len(videos) < len(files):
         other = next(file for file in files if file not in videos)
         raise RecipeError(f"videos and images in one call: leave {other} out, and run it in a call of its own")
+    # Each video's folder is called after the file without its ending: drive.mp4 and drive.mov would share one.
     names = [Path(str(video)).stem for video in videos]
     for name in names:
         if names.count(name) > 1:
@@ -201,7 +216,7 @@ def _videos(files: tuple[Path, ...], camera: int | None) -> list[Path | int]:
     return videos
 
 
-def _refuse(options: dict[str, Any], what: str, other: str) -> None:
+def _refuse(options: Mapping[str, object], what: str, other: str) -> None:
     for name, value in options.items():
         if value is not None:
             raise RecipeError(f"{name} is for {what}, here are {other}: leave it out")

@@ -17,8 +17,10 @@ from messnet.cli.app import (
     app,
     do_stage,
     examples,
+    expect_picture,
     plain_name,
     quieten,
+    save_figure,
 )
 from messnet.errors import MessError
 from messnet.records.names import DTYPES
@@ -97,6 +99,8 @@ def profile(
         raise MessError(f"--{next(iter(how), 'name')} is for measuring: add --measure")
     from messnet.deployment.bundle import is_bundle
 
+    # A target that is no file may be a model of the zoo or module:function; what looks like a path is taken for one, so
+    # that a recipe with a slip in its name is "no recipe", not "no model".
     bundled, named = is_bundle(target), Path(target).exists() or "/" in target or target.endswith((".yaml", ".yml"))
     is_model = not bundled and (":" in target or not named)
     if (is_model or bundled) and name:
@@ -111,16 +115,21 @@ def profile(
         raise MessError("--num-classes and --input-size are for a model; others have theirs from their data set")
     if input_size and min(input_size) < 1:
         raise MessError(f"--input-size is height and width, at least 1 each, not {input_size[0]} {input_size[1]}")
+    if plot is not None:
+        expect_picture(plot)
     quieten()
     from messnet.costs.latency import LatencyOptions
     from messnet.run.measuring import measure_run, profile_bundle, profile_model
 
+    # Quick by default: rounds end when the median is known to 1 %, and a busy machine cannot hold the command for long.
     pace = {} if thorough else {"max_seconds": QUICK_SECONDS, "tolerance": QUICK_TOLERANCE}
     if precision is not None:
         how["dtype"] = DTYPES[precision]
         del how["precision"]
     latency = LatencyOptions(**how, **pace) if measure else None  # type: ignore[arg-type]
     if is_model:
+        # To time every head of the space takes minutes, to time two an exit tells already whether an exit can pay. Who
+        # names heads gets those.
         quick = measure and not thorough and not any(str(option).startswith("--heads.") for option in overrides)
         recipe = _recipe_of_model(target, overrides, few_heads=quick)
         classes = 21 if num_classes is None else num_classes
@@ -165,10 +174,7 @@ def _plot_cuts(net: MultiExitNet, costs: CostTable, path: Path) -> None:
         [places.index(point) for point in net.exit_points[:-1]],
         unit=unit,
     )
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise MessError(f"cannot write the plot: {error}") from error
+    save_figure(figure, path, dpi=figure.dpi)
 
 
 def _expect_no_change(bundle: Path, overrides: Sequence[object], out: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter, Token
 
-from messnet.cli.app import AsJson, Out, Overrides, Target, app, examples, open_target, plain_name, quieten
+from messnet.cli.app import (
+    AsJson,
+    Out,
+    Overrides,
+    Target,
+    app,
+    examples,
+    expect_picture,
+    open_target,
+    plain_name,
+    quieten,
+    save_figure,
+)
 from messnet.errors import MessError, RecipeError
 from messnet.records.files import write_atomically
 from messnet.records.names import Setting
@@ -137,16 +148,18 @@ def search(
     instance for the objective given, beside the others in RUN/instances. With --guarantee its image thresholds then
     retreat until the promise holds: the share of correct pixels that an image loses, expected, against the final exit.
     """
+    # cyclopts gives the default record itself where no option was named, so to differ from it is to ask for something.
     own = objective != _OBJECTIVE or anytime != _ANYTIME or setting != "input_dependent"
     if name is None and (own or any(value is not None for value in (guarantee, costs, time_limit, front))):
         raise MessError("an objective of your own needs a name for its instance: add --name NAME")
     asked = _asked(setting, objective, anytime, guarantee)
     if name is not None:
         plain_name(name)
+    # A place that cannot be written to is refused now, not after the search.
     for path in filter(None, (plot, front)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if plot is not None:
-        _expect_picture(plot)
+        expect_picture(plot)
     from messnet.searching import words
 
     fronts: Mapping[str, Points]
@@ -233,14 +246,6 @@ def _given(record: Objective | AnytimeTerms) -> dict[str, object]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def _expect_picture(path: Path) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise MessError(f"--plot {path} is no picture: its name ends in one of {', '.join(sorted(kinds))}")
-
-
 def _draw(path: Path, fronts: Mapping[str, Points], instances: list[Instance], unit: CostUnit) -> None:
     """mIoU against cost: the fronts as steps, the instances as named points."""
     from matplotlib.figure import Figure
@@ -260,6 +265,7 @@ def _draw(path: Path, fronts: Mapping[str, Points], instances: list[Instance], u
             axes.step(x, y, where="post", lw=1.4, marker=".", ms=4, label=f"{setting}, front")
     for instance in instances:
         selection = Selection.from_figures(instance.selected_on)
+        # An instance found for another device's cost has no place on this axis.
         if selection is not None and selection.unit == unit:
             at = (selection.cost / scale, 100 * selection.miou)
             axes.plot(*at, "o", ms=7, color="black", zorder=4)
@@ -267,6 +273,4 @@ def _draw(path: Path, fronts: Mapping[str, Points], instances: list[Instance], u
     axes.grid(alpha=0.3)
     if any(fronts.values()):
         axes.legend(frameon=False, loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
-    write_atomically(path, buffer.getvalue())
+    save_figure(figure, path, dpi=150)

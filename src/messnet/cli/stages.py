@@ -22,6 +22,9 @@ from messnet.cli.app import (
     recipe_of,
     say,
 )
+from messnet.errors import RecipeError
+from messnet.records.files import write_atomically
+from messnet.records.shard import Shard
 
 if TYPE_CHECKING:
     from messnet.run.run import Run
@@ -81,12 +84,9 @@ def distill(
 
     Under torchrun, or with --compute.devices, the processes divide the heads.
     """
-    from messnet.errors import RecipeError
-    from messnet.records.shard import Shard
-
     if merge and (shard or pretrained):
         raise RecipeError("--merge puts together what is there: give it without --shard and --pretrained")
-    part = Shard.parse(shard) if shard else None
+    part = Shard.parse(shard) if shard else None  # a slip in it is told before the run is opened
     opened = _open_together(target, overrides, out, pretrained)
     from messnet.run.stages import distill_stage, merge_stage
 
@@ -116,6 +116,8 @@ def _open_together(target: Path, overrides: Sequence[str], out: Path | None, pre
 def _train_stage(stage: str, opened: Run) -> None:
     from messnet.run.stages import STAGES
 
+    # The first process does what a stage does besides training (records, checks, the file of weights); the others only
+    # take their share of the iterations, and must take part in all of them or everyone waits for ever.
     if opened.recipe.compute.is_parallel and opened.recipe.compute.launch().global_rank > 0:
         STAGES[stage].follow(opened)
     else:
@@ -136,7 +138,6 @@ def report(
 
     run_stage(opened, "report", again=True)
     if markdown is not None:
-        from messnet.records.files import write_atomically
         from messnet.report.page import measurements_markdown
 
         write_atomically(markdown, measurements_markdown(opened.directory.measurements.read()))

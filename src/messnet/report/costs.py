@@ -27,6 +27,7 @@ def cost_table(costs: CostTable, points: Sequence[tuple[str, str]]) -> Table:
         place = column == "after"  # a module's path may be long: it alone is folded
         table.add_column(column, justify="left" if place else "right", no_wrap=not place, overflow="fold")
     for i, (module, features) in enumerate(points):
+        # Heads are not added up: an instance has one at an exit, so their span is what can be chosen from.
         heads = [part for exit, part in costs.heads.items() if exit.exit_index == i]
         so_far = costs.column("macs", []).prefix(i)
         cells = [f"{so_far / 1e9:.4f}", f"{so_far / costs.total_macs():.0%}"]
@@ -49,6 +50,7 @@ def cost_notes(costs: CostTable) -> list[str]:
         f"count), {costs.total('parameters') / 1e6:.2f} M parameters, {costs.total('memory_bytes') / 2**20:.1f} MiB of "
         f"activations at most"
     ]
+    # What counts nothing may still take time: it is named, the most frequent first, so that nobody takes MACs for all.
     calls = sorted(costs.uncounted.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {num}x" for name, num in calls[:_NUM_OPERATORS])
     more = f" and {len(calls) - _NUM_OPERATORS} more" if len(calls) > _NUM_OPERATORS else ""

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -57,6 +56,7 @@ def draw_front(fronts: Mapping[str, Sequence[tuple[float, float]]], rows: Sequen
     figure, axes = _axes("GMACs per image", "mIoU, %")
     for number, (setting, front) in enumerate(fronts.items()):
         if front:
+            # where="post": between two points of a front the cheaper one is the best that can be had.
             macs, miou = np.array(sorted(front)).T
             colour = FRONT_COLOURS[number % len(FRONT_COLOURS)]
             label = f"{setting}, selection half"
@@ -109,8 +109,10 @@ def draw_heads(
     for exit_index, name in names.items():
         here = exit_indices == exit_index
         marker, size = ("D", 7.0) if here[-1] else ("o", 5.5)
-        style: dict[str, Any] = {"color": exit_colour(exit_index, num_exits), "alpha": 0.75, "mec": "none", "ls": ""}
-        axes.plot(gmacs[here], 100 * miou[here], marker, ms=size, label=name, **style)
+        colour = exit_colour(exit_index, num_exits)
+        axes.plot(
+            gmacs[here], 100 * miou[here], marker, ms=size, label=name, color=colour, alpha=0.75, mec="none", ls=""
+        )
     axes.legend(frameon=False, loc="lower right")
     return figure
 
@@ -163,8 +165,9 @@ def _draw_segments(axes: Axes, cost: NDArray[np.float64], ends: Sequence[int]) -
         if height > cost[end] + 0.04 * cost[-1]:
             axes.plot([at, end], [height, cost[end]], color=LIGHT.muted, lw=0.8)
         backing = {"facecolor": LIGHT.paper, "edgecolor": "none", "pad": 2}
-        style: dict[str, Any] = {"color": LIGHT.ink, "fontsize": 11, "fontweight": "bold", "bbox": backing}
-        axes.text(at, height, name, ha="right", va="center", zorder=3, **style)
+        # A backing in the colour of the paper keeps the letters legible where they cross a curve.
+        text = axes.text(at, height, name, ha="right", va="center", zorder=3, color=LIGHT.ink, bbox=backing)
+        text.set(fontsize=11, fontweight="bold")
 
 
 def _label_cuts(axes: Axes, places: Sequence[str], chosen: Sequence[int]) -> None:
@@ -173,6 +176,7 @@ def _label_cuts(axes: Axes, places: Sequence[str], chosen: Sequence[int]) -> Non
     shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len({*parts}) > 1), 0)
     names = [".".join(path[shared:]) for path in paths]
     names = [name if len(name) <= 28 else f"\N{HORIZONTAL ELLIPSIS}{name[-27:]}" for name in names]
+    # So far apart that slanted labels do not touch; a cut too near to an exit's gives way to it.
     step = math.ceil(len(places) / MAX_CUT_LABELS)
     kept = {*chosen, len(places) - 1}
     others = {j for j in range(step - 1, len(places), step) if all(abs(j - k) >= step for k in kept)}
@@ -207,6 +211,8 @@ def as_svg(figure: Figure, name: str, alt: str) -> Markup:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
+    # The page frames the drawing itself: from matplotlib's file only the view box and what is inside are taken. Groups
+    # lose their identifiers, for another drawing of the page has the same; those that are referred to keep theirs.
     box, body = re.search(r'viewBox="([^"]*)".*?>(.*)', drawing, re.DOTALL).groups()  # type: ignore[union-attr]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("'DejaVu Sans'", "var(--sans)")
@@ -220,7 +226,7 @@ def label_picture(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> str:
     return data_uri(coloured(labels, palette))
 
 
-def confidence_picture(confidence: NDArray[np.floating[Any]]) -> str:
+def confidence_picture(confidence: NDArray[np.float16]) -> str:
     """A confidence map (H, W) in [0, 1] as a data: address."""
     shown = matplotlib.colormaps["viridis"](confidence.astype(np.float32))[..., :3]
     return data_uri((255 * shown).astype(np.uint8))

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 HEADLINE_DROP_PP = 1.0
-MIOU_TOLERANCE = 1e-9
+MIOU_TOLERANCE = 1e-9  # both are means of quotients of integer counts: equal counts give equal values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +174,7 @@ def headline(measurements: Measurements) -> str:
         return "No instance met what was asked: only the baseline was measured"
     work, speed = baseline.macs / row.macs, _median_ms(baseline) / _median_ms(row)
     change_pp = 100 * (row.miou - baseline.miou)
+    # Below 5 % and 0.05 pp a change is within what rounding and a measurement's noise make of none.
     is_gain = max(work, speed) >= 1.05 or change_pp >= 0.05
     accuracy = (
         "the same mIoU"
@@ -196,6 +197,7 @@ def _baseline(measurements: Measurements) -> Measurement:
 
 def _headline_row(measurements: Measurements) -> Measurement:
     baseline, *others = _baseline(measurements), *measurements.rows[1:]
+    # Where nothing stays within the drop, the most accurate row: its loss is named, not hidden behind a cheaper one.
     kept = [row for row in others if row.miou >= baseline.miou - HEADLINE_DROP_PP / 100]
     if kept:
         return min(kept, key=lambda row: row.macs)
@@ -278,6 +280,8 @@ def _times(ratio: float, gained: str, lost: str, digits: int = 2) -> str:
 def render_report(inputs: ReportInputs) -> str:
     """One HTML page without outside assets."""
     measurements = inputs.measurements
+    # Names come from data sets and recipes: autoescape keeps markup in them from becoming the page's, and
+    # StrictUndefined makes a name that the template has and the code has not an error instead of a gap.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["typeset"] = _typeset
     source = resources.files("messnet.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
@@ -303,6 +307,7 @@ def render_report(inputs: ReportInputs) -> str:
 
 def _typeset(text: str) -> Markup:
     """Typographic signs for the page; plain ones stay in the terminal and in Markdown."""
+    # A minus only before a digit and after no letter or hyphen: "drop-1pp" and "2026-11-01" keep theirs.
     text = re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text)
     text = re.sub(r"(?<=\d)( ?)x\b", "\\1\N{MULTIPLICATION SIGN}", text)
     text = re.sub(r"(?<=\d) (?=pp\b|%)", "\N{NO-BREAK SPACE}", text)
@@ -312,6 +317,7 @@ def _typeset(text: str) -> Markup:
 def _shown(gallery: Gallery, measurements: Measurements) -> list[int]:
     """Positions of at most two pictures: the one that left first and is easiest, the one that went furthest."""
     ease = dict(zip(measurements.image_names, _difficulty(measurements)[0], strict=True))
+    # Sorted by the exit taken, and among images of one exit by difficulty.
     keys = [(int(gallery.exit_taken[g]), ease.get(name, 0.0)) for g, name in enumerate(gallery.image_names)]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return sorted({order[0], order[-1]}, key=order.index) if order else []
@@ -348,6 +354,7 @@ def _strips(gallery: Gallery, measurements: Measurements) -> list[_Strip]:
 
 
 def _share_right(gallery: Gallery, g: int, e: int) -> str:
+    # Ignored pixels carry an id past the classes.
     valid = gallery.masks[g] < len(gallery.class_names)
     right = (gallery.predictions[g, e] == gallery.masks[g]) & valid
     return f"{100 * right.sum() / max(1, valid.sum()):.1f} %"
@@ -397,6 +404,7 @@ def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> _Confi
 
 def _choice_behind(gallery: Gallery, e: int, measurements: Measurements) -> ExitChoice | None:
     """The thresholds of the gallery's exit, where exactly one measured instance has its exits."""
+    # Two instances may share their exits and differ in thresholds: then the picture cannot say whose they are.
     rows = [row for row in measurements.rows if tuple(c.exit for c in row.instance.exits) == gallery.exits]
     return rows[0].instance.exits[e] if len(rows) == 1 else None
 
@@ -454,6 +462,8 @@ def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation in [-1, 1], ties averaged; NaN where a or b is constant or empty."""
 
     def centred_ranks(values: ArrayLike) -> NDArray[np.float64]:
+        # A tied value's rank is the mean of the places that it takes: the end of its run minus half the run's length
+        # (the same offset for all, which centring removes).
         _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
         return np.asarray((np.cumsum(counts) - counts / 2)[inverse] - len(inverse) / 2)
 
@@ -494,6 +504,7 @@ def _heads_figure(inputs: ReportInputs) -> _HeadsFigure:
     best = []
     for exit_index, name in names.items():
         here = np.flatnonzero(exit_indices == exit_index)
+        # A head without an mIoU (no class occurs) is the last choice, not the first, as NaN would make it.
         top = max(here, key=lambda h: np.nan_to_num(miou[h], nan=-1.0))
         best.append((name, len(here), tables.exits[top].head, f"{100 * miou[top]:.2f}", _significant(gmacs[top], 4)))
     figure = draw_heads(gmacs, miou, exit_indices, names, len(inputs.costs.segments))
