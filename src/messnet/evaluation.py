@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NotRequired, TypedDict, TypeVar, cast
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from messnet.training.checkpoint import Checkpoint
 
 __all__ = ["EvaluationOptions", "evaluate", "merge_shards"]
 
-_Scalar = TypeVar("_Scalar", bound=np.generic)
+# The arrays that have a row for each image.
 _ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficulty")
 
 
@@ -115,22 +114,15 @@ def merge_shards(shards: Mapping[Shard, ExitTables], origin: str) -> ExitTables:
     names = [name for tables in ordered for name in tables.image_names]
     # The parts' rows stand one part after the other; sorting their positions in the split puts every image back.
     order = np.argsort(np.concatenate([_positions(part, len(names)) for part in parts]))
-
-    def joined(arrays: list[NDArray[_Scalar]]) -> NDArray[_Scalar]:
-        return np.concatenate(arrays)[order]
-
     labels = [label for tables in ordered for label in tables.groups or [""] * len(tables.image_names)]
     groups = tuple(labels[i] for i in order) if any(labels) else ()
+    arrays = {name: np.concatenate([getattr(tables, name) for tables in ordered])[order] for name in _ARRAYS}
     return replace(
         ordered[0],
         image_names=tuple(names[i] for i in order),
         groups=groups,
         origin=origin,
-        intersection=joined([tables.intersection for tables in ordered]),
-        predicted=joined([tables.predicted for tables in ordered]),
-        labelled=joined([tables.labelled for tables in ordered]),
-        image_confidence=joined([tables.image_confidence for tables in ordered]),
-        difficulty=joined([tables.difficulty for tables in ordered]),
+        **arrays,  # type: ignore[arg-type]  # mypy takes them for every field
     )
 
 

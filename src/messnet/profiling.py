@@ -32,7 +32,6 @@ from messnet.network.multi_exit import MultiExitNet, convert, labels_at
 from messnet.policy.policy import Policy
 from messnet.policy.reference import image_confidence, should_exit
 from messnet.records.costs import CostTable, PartCost
-from messnet.records.instance import Exit
 from messnet.records.run_directory import provenance
 
 __all__ = ["profile", "running_copy"]
@@ -92,7 +91,10 @@ def profile(
         model=model,
         input_size=input_size,
         segments=tuple(cost(_Part("segment", k), parameters) for k, parameters in enumerate(sizes)),
-        heads={exit: cost(_Part("head", *exit), _num_parameters(net, exit)) for exit in net.exits},
+        heads={
+            exit: cost(_Part("head", *exit), sum(parameter.numel() for parameter in net.head(exit).parameters()))
+            for exit in net.exits
+        },
         policies=tuple(cost(_Part("policy", k)) for k in range(last)),
         outputs=tuple(cost(_Part("output", k)) for k in range(net.num_exits)),
         operators=dict(operators),
@@ -104,10 +106,6 @@ def profile(
             **provenance(),
         },
     )
-
-
-def _num_parameters(net: MultiExitNet, exit: Exit) -> int:
-    return sum(parameter.numel() for parameter in net.head(exit).parameters())
 
 
 def _count(net: MultiExitNet, shape: tuple[int, ...], dtype: torch.dtype) -> dict[_Part, Count]:
