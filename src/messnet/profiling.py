@@ -147,14 +147,15 @@ def _count_on(net: MultiExitNet, shape: tuple[int, ...], device: torch.device | 
 
 
 def _time(net: MultiExitNet, shape: tuple[int, ...], options: LatencyOptions) -> Stopwatch:
-    # Random values, for zeros may be faster: processors and accelerators clock by the power that they draw. Seeded, so
-    # that one measurement is like another.
     watch = Stopwatch(options.device)
+    # Random values, for zeros may be faster: accelerators clock by the power that they draw. Seeded, so that one
+    # measurement is like another.
     x = options.convert(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     x = x.contiguous(memory_format=net.memory_format)
     with running_copy(net, options) as running, torch.inference_mode(), num_threads(options.threads):
 
         def once() -> None:
+            # Both passes in every round, so that a drift of the clock reaches the model and the exits alike.
             for run in (_run_model, _run_early_exits):
                 run(running, lambda: x, shape[-2:], watch.lap)
 

@@ -118,6 +118,8 @@ def _recipe_to_check(target: Path, overrides: Sequence[str]) -> tuple[Recipe, bo
     data = recipe.data
     if data.source != "folder" or data.class_names:
         return recipe, False
+    # How many classes there are is not known before the masks are read, so as many as ids of 8 bits are named by their
+    # numbers, and the report leaves out those that no mask has.
     names = UNNAMED[: len(data.mask_values)] if data.mask_values else UNNAMED
     if not data.mask_values and data.void_index is not None and data.void_index < len(names):
         names = names[: data.void_index]  # ids are consecutive, so that void comes after them

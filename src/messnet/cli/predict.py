@@ -150,6 +150,7 @@ def predict(
         taken = sorted({record["exit_index"] for record in done.records})
         shares = ", ".join(f"exit {e}: {sum(r['exit_index'] == e for r in done.records)}" for e in taken)
         print(f"{len(done.records)} image{'s' * (len(done.records) != 1)} ({shares}) in {out}/")
+    # On stderr, for standard output may be read by a program (--json); last, where a person still sees it.
     for line in done.notes:
         print(f"messnet: {line}", file=sys.stderr)
     if done.failed:

@@ -143,6 +143,7 @@ def profile(
             stated = latency.name if runtime == "torch" else f"{runtime}-{latency.name}"
             costs = measure_run(opened, latency, plain_name(name or stated), runtime)
         net = opened.network()
+    # For a recipe --out is the run directory, and the table is in it.
     if out is not None and (is_model or bundled):
         costs.to_json(out)
     if plot is not None:

@@ -175,6 +175,7 @@ def search(
     else:
         from messnet.run.choosing import search_run
 
+        # A run as it stands is read, not opened: a search needs its tables and no network, and so no torch.
         directory, options = _recorded(target) if target.is_dir() and not overrides else _opened(target, overrides, out)
         result = search_run(
             directory,
@@ -195,6 +196,7 @@ def search(
             write_atomically(front, json.dumps({"cost": words.axis(unit), "points": points}, indent=1) + "\n")
     if plot is not None:
         _draw(plot, fronts, instances, unit)
+    # The records' own JSON, as their files have it, in one list.
     if as_json:
         print(json.dumps([json.loads(instance.to_json()) for instance in instances], indent=1))
         return
@@ -226,6 +228,7 @@ def _asked(
     setting: Setting, objective: Objective, anytime: AnytimeTerms, guarantee: Guarantee | None
 ) -> Objective | AnytimeObjective:
     """The objective of the setting. Raises MessError for an option that belongs to another setting."""
+    # Refused, not ignored: who gives an option expects that it does something.
     foreign = [name for name, value in _given(anytime).items()]
     if setting == "anytime":
         shared = {field.name for field in fields(Terms)}

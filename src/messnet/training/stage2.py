@@ -146,17 +146,16 @@ class _Distillation:
         """The features at every exit point that has a head, and the final logits (N, K, *size); for labels alone
         nothing past the deepest head runs, and the logits are zeros."""
         features: dict[int, Tensor] = {}
+        stops_at = self.points[-1] if self.options.loss == "ce" and self.points else None
         with torch.no_grad(), self.fabric.autocast():
-            if self.options.loss == "ce" and self.points:
-                for i, state in enumerate(self.net.states(images)):
-                    features[i] = state.features
-                    if i == self.points[-1]:
-                        break
-                final = images.new_zeros(len(images), self.net.num_classes, *size)
-            else:
-                for i, state in enumerate(self.net.states(images)):
-                    features[i] = state.features
+            for i, state in enumerate(self.net.states(images)):
+                features[i] = state.features
+                if i == stops_at:
+                    break
+            if stops_at is None:
                 final = self.net.logits(self.net.exits[-1], state)
+            else:
+                final = images.new_zeros(len(images), self.net.num_classes, *size)
         # Losses are taken in float32: under autocast the logits are bfloat16, whose 8 bits round log-probabilities
         # away. Features of points without a head are let go here.
         return {i: features[i] for i in self.points}, upsample(final.float(), size)
