@@ -25,7 +25,7 @@ from messnet.deployment.loading import load
 from messnet.run.recipe import recipe_from_record
 
 VERBS = [
-    "check-data", "distill", "evaluate", "export", "predict", "pretrain", "profile", "recipe", "report", "run",
+    "check-data", "distill", "evaluate", "export", "init", "predict", "pretrain", "profile", "recipe", "report", "run",
     "search", "serve",
 ]  # fmt: skip
 
