@@ -47,7 +47,7 @@ def open_ade20k(root: Path, split: str) -> FileDataset[Path]:
     images = {file: path for file, path in list_files(folders[0]).items() if path.suffix == ".jpg"}
     if not images:
         raise DataError(f"no *.jpg in {folders[0]}: unpack ADEChallengeData2016.zip again")
-    masks = expect_files("mask", [f"{path.stem}.png" for path in images.values()], list_files(folders[1]), folders[1])
+    masks = expect_files("mask", [f"{path.stem}.png" for path in images.values()], folders[1])
     # 0 is "other objects", which the benchmark does not score.
     classes = {0: IGNORE_INDEX} | {k + 1: k for k in range(len(ADE20K_CLASSES))}
     return FileDataset(

@@ -40,8 +40,7 @@ def open_camvid(root: Path, split: str, *, cache: bool = False) -> FileDataset[P
     images = [path for path in list_files(base / split).values() if path.suffix.lower() == ".png"]
     if not images:
         raise DataError(f"no images in {base / split}: expected NAME.png; unpack the archive again")
-    annotations = base / f"{split}annot"
-    masks = expect_files("mask", [path.name for path in images], list_files(annotations), annotations)
+    masks = expect_files("mask", [path.name for path in images], base / f"{split}annot")
     classes = {k: k for k in range(len(CAMVID_CLASSES))} | {VOID: 255}
     reader = MaskReader(classes, f"0 to 10, and {VOID} for void, as in the SegNet tutorial's files")
     return FileDataset(

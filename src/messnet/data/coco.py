@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from messnet.data import IGNORE_INDEX
 from messnet.data.image_files import FileDataset, SampleError
-from messnet.data.listings import expect_files, find_root, list_files
+from messnet.data.listings import expect_files, find_root
 from messnet.data.voc import VOC_CLASSES, voc_palette
 from messnet.errors import DataError
 
@@ -100,7 +100,7 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
     folder = next((f for f in (base / f"{split}2017", base / "images" / f"{split}2017") if f.is_dir()), None)
     if folder is None:
         raise DataError(f"no folder {base / f'{split}2017'}: expected the images, from {split}2017.zip")
-    paths = expect_files("image", [images[key] for key in ids], list_files(folder), folder)
+    paths = expect_files("image", [images[key] for key in ids], folder)
     # Taken out one by one, so that the annotations are not held twice.
     labels = [b"[%s]" % b",".join(kept.pop(key, ())) for key in ids]
     return FileDataset(list(zip(paths, labels, strict=True)), draw, class_names=VOC_CLASSES, palette=voc_palette())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import codecs
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from messnet.errors import DataError
@@ -105,8 +105,9 @@ def find_root(root: Path, places: Sequence[str], holds: str, *, download: str) -
     raise DataError(f"no {holds} in {root}{'' if root.is_dir() else ' (no such folder)'}: expected {download}")
 
 
-def expect_files(what: str, names: Sequence[str], found: Mapping[str, Path], folder: Path) -> list[Path]:
-    """The files of these names, all of them there. ``what`` is "image" or "mask"."""
+def expect_files(what: str, names: Sequence[str], folder: Path) -> list[Path]:
+    """The files of these names in ``folder``. ``what`` is "image" or "mask". Raises DataError where one is missing."""
+    found = list_files(folder)
     if missing := [name for name in names if name not in found]:
         raise DataError(
             f"no {what} for {some([Path(name).stem for name in missing])}: expected {folder / missing[0]}"

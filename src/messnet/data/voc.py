@@ -59,23 +59,17 @@ def open_voc(root: Path, split: str, options: VocOptions = VocOptions()) -> File
         download="VOCdevkit/VOC2012, from VOCtrainval_11-May-2012.tar",
     )
     lists = base / "ImageSets" / "Segmentation"
-    own = list_files(base / "SegmentationClass")
     is_augmented = split == "trainaug"
     names = read_names(lists / f"{'train' if is_augmented else split}.txt")
-    labels = expect_files("mask", [f"{name}.png" for name in names], own, base / "SegmentationClass")
+    labels = expect_files("mask", [f"{name}.png" for name in names], base / "SegmentationClass")
     if is_augmented:
         held_out = {*read_names(lists / "val.txt"), *names}
         extra = {stem: path for stem, path in _extra_labels(root, base, options).items() if stem not in held_out}
         names += list(extra)
         labels += extra.values()
-    folder = base / "JPEGImages"
-    images = expect_files("image", [f"{name}.jpg" for name in names], list_files(folder), folder)
-    return FileDataset(
-        list(zip(images, labels, strict=True)),
-        _read_label,
-        class_names=VOC_CLASSES,
-        palette=voc_palette(),
-    )
+    images = expect_files("image", [f"{name}.jpg" for name in names], base / "JPEGImages")
+    pairs = list(zip(images, labels, strict=True))
+    return FileDataset(pairs, _read_label, class_names=VOC_CLASSES, palette=voc_palette())
 
 
 def _extra_labels(root: Path, base: Path, options: VocOptions) -> dict[str, Path]:

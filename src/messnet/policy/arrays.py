@@ -147,6 +147,7 @@ def _majority(confident: BoolMap) -> BoolMap:
     pixel repeats, so that every window holds an odd number."""
     side, (height, width) = 2 * _RADIUS + 1, confident.shape[1:]
     padded = _padded(confident.view(np.uint8))
+    # A sum of shifted maps: five rows, then five columns of those sums, at most 25 in a byte.
     rows = sum(padded[:, k : k + height] for k in range(1, side)) + padded[:, :height]
     counts = sum(rows[:, :, k : k + width] for k in range(1, side)) + rows[:, :, :width]
     majority: BoolMap = counts > side**2 // 2

@@ -71,10 +71,11 @@ def _exp(x: np.float32) -> np.float32:
 
     A minimax polynomial for 2^r, |r| <= 1/2, with a relative error of 1.6 roundings.
     """
-    power = x * np.float32(1.44269504)
+    power = x * np.float32(1.44269504)  # log2(e): exp(x) = 2^(x log2(e)) = 2^n 2^r
     n = np.floor(power + np.float32(0.5))
     r = power - n
     n = n if n >= np.float32(-127) else np.float32(-127)  # NaN too: the power of 2 is 0 and the product NaN
+    # Horner's scheme: each step multiplies by r and adds the next lower coefficient.
     p = np.float32(0.00132647) * r + np.float32(0.00967151)
     p = p * r + np.float32(0.05550734)
     p = p * r + np.float32(0.24022242)
@@ -82,6 +83,22 @@ def _exp(x: np.float32) -> np.float32:
     p = p * r + np.float32(1)
     scale = np.int32((n + np.float32(127)) * np.float32(1 << 23)).view(np.float32)  # 2^n, by its bits
     return np.float32(0) if x < np.float32(-87) else p * scale
+
+
+@_compiled()
+def _take_larger(a: Floats, b: Floats, k: int, other: int, best: Floats, which: Labels, turn: int) -> None:
+    """Where class ``k`` with values ``a`` (w,) or class ``other`` with ``b`` is above the best so far, it becomes best
+    and label: from row ``turn`` of ``best`` and ``which`` (2, w) into the other row."""
+    # Two classes at a time and from one array into the other: in place, LLVM stores under a mask, which is slow.
+    this, that = np.int32(k), np.int32(other)
+    old_best, new_best, old_which, new_which = best[turn], best[1 - turn], which[turn], which[1 - turn]
+    for x in range(len(a)):
+        better = a[x] > old_best[x]
+        most = a[x] if better else old_best[x]
+        label = this if better else old_which[x]
+        better = b[x] > most
+        new_best[x] = b[x] if better else most
+        new_which[x] = that if better else label
 
 
 @_compiled(contract=True)
@@ -96,19 +113,10 @@ def _confidence_row(logits: Floats, entropy: bool, values: Floats, confidence: F
     for x in range(width):
         best[0, x] = values[0, x]
         which[0, x] = 0
-    # Two classes at a time and from one array into the other: in place, LLVM stores under a mask, which is slow.
     turn = 0
     for k in range(1, num_classes, 2):
         other = min(k + 1, num_classes - 1)
-        this, that, a, b = np.int32(k), np.int32(other), values[k], values[other]
-        old_best, new_best, old_which, new_which = best[turn], best[1 - turn], which[turn], which[1 - turn]
-        for x in range(width):
-            better = a[x] > old_best[x]
-            most = a[x] if better else old_best[x]
-            label = this if better else old_which[x]
-            better = b[x] > most
-            new_best[x] = b[x] if better else most
-            new_which[x] = that if better else label
+        _take_larger(values[k], values[other], k, other, best, which, turn)
         turn = 1 - turn
     top, labels[:] = best[turn], which[turn]
     if not entropy:
@@ -138,6 +146,7 @@ def _confidence_row(logits: Floats, entropy: bool, values: Floats, confidence: F
 def _near_boundaries(labels: Labels, near: Bits) -> None:
     """``thicken(label_boundary(labels), 1)``: labels (h, w) -> near (h, w)."""
     height, width = labels.shape
+    # With a frame of one pixel, so that the border needs no case of its own.
     boundary = np.zeros((height + 2, width + 2), np.uint8)
     for y in range(height):
         for x in range(width - 1):
@@ -150,6 +159,7 @@ def _near_boundaries(labels: Labels, near: Bits) -> None:
                 boundary[y + 1, x + 1] = 1
                 boundary[y + 2, x + 1] = 1
     for y in range(height):
+        # A square of 3 x 3 is a column of three, then a row of three of those.
         rows = np.zeros(width + 2, np.uint8)
         for x in range(width + 2):
             rows[x] = boundary[y, x] | boundary[y + 1, x] | boundary[y + 2, x]
@@ -168,6 +178,7 @@ def _majority_count(confident: Bits, near: Bits) -> int:
         c, d = min(y + 1, height - 1), min(y + 2, height - 1)
         for x in range(width):
             column[x + 2] = confident[a, x] + confident[b, x] + confident[y, x] + confident[c, x] + confident[d, x]
+        # Beyond the border the nearest pixel repeats, as in the rows a to d above.
         column[0] = column[1] = column[2]
         column[width + 2] = column[width + 3] = column[width + 1]
         for x in range(width):
@@ -237,6 +248,7 @@ def fill_rows(
     held = np.empty((2, num_classes, width), np.float32)
     upper, lower, first, second = held[0], held[1], -1, -1
     best, which = np.empty((2, width), np.float32), np.empty((2, width), np.int32)
+    a, b = np.empty(width, np.float32), np.empty(width, np.float32)
     for y in range(height):
         if above[y] != first:
             upper, lower = lower, upper
@@ -248,22 +260,13 @@ def fill_rows(
         for x in range(width):
             best[0, x] = upper[0, x] * rest + lower[0, x] * weight
             which[0, x] = 0
-        # Two classes at a time and from one array into the other: in place, LLVM stores under a mask, which is slow.
         turn = 0
         for k in range(1, num_classes, 2):
             other = min(k + 1, num_classes - 1)
-            this, that = np.int32(k), np.int32(other)
-            upper_a, lower_a, upper_b, lower_b = upper[k], lower[k], upper[other], lower[other]
-            old_best, new_best, old_which, new_which = best[turn], best[1 - turn], which[turn], which[1 - turn]
             for x in range(width):
-                value = upper_a[x] * rest + lower_a[x] * weight
-                better = value > old_best[x]
-                most = value if better else old_best[x]
-                label = this if better else old_which[x]
-                value = upper_b[x] * rest + lower_b[x] * weight
-                better = value > most
-                new_best[x] = value if better else most
-                new_which[x] = that if better else label
+                a[x] = upper[k, x] * rest + lower[k, x] * weight
+                b[x] = upper[other, x] * rest + lower[other, x] * weight
+            _take_larger(a, b, k, other, best, which, turn)
             turn = 1 - turn
         found = which[turn]
         for x in range(width):

@@ -73,6 +73,7 @@ def window_median(confidence: Tensor, radius: int, where: Tensor | None = None) 
     """
     side = 2 * radius + 1
     windows = _extend(confidence, radius).unfold(1, side, 1).unfold(2, side, 1)  # (N, H, W, side, side), a view
+    # The windows are a view, and a chunk of them is copied at a time: all at once are 25 maps and more.
     pixels = (torch.ones_like(confidence, dtype=torch.bool) if where is None else where).nonzero()
     median = confidence.clone()
     for chunk in torch.split(pixels, max(1, MEDIAN_CHUNK // side**2)):

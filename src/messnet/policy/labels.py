@@ -63,6 +63,7 @@ def upsampled_labels(logits: NDArray[np.float32], size: tuple[int, int], *, thre
         for one, found in zip(logits, labels, strict=True):
             fill_rows(one, above[part], below[part], down[part], *columns, found[part])
 
+    # A strip of rows for each thread: the first is this thread's own, which would only wait otherwise.
     first, *others = (slice(*ends) for ends in pairwise(np.linspace(0, height, threads + 1).astype(int).tolist()))
     running = [_pool(os.getpid()).submit(fill, part) for part in others]
     fill(first)
@@ -95,6 +96,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
 def _sources(length: int, upsampled: int) -> Sources:
     """For each place along one axis: the two it lies between, and the weight of the second."""
     scale = np.float32(length / upsampled)
+    # A pixel's centre lies half a pixel in, on both maps; before the first centre the first pixel repeats.
     place = np.maximum((np.arange(upsampled, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0)
     first = np.minimum(place.astype(np.int64), length - 1)
     return first, np.minimum(first + 1, length - 1), (place - first).astype(np.float32)
