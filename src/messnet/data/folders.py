@@ -61,7 +61,8 @@ def open_folder(
         if not mask_values and not num_classes <= void_index <= limit:
             raise DataError(f"void_index is {num_classes} to {limit}, beyond the class indices, not {void_index}")
     if palette is None:
-        palette = _colours_of(values) if is_colour else default_palette(num_classes)
+        colours = np.array([(value >> 16, value >> 8 & 255, value & 255) for value in values], np.uint8)
+        palette = colours if is_colour else default_palette(num_classes)
     pairs = find_pairs(Path(root), split)
     reader = _reader(values, void_index, is_colour=is_colour)
     return FileDataset(pairs, reader, class_names=class_names, palette=palette, cache=cache)
@@ -99,10 +100,6 @@ def _reader(values: Sequence[int], void_index: int | None, *, is_colour: bool) -
         f"{known}, and {words} for void; correct the mask, class_names or void_index, or say "
         "with mask_values which value is which class",
     )
-
-
-def _colours_of(values: Sequence[int]) -> NDArray[np.uint8]:
-    return np.array([(value >> 16, value >> 8 & 255, value & 255) for value in values], np.uint8)
 
 
 def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:

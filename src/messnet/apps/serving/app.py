@@ -31,7 +31,7 @@ from messnet.apps.serving.batching import Answer, Stopped, Worker
 from messnet.apps.serving.decoders import Decoders
 from messnet.apps.serving.decoding import RequestError
 from messnet.apps.serving.description import ModelInfo
-from messnet.apps.serving.gate import BUSY, Gate, Metrics, drain, track
+from messnet.apps.serving.gate import BUSY, Gate, Metrics, drain
 from messnet.apps.serving.images import encode_mask, encode_overlay
 from messnet.apps.serving.openapi import FORMAT_NAMES, NDJSON, STOP_NAMES, specification
 from messnet.apps.serving.options import ServeOptions
@@ -128,7 +128,10 @@ class Service:
         self._started = False
         self._given_up_at: float | None = None
         self._arriving: set[asyncio.Timeout] = set()
-        track(self.metrics, lambda: self.worker.depth, lambda: self.gate.num_in_work, lambda: self.status == "ready")
+        # Gauges read their values where they are, whenever Prometheus asks.
+        self.metrics.queue_depth.set_function(lambda: self.worker.depth)
+        self.metrics.in_work.set_function(lambda: self.gate.num_in_work)
+        self.metrics.ready.set_function(lambda: self.status == "ready")
 
     @property
     def status(self) -> str:

@@ -45,8 +45,9 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._cancel_timers()
-        self.waiting.pop(self, None)
+        self._stop_waiting()
+        if self._until_read is not None:
+            self._until_read.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -90,11 +91,6 @@ class Connection(H11Protocol):
             self._until_request = self.loop.call_later(self.options.header_s, self._no_request, since)
         else:
             self.transport.abort()
-
-    def _cancel_timers(self) -> None:
-        for timer in (self._until_request, self._until_read):
-            if timer is not None:
-                timer.cancel()
 
 
 def connections_within(options: ServeOptions) -> type[Connection]:

@@ -154,10 +154,3 @@ async def drain(receive: Receive, limit: int, headers: Headers) -> None:
                     return
     except TimeoutError:
         return
-
-
-def track(metrics: Metrics, depth: Callable[[], int], in_work: Callable[[], int], ready: Callable[[], bool]) -> None:
-    """Lets the gauges read their values where they are."""
-    metrics.queue_depth.set_function(depth)
-    metrics.in_work.set_function(in_work)
-    metrics.ready.set_function(lambda: float(ready()))

@@ -29,29 +29,27 @@ MAX_SAMPLES = 12
 
 
 class ModelOptions(TypedDict, total=False):
-    """What a service runs."""
+    """What a service runs, as ``load`` takes it."""
 
     instance: str | None
-    """As for ``load``, and so are the other four."""
     runtime: RuntimeName | None
     precision: Precision
     threads: int | None
     model: str | None
     device: str
     """auto (the default), cpu or cuda."""
-    samples: Path | None
-    """A folder of images that the page offers; by default those of a run's gallery."""
 
 
-def serve(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> None:
+def serve(path: Path, options: ServeOptions, *, samples: Path | None = None, **model: Unpack[ModelOptions]) -> None:
     """Serves a run's instance, or a bundle, until SIGTERM or SIGINT; then answers every request that it has accepted.
 
-    Raises MessError, one line, when the model cannot be loaded or the address cannot be listened to.
+    ``samples`` is a folder of images that the page offers; None: those of a run's gallery. Raises MessError, one line,
+    when the model cannot be loaded or the address cannot be listened to.
     """
     # Pillow warns of what the service refuses.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     with _listening(options) as sock:  # before the model is loaded: a port that is taken is known at once
-        service = open_service(path, options, **model)
+        service = open_service(path, options, samples=samples, **model)
         host, port = sock.getsockname()[:2]
         # An IPv6 address stands in brackets in a URL.
         shown = f"[{host}]" if ":" in host else host
@@ -60,19 +58,14 @@ def serve(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> N
     print(f"stopped: {service.gate.accepted} requests accepted, {service.gate.answered} answered", flush=True)
 
 
-def open_service(path: Path, options: ServeOptions, **model: Unpack[ModelOptions]) -> Service:
+def open_service(
+    path: Path, options: ServeOptions, *, samples: Path | None = None, **model: Unpack[ModelOptions]
+) -> Service:
     """The service that ``serve`` runs. Raises as it does."""
-    folder = model.get("samples")
-    chosen = None if folder is None else _samples_of(folder, options)
-    session = load(
-        path,
-        instance=model.get("instance"),
-        device=model.get("device", "auto"),
-        runtime=model.get("runtime"),
-        precision=model.get("precision", "f32"),
-        threads=model.get("threads"),
-        model=model.get("model"),
-    )
+    # Before the model is loaded, which takes longer than to find that a sample cannot be read.
+    chosen = None if samples is None else _samples_of(samples, options)
+    model.setdefault("device", "auto")
+    session = load(path, **model)
     found = _gallery_of(path) if chosen is None else chosen
     return Service(session, options, samples=found, info=describe(path, session))
 
