@@ -1,1 +1,1 @@
-"""What people run on a session: folders of images, large images, videos, a service."""
+"""The programs that people run on a session: folders of images, large images, videos, a service."""

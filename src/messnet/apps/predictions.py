@@ -58,7 +58,7 @@ class PredictOptions:
     """(height, width) in pixels of the tiles that larger images are cut into; None: images are run whole, or with a
     ``tile_overlap`` in tiles of the size that the network was made for."""
     tile_overlap: int | None = None
-    """What neighbouring tiles share at least, in pixels; None: an eighth of the tile's shorter side."""
+    """The least that neighbouring tiles share, in pixels; None: an eighth of the tile's shorter side."""
     overlays: bool = True
     """Write the image with its classes laid over it."""
     confidence: bool = True
@@ -110,10 +110,10 @@ class PredictionRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was written, and what was not."""
+    """The outcome of ``predict_files``: what was written, and what was not."""
 
     records: list[PredictionRecord] = field(default_factory=list)
-    """Those of predictions.json, one per image."""
+    """The entries of predictions.json, one per image."""
     failed: list[str] = field(default_factory=list)
     """A line for each image that could not be read, or for which the network computes nothing finite."""
     notes: list[str] = field(default_factory=list)
@@ -208,7 +208,7 @@ class _Files:
 
     record: PredictionRecord
     draw: dict[str, Callable[[], bytes]]
-    """By path within the folder, what gives the file's bytes."""
+    """Functions that give the bytes of each file, by its path within the folder."""
     is_large: bool
     """So large that only one such image is held at a time."""
 
@@ -240,7 +240,7 @@ def _batches(
 
 
 def _warm_up(session: Session, image: NDArray[np.uint8], options: PredictOptions, *, compiled: bool) -> None:
-    """So that the first image's latency is that of the network, as the others' is."""
+    """Runs an image without keeping the result: then the first image's latency is the network's, as the others' is."""
     if options.tiled:
         height, width = options.tile or session.input_size or image.shape[:2]
         image = image[:height, :width]
@@ -281,7 +281,7 @@ def _run(
 def _files_of(
     file: Path, image: NDArray[np.uint8], result: Result | TiledResult, session: Session, options: PredictOptions
 ) -> _Files:
-    """What is to be written of one image. The confidences are computed here, beside no other work of the runtime."""
+    """The files to be written for one image. The confidences are computed here, beside no other work of the runtime."""
     palette = session.palette
     assert palette is not None
     name = f"{file.stem}.png"

@@ -51,7 +51,7 @@ class TiledResult:
     exit_map: NDArray[np.int64]
     """(rows, columns) of tiles: the exit that each took."""
     latency_ms: float
-    """Of the whole image: cutting, running all tiles, stitching."""
+    """The time for the whole image: cutting, running all tiles, stitching."""
 
     @property
     def exit_index(self) -> int:

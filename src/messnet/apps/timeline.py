@@ -1,4 +1,4 @@
-"""What a video took, frame by frame: exit, confidence and time; as records, figures and a picture."""
+"""The course of a video, frame by frame: exit, confidence and time; as records, figures and a picture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FrameRecord(NamedTuple):
     time_s: float
     """``frame`` over the frames per second."""
     exit_index: int
-    """Of the exit taken."""
+    """The exit taken."""
     image_confidence: float
     """c_img in [0, 1] there."""
     latency_ms: float

@@ -39,7 +39,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """What to say of a file at which a decoder stopped with ``error``."""
+    """The line that tells of a file at which a decoder stopped with ``error``."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"cannot read {path} ({reason}): it is damaged or no image; copy it again or remove it"
 
@@ -69,7 +69,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def dimness(brightest: int) -> str | None:
-    """What to say of images (uint8) whose largest value is ``brightest``; None where that is as usual.
+    """A remark on images (uint8) whose largest value is ``brightest``; None where that is as usual.
 
     Data of 10 or 12 bits in files of 16 come out so: the file does not tell that its values end at 4095.
     """

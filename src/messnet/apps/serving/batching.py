@@ -25,7 +25,7 @@ Stopped = Literal["threshold", "deadline", "last_exit"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """What a request gets to know of a Result."""
+    """The part of a Result that a request is told."""
 
     labels: NDArray[np.uint8]
     """(H, W) class indices."""

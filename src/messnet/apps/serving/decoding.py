@@ -26,7 +26,7 @@ from messnet.images.reading import rgb_of
 __all__ = ["ANSWER", "FORMATS", "READY", "REQUEST", "RequestError", "decode_image", "read_exactly", "write_exactly"]
 
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp"}
-"""What is taken: by the name that Pillow has for it, its media type."""
+"""The formats that are taken: media types by the names that Pillow has for them."""
 
 READY = b"+"
 REQUEST = struct.Struct(">Q")

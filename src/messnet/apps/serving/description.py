@@ -1,4 +1,4 @@
-"""What /v1/info says of the model."""
+"""The description of the model that /v1/info gives."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ExitInfo(TypedDict):
     pixel_threshold: float | None
     image_threshold: float | None
     latency_ms: NotRequired[float]
-    """Of an image that leaves here, where that was measured on this device."""
+    """The time of an image that leaves here, where that was measured on this device."""
     macs: NotRequired[int]
     """Multiply-accumulates of an image that leaves here."""
     share_of_original: NotRequired[float]
     """``macs`` over those of the original model."""
     warm_up_latency_ms: NotRequired[float]
-    """Of this process's second call."""
+    """The time that this process's second call took."""
 
 
 class WorkloadInfo(TypedDict, total=False):

@@ -28,7 +28,7 @@ _DRAIN_S = 5.0
 
 
 class Metrics:
-    """What Prometheus gets, in a registry of the service's own."""
+    """The figures that Prometheus gets, in a registry of the service's own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

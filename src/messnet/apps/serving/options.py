@@ -1,4 +1,4 @@
-"""What a service listens to, and its limits."""
+"""The address that a service listens to, and its limits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class ServeOptions:
     port: int = 8000
     """0 takes a free one."""
     max_body_mb: float = 16.0
-    """Of a request, in 10^6 bytes; more is 413."""
+    """The most that a request may hold, in 10^6 bytes; more is 413."""
     max_pixels: int = 2**22
-    """Of an image, a side shorter than 64 counted as 64; more is 413, before it is decoded."""
+    """The most that an image may have, a side shorter than 64 counted as 64; more is 413, before it is decoded."""
     max_queue: int = 64
     """Requests in work at once, waiting and arriving ones included; one more is 503."""
     max_concurrency: int = 32
-    """Of them from one address; one more is 429."""
+    """Requests in work from one address; one more is 429."""
     max_connections: int = 256
     """Open at once; then the one that has waited longest for a request is closed."""
     timeout_s: float = 30.0
@@ -35,7 +35,7 @@ class ServeOptions:
     header_s: float = 10.0
     """For the head of a request, from the beginning of its connection or the end of the answer before."""
     decode_s: float = 2.0
-    """Of processor time to decode one image; more is 422."""
+    """Processor time to decode one image; more is 422."""
     batch_size: int = 8
     """Requests run together at most."""
     batch_wait_ms: float = 5.0

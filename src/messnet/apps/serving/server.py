@@ -29,7 +29,7 @@ MAX_SAMPLES = 12
 
 
 class ModelOptions(TypedDict, total=False):
-    """What a service runs, as ``load`` takes it."""
+    """The model that a service runs, as ``load`` takes it."""
 
     instance: str | None
     runtime: RuntimeName | None
