@@ -7,7 +7,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,11 +83,28 @@ class Camera:
             return False, None
         return True, np.full((*SIZE, 3), (self.next - 1) % 256, np.uint8)
 
+    def grab(self) -> bool:
+        return self.read()[0]
+
     def get(self, what: int) -> float:
-        return {cv2.CAP_PROP_FPS: 100.0, cv2.CAP_PROP_FRAME_COUNT: float(self.length)}[what]
+        known = {cv2.CAP_PROP_FPS: 100.0, cv2.CAP_PROP_FRAME_COUNT: float(self.length)}
+        return known.get(what, 0.0)  # no time stamps
 
     def release(self) -> None:
         self.released = True
+
+
+class Stamped(Camera):
+    """Frames with the time stamps given, in milliseconds, announced as ten per second."""
+
+    def __init__(self, stamps_ms: Sequence[float]) -> None:
+        super().__init__(len(stamps_ms))
+        self.stamps_ms = stamps_ms
+
+    def get(self, what: int) -> float:
+        if what == cv2.CAP_PROP_POS_MSEC:
+            return self.stamps_ms[self.next - 1]
+        return 10.0 if what == cv2.CAP_PROP_FPS else super().get(what)
 
 
 def write_video(path: Path, frames: list[np.ndarray], codec: str = "mp4v", fps: float = 10) -> Path:
@@ -103,6 +121,34 @@ def read_video(path: Path) -> list[np.ndarray]:
     while (read := capture.read())[0]:
         frames.append(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
     return frames
+
+
+def with_durations(source: Path, target: Path, durations: Sequence[int]) -> Path:
+    """The MP4 ``source`` with other times: frame i is shown for ``durations[i]`` / 10,240 s, the unit that OpenCV takes
+    for ten frames a second. See ISO/IEC 14496-12: stts holds runs of (frames, duration), mdhd the sum."""
+
+    def changed(data: bytes) -> bytes:
+        found, begin = b"", 0
+        while begin < len(data):
+            length, kind = struct.unpack(">I4s", data[begin : begin + 8])
+            body = data[begin + 8 : begin + length]
+            begin += length
+            if kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+                body = changed(body)
+            elif kind == b"stts":
+                assert struct.unpack(">IIII", body) == (0, 1, len(durations), 1024)
+                runs = (struct.pack(">II", 1, duration) for duration in durations)
+                body = struct.pack(">II", 0, len(durations)) + b"".join(runs)
+            elif kind == b"mdhd":
+                assert struct.unpack(">I", body[12:16]) == (10_240,)
+                body = body[:16] + struct.pack(">I", sum(durations)) + body[20:]
+            elif kind == b"edts":  # would cut it to the old length
+                kind = b"free"
+            found += struct.pack(">I4s", len(body) + 8, kind) + body
+        return found
+
+    target.write_bytes(changed(source.read_bytes()))
+    return target
 
 
 def grey(number: int) -> list[np.ndarray]:
@@ -174,7 +220,8 @@ def test_a_long_timeline_keeps_its_late_frames() -> None:
 
 
 def test_decoding_goes_on_during_inference_but_not_without_bounds(tmp_path: Path) -> None:
-    camera = Camera(length=60)
+    looked_at, camera = Camera(length=60), Camera(length=60)
+    captures = iter((looked_at, camera))
     (tmp_path / "x.mp4").touch()
     ahead = []
 
@@ -184,11 +231,62 @@ def test_decoding_goes_on_during_inference_but_not_without_bounds(tmp_path: Path
             ahead.append(camera.next - call - 1)
 
     timeline = predict_video(
-        StandIn(before=wait), tmp_path / "x.mp4", tmp_path, VideoOptions(queue_frames=5), open_capture=lambda _: camera
-    )
+        StandIn(before=wait), tmp_path / "x.mp4", tmp_path, VideoOptions(queue_frames=5),
+        open_capture=lambda _: next(captures),
+    )  # fmt: skip
     assert ahead == [6, 6]  # five in the queue and one in hand
     assert [frame.frame for frame in timeline.frames] == list(range(60))
+    assert looked_at.released
     assert camera.released
+
+
+DURATIONS = [1024] * 8 + [2048] * 8 + [20_480] + [512] * 6 + [5120]
+"""Of 24 frames: 0.1 s each, then 0.2 s, one of 2 s, 0.05 s, and the last of 0.5 s: 5.2 s together."""
+
+
+def numbered(number: int) -> np.ndarray:
+    """Six bars, the bits of ``number``, the least on the left: white is 1."""
+    bits = np.array([number >> k & 1 for k in range(6)], np.uint8)
+    return np.broadcast_to(255 * np.repeat(bits, 16)[None, :, None], (*SIZE, 3)).copy()
+
+
+def test_the_times_are_those_of_the_container(tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mp4", [numbered(i) for i in range(24)])
+    path = with_durations(clip, tmp_path / "phone.mp4", DURATIONS)
+    timeline = predict_video(StandIn(), path, tmp_path / "out")
+    known = np.cumsum([0, *DURATIONS[:-1]]) / 10_240
+    np.testing.assert_allclose([frame.time_s for frame in timeline.frames], known, atol=1e-6)
+    assert [frame.frame for frame in timeline.frames] == list(range(24))
+    # By the average rate frame 16 would come 1.07 s late, and frame 17 0.72 s too early.
+    assert timeline.fps == pytest.approx(24 / 5.2)
+
+    capture = cv2.VideoCapture(str(tmp_path / "out/overlay.mp4"))
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    pictures = read_video(tmp_path / "out/overlay.mp4")
+    assert rate == pytest.approx(20)  # no two frames fall into one
+    assert len(pictures) / rate == pytest.approx(5.2)
+    # Which frame each picture shows, read below the caption; blue, of which the classes' colours hold little.
+    bars = [np.median(picture[44:, :, 2].reshape(20, 6, 16), (0, 2)) > 75 for picture in pictures]
+    shown = [int(bar @ 2 ** np.arange(6)) for bar in bars]
+    np.testing.assert_array_equal(shown, np.repeat(np.arange(24), np.array(DURATIONS) // 512))
+
+
+@pytest.mark.parametrize(
+    ("stamps_ms", "times_s"),
+    [
+        ([0, 0, 0, 0], [0, 0.1, 0.2, 0.3]),  # there are none
+        ([5000, 5040, 5400, 5410], [0, 0.04, 0.4, 0.41]),  # they do not begin at 0
+        ([0, 100, 300, 20, 60], [0, 0.1, 0.3, 0.4, 0.44]),  # two recordings joined
+        ([0, 100, 9e9, 9e9 + 50], [0, 0.1, 0.2, 0.25]),  # a jump of months
+        ([0, 50, float("nan"), 150], [0, 0.05, 0.15, 0.15]),  # one is missing
+    ],
+)
+def test_time_stamps_that_are_missing_or_begin_anew(
+    stamps_ms: list[float], times_s: list[float], tmp_path: Path
+) -> None:
+    (tmp_path / "x.mp4").touch()
+    timeline = predict_video(StandIn(), tmp_path / "x.mp4", tmp_path, open_capture=lambda _: Stamped(stamps_ms))
+    assert [frame.time_s for frame in timeline.frames] == pytest.approx(times_s)
 
 
 def test_a_slow_encoder_holds_the_inference_up(clip: Path, tmp_path: Path) -> None:

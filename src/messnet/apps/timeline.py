@@ -35,7 +35,7 @@ class FrameRecord(NamedTuple):
     frame: int
     """Place in the video, from 0; for a camera the frames that were dropped count."""
     time_s: float
-    """``frame`` over the frames per second."""
+    """Seconds from the first frame, by the time stamps of the container or camera."""
     exit_index: int
     """The exit taken."""
     image_confidence: float
@@ -75,7 +75,7 @@ class Timeline:
     exit_indices: tuple[int, ...]
     """The instance's exits, shallow to deep."""
     fps: float
-    """Frames per second of the video."""
+    """Frames per second of the video, on average."""
     size: tuple[int, int]
     """(H, W)."""
     frame_budget_ms: float | None

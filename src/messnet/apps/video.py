@@ -2,6 +2,9 @@
 
 The queues are bounded, so memory is too. A file's frames all come through. A camera's frames that wait while a newer
 one has come are dropped: what is shown lags by the frame in work, not by a queue of old ones.
+
+A frame's time is what the container says, since phones and screen recorders write frames as they come. OpenCV writes
+videos of one rate only: a frame is repeated there until the next one is due.
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ Draw = Callable[[Pixels, Pixels, Pixels], Pixels]
 CODEC = "mp4v"  # what OpenCV's own wheels can write into mp4
 _WARM_UP = 3
 _ANNOUNCED_SLACK = 0.02  # containers round the number of their frames
+# A step between two time stamps that is longer, in seconds, is none: the stamps began anew.
+_LONGEST_STEP = 3600.0
+# How many frames tell how close frames follow each other, and the rate beyond which nothing is written.
+_LOOKED_AT, _MAX_RATE = 150, 240.0
 
 
 class Capture(Protocol):
@@ -51,6 +58,10 @@ class Capture(Protocol):
 
     def read(self) -> tuple[bool, MatLike]:
         """Whether there was another frame, and the frame (H, W, 3) uint8 BGR."""
+        ...
+
+    def grab(self) -> bool:
+        """As ``read``, without the frame."""
         ...
 
     def get(self, property_id: int, /) -> float: ...
@@ -81,6 +92,7 @@ class VideoOptions:
 
 class _Frame(NamedTuple):
     number: int  # in the source, from 0
+    time_s: float  # from the first frame
     image: NDArray[np.uint8]  # (H, W, 3) RGB
 
 
@@ -100,7 +112,7 @@ def predict_video(
     ``damage``. Raises DataError when there is no such file or camera or not one frame comes from it, RecipeError for
     options out of range.
 
-    ``open_capture`` opens a file or a camera as OpenCV does; ``draw`` makes the picture of a frame (H, W, 3), its
+    ``open_capture`` opens a file or a camera as OpenCV does, a file twice: first for its time stamps. ``draw`` makes the picture of a frame (H, W, 3), its
     labels (H, W) and the palette (K, 3).
     """
     options = options or VideoOptions()
@@ -109,6 +121,7 @@ def predict_video(
             raise RecipeError(f"{what} is at least 1, not {count}")
     choices = session.instance.exits
     control = ExitControl(choices, frame_budget_ms=options.frame_budget_ms, hysteresis=options.hysteresis)
+    closest = 0.0 if isinstance(source, int) else _closest_frames(source, open_capture)
     with _capture(source, open_capture) as capture:
         found, first = capture.read()
         if not found:
@@ -118,9 +131,9 @@ def predict_video(
         fps = _frames_per_second(capture)
         announced = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         _warm_up(session, _rgb(first), control)
-        ran = _run(
-            session, control, _Source(capture, first, fps, announced, isinstance(source, int)), out, options, draw
-        )
+        rate = _rate_to_write(fps, closest)
+        opened = _Source(capture, first, fps, rate, announced, isinstance(source, int))
+        ran = _run(session, control, opened, out, options, draw)
     timeline = Timeline(
         source=_name(source),
         instance=session.instance.name,
@@ -141,7 +154,8 @@ def predict_video(
 class _Source(NamedTuple):
     capture: Capture
     first: MatLike  # (H, W, 3) BGR, already read
-    fps: float
+    fps: float  # on average
+    rate: float  # of what is written, frames per second
     announced: int  # frames, says the file; 0: it does not
     live: bool
 
@@ -156,20 +170,22 @@ class _Ran(NamedTuple):
 def _run(session: Session, control: ExitControl, source: _Source, out: Path, options: VideoOptions, draw: Draw) -> _Ran:
     """All frames through the three threads. Whatever ends it, the video is closed properly."""
     frames: list[FrameRecord] = []
-    interrupted, damage = False, ""
+    interrupted, damage, end_s = False, "", 0.0
     totals = [count for count in (source.announced, options.max_frames) if count]
     bar = tqdm(desc="predict", unit="frame", total=min(totals, default=None), mininterval=1, dynamic_ncols=True)
     start = time.perf_counter()
-    writer = _Writer(session, out, (source.first.shape[0], source.first.shape[1]), source.fps, options, draw)
+    writer = _Writer(session, out, (source.first.shape[0], source.first.shape[1]), source.rate, options, draw)
     reader = _Reader(source, options)
     try:
         for frame in reader:
-            record, result = _infer(session, frame, control, source.fps)
+            record, result = _infer(session, frame, control)
             frames.append(record)
             writer.put(frame, result, record)
             bar.update()
         if options.max_frames is None:
             damage = _missing(len(frames), source.announced)
+            if len(frames) == source.announced:  # exact, so that the average rate gives the length, last frame included
+                end_s = source.announced / source.fps
     except KeyboardInterrupt:
         interrupted = True
     except DataError as error:
@@ -177,7 +193,7 @@ def _run(session: Session, control: ExitControl, source: _Source, out: Path, opt
     finally:
         reader.stop()
         bar.close()
-        written = writer.finish()
+        written = writer.finish(end_s)
     if not written:
         raise DataError(damage) if damage else KeyboardInterrupt
     del frames[written:]  # an interrupt may come between the two
@@ -190,7 +206,7 @@ def _missing(decoded: int, announced: int) -> str:
     return f"{decoded} of {announced} frames could be decoded: the file is damaged or cut short"
 
 
-def _infer(session: Session, frame: _Frame, control: ExitControl, fps: float) -> tuple[FrameRecord, Result]:
+def _infer(session: Session, frame: _Frame, control: ExitControl) -> tuple[FrameRecord, Result]:
     """Runs exits until the control stops the frame; each result's work is done when it is asked for."""
     start, before, confidences = time.perf_counter(), 0.0, []
     choices = session.instance.exits
@@ -204,9 +220,8 @@ def _infer(session: Session, frame: _Frame, control: ExitControl, fps: float) ->
         if reason is not None:
             break
     plain = choices[first_confident(choices, confidences)].exit_index
-    time_s = frame.number / fps
-    record = FrameRecord(frame.number, time_s, result.exit_index, confidences[-1], elapsed, reason or "last", plain)
-    return record, result
+    sure, why = confidences[-1], reason or "last"
+    return FrameRecord(frame.number, frame.time_s, result.exit_index, sure, elapsed, why, plain), result
 
 
 def _warm_up(session: Session, image: NDArray[np.uint8], control: ExitControl) -> None:
@@ -229,6 +244,7 @@ class _Reader:
         self._capture = source.capture
         self._max_frames = options.max_frames
         self._live = source.live
+        self._times = _Times(source.fps)
         self._frames: queue.Queue[_Frame | BaseException | None] = queue.Queue(
             # A camera's frame that waits is replaced by the next, so there is never a second one.
             1 if self._live else options.queue_frames
@@ -261,7 +277,8 @@ class _Reader:
                     raise DataError(
                         f"frame {index} is {image.shape[:2]} pixels, the ones before {shape[:2]}: convert it"
                     )
-                self._give(_Frame(index, _rgb(image)))
+                time_s = self._times.of(self._capture.get(cv2.CAP_PROP_POS_MSEC))
+                self._give(_Frame(index, time_s, _rgb(image)))
                 index += 1
                 found, image = self._capture.read()
             self._give(None)
@@ -275,24 +292,49 @@ class _Reader:
         _put(self._frames, frame, self._stopped.is_set)
 
 
+class _Times:
+    """From the time stamps of frames to seconds from the first one; ``fps`` stands in for stamps that are missing."""
+
+    def __init__(self, fps: float) -> None:
+        self._step = 1 / fps
+        self._last: float | None = None
+        self._offset = 0.0  # from the stamp to the time
+
+    def of(self, stamp_ms: float) -> float:
+        """The time of the next frame, at least that of the one before. OpenCV says 0 where it has no stamp."""
+        expected = 0.0 if self._last is None else self._last + self._step
+        if self._last is not None and not (math.isfinite(stamp_ms) and stamp_ms > 0):
+            time_s = expected
+        else:
+            time_s = stamp_ms / 1000 + self._offset
+            last = -math.inf if self._last is None else self._last
+            if not last - self._step <= time_s <= last + _LONGEST_STEP:
+                # The first frame, or recordings that were joined: their stamps begin anew.
+                self._offset += expected - time_s
+                time_s = expected
+            time_s = max(time_s, last)
+        self._last = time_s
+        return time_s
+
+
 class _Writer:
     """Draws, encodes and writes in a thread of its own; the video appears under its name once it is whole."""
 
     def __init__(
-        self, session: Session, out: Path, size: tuple[int, int], fps: float, options: VideoOptions, draw: Draw
+        self, session: Session, out: Path, size: tuple[int, int], rate: float, options: VideoOptions, draw: Draw
     ) -> None:
         assert session.palette is not None
         self._draw = draw
         self._palette = session.palette
         self._exits = [choice.exit_index for choice in session.instance.exits]
-        self._out, self._masks = out, options.masks
+        self._out, self._masks, self._rate = out, options.masks, rate
         self._path, self._temporary = out / "overlay.mp4", out / ".overlay.tmp.mp4"
         out.mkdir(parents=True, exist_ok=True)
-        self._video = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*CODEC), fps, size[::-1])
+        self._video = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*CODEC), rate, size[::-1])
         if not self._video.isOpened():
             self._temporary.unlink(missing_ok=True)
             raise DataError(f"OpenCV cannot write {self._path} with codec {CODEC}: is there room, may it be written?")
-        self._last_index, self._written = -1, 0
+        self._written, self._end_s = 0, 0.0
         self._error: BaseException | None = None
         self._jobs: queue.Queue[tuple[_Frame, NDArray[np.uint8], FrameRecord] | None] = queue.Queue(
             options.queue_frames
@@ -306,9 +348,10 @@ class _Writer:
         if self._error is not None:
             raise self._error
 
-    def finish(self) -> int:
-        """Writes what waits and closes the video. Returns how many frames of the source are in it; there is no file if
-        there are none. Raises what the thread could not do."""
+    def finish(self, end_s: float = 0.0) -> int:
+        """Writes what waits, the last picture until ``end_s`` seconds, and closes the video. Returns how many frames of
+        the source have been drawn; there is no file if there are none. Raises what the thread could not do."""
+        self._end_s = end_s
         _put(self._jobs, None, lambda: not self._thread.is_alive())
         self._thread.join()
         self._video.release()
@@ -321,21 +364,30 @@ class _Writer:
         return self._written
 
     def _run(self) -> None:
+        held: MatLike | None = None
+        begin = 0  # of the picture that is held, in frames of the video that is written
         try:
             while (job := self._jobs.get()) is not None:
                 frame, labels, record = job
                 picture = self._draw(frame.image, labels, self._palette)
                 _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
                 bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-                for _ in range(frame.number - self._last_index):  # in place of dropped frames, to keep time
-                    self._video.write(bgr)
-                self._last_index = frame.number
+                due = round(frame.time_s * self._rate)
+                if held is not None:  # shown until this one is due; not at all where both fall into one frame
+                    self._write(held, due - begin)
+                held, begin = bgr, due
                 if self._masks:
                     path = self._out / "masks" / f"{frame.number:06d}.png"
                     write_atomically(path, as_png(mask(labels, self._palette)))
                 self._written += 1
+            if held is not None:
+                self._write(held, max(1, round(self._end_s * self._rate) - begin))
         except BaseException as error:  # belongs to the main thread
             self._error = error
+
+    def _write(self, picture: MatLike, times: int) -> None:
+        for _ in range(times):
+            self._video.write(picture)
 
 
 def _put(waiting: queue.Queue[T], item: T, given_up: Callable[[], bool]) -> None:
@@ -388,6 +440,24 @@ def _frames_per_second(capture: Capture) -> float:
     fps = capture.get(cv2.CAP_PROP_FPS)
     # A camera that does not know says 0, a file without a rate says thousands.
     return fps if math.isfinite(fps) and 0 < fps <= 1000 else 30.0
+
+
+def _closest_frames(source: Path, open_capture: OpenCapture) -> float:
+    """How fast frames follow each other where they do so fastest, in frames per second; 0 where nothing tells."""
+    stamps: list[float] = []
+    with _capture(source, open_capture) as capture:
+        while len(stamps) < _LOOKED_AT and capture.grab():
+            stamps.append(capture.get(cv2.CAP_PROP_POS_MSEC))
+    steps = np.diff(stamps)
+    steps = steps[steps > 0]
+    # Not the least: a single stamp that is off would decide.
+    return float(1000 / np.percentile(steps, 10)) if len(steps) else 0.0
+
+
+def _rate_to_write(fps: float, closest: float) -> float:
+    """At the average rate, frames that follow each other more closely would fall into one. Stamps are rounded to
+    milliseconds in some containers, so a rate hardly above the average is no other."""
+    return min(closest, _MAX_RATE) if closest > 1.02 * fps and fps < _MAX_RATE else fps
 
 
 def _name(source: Path | int) -> str:
