@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import struct
 import threading
 import time
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace

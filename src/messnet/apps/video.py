@@ -112,8 +112,8 @@ def predict_video(
     ``damage``. Raises DataError when there is no such file or camera or not one frame comes from it, RecipeError for
     options out of range.
 
-    ``open_capture`` opens a file or a camera as OpenCV does, a file twice: first for its time stamps. ``draw`` makes the picture of a frame (H, W, 3), its
-    labels (H, W) and the palette (K, 3).
+    ``open_capture`` opens a file or a camera as OpenCV does, a file twice: first for its time stamps. ``draw`` makes
+    the picture of a frame (H, W, 3), its labels (H, W) and the palette (K, 3).
     """
     options = options or VideoOptions()
     for count, what in ((options.max_frames, "max_frames"), (options.queue_frames, "queue_frames")):
