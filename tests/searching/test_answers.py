@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
-from helpers.tables import COMPLETE, tiny
-from messnet.errors import RecipeError
-from messnet.records.instance import Instance
-from messnet.records.selection import AnytimeFigures, CostUnit, Selection
+from helpers.tables import COMPLETE, simulate, tiny
+from messnet.errors import InfeasibleError, RecipeError
+from messnet.records.instance import ExitChoice, Instance
+from messnet.records.selection import AnytimeFigures, CostUnit, ReachedCost, ReachedIou, Selection
 from messnet.searching import AnytimeObjective, Limit, Objective, choose, pareto_front, search, search_for, words
+from messnet.searching.answers import Comparison, FrontPoint
 
 OLD = """{
   "schema_version": 1, "name": "x", "setting": "input_dependent",
@@ -99,3 +101,108 @@ def test_a_largest_cost_in_units_is_not_looked_up_on_a_relative_front() -> None:
     found = search_for(tables, [costs, costs], Objective(maximise="miou", max_cost=costs.total("macs")), grid=COMPLETE)
     assert found.selection.unit.relative
     assert found.selection.cost <= 1
+
+
+@pytest.mark.parametrize(
+    ("miou", "cost", "said"),
+    [
+        (0.51, 0.5e9, "beats R: 1.00 pp more mIoU for 50.0 % less work"),
+        (0.51, 1.0e9, "beats R: 1.00 pp more mIoU at the same work"),
+        (0.51, 1.5e9, "1.00 pp more mIoU for 50.0 % more work than R"),
+        (0.50, 0.5e9, "beats R: the same mIoU for 50.0 % less work"),
+        (0.50, 1.0e9, "no better than R"),
+        (0.50, 1.5e9, "is worse than R: the same mIoU for 50.0 % more work"),
+        (0.4714, 0.69e9, "2.86 pp less mIoU for 31.0 % less work than R"),
+        (0.49, 1.0e9, "is worse than R: 1.00 pp less mIoU at the same work"),
+        (0.49, 1.5e9, "is worse than R: 1.00 pp less mIoU for 50.0 % more work"),
+        (0.50001, 0.9999e9, "beats R: under 0.01 pp more mIoU for under 0.1 % less work"),
+    ],
+)
+def test_rivals_in_words_for_every_sign_of_the_differences(miou: float, cost: float, said: str) -> None:
+    tables, costs = tiny(3)
+    result = search(tables, costs, max_drop_pp=1.0, grid=COMPLETE)
+    exits = (ExitChoice(exit_index=0, head="a"), ExitChoice(exit_index=1, head="final"))
+    instance = Instance(name="x", setting="input_dependent", exits=exits)
+    rival = FrontPoint(miou=0.5, cost=1e9, instance=instance)
+    comparison = Comparison(
+        chosen=FrontPoint(miou=miou, cost=cost, instance=instance),
+        unit=CostUnit("macs"),
+        static=rival,
+        has_early_exits=True,
+        uniform=rival,
+    )
+    verdict = words.verdict(replace(result, comparison=comparison))
+    assert verdict.startswith(said.replace("R", "the best static truncated model"))
+    assert verdict.endswith("; " + said.replace("R", "uniform heads (a)"))
+
+
+def test_a_rival_that_costs_nothing_is_no_share() -> None:
+    tables, costs = tiny(3)
+    result = search(tables, costs, max_drop_pp=1.0, grid=COMPLETE)
+    free, dear = (FrontPoint(miou=0.5, cost=cost, instance=result.instance) for cost in (0.0, 3e6))
+    comparison = Comparison(chosen=dear, unit=CostUnit("parameters"), static=free, has_early_exits=False, uniform=None)
+    said = "is worse than the best static truncated model: the same mIoU for 3 million parameters more"
+    assert words.verdict(replace(result, comparison=comparison)).startswith(said)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_search_tells_what_was_reached_of_every_limit_and_floor(num_devices: int) -> None:
+    """Each figure against one summed image by image, through a file and back, and in words."""
+    told = 0
+    for seed in range(12):
+        tables, costs = tiny(seed)
+        limits = (Limit.parse("latency_ms.p95<=1.5x"), Limit.parse("parameters<=9"), Limit.parse("parameters<=30"))
+        objective = Objective(statistic="worst", limits_on=limits, min_class_iou=(("1", 0.05),))
+        try:
+            result = search_for(tables, [costs] * num_devices, objective, grid=COMPLETE)
+        except InfeasibleError:
+            continue
+        again = Selection.from_figures(Instance.from_json(result.instance.to_json()).selected_on)
+        assert again == result.selection
+        routing, latency = simulate(tables, costs, result.instance, "latency_ms")
+        _, size = simulate(tables, costs, result.instance, "parameters")
+        _, work = simulate(tables, costs, result.instance, "macs")
+        intersection, predicted, labelled = (values[1] for values in tables.counts(np.array(routing)))
+        relative = num_devices > 1
+        assert list(again.reached) == [
+            ReachedCost(
+                cost="macs",
+                statistic="worst",
+                relative=relative,
+                value=pytest.approx(max(work) / (costs.total("macs") if relative else 1)),
+                limit=None,
+            ),
+            # Of at most four images the least that 95 % do not exceed is the largest.
+            ReachedCost(
+                cost="latency_ms",
+                statistic="p95",
+                relative=True,
+                value=pytest.approx(max(latency) / costs.total("latency_ms")),
+                limit=1.5,
+            ),
+            ReachedCost(cost="parameters", statistic="mean", relative=False, value=size[0], limit=9),
+            ReachedIou(
+                class_name="1", value=pytest.approx(intersection / (predicted + labelled - intersection)), limit=0.05
+            ),
+        ]
+        line = words.describe(result.instance)[0]
+        assert "; 95th percentile of latency " in line
+        assert "x the model's latency_ms (at most 1.5x)" in line
+        assert "(at least 0.05)" in line
+        told += 1
+    assert told > 3
+
+
+def test_limits_of_one_device_are_told_in_their_units() -> None:
+    reached = (
+        ReachedCost(cost="latency_ms", statistic="p95", relative=False, value=38.21, limit=40.0),
+        ReachedIou(class_name="car: red.mean", value=0.6123, limit=0.6),
+    )
+    selection = Selection(num_images=3, unit=CostUnit("macs"), miou=0.5, cost=1e9, reached=reached)
+    figures = selection.to_figures()
+    assert (figures["latency_ms.p95"], figures["limit:latency_ms.p95"]) == (38.21, 40.0)
+    assert Selection.from_figures(figures) == selection
+    instance = Instance(name="x", setting="budgeted", exits=(), selected_on=figures)
+    assert words.describe(instance)[0].endswith(
+        "; 95th percentile of latency 38.21 ms (at most 40 ms); IoU of car: red.mean 0.6123 (at least 0.6)"
+    )

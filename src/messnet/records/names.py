@@ -16,6 +16,7 @@ __all__ = [
     "Precision",
     "RuntimeName",
     "Setting",
+    "Statistic",
     "expect_runtime",
     "precision_named",
     "precision_of_dtype",
@@ -32,6 +33,8 @@ Precision = Literal["f32", "bf16", "f16"]
 """The number format of weights and activations."""
 CostName = Literal["macs", "macs_paper", "parameters", "memory_bytes", "latency_ms", "latency_p95_ms"]
 """The columns of a cost table: multiply-accumulates in two conventions, sizes, measured times."""
+Statistic = Literal["mean", "worst", "p95"]
+"""How a cost is counted over images: their mean, the largest, or the least that 95 % of them do not exceed."""
 Setting = Literal["budgeted", "anytime", "input_dependent"]
 """How an instance uses its exits: one, all in turn, or the first that is confident."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
-from messnet.records.names import CostName
+from messnet.records.names import CostName, Statistic
 
-__all__ = ["AnytimeFigures", "CostUnit", "Selection"]
+__all__ = ["AnytimeFigures", "CostUnit", "ReachedCost", "ReachedIou", "Selection"]
+
+_LIMIT, _IOU = "limit:", "iou:"
 
 
 class CostUnit(NamedTuple):
@@ -34,6 +36,41 @@ class AnytimeFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReachedCost:
+    """One cost of an instance by the statistic that the search was asked about."""
+
+    cost: CostName
+    statistic: Statistic
+    relative: bool
+    """Whether ``value`` and ``limit`` are in costs of the user's whole model, else in the unit of the cost."""
+    value: float
+    """With several devices: on the device where it is largest."""
+    limit: float | None
+    """The value must not exceed it; None: it was minimised without a limit."""
+
+    @property
+    def key(self) -> str:
+        """Its name in a flat form, such as "latency_ms.p95" or "macs.worst.relative"."""
+        return f"{self.cost}.{self.statistic}{'.relative' if self.relative else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReachedIou:
+    """The IoU of one class that the search was given a floor for."""
+
+    class_name: str
+    value: float
+    """In [0, 1]."""
+    limit: float
+    """The value must be at least this."""
+
+    @property
+    def key(self) -> str:
+        """Its name in a flat form, such as "iou:car"."""
+        return f"{_IOU}{self.class_name}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """The figures of an instance on the images that it was selected on. ``Instance.selected_on`` holds them flat."""
 
@@ -51,9 +88,14 @@ class Selection:
     loss: float | None = None
     """With a guarantee: mean share of an image's pixels lost against the final exit."""
     anytime: AnytimeFigures | None = None
+    reached: tuple[ReachedCost | ReachedIou, ...] = ()
+    """What the search was asked about beyond mIoU and one mean cost, each quantity once."""
 
     def to_figures(self) -> dict[str, float]:
-        """The flat form: {"miou": 0.6, "macs": 1e9, "images": 50, ...}; "relative": 1.0 marks relative costs."""
+        """The flat form: {"miou": 0.6, "macs": 1e9, "images": 50, ...}; "relative": 1.0 marks relative costs.
+
+        What was reached is beside its limit: {"latency_ms.p95": 38.0, "limit:latency_ms.p95": 40.0, "iou:car": 0.61}.
+        """
         name = self.unit.name
         figures = {"miou": self.miou, name: self.cost, "images": self.num_images}
         optional = {
@@ -70,6 +112,8 @@ class Selection:
                 "overhead": self.anytime.overhead,
                 "area": self.anytime.area,
             }
+        for one in self.reached:
+            optional |= {one.key: one.value, f"{_LIMIT}{one.key}": one.limit}
         return figures | {key: value for key, value in optional.items() if value is not None}
 
     @classmethod
@@ -97,4 +141,20 @@ class Selection:
             baseline_cost=figures.get(f"baseline_{name}"),
             loss=figures.get("loss"),
             anytime=anytime,
+            reached=tuple(_reached(figures)),
         )
+
+
+def _reached(figures: Mapping[str, float]) -> Iterator[ReachedCost | ReachedIou]:
+    """The constraints of a flat form, in the order in which it holds them."""
+    for key, value in figures.items():
+        limit = figures.get(f"{_LIMIT}{key}")
+        if key.startswith(_IOU) and limit is not None:
+            yield ReachedIou(class_name=key.removeprefix(_IOU), value=value, limit=limit)
+            continue
+        cost, *rest = key.split(".")
+        if cost in get_args(CostName) and rest and rest[0] in get_args(Statistic):
+            relative, statistic = rest[1:] == ["relative"], cast(Statistic, rest[0])
+            yield ReachedCost(
+                cost=cast(CostName, cost), statistic=statistic, relative=relative, value=value, limit=limit
+            )

@@ -29,7 +29,7 @@ from messnet.records.instance import ExitChoice, Instance
 from messnet.searching import words
 from messnet.searching.answers import MOST_IMAGES, Promise, Retreat, SearchResult, Shortfall
 from messnet.searching.grid import confidence_at, image_thresholds, route
-from messnet.searching.measure import CostMeasure, meets, miou_of
+from messnet.searching.measure import CostMeasure, meets, miou_of, reached_of
 from messnet.searching.objective import Guarantee, Objective
 
 __all__ = [
@@ -82,6 +82,7 @@ def certify(
         miou=miou_of(selection, certified),
         cost=measure.measure(selection, certified),
         loss=float(loss_of(selection, route(selection, certified)).mean()),
+        reached=reached_of(objective, measure, selection, certified),
     )
     retreat = None
     if retreats:

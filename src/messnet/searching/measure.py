@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,12 @@ from messnet.records.costs import CostColumn, CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
 from messnet.records.iou import class_iou
-from messnet.records.names import CostName
-from messnet.records.selection import CostUnit
+from messnet.records.names import CostName, Statistic
+from messnet.records.selection import CostUnit, ReachedCost, ReachedIou
 from messnet.searching.grid import cost_of, route
-from messnet.searching.objective import Objective, Statistic
+from messnet.searching.objective import Objective
 
-__all__ = ["DECIMALS", "CostMeasure", "baseline_miou_of", "checked_column", "meets", "miou_of"]
+__all__ = ["DECIMALS", "CostMeasure", "baseline_miou_of", "checked_column", "meets", "miou_of", "reached_of"]
 
 DECIMALS = 12
 """Decimals at which mIoU is compared: beyond, float sums of equal ratios differ."""
@@ -119,6 +119,51 @@ def meets(objective: Objective, measure: CostMeasure, tables: ExitTables, instan
                 return False
     iou = dict(zip(tables.class_names, class_iou(*tables.counts(routing)), strict=True))
     return all(iou[name] >= floor for name, floor in objective.min_class_iou)
+
+
+def reached_of(
+    objective: Objective, measure: CostMeasure, tables: ExitTables, instance: Instance
+) -> tuple[ReachedCost | ReachedIou, ...]:
+    """What an instance makes of each quantity that an objective is about, beyond mIoU and one mean cost, over the
+    images of ``tables``. Of several limits on one quantity the tightest is kept."""
+    costs: dict[tuple[CostName, Statistic, bool], float | None] = {}
+    for quantity, limit in _asked_costs(objective, measure):
+        known = costs.get(quantity)
+        costs[quantity] = limit if known is None or limit is None else min(known, limit)
+    floors: dict[str, float] = {}
+    for class_name, floor in objective.min_class_iou:
+        floors[class_name] = max(floor, floors.get(class_name, 0.0))
+
+    reached: list[ReachedCost | ReachedIou] = []
+    for (cost, statistic, relative), limit in costs.items():
+        spent = []
+        for table in measure.devices:
+            # The statistic over the images on each device, in the limit's unit; then the largest device counts.
+            value, model = statistic_of(cost_of(tables, table, instance, cost), statistic), table.total(cost)
+            spent.append(value / model if relative and model else value)
+        reached.append(ReachedCost(cost=cost, statistic=statistic, relative=relative, value=max(spent), limit=limit))
+    iou = class_iou(*tables.counts(route(tables, instance)))
+    for class_name, floor in floors.items():
+        value = float(iou[tables.class_names.index(class_name)])
+        reached.append(ReachedIou(class_name=class_name, value=value, limit=floor))
+    return tuple(reached)
+
+
+def _asked_costs(
+    objective: Objective, measure: CostMeasure
+) -> Iterator[tuple[tuple[CostName, Statistic, bool], float | None]]:
+    """((cost, statistic, whether relative to the model), limit): the objective's own cost where its one figure does not
+    tell all, then the further limits."""
+    name, statistic, relative = objective.cost_name, objective.statistic, measure.unit.relative
+    ratio, most = objective.max_cost_ratio, objective.max_cost
+    if statistic != "mean":
+        yield (name, statistic, relative), ratio if relative else most
+        if ratio is not None and not relative:
+            yield (name, statistic, True), ratio
+    if most is not None and relative:
+        yield (name, statistic, False), most
+    for limit in objective.limits_on:
+        yield (limit.cost, limit.statistic, limit.relative), limit.at_most
 
 
 def checked_column(table: CostTable, tables: ExitTables, name: CostName) -> CostColumn:

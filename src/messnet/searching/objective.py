@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from messnet.errors import RecipeError
-from messnet.records.names import CostName
+from messnet.records.names import CostName, Statistic
 
-__all__ = ["AnytimeGoal", "AnytimeObjective", "AnytimeTerms", "Guarantee", "Limit", "Objective", "Statistic", "Terms"]
+__all__ = ["AnytimeGoal", "AnytimeObjective", "AnytimeTerms", "Guarantee", "Limit", "Objective", "Terms"]
 
-Statistic = Literal["mean", "worst", "p95"]
 AnytimeGoal = Literal["area", "first_cost", "overhead", "miou"]
 
 

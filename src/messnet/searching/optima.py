@@ -13,8 +13,8 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, Instance
 from messnet.records.iou import class_iou
-from messnet.records.names import CostName, Setting
-from messnet.records.selection import CostUnit, Selection
+from messnet.records.names import CostName, Setting, Statistic
+from messnet.records.selection import CostUnit, ReachedCost, ReachedIou, Selection
 from messnet.searching import words
 from messnet.searching.answers import (
     Comparison,
@@ -28,8 +28,8 @@ from messnet.searching.answers import (
 from messnet.searching.anytime import search_anytime
 from messnet.searching.exact import Control, Outcome, Problem, Region, solve
 from messnet.searching.grid import Grid, route
-from messnet.searching.measure import DECIMALS, CostMeasure, baseline_miou_of
-from messnet.searching.objective import AnytimeObjective, Limit, Objective, Statistic
+from messnet.searching.measure import DECIMALS, CostMeasure, baseline_miou_of, reached_of
+from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
 __all__ = ["Front", "choose", "feasible", "pareto_front", "result_of", "search", "search_for"]
 
@@ -153,7 +153,8 @@ def search_for(
     if not outcome.best:
         raise InfeasibleError(words.infeasible(_infeasible(tables, measure, objective, setting, grid)))
     front = _front_of(problem, measure, outcome, setting)
-    result = result_of(front, objective, outcome.best, outcome.proof, name)
+    reached = reached_of(objective, measure, tables, outcome.best[0].instance)
+    result = result_of(front, objective, outcome.best, outcome.proof, name, reached)
     return replace(result, incumbents=outcome.incumbents)
 
 
@@ -257,10 +258,17 @@ def feasible(front: Front, points: Sequence[FrontPoint], objective: Objective) -
     return met[::-1] if objective.maximise else met
 
 
-def result_of(front: Front, objective: Objective, best: Sequence[FrontPoint], proof: Proof, name: str) -> SearchResult:
-    """The best of some points, best first; the next ones are its runners-up."""
+def result_of(
+    front: Front,
+    objective: Objective,
+    best: Sequence[FrontPoint],
+    proof: Proof,
+    name: str,
+    reached: tuple[ReachedCost | ReachedIou, ...] = (),
+) -> SearchResult:
+    """The best of some points, best first; the next ones are its runners-up. ``reached``: see ``Selection``."""
     chosen = best[0]
-    selection = front.select(chosen)
+    selection = replace(front.select(chosen), reached=reached)
     result = SearchResult(
         instance=replace(chosen.instance, name=name, selected_on=selection.to_figures()),
         objective=objective,

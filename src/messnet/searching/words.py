@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from math import inf
+from math import inf, isclose
 
 from messnet.records.instance import Instance
-from messnet.records.names import CostName
-from messnet.records.selection import CostUnit, Selection
+from messnet.records.names import CostName, Statistic
+from messnet.records.selection import CostUnit, ReachedCost, ReachedIou, Selection
 from messnet.searching.answers import (
     MOST_IMAGES,
     AnytimeProof,
@@ -53,6 +53,17 @@ _UNITS: dict[CostName, tuple[float, str]] = {
     "latency_ms": (1.0, "ms"),
     "latency_p95_ms": (1.0, "ms (95th percentile)"),
 }
+
+
+_QUANTITIES: dict[CostName, str] = {
+    "macs": "work",
+    "macs_paper": "work in the paper's count",
+    "parameters": "size",
+    "memory_bytes": "memory",
+    "latency_ms": "latency",
+    "latency_p95_ms": "latency",
+}
+_STATISTICS: dict[Statistic, str] = {"mean": "mean", "worst": "largest", "p95": "95th percentile of"}
 
 
 def with_words(result: SearchResult) -> SearchResult:
@@ -197,12 +208,10 @@ def _against_static(comparison: Comparison) -> str:
     best, rival, unit = comparison.chosen, comparison.static, comparison.unit
     if rival is None:
         return "no static truncated model meets the constraints, this instance does"
-    here = _point(best, unit)
-    if (best.miou, best.cost) == (rival.miou, rival.cost):
-        return f"no better than the best static truncated model: {here} both"
-    return (
-        f"beats the best static truncated model: {_difference(best, rival, unit)}; {here} against {_point(rival, unit)}"
-    )
+    name = "the best static truncated model"
+    if _same(best, rival):
+        return f"no better than {name}: {_point(best, unit)} both"
+    return f"{_versus(best, rival, unit, name)}; {_point(best, unit)} against {_point(rival, unit)}"
 
 
 def _against_uniform(comparison: Comparison) -> str:
@@ -211,10 +220,45 @@ def _against_uniform(comparison: Comparison) -> str:
         return "it has no early exit whose head could be uniform"
     if rival is None:
         return "with one head at all of its exits no instance meets the constraints"
-    head = rival.instance.exits[0].head
-    if (best.miou, best.cost) == (rival.miou, rival.cost):
-        return f"no better than uniform heads ({head})"
-    return f"against uniform heads ({head}) {_difference(best, rival, comparison.unit)}"
+    name = f"uniform heads ({rival.instance.exits[0].head})"
+    return f"no better than {name}" if _same(best, rival) else _versus(best, rival, comparison.unit, name)
+
+
+def _same(best: FrontPoint, rival: FrontPoint) -> bool:
+    return not _sign(best.miou, rival.miou) and not _sign(best.cost, rival.cost)
+
+
+def _sign(value: float, other: float) -> int:
+    """1, 0 or -1 for more, equal up to the rounding of sums, and less."""
+    return 0 if isclose(value, other, rel_tol=1e-9, abs_tol=1e-12) else 1 if value > other else -1
+
+
+def _versus(best: FrontPoint, rival: FrontPoint, unit: CostUnit, name: str) -> str:
+    """Two different points in a sentence: "beats" and "is worse than" only where neither figure says otherwise."""
+    miou, cost = _sign(best.miou, rival.miou), _sign(best.cost, rival.cost)
+    points, work = _miou_change(best.miou, rival.miou), _cost_change(best, rival, unit)
+    difference = f"{points} {'for' if cost else 'at'} {work}"
+    if miou * cost > 0:  # more of both, or less of both: a matter of what is wanted
+        return f"{difference} than {name}"
+    return f"{'beats' if miou > 0 or cost < 0 else 'is worse than'} {name}: {difference}"
+
+
+def _miou_change(miou: float, other: float) -> str:
+    sign, change = _sign(miou, other), 100 * abs(miou - other)
+    if not sign:
+        return "the same mIoU"
+    return f"{f'{change:.2f}' if change >= 0.005 else 'under 0.01'} pp {'more' if sign > 0 else 'less'} mIoU"
+
+
+def _cost_change(best: FrontPoint, rival: FrontPoint, unit: CostUnit) -> str:
+    sign, quantity = _sign(best.cost, rival.cost), _QUANTITIES[unit.name]
+    if not sign:
+        return f"the same {quantity}"
+    change = 100 * abs(best.cost / rival.cost - 1) if rival.cost else inf
+    if change == inf:  # there is no share of nothing
+        return f"{amount(unit, best.cost)} more"
+    share = f"{change:.1f} %" if change >= 0.05 else "under 0.1 %"
+    return f"{share} {'more' if sign > 0 else 'less'} {quantity}"
 
 
 def _retreat(retreat: Retreat) -> str:
@@ -324,7 +368,19 @@ def _figures(selection: Selection) -> str:
         text += f"; the first result {first}, overhead {figures.overhead:.1%}, area {figures.area:.4f}"
     if selection.loss is not None:
         text += f"; {selection.loss:.2%} of an image's pixels lost"
-    return text
+    return "; ".join([text, *(_reached(one) for one in selection.reached)])
+
+
+def _reached(one: ReachedCost | ReachedIou) -> str:
+    """Such as "95th percentile of latency 38.2 ms (at most 40 ms)" and "IoU of car 0.6123 (at least 0.6)"."""
+    if isinstance(one, ReachedIou):
+        return f"IoU of {one.class_name} {one.value:.4f} (at least {one.limit:g})"
+    unit = CostUnit(one.cost, one.relative)
+    of_images = "" if one.cost in ("parameters", "memory_bytes") else f"{_STATISTICS[one.statistic]} "
+    what = f"{of_images}{_QUANTITIES[one.cost]} {amount(unit, one.value)}"
+    if one.limit is None:
+        return what
+    return f"{what} (at most {f'{one.limit:.3g}x' if one.relative else amount(unit, one.limit)})"
 
 
 def runner_up(point: FrontPoint, unit: CostUnit) -> str:
@@ -358,11 +414,6 @@ def _figure(miou: float, cost: float, unit: CostUnit) -> str:
 
 def _point(point: FrontPoint, unit: CostUnit) -> str:
     return f"mIoU {100 * point.miou:.2f} % at {amount(unit, point.cost)} (exits {_exits(point.instance)})"
-
-
-def _difference(best: FrontPoint, rival: FrontPoint, unit: CostUnit) -> str:
-    more = f"{100 * (best.cost / rival.cost - 1):+.1f} %" if rival.cost else f"{best.cost:+.4g}"
-    return f"{100 * (best.miou - rival.miou):+.2f} pp mIoU, {more} {unit.name}"
 
 
 def _exits(instance: Instance) -> str:

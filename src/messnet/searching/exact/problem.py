@@ -12,12 +12,12 @@ from messnet.records.arrays import FloatArray, IntArray
 from messnet.records.costs import CostColumn
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.names import Setting
+from messnet.records.names import Setting, Statistic
 from messnet.searching.answers import FrontPoint
 from messnet.searching.exact.arrays import MEAN, P95, WHOLE_MAX, WHOLE_SUM, WORST, Arrays, Counts, Frontier
 from messnet.searching.grid import Column, Grid, columns_of
 from messnet.searching.measure import CostMeasure, checked_column
-from messnet.searching.objective import Objective, Statistic
+from messnet.searching.objective import Objective
 
 __all__ = ["Problem"]
 
