@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -178,6 +179,28 @@ def test_what_the_user_names_is_found_in_the_working_folder(
     )
     with pytest.raises(ModelError, match="'nowhere:build' not found"):
         messnet.load(copy, runtime="torch", model="nowhere:build")
+
+
+def test_profile_takes_what_its_refusal_advises(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profiled_module.py").write_text("from messnet.network.zoo import mobilenetv2_fcn\n")
+    monkeypatch.chdir(tmp_path)
+    edit(copy, lambda record: record["network"].update(model="profiled_module:mobilenetv2_fcn"))
+    with pytest.raises(SystemExit):
+        main(["profile", str(copy), "--json"])
+    assert "--model profiled_module:mobilenetv2_fcn" in capsys.readouterr().err
+    told = {}
+    for name, arguments in (("own", [str(copy), "--model", "profiled_module:mobilenetv2_fcn"]), ("zoo", [str(BUNDLE)])):
+        with contextlib.suppress(SystemExit):
+            main(["profile", *arguments, "--json"])
+        told[name] = json.loads(capsys.readouterr().out)
+    assert told["own"].pop("model").startswith("profiled_module:mobilenetv2_fcn")
+    assert told["zoo"].pop("model").startswith("mobilenetv2_fcn")
+    assert told["own"] == told["zoo"]
+    with pytest.raises(SystemExit):
+        main(["profile", "mobilenetv2_fcn", "--model", "profiled_module:mobilenetv2_fcn"])
+    assert "leave it out" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_refused(copy: Path) -> None:

@@ -56,6 +56,7 @@ def profile(
     device: Literal["cpu", "cuda"] | None = None,
     precision: Annotated[PrecisionOption | None, Parameter(name=("--precision", "--dtype"))] = None,
     runtime: RuntimeOption = "torch",
+    model: str | None = None,
     batch: int | None = None,
     threads: int | None = None,
     repeats: int | None = None,
@@ -75,6 +76,8 @@ def profile(
         device: To measure on; by default cpu.
         precision: To measure in; by default f32. --dtype is its name in version 0.1.
         runtime: Of a bundle, which needs its graphs (see export), or of a run, whose heads all get some first.
+        model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
+            is not imported unless you name it here.
         batch: Images at a time; by default 1.
         threads: Of the processor; by default torch's choice.
         repeats: Rounds of measurement at most; by default 50, fewer where they agree to 1 % or take more than 10 s.
@@ -111,6 +114,8 @@ def profile(
         raise MessError("--runtime torch-compiled measures a bundle; a run: torch, onnxruntime or openvino")
     if bundled:
         _expect_no_change(Path(target), overrides, out)
+    elif model is not None:
+        raise MessError(f"--model names the function behind a bundle; {target} is none: leave it out")
     if not is_model and (num_classes is not None or input_size):
         raise MessError("--num-classes and --input-size are for a model; others have theirs from their data set")
     if input_size and min(input_size) < 1:
@@ -135,7 +140,7 @@ def profile(
         classes = 21 if num_classes is None else num_classes
         net, costs = profile_model(recipe.model, recipe.heads, classes, input_size or (512, 512), latency)
     elif bundled:
-        net, costs = profile_bundle(Path(target), latency, runtime)
+        net, costs = profile_bundle(Path(target), latency, runtime, model=model)
     else:
         opened = do_stage("profile", Path(target), overrides, out, quiet=as_json)
         costs = opened.costs()

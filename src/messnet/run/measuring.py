@@ -94,20 +94,21 @@ def profile_model(
 
 
 def profile_bundle(
-    path: Path, latency: LatencyOptions | None = None, runtime: RuntimeName = "torch"
+    path: Path, latency: LatencyOptions | None = None, runtime: RuntimeName = "torch", *, model: str | None = None
 ) -> tuple[MultiExitNet, CostTable]:
     """A bundle's network, cut where its instance ends, and what its own exits cost, as ``profile_model``; measured in
-    another ``runtime`` stage by stage."""
-    blueprint, net, _ = restore_bundle(open_bundle(path))
+    another ``runtime`` stage by stage. ``model``: see ``restore_bundle``."""
+    blueprint, net, _ = restore_bundle(open_bundle(path), model=model)
     cut = net.num_exits < len(blueprint.exit_points)
-    model = f"{blueprint.model} cut after exit {net.num_exits - 1}" if cut else blueprint.model
+    name = f"{blueprint.model} cut after exit {net.num_exits - 1}" if cut else blueprint.model
     if latency is None:
-        return net, profile(net, blueprint.input_size, model=model)
+        return net, profile(net, blueprint.input_size, model=name)
     if runtime == "torch":
-        return net, _measure_costs(net, blueprint.input_size, latency, model=model)
+        return net, _measure_costs(net, blueprint.input_size, latency, model=name)
     precision = precision_of_dtype(latency.dtype)
-    session = load(path, runtime=runtime, precision=precision, threads=latency.threads, device=latency.device)
-    return net, measure_session(session, profile(net, blueprint.input_size, model=model), latency)
+    threads, device = latency.threads, latency.device
+    session = load(path, runtime=runtime, precision=precision, threads=threads, device=device, model=model)
+    return net, measure_session(session, profile(net, blueprint.input_size, model=name), latency)
 
 
 def measure_run(run: Run, latency: LatencyOptions, name: str, runtime: RuntimeName = "torch") -> CostTable:
