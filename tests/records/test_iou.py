@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from messnet.records.iou import pixel_counts
+from messnet.records.iou import chance_miou, mean_iou, pixel_counts
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.int32])
@@ -39,3 +39,19 @@ def test_the_highest_class_beside_uint8_labels() -> None:
     label = np.full((2, 2), 254, np.uint8)
     intersection, predicted, labelled = pixel_counts(label, label, 255)
     assert intersection[254] == predicted[254] == labelled[254] == 4
+
+
+@pytest.mark.parametrize(
+    "pixels", [[500_000, 500_000], [900_000, 100_000], [400_000, 0, 300_000, 300_000], [70_000] * 9]
+)
+def test_chance_is_what_guesses_reach(pixels: list[int]) -> None:
+    """Against guesses that are made: one class everywhere, and classes drawn as often as they occur."""
+    draw = np.random.default_rng(0)
+    label = np.repeat(np.arange(len(pixels)), pixels)
+    guesses = np.full_like(label, int(np.argmax(pixels))), draw.permutation(label)
+    reached = max(mean_iou(*pixel_counts(guess, label, len(pixels))) for guess in guesses)
+    assert chance_miou(np.array(pixels)) == pytest.approx(reached, abs=2e-3)
+
+
+def test_without_labels_there_is_no_chance() -> None:
+    assert np.isnan(chance_miou(np.zeros(3, np.int64)))

@@ -328,6 +328,46 @@ def test_headline_is_honest(inputs: ReportInputs, miou: float, macs: float, late
     assert headline(replace(inputs.measurements, rows=[baseline, row])) == words
 
 
+@pytest.mark.parametrize(
+    ("miou", "macs", "error", "words"),
+    [
+        (
+            0.705,
+            100e9,
+            0.004,
+            "Nothing gained: about as much work at no clear change of mIoU (+0.5 ± 0.8 pp); no faster",
+        ),
+        (0.695, 50e9, 0.004, "2.0x less work at no clear change of mIoU (-0.5 ± 0.8 pp); but no faster"),
+        (0.705, 100e9, 0.001, "about as much work at 0.5 pp more mIoU (+0.5 ± 0.2 pp); no faster"),
+        (0.695, 125e9, 0.001, "Nothing gained: 1.2x more work at 0.5 pp less mIoU (-0.5 ± 0.2 pp); no faster"),
+        (0.700, 50e9, 0.001, "2.0x less work at the same mIoU (+0.0 ± 0.2 pp); but no faster"),
+        (0.787, 100e9, None, "Nothing gained: about as much work at no clear change of mIoU; no faster"),
+    ],
+)
+def test_headline_does_not_celebrate_noise(
+    inputs: ReportInputs, miou: float, macs: float, error: float | None, words: str
+) -> None:
+    baseline = replace(inputs.measurements.rows[0], miou=0.7, macs=100e9, latency_ms=[100.0] * 3, miou_change_error=0.0)
+    row = replace(inputs.measurements.rows[2], miou=miou, macs=macs, latency_ms=[100.0] * 3, miou_change_error=error)
+    measurements = replace(inputs.measurements, rows=[baseline, row], chance_miou=0.1)
+    assert headline(measurements).startswith(words)
+    assert ("1.96 standard errors" in measurements_markdown(measurements)) == (
+        "±" in measurements_markdown(measurements)
+    )
+
+
+def test_headline_of_an_untrained_network_says_so(inputs: ReportInputs) -> None:
+    baseline = replace(inputs.measurements.rows[0], miou=0.053)
+    row = replace(inputs.measurements.rows[2], miou=0.14, miou_change_error=0.001)
+    measurements = replace(inputs.measurements, rows=[baseline, row], chance_miou=0.048)
+    said = "Too little was learnt to compare exits: the final exit's mIoU of 5.3 % is near chance (4.8 %)"
+    assert headline(measurements) == said
+    page = render_report(replace(inputs, measurements=measurements))
+    assert "The headline is the row" not in page
+    assert "pp more mIoU" not in page
+    assert "Too little" not in headline(replace(measurements, rows=[replace(baseline, miou=0.08), row]))
+
+
 def test_a_routing_unlike_the_tables_is_a_warning(page: str, inputs: ReportInputs) -> None:
     assert 'class="warning"' not in page
     row = replace(inputs.measurements.rows[2], miou_from_tables=inputs.measurements.rows[2].miou + 1e-6)

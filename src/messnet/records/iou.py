@@ -9,7 +9,7 @@ from messnet.records.arrays import FloatArray, IntArray
 
 _Counts = NDArray[np.int32] | NDArray[np.int64]
 
-__all__ = ["class_iou", "counts_of", "mean_iou", "pixel_counts"]
+__all__ = ["chance_miou", "class_iou", "counts_of", "mean_iou", "pixel_counts"]
 
 
 def pixel_counts(
@@ -44,3 +44,18 @@ def mean_iou(intersection: _Counts, predicted: _Counts, labelled: _Counts) -> fl
     (docs/method.md#validation-tables). NaN if none occurs."""
     iou = class_iou(intersection, predicted, labelled)
     return float(np.nanmean(iou)) if np.isfinite(iou).any() else float("nan")
+
+
+def chance_miou(labelled: _Counts) -> float:
+    """mIoU in [0, 1] that takes no look at the images, given the labelled pixels of each class (K,): the better of
+    calling every pixel the most frequent class and of drawing each pixel's class by the classes' frequencies. NaN if no
+    pixel is labelled."""
+    occurring = labelled[labelled > 0]
+    if not len(occurring):
+        return float("nan")
+    share = occurring / occurring.sum(dtype=np.int64)
+    # One class everywhere: its IoU is its share, all others have 0.
+    constant = share.max() / len(share)
+    # Drawn: both labels and predictions are a class on p, both at once on p^2, so the union is 2 p - p^2.
+    drawn = (share / (2 - share)).mean()
+    return float(max(constant, drawn))

@@ -51,6 +51,9 @@ class Measurement:
     """Wall time per image, from the normalised image on the device to labels at input resolution."""
     predicted_ms: list[float] = field(default_factory=list)
     """The same as the sum of parts measured one by one beforehand; empty where that was not done."""
+    miou_change_error: float | None = None
+    """Standard error of ``miou`` less the baseline's over the draw of the images, from leaving groups out one by one;
+    None where there is one image or group alone, and in files of version 0.1."""
 
     def exit_shares(self) -> list[tuple[Exit, float]]:
         """For each exit of the instance the share of images, in [0, 1], that stopped there."""
@@ -83,6 +86,9 @@ class Measurements:
     """Images that the search selected on, disjoint from ``image_names``."""
     rows: list[Measurement]
     skipped: list[str]
+    chance_miou: float | None = None
+    """What is reached on these images without looking at them, see ``records.iou.chance_miou``; None in files of
+    version 0.1 and where no pixel is labelled."""
 
     def to_json(self) -> str:
         return _MEASUREMENTS.to_json(self)

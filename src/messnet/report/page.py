@@ -46,6 +46,8 @@ __all__ = [
 
 HEADLINE_DROP_PP = 1.0
 MIOU_TOLERANCE = 1e-9  # both are means of quotients of integer counts: equal counts give equal values
+CONFIDENT = 1.96
+"""Standard errors within which a normal error stays in 19 draws of 20."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,23 +170,47 @@ def exits_table(tables: ExitTables, costs: CostTable) -> Table:
 
 
 def headline(measurements: Measurements) -> str:
-    """The gain in words, honest where there is none: the cheapest row that lost at most 1 pp."""
+    """The gain in words, of the cheapest row that lost at most 1 pp; honest where there is none, where the network has
+    learnt too little to compare anything, and where the images are too few to tell mIoU apart."""
     row, baseline = _headline_row(measurements), _baseline(measurements)
     if row is baseline:
         return "No instance met what was asked: only the baseline was measured"
     work, speed = baseline.macs / row.macs, _median_ms(baseline) / _median_ms(row)
-    change_pp = 100 * (row.miou - baseline.miou)
+    if _is_near_chance(measurements):
+        return (
+            f"Too little was learnt to compare exits: the final exit's mIoU of {100 * baseline.miou:.1f} % is near "
+            f"chance ({100 * (measurements.chance_miou or 0):.1f} %)"
+        )
+    change_pp, margin_pp = 100 * (row.miou - baseline.miou), _margin_pp(row, measurements)
     # Below 5 % and 0.05 pp a change is within what rounding and a measurement's noise make of none.
-    is_gain = max(work, speed) >= 1.05 or change_pp >= 0.05
-    accuracy = (
-        "the same mIoU"
-        if abs(change_pp) < 0.05
-        else f"{abs(change_pp):.1f} pp {'more' if change_pp > 0 else 'less'} mIoU"
-    )
+    if abs(change_pp) < 0.05:
+        accuracy = "the same mIoU"
+    elif margin_pp is not None and abs(change_pp) <= margin_pp:
+        accuracy = "no clear change of mIoU"
+    else:
+        accuracy = f"{abs(change_pp):.1f} pp {'more' if change_pp > 0 else 'less'} mIoU"
+    is_more = change_pp >= 0.05 and (margin_pp is None or change_pp > margin_pp)
+    is_gain = max(work, speed) >= 1.05 or is_more
+    if margin_pp is not None and math.isfinite(margin_pp):
+        accuracy += f" ({change_pp:+.1f} ± {margin_pp:.1f} pp)"
     workload = "about as much" if 0.95 < work < 1.05 else _times(work, "less", "more", digits=1)
     tempo = "no faster" if 0.95 < speed < 1.05 else _times(speed, "faster", "slower", digits=1)
     but = "but " if work >= 1.05 and speed < 1.05 else ""
     return f"{'' if is_gain else 'Nothing gained: '}{workload} work at {accuracy}; {but}{tempo} on this machine"
+
+
+def _is_near_chance(measurements: Measurements) -> bool:
+    """Whether the final exit does hardly better than a guess: by less than half of chance, and by less than 5 pp."""
+    chance = measurements.chance_miou
+    return chance is not None and _baseline(measurements).miou < min(1.5 * chance, chance + 0.05)
+
+
+def _margin_pp(row: Measurement, measurements: Measurements) -> float | None:
+    """How far, in percentage points, a row's change of mIoU may lie from what more images would show: 1.96 standard
+    errors. Infinite where one image or group is all there is, None where a file of before does not say."""
+    if row.miou_change_error is not None:
+        return CONFIDENT * 100 * row.miou_change_error
+    return None if measurements.chance_miou is None else math.inf
 
 
 def _baseline(measurements: Measurements) -> Measurement:
@@ -206,12 +232,13 @@ def _headline_row(measurements: Measurements) -> Measurement:
 
 def _lines(measurements: Measurements) -> list[_Line]:
     baseline = _baseline(measurements)
-    return [_line(row, baseline) for row in measurements.rows]
+    return [_line(row, baseline, _margin_pp(row, measurements)) for row in measurements.rows]
 
 
-def _line(row: Measurement, baseline: Measurement) -> _Line:
+def _line(row: Measurement, baseline: Measurement, margin_pp: float | None) -> _Line:
+    margin = f" ± {margin_pp:.2f}" if margin_pp is not None and math.isfinite(margin_pp) else ""
     changes = (
-        f"{100 * (row.miou - baseline.miou):+.2f} pp",
+        f"{100 * (row.miou - baseline.miou):+.2f}{margin} pp",
         _times(baseline.macs / row.macs, "less", "more"),
         _times(_median_ms(baseline) / _median_ms(row), "faster", "slower"),
     )
@@ -251,10 +278,16 @@ def _warnings(measurements: Measurements) -> list[str]:
 def _where(measurements: Measurements) -> str:
     height, width = measurements.input_size
     selected, reported = measurements.num_selection_images, len(measurements.image_names)
-    return (
+    text = (
         f"Measured on {measurements.device}, {height} x {width} pixels, one image at a time. Selected on one half of "
         f"the validation images ({selected}), reported on the other ({reported})."
     )
+    if any(row.miou_change_error is not None for row in measurements.rows):
+        text += (
+            " Behind ± stand 1.96 standard errors of the change of mIoU over the draw of the reported images, from "
+            "leaving them out one by one, groups whole."
+        )
+    return text
 
 
 def _median_ms(row: Measurement) -> float:
@@ -290,7 +323,7 @@ def render_report(inputs: ReportInputs) -> str:
     return environment.from_string(source).render(
         inputs=inputs,
         headline=headline(measurements),
-        headline_row="" if row is baseline else _title(row, baseline),
+        headline_row="" if row is baseline or _is_near_chance(measurements) else _title(row, baseline),
         headline_kept=row.miou >= baseline.miou - HEADLINE_DROP_PP / 100,
         where=_where(measurements),
         lines=_lines(measurements),

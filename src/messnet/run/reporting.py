@@ -15,9 +15,11 @@ from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.iou import chance_miou
 from messnet.records.measurements import Front, Gallery, Measurement, Measurements
 from messnet.run.run import Run
 from messnet.searching import cost_of, route
+from messnet.searching.cross_fitting import error_of_drop
 
 __all__ = ["measure_instances"]
 
@@ -44,6 +46,7 @@ def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | N
         num_selection_images=len(selection),
         rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
         skipped=front.skipped,
+        chance_miou=_known([chance_miou(tables_reported.labelled.sum(0, dtype=np.int64))])[0],
     )
     return measurements, _gallery(val, reported, sessions, measurements.rows)
 
@@ -83,16 +86,18 @@ def _predict_latency(run: Run, exits: Sequence[Exit], input_size: tuple[int, int
 def _measurement(
     instance: Instance, running: Running, tables: ExitTables, costs: CostTable, predicted: CostTable
 ) -> Measurement:
+    routing = route(tables, instance)
     return Measurement(
         instance=instance,
         miou=running.miou(),
-        miou_from_tables=tables.miou(route(tables, instance)),
+        miou_from_tables=tables.miou(routing),
         macs=float(cost_of(tables, costs, instance, "macs").mean()),
         macs_paper=float(cost_of(tables, costs, instance, "macs_paper").mean()),
         exit_taken=running.exit_taken,
         image_confidence=running.image_confidence,
         latency_ms=running.latency_ms,
         predicted_ms=cost_of(tables, predicted, instance, "latency_ms").tolist(),
+        miou_change_error=_known([error_of_drop(tables, routing)])[0],
     )
 
 

@@ -30,7 +30,7 @@ from messnet.searching.measure import CostMeasure, baseline_miou_of
 from messnet.searching.objective import Objective
 from messnet.searching.optima import Front, feasible, pareto_front, result_of
 
-__all__ = ["STEPS_PP", "CrossFitted", "Tightened", "cross_fit", "folds_of", "procedure", "tighten"]
+__all__ = ["STEPS_PP", "CrossFitted", "Tightened", "cross_fit", "error_of_drop", "folds_of", "procedure", "tighten"]
 
 STEPS_PP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 """By how much an mIoU limit is tightened, percentage points."""
@@ -145,7 +145,7 @@ def cross_fit(
             cost=float((weights * spent[i].mean(1)).max()),
             baseline_miou=baseline_miou_of(tables),
             baseline_cost=measure.baseline,
-            miou_error=_error_of_drop(tables, routing[i]),
+            miou_error=error_of_drop(tables, routing[i]),
         )
         for i, objective in enumerate(objectives)
     ]
@@ -208,7 +208,7 @@ def _model_itself(front: Front) -> FrontPoint:
     return FrontPoint(miou=front.baseline_miou, cost=front.baseline_cost, instance=model)
 
 
-def _error_of_drop(tables: ExitTables, routing: IntArray) -> float:
+def error_of_drop(tables: ExitTables, routing: IntArray) -> float:
     """Standard error of the mIoU of the final exit less that of a routing (V,): mIoU is no mean over images, so groups
     are left out one at a time and the spread of what is left is scaled up (Efron and Stein, 1981)."""
     ids, images = tables.group_ids(), np.arange(len(tables.image_names))
