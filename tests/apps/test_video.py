@@ -206,6 +206,30 @@ def test_the_timeline_as_files(clip: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(".")) == []
 
 
+def test_the_timeline_names_the_frames_that_the_budget_cut() -> None:
+    def timeline(cut: set[int], step: int = 1) -> Timeline:
+        frames = [
+            FrameRecord(step * i, i / 25, 1, 0.9, 30.0, "budget" if i in cut else "confident", 1) for i in range(20)
+        ]
+        return Timeline(
+            source="x.mp4", instance="x", exit_indices=(1, 4), fps=25, size=SIZE, frame_budget_ms=33, hysteresis=0,
+            seconds=1, frames=frames,
+        )  # fmt: skip
+
+    def ringed(timeline: Timeline) -> list[float]:
+        found = [one for one in draw_timeline(timeline).axes[0].collections if one.get_label() == "cut by the budget"]
+        return [float(x) for one in found for x in np.asarray(one.get_offsets())[:, 0]]
+
+    some = timeline({3, 4, 5, 9, 18, 19})
+    assert some.summary()["cut_by_budget"] == [(3, 5), (9, 9), (18, 19)]
+    assert "30.0 % cut by the budget (frames 3 to 5, 9, 18 to 19)" in some.describe()
+    assert ringed(some) == pytest.approx([i / 25 for i in (3, 4, 5, 9, 18, 19)])
+    assert timeline({3, 4}, step=3).summary()["cut_by_budget"] == [(9, 12)]  # a camera's, by number
+    assert "none cut by the budget" in timeline(set()).describe()
+    assert ringed(timeline(set())) == []
+    assert "(frames 1, 3, 5, 7 and others, see timeline.csv)" in timeline({1, 3, 5, 7, 9}).describe()
+
+
 def test_a_long_timeline_keeps_its_late_frames() -> None:
     frames = [FrameRecord(i, i / 25, 1, 0.9, 30.0, "confident", 1) for i in range(9000)]
     frames[4321] = frames[4321]._replace(latency_ms=35.0, exit_index=4)

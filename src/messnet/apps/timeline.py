@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["FrameRecord", "Summary", "Timeline", "draw_timeline"]
 
 ALARM = "#b3382c"
+MAX_NAMED = 4
+"""Runs of frames that the budget cut, named in the summary's sentence."""
 MAX_DRAWN = 2000
 """Frames of a longer video share a column of the picture."""
 
@@ -59,6 +61,8 @@ class Summary(TypedDict):
     within_budget: float | None
     """Share of the frames; None where there is no budget."""
     stopped_by_budget: float
+    cut_by_budget: list[tuple[int, int]]
+    """Which frames those are: (first, last) of each run of them, both included."""
     exits: dict[str, int]
     """Frames by the exit taken, as JSON names it."""
     change_rate: float
@@ -105,10 +109,23 @@ class Timeline:
             "latency_ms_p95": float(np.percentile(latencies, 95)),
             "within_budget": None if budget is None else float((latencies <= budget).mean()),
             "stopped_by_budget": sum(frame.stopped_by == "budget" for frame in self.frames) / len(self.frames),
+            "cut_by_budget": self.cut_by_budget(),
             "exits": {str(exit_index): taken.count(exit_index) for exit_index in self.exit_indices},
             "change_rate": change_rate(taken),
             "change_rate_unsteadied": change_rate([frame.unsteadied_exit for frame in self.frames]),
         }
+
+    def cut_by_budget(self) -> list[tuple[int, int]]:
+        """The frames that would have gone deeper had there been time, by their number in the video: (first, last) of
+        each run of them, both included."""
+        runs: list[tuple[int, int]] = []
+        follows = False  # whether the frame before was cut too
+        for frame in self.frames:
+            cut = frame.stopped_by == "budget"
+            if cut:
+                runs.append((runs.pop()[0] if follows else frame.frame, frame.frame))
+            follows = cut
+        return runs
 
     def describe(self) -> str:
         """The summary as a sentence."""
@@ -118,6 +135,7 @@ class Timeline:
         parts.append(f"median {figures['latency_ms_median']:.0f} ms")
         if figures["within_budget"] is not None:
             parts.append(f"{100 * figures['within_budget']:.1f} % within {self.frame_budget_ms:g} ms")
+            parts.append(_cut_in_words(figures["stopped_by_budget"], figures["cut_by_budget"]))
         rate, plain = figures["change_rate"], figures["change_rate_unsteadied"]
         parts.append(f"exit changes at {100 * rate:.1f} % of the frames ({100 * plain:.1f} % without hysteresis)")
         return ", ".join(parts)
@@ -148,9 +166,18 @@ class Timeline:
         write_atomically(folder / "timeline.png", picture.getvalue())
 
 
+def _cut_in_words(share: float, runs: list[tuple[int, int]]) -> str:
+    """Which frames the budget cut, the first runs of them by number."""
+    if not runs:
+        return "none cut by the budget"
+    named = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs[:MAX_NAMED])
+    more = " and others, see timeline.csv" if len(runs) > MAX_NAMED else ""
+    return f"{100 * share:.1f} % cut by the budget (frames {named}{more})"
+
+
 def draw_timeline(timeline: Timeline) -> Figure:
     """Exit taken, confidence and latency over time, 1200 x 750 pixels as PNG; colours by exit, a dashed line for the
-    budget."""
+    budget, rings around the frames that it cut."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7.5), layout="constrained", facecolor=LIGHT.paper)
@@ -170,6 +197,13 @@ def draw_timeline(timeline: Timeline) -> Figure:
     sure_of, latency = [f.image_confidence for f in shown], np.array([f.latency_ms for f in shown])
     for axes, values in ((taken, places), (sure, sure_of), (spent, latency)):
         axes.scatter(time, values, s=14, c=[colours[place] for place in places], linewidths=0, zorder=2)
+    # Any frame of a column, not the slowest alone: what the budget cuts is what it keeps from being slow.
+    cut = np.array([any(frame.stopped_by == "budget" for frame in frames[i : i + step]) for i in starts])
+    if cut.any():
+        taken.scatter(
+            time[cut], places[cut], s=44, facecolors="none", edgecolors=ALARM, linewidths=1, label="cut by the budget"
+        )
+        taken.legend(frameon=False, loc="lower right", labelcolor=LIGHT.muted)
     taken.set_yticks(range(len(colours)), [f"exit {i}" for i in timeline.exit_indices])
     # The axis points down: shallow exits above, as in every table.
     taken.set_ylim(len(colours) - 0.5, -0.5)
