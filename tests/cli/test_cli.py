@@ -422,6 +422,20 @@ def test_a_word_before_loops_are_compiled() -> None:
     assert told == ["", "messnet: compiling inner loops for this processor, once: up to a minute\n"]
 
 
+@pytest.mark.parametrize("runtime", ["torch-compiled", "torch"])
+def test_a_word_before_torch_compiles(runtime: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command ends before anything is compiled, at an image that it reads after it has loaded the network."""
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    bundle = Path(__file__).parents[2] / "examples" / "scenes_mobilenetv2.mess"
+    with pytest.raises(SystemExit):
+        main(["predict", str(bundle), str(tmp_path / "damaged.png"), "--runtime", runtime, "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "damaged.png" in said
+    told = "messnet: torch-compiled translates each part of the network when it first runs"
+    assert said.startswith(told) == (runtime == "torch-compiled")
+    assert said.count("torch-compiled") == (runtime == "torch-compiled")
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     """As `messnet recipe configs/demo.yaml | head -1` ends, when head does not wait."""
     (tmp_path / "recipe.yaml").write_text("")

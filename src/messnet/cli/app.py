@@ -47,6 +47,7 @@ __all__ = [
     "recipe_of",
     "save_figure",
     "say",
+    "tell_of_translating",
 ]
 
 
@@ -193,6 +194,17 @@ def quieten() -> None:
     """Libraries' advice to developers is no news to the user of a command; a minute of silence is."""
     warnings.filterwarnings("ignore", module="lightning.*")
     _tell_of_compiling()
+
+
+def tell_of_translating(runtime: RuntimeName | None) -> None:
+    """A line before torch.compile keeps the user waiting, which it does without a word."""
+    if runtime == "torch-compiled":
+        print(
+            "messnet: torch-compiled translates each part of the network when it first runs, and again for another "
+            "size of image: up to a minute each",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, PrecisionOption, RuntimeOption, app, examples, quieten
+from messnet.cli.app import AsJson, PrecisionOption, RuntimeOption, app, examples, quieten, tell_of_translating
 from messnet.errors import DataError, RecipeError, needing_extras
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def predict(
             threads=threads,
             model=model,
         )
+        tell_of_translating(runtime)
         if runtime is None and session.runtime != "torch":
             why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
             print(f"messnet: {session.runtime} computes, for {why}", file=sys.stderr)

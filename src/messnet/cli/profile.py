@@ -20,6 +20,7 @@ from messnet.cli.app import (
     expect_picture,
     plain_name,
     quieten,
+    tell_of_translating,
     save_figure,
 )
 from messnet.errors import MessError
@@ -123,6 +124,7 @@ def profile(
     if plot is not None:
         expect_picture(plot)
     quieten()
+    tell_of_translating(runtime)
     from messnet.costs.latency import LatencyOptions
     from messnet.run.measuring import measure_run, profile_bundle, profile_model
 

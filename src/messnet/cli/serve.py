@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from messnet.apps.serving.options import ServeOptions
-from messnet.cli.app import PrecisionOption, RuntimeOption, app, examples, quieten
+from messnet.cli.app import PrecisionOption, RuntimeOption, app, examples, quieten, tell_of_translating
 
 __all__ = ["serve"]
 
@@ -55,6 +55,7 @@ def serve(
         samples: A folder of images that the page offers; by default those of a run's report.
     """
     quieten()
+    tell_of_translating(runtime)
     from messnet.apps.serving.server import serve as serve_until_stopped
 
     serve_until_stopped(
