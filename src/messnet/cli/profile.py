@@ -20,8 +20,8 @@ from messnet.cli.app import (
     expect_picture,
     plain_name,
     quieten,
-    tell_of_translating,
     save_figure,
+    tell_of_translating,
 )
 from messnet.errors import MessError
 from messnet.records.names import DTYPES
