@@ -206,3 +206,18 @@ def test_limits_of_one_device_are_told_in_their_units() -> None:
     assert words.describe(instance)[0].endswith(
         "; 95th percentile of latency 38.21 ms (at most 40 ms); IoU of car: red.mean 0.6123 (at least 0.6)"
     )
+
+
+@pytest.mark.parametrize(
+    ("cost", "said"),
+    [(0.5e9, "0.5 GMACs against the model's 60.00 % mIoU at 1 GMACs, 2.00x less work"),
+     (1e9, "1 GMACs against the model's 60.00 % mIoU at 1 GMACs"),
+     (1.5e9, "1.5 GMACs against the model's 60.00 % mIoU at 1 GMACs, 1.50x more work"),
+     (0.0, "0 GMACs against the model's 60.00 % mIoU at 1 GMACs")],
+)  # fmt: skip
+def test_an_instance_beside_the_model_in_words(cost: float, said: str) -> None:
+    selection = Selection(
+        num_images=3, unit=CostUnit("macs"), miou=0.5, cost=cost, baseline_miou=0.6, baseline_cost=1e9
+    )
+    instance = Instance(name="x", setting="budgeted", exits=(), selected_on=selection.to_figures())
+    assert words.describe(instance)[0].endswith(f"50.00 % mIoU at {said}")

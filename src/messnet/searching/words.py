@@ -362,13 +362,21 @@ def _figures(selection: Selection) -> str:
     text = f"on {selection.num_images} selection images {_figure(selection.miou, selection.cost, unit)}"
     if selection.baseline_cost and selection.baseline_miou is not None and not selection.anytime:
         model = _figure(selection.baseline_miou, selection.baseline_cost, unit)
-        text += f", {selection.baseline_cost / selection.cost:.2f}x less than the model's {model}"
+        text += f" against the model's {model}{_times(selection.cost, selection.baseline_cost, unit)}"
     if figures := selection.anytime:
         first = _figure(figures.first_miou, figures.first_cost, unit)
         text += f"; the first result {first}, overhead {figures.overhead:.1%}, area {figures.area:.4f}"
     if selection.loss is not None:
         text += f"; {selection.loss:.2%} of an image's pixels lost"
     return "; ".join([text, *(_reached(one) for one in selection.reached)])
+
+
+def _times(cost: float, model: float, unit: CostUnit) -> str:
+    """Such as ", 2.93x less work"; nothing where a cost is 0 or both are equal."""
+    if not cost or not model or not _sign(cost, model):
+        return ""
+    ratio, more = (cost / model, "more") if cost > model else (model / cost, "less")
+    return f", {ratio:.2f}x {more} {_QUANTITIES[unit.name]}"
 
 
 def _reached(one: ReachedCost | ReachedIou) -> str:
