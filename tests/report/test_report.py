@@ -356,6 +356,18 @@ def test_headline_does_not_celebrate_noise(
     )
 
 
+def test_terminal_table_explains_its_margins(inputs: ReportInputs) -> None:
+    rows = [replace(row, miou_change_error=0.0123) for row in inputs.measurements.rows]
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    console.print(terminal_table(replace(inputs.measurements, rows=rows, chance_miou=0.1)))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "-0.32 ± 2.41 pp" in text
+    assert "±: 1.96 standard errors" in text
+    console.print(terminal_table(inputs.measurements))
+    assert console.file.getvalue().count("standard errors") == 1
+
+
 def test_headline_of_an_untrained_network_says_so(inputs: ReportInputs) -> None:
     baseline = replace(inputs.measurements.rows[0], miou=0.053)
     row = replace(inputs.measurements.rows[2], miou=0.14, miou_change_error=0.001)

@@ -87,8 +87,8 @@ class Measurements:
     rows: list[Measurement]
     skipped: list[str]
     chance_miou: float | None = None
-    """What is reached on these images without looking at them, see ``records.iou.chance_miou``; None in files of
-    version 0.1 and where no pixel is labelled."""
+    """mIoU in [0, 1] of a guess that does not look at these images (docs/method.md#uncertainty-of-the-report); None in
+    files of version 0.1 and where no pixel is labelled."""
 
     def to_json(self) -> str:
         return _MEASUREMENTS.to_json(self)

@@ -116,7 +116,9 @@ class _Picture(NamedTuple):
 def terminal_table(measurements: Measurements) -> Table:
     """The end-to-end table for a terminal of 100 columns."""
     table = Table(title=Text(headline(measurements)), caption_justify="left")
-    table.caption = Text("\n".join(f"not in the table: {sentence}" for sentence in measurements.skipped)) or None
+    notes = [f"not in the table: {sentence}" for sentence in measurements.skipped]
+    notes += ["±: 1.96 standard errors over the draw of the reported images"] if _has_margins(measurements) else []
+    table.caption = Text("\n".join(notes)) or None
     table.add_column("instance", max_width=26, overflow="fold")
     for column in ("mIoU %", "GMACs", "ms: median [p95]"):
         table.add_column(Text(column), justify="right")
@@ -205,6 +207,10 @@ def _is_near_chance(measurements: Measurements) -> bool:
     return chance is not None and _baseline(measurements).miou < min(1.5 * chance, chance + 0.05)
 
 
+def _has_margins(measurements: Measurements) -> bool:
+    return any(row.miou_change_error is not None for row in measurements.rows[1:])
+
+
 def _margin_pp(row: Measurement, measurements: Measurements) -> float | None:
     """How far, in percentage points, a row's change of mIoU may lie from what more images would show: 1.96 standard
     errors. Infinite where one image or group is all there is, None where a file of before does not say."""
@@ -282,7 +288,7 @@ def _where(measurements: Measurements) -> str:
         f"Measured on {measurements.device}, {height} x {width} pixels, one image at a time. Selected on one half of "
         f"the validation images ({selected}), reported on the other ({reported})."
     )
-    if any(row.miou_change_error is not None for row in measurements.rows):
+    if _has_margins(measurements):
         text += (
             " Behind ± stand 1.96 standard errors of the change of mIoU over the draw of the reported images, from "
             "leaving them out one by one, groups whole."
