@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -157,3 +159,15 @@ def test_arrays_are_kept_as_they_are() -> None:
     for damaged in (b"", data[:20], data[:-30], json.dumps(to_plain({"schema_version": 1})).encode()):
         with pytest.raises(RunError, match=r"not arrays .*messnet evaluate"):
             form.from_npz(damaged)
+
+
+def test_an_array_that_claims_more_than_it_has_is_refused_before_room_is_made() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        claim = {"descr": "<f8", "fortran_order": False, "shape": (2**37,)}  # a terabyte
+        np.lib.format.write_array_header_1_0(header, claim)
+        archive.writestr("values.npy", header.getvalue() + bytes(64))
+    form = Format(Arrays, "arrays", version=1, made_by="evaluate")
+    with pytest.raises(RunError, match=r"values.npy claims 1,099,511,627,776 bytes and has \d+"):
+        form.from_npz(buffer.getvalue())

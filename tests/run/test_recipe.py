@@ -224,3 +224,33 @@ def test_colours_as_messages_write_them(tmp_path: Path, colour: str) -> None:
     word = colour.strip("\"'")
     data = load_recipe(path, ["--data.mask_values", word, "0x80", "--data.void_index", word]).data
     assert (data.mask_values, data.void_index) == ((0x800000, 0x80), 0x800000)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("data: &a\n  source: scenes\n  again: *a\n", "aliases that hold themselves or stand for more than 100,000"),
+        (
+            "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join(8 * [f'*a{i - 1}'])}]\n" for i in range(1, 12)),
+            "aliases that hold themselves or stand for more than 100,000",
+        ),
+        ("data: " + "[" * 20_000 + "]" * 20_000, "is nested deeper than a recipe is"),
+    ],
+    ids=["circular", "eight to the twelfth", "deep"],
+)
+def test_yaml_that_grows_is_refused_at_once(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "grows.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(path)
+
+
+def test_an_alias_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "alias.yaml"
+    path.write_text(
+        "pretrain: {augment: &crop {crop: [32, 40]}, iterations: 7}\ndistill: {augment: *crop, iterations: 3}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.pretrain.augment == recipe.distill.augment
+    assert recipe.distill.augment.crop == (32, 40)

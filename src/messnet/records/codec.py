@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import math
 import re
+import zipfile
 import zlib
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -34,6 +36,10 @@ _Record = TypeVar("_Record")
 # that is encrypted or of a kind of its own, KeyError for an array that is not there.
 _UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error, MemoryError)
 
+
+# Tables of pixel counts compress 20 to 100 times, deflate at most a thousand times.
+_MOST_COMPRESSED = 300
+_ALWAYS_FITS = 2**28
 
 _WORDS = {  # for msgspec's names of types
     "object": "keys and values",
@@ -129,6 +135,7 @@ class Format(Generic[_Record]):
     def from_npz(self, data: bytes) -> _Record:
         """Raises RunError as ``from_json`` does."""
         try:
+            _expect_honest(data)
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             meta: object = json.loads(str(arrays.pop("meta")))
@@ -155,6 +162,27 @@ class Format(Generic[_Record]):
 
     def _refused(self, reason: object) -> RunError:
         return RunError(f"not {self.what} ({reason}); make it again with `messnet {self.made_by}`")
+
+
+def _expect_honest(data: bytes) -> None:
+    """Raises ValueError for a .npz whose arrays claim more than the file can hold.
+
+    NumPy makes room for an array as its header says before it reads it: a few bytes could ask for a terabyte.
+    """
+    total = 0
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            total += member.file_size
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                if version not in read:
+                    raise ValueError(f"array {member.filename} is of format {version}")
+                shape, _, dtype = read[version](file)
+            if (claimed := math.prod(shape) * dtype.itemsize) > member.file_size:
+                raise ValueError(f"array {member.filename} claims {claimed:,} bytes and has {member.file_size:,}")
+    if total > max(_ALWAYS_FITS, _MOST_COMPRESSED * len(data)):
+        raise ValueError(f"its arrays claim {total:,} bytes, more than {_MOST_COMPRESSED} times the file")
 
 
 def field_type(kind: object, key: str | int) -> object:

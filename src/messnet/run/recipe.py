@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,8 @@ from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
 __all__ = ["ModelOptions", "Recipe", "SearchOptions", "load_recipe", "recipe_from_record", "recipe_to_record"]
 
+_MOST_NODES = 100_000
+"""Values in a recipe, aliases written out; those that come with messnet have fewer than 200."""
 _COLOUR = re.compile(r"(?:0x|#)([0-9a-fA-F]+)")
 """A number as messages write colours, 0xRRGGBB, or as web pages do; in quotes YAML reads it as text."""
 
@@ -137,18 +140,38 @@ def _read_yaml(path: Path) -> dict[str, object]:
     as text is kept as it is written."""
     data = path.read_bytes()
     try:
+        if _size(yaml.compose(data), {}) > _MOST_NODES:
+            raise RecipeError(
+                f"{path} has aliases that hold themselves or stand for more than {_MOST_NODES:,} values: write them out"
+            )
         values, texts = yaml.safe_load(data), yaml.load(data, yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{path}{line} is not YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path} is nested deeper than a recipe is: expected sections of keys and values") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         sections = ", ".join(field.name for field in fields(Recipe))
         raise RecipeError(f"{path} must hold sections ({sections}), got {type(values).__name__}")
     return cast("dict[str, object]", _as_meant(values, texts, Recipe))
+
+
+def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many values a node becomes when its aliases are written out; infinite where an alias holds itself.
+
+    Aliases of aliases double with each line: thirty lines become a billion values, so they are counted before they are
+    made. A node that is being counted when it is met again (``known`` says infinite) holds itself.
+    """
+    if node is None or id(node) in known:
+        return 0 if node is None else known[id(node)]
+    known[id(node)] = math.inf
+    inner = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+    known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_size(one, known) for one in inner))
+    return known[id(node)]
 
 
 def _as_meant(value: object, text: object, kind: object) -> object:
