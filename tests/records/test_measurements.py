@@ -133,3 +133,9 @@ def test_a_damaged_gallery_is_a_run_error(gallery: Gallery) -> None:
     data[position : position + 8] = b"\xff" * 8
     with pytest.raises(RunError):
         Gallery.from_bytes(bytes(data))
+
+
+def test_files_of_before_that_tell_no_uncertainty_open(measurements: Measurements) -> None:
+    record = json.loads(measurements.to_json())
+    del record["chance_miou"], record["rows"][0]["miou_change_error"]
+    assert Measurements.from_json(json.dumps(record)) == measurements
