@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -137,3 +138,19 @@ def test_what_cannot_be_tiled(session: Session, image: np.ndarray) -> None:
         predict_tiled(session, image[..., 0])
     with pytest.raises(RecipeError, match="height and width"):
         predict_tiled(Session(session.net, session.instance), image)
+
+
+def test_memory_holds_no_scores_of_the_whole_image(session: Session) -> None:
+    """Counted by Python's own tracing of NumPy's arrays: what is added to the image, bytes per pixel."""
+    image = smooth_image(1200, 1200)
+    predict_tiled(session, image[:200, :200], tile=(200, 200))  # what is compiled or loaded once
+    tracemalloc.start()
+    try:
+        result = predict_tiled(session, image, tile=(200, 200), batch_size=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    kept = result.labels.nbytes + result.confidence_map.nbytes
+    assert kept == 5 * 1200 * 1200
+    # Two tiles in the network: their pixels, scores and confidences in float32, an eighteenth of the image.
+    assert kept <= peak < 1.5 * kept

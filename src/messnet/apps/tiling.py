@@ -6,7 +6,7 @@ what lies between the middles of its overlaps, and these pieces cover the image 
 pixel so has at least o / 2 of context on every side. Nothing is blended: two tiles that left at different exits have
 logits of different heads, whose mean means nothing.
 
-Memory: the image, its labels and its confidence (5 bytes per pixel), and one batch of tiles in the network.
+Memory: the image, its labels and its confidence (8 bytes per pixel), and one batch of tiles in the network.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def tell_of_translating(runtime: RuntimeName | None) -> None:
     if runtime == "torch-compiled":
         print(
             "messnet: torch-compiled translates each part of the network when it first runs, and again for another "
-            "size of image: up to a minute each",
+            "size of image: that takes minutes",
             file=sys.stderr,
             flush=True,
         )

@@ -48,8 +48,8 @@ def torch_device(name: str) -> torch.device:
 
 
 class TorchRunner(Runner):
-    """The network itself; any of its heads. Compiled, each part is translated when it first runs, which takes up to a
-    minute, and once more when the size of the images changes."""
+    """The network itself; any of its heads. Compiled, each part is translated when it first runs, which takes minutes,
+    and once more when the size of the images changes."""
 
     def __init__(
         self,
