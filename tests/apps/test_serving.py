@@ -282,19 +282,20 @@ def samples_of(client: httpx.Client) -> dict[tuple[str, ...], float]:
 def test_metrics() -> None:
     _, service = fake(batch_size=4)
     with running(service) as client:
-        for value in (1, 2, 255):
+        for value in (1, 2, 255, 253):
             client.post("/v1/predict", content=grey(value))
         stream(client, grey(3))
         client.get("/a")
         client.get("/b")
         figures = samples_of(client)
     assert figures["messnet_requests_total", "/v1/predict", "200"] == 2
-    assert figures["messnet_requests_total", "/v1/predict", "422"] == 1
+    assert figures["messnet_requests_total", "/v1/predict", "422"] == 2
+    assert figures["messnet_not_finite_total",] == 1
     assert figures["messnet_requests_total", "other", "404"] == 2
     assert figures["messnet_exits_total", "/v1/predict", "0"] == 2
     assert [figures["messnet_exits_total", "/v1/anytime", str(i)] for i in range(4)] == [1] * 4
     assert figures["messnet_inference_seconds_sum", "0"] == pytest.approx(0.003)
-    assert figures["messnet_batch_size_count",] == 3
+    assert figures["messnet_batch_size_count",] == 4
     assert figures["messnet_request_seconds_count", "/v1/anytime"] == 1
     assert (figures["messnet_queue_depth",], figures["messnet_requests_in_work",], figures["messnet_ready",]) == (
         0,

@@ -27,7 +27,7 @@ from PIL import Image
 from messnet.apps.serving.app import Sample, Service
 from messnet.apps.serving.draining import Server, run_until_stopped
 from messnet.apps.serving.options import ServeOptions
-from messnet.errors import ModelError
+from messnet.errors import ModelError, PredictionError
 from messnet.records.instance import ExitChoice, Instance
 
 FCN = "crm1-blocks0-fcn"
@@ -79,6 +79,8 @@ class FakeSession:
         assert self.open.wait(20)
         if any(image[0, 0, 0] == 255 for image in images):
             raise ModelError("it does not\nlike white")
+        if any(image[0, 0, 0] == 253 for image in images):
+            raise PredictionError("the logits are not finite")
         if any(image[0, 0, 0] == 254 for image in images):
             raise ZeroDivisionError
         return [result(image[..., 0]) for image in images]

@@ -115,6 +115,7 @@ class Service:
             max_pixels=self.options.max_pixels,
             num_requests=lambda: self.gate.num_in_work,
             on_batch=self.metrics.batch_size.observe,
+            on_not_finite=self.metrics.not_finite.inc,
         )
         self.app: ASGIApp = self.gate
         if self.options.cors:  # outside the gate: pages may read its refusals too

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.deployment.session import Result, Session
+from messnet.errors import PredictionError
 from messnet.policy.labels import load_compiled
 
 __all__ = ["Answer", "Stopped", "Worker"]
@@ -70,8 +71,9 @@ class Worker:
         max_pixels: int,
         num_requests: Callable[[], int],
         on_batch: Callable[[int], None] = lambda size: None,
+        on_not_finite: Callable[[], None] = lambda: None,
     ) -> None:
-        self._session = session
+        self._session, self._on_not_finite = session, on_not_finite
         self._batch_size, self._wait_s, self._max_pixels = batch_size, batch_wait_ms / 1000, max_pixels
         self._num_requests, self._on_batch = num_requests, on_batch
         self._queue: asyncio.Queue[_Predict | _Refine | None] = asyncio.Queue()
@@ -183,7 +185,10 @@ class Worker:
             if len(batch) > 1:  # one of them; the others shall not suffer for it
                 for job in batch:
                     await self._predict([job])
-            elif not batch[0].abandoned:
+                return  # each has been counted and answered alone
+            if isinstance(error, PredictionError):
+                self._on_not_finite()
+            if not batch[0].abandoned:
                 batch[0].answer.set_exception(error)
             return
         for job, answer in zip(batch, answers, strict=True):
@@ -221,6 +226,8 @@ class Worker:
                     break
             put(stopped)
         except Exception as error:
+            if isinstance(error, PredictionError):
+                self._on_not_finite()
             put(error)
 
 

@@ -44,6 +44,7 @@ class Metrics:
             "inference_seconds", "From the image on the device to its labels.", ["exit_index"], buckets=_SECONDS
         )
         self.batch_size = histogram("batch_size", "Requests run together.", buckets=(1, 2, 4, 8, 16, 32, 64))
+        self.not_finite = counter("not_finite", "Images for which the network computed NaN or infinite values.")
         self.queue_depth = gauge("queue_depth", "Requests that wait for the network.")
         self.in_work = gauge("requests_in_work", "Requests being read, waiting, run or answered.")
         self.ready = gauge("ready", "1 while new requests are welcome.")
