@@ -46,7 +46,7 @@ REFUSED = {
 # What runs as it is, tapped at a named module, has no graphs.
 TAPPED = {"untraceable": "blocks.0", "untraceable_hooked": "blocks.0"}
 WITHOUT_GRAPHS = ("scripted_part",)
-# Near neighbours of others, for which tests/network/test_peoples_models.py is enough: an export takes seconds.
+# Near neighbours of others, for which tests/network/test_faults_of_models.py is enough: an export takes seconds.
 CONVERTED_ALONE = (
     "bfloat16", "float64", "hooked_block", "instance_norm", "kept_from_before", "made_in_block", "net_wrapped",
     "data_parallel", "shuffle", "spectral_old", "squeeze_excite", "unet_wrapped_twice",
