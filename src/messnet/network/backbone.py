@@ -299,7 +299,9 @@ def _without_graph(chain: Chain, whole: Mapping[str, str], example_input: Tensor
     own modules and functions, and modules without children."""
     notes = []
     size = [min(length, _TRIED_SIZE) for length in example_input.shape[-2:]]
-    live: tuple[object, ...] = (example_input.new_zeros(2, 3, *size),)
+    # A half-precision model wants images of its own type; it is exported in float32, where a run trains and stores it.
+    dtype = next((p.dtype for p in chain.parameters() if p.is_floating_point()), example_input.dtype)
+    live: tuple[object, ...] = (example_input.new_zeros(2, 3, *size, dtype=dtype),)
     parts = [*chain.segments, chain.final_head]
     with in_eval_mode(chain), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice to whoever exports, which nobody does here
@@ -312,6 +314,8 @@ def _without_graph(chain: Chain, whole: Mapping[str, str], example_input: Tensor
                     torch.export.export(part, live, strict=False)
                 live = tuple(part(*live)) if part is not chain.final_head else ()
             except Exception as error:  # torch raises many kinds
+                if not doubtful:  # it does not run on such an image, which says nothing of graphs
+                    break
                 reason = " ".join(str(error).split()).partition(" While executing")[0].partition(". ")[0]
                 where = f"past exit {i - 1}" if i else "of this network"
                 notes.append(
