@@ -248,6 +248,28 @@ def test_who_asks_is_not_what_a_client_says(proxy: str | None, status: int) -> N
         assert [first.result().status_code, second.result().status_code] == [200, status]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "status"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:1:2:3", 429),
+        ("2001:db8::1", "2001:db8:0:1::1", 200),
+        ("::ffff:192.0.2.7", "192.0.2.7", 429),
+        ("::ffff:192.0.2.7", "::ffff:192.0.2.8", 200),
+    ],
+)
+def test_addresses_of_one_network_are_one_client(one: str, other: str, status: int) -> None:
+    session, service = fake(max_concurrency=1, proxy="127.0.0.1")
+    with running(service) as client, ThreadPoolExecutor(2) as pool:
+        session.open.clear()
+        asked = []
+        for address in (one, other):
+            headers = {"X-Forwarded-For": address}
+            asked.append(pool.submit(client.post, "/v1/predict", content=grey(1), headers=headers))
+            until(lambda: asked[-1].done() or service.gate.num_in_work == len(asked))
+        session.open.set()
+        assert [answer.result().status_code for answer in asked] == [200, status]
+
+
 def test_no_redirects_but_head() -> None:
     _, service = fake()
     with running(service) as client:
@@ -359,3 +381,23 @@ def test_too_few_file_handles_are_said_in_one_line() -> None:
     ended = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert re.fullmatch(r"messnet: the service may open 40 files, it needs \d+: .*\n", ended.stderr), ended.stderr
+
+
+def test_two_services_on_one_port() -> None:
+    """Started at once: whichever comes second says so in one line, though the first has no model yet."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    bundle = Path(__file__).parents[2] / "examples/scenes_mobilenetv2.mess"
+    command = [sys.executable, "-m", "messnet", "serve", bundle, "--runtime", "onnxruntime", "--port", str(port)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        until(lambda: any(process.poll() is not None for process in both), 60)
+        (ended,) = [process for process in both if process.poll() is not None]
+        assert ended.returncode == 2
+        said = ended.communicate()[1]
+        assert re.fullmatch(rf"messnet: cannot listen on 127\.0\.0\.1:{port} .*--port\n", said), said
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=60, trust_env=False).status_code == 200
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()

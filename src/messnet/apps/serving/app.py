@@ -31,7 +31,7 @@ from messnet.apps.serving.batching import Answer, Stopped, Worker
 from messnet.apps.serving.decoders import Decoders
 from messnet.apps.serving.decoding import RequestError
 from messnet.apps.serving.description import ModelInfo
-from messnet.apps.serving.gate import BUSY, Gate, Metrics, drain
+from messnet.apps.serving.gate import BUSY, Gate, Metrics, client_of, drain
 from messnet.apps.serving.images import encode_mask, encode_overlay
 from messnet.apps.serving.openapi import FORMAT_NAMES, NDJSON, STOP_NAMES, specification
 from messnet.apps.serving.options import ServeOptions
@@ -314,7 +314,7 @@ class Service:
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             data = await _file_of_form(request, data)
         async with self._answered(limit):
-            return await self._decoders.decode(data, request.client.host if request.client else "")
+            return await self._decoders.decode(data, client_of(request.scope))
 
     @asynccontextmanager
     async def _answered(self, limit: _TimeLimit) -> AsyncGenerator[None]:

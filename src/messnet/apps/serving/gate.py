@@ -8,6 +8,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Callable
 from functools import partial
+from ipaddress import IPv6Address, IPv6Network, ip_address
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.datastructures import Headers
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from messnet.apps.serving.decoding import RequestError
 from messnet.apps.serving.options import ServeOptions
 
-__all__ = ["BUSY", "Gate", "Metrics", "drain"]
+__all__ = ["BUSY", "Gate", "Metrics", "client_of", "drain"]
 
 BUSY = {"Retry-After": "1"}
 
@@ -104,7 +105,7 @@ class Gate:
             self.metrics.request_seconds.labels(path).observe(time.perf_counter() - start)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        address = scope["client"][0] if scope.get("client") else ""
+        address = client_of(scope)
         refusal = self._refusal(Headers(scope=scope), address)
         if refusal is not None:
             await drain(receive, self.options.max_body_bytes, Headers(scope=scope))
@@ -140,6 +141,20 @@ class Gate:
             count = self._addresses[address]
             return RequestError(429, f"{count} requests from {address} are in work already; wait for their answers")
         return None
+
+
+def client_of(scope: Scope) -> str:
+    """Whose request it is, as limits count: the address, of IPv6 the network of its first 64 bits, as a single customer
+    of a provider has that many addresses at least."""
+    host = str(scope["client"][0]) if scope.get("client") else ""
+    try:
+        address = ip_address(host)
+    except ValueError:  # a proxy's word, or a socket without addresses
+        return host
+    if not isinstance(address, IPv6Address):
+        return host
+    # An IPv4 client of a socket for both kinds comes as ::ffff:192.0.2.7.
+    return str(address.ipv4_mapped or IPv6Network((int(address) >> 64 << 64, 64)))
 
 
 async def drain(receive: Receive, limit: int, headers: Headers) -> None:

@@ -27,7 +27,7 @@ class ServeOptions:
     max_queue: int = 64
     """Requests in work at once, waiting and arriving ones included; one more is 503."""
     max_concurrency: int = 32
-    """Requests in work from one address; one more is 429."""
+    """Requests in work from one address, of IPv6 from one network of 64 bits; one more is 429."""
     max_connections: int = 256
     """Open at once; then the one that has waited longest for a request is closed."""
     timeout_s: float = 30.0

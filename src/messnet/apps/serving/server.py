@@ -71,7 +71,7 @@ def open_service(
 
 
 def _listening(options: ServeOptions) -> socket.socket:
-    """A socket bound to the address, not yet listening."""
+    """A socket that listens on the address: who asks before the model is loaded waits for it."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
@@ -79,6 +79,7 @@ def _listening(options: ServeOptions) -> socket.socket:
             # Or else a service that is started again would wait for the connections of the one before to time out.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
+            sock.listen()  # two sockets may be bound to one port until one of them listens
         except BaseException:
             sock.close()
             raise
