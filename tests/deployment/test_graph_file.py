@@ -9,22 +9,27 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from helpers.images import smooth_image
 from helpers.light import REPOSITORY
+from helpers.peoples_models import MODELS
 from messnet.deployment.bundle import open_bundle
 from messnet.deployment.graph_file import expect_self_contained, leading_to
 from messnet.deployment.graph_runner import GraphRunner, load_graph
 from messnet.deployment.graphs import make_graphs
+from messnet.deployment.restoring import graph_runner
+from messnet.deployment.session import Session
 from messnet.errors import RunError
 from messnet.images.preprocessing import normalise
-from messnet.network.multi_exit import MultiExitNet
+from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.policy.graph import output_graph
 from messnet.policy.policy import Policy
-from messnet.records.instance import ExitChoice
+from messnet.records.instance import ExitChoice, Instance
 
 BUNDLE = REPOSITORY / "examples/scenes_mobilenetv2.mess"
 STAGES = ["stage0", "stage1", "stage2"]
@@ -219,6 +224,20 @@ def test_exported_graphs_are_what_others_tools_take(small_net: MultiExitNet, tmp
     quant_pre_process(tmp_path / "stage0.onnx", tmp_path / "ready.onnx", skip_symbolic_shape=True)
     quantize_static(tmp_path / "ready.onnx", tmp_path / "int8.onnx", _Readings())
     assert (tmp_path / "int8.onnx").stat().st_size > 1000
+
+
+def test_graphs_of_a_half_precision_network_compute_in_float32() -> None:
+    torch.manual_seed(0)
+    half = convert(MODELS["half"](2), torch.zeros(1, 3, 32, 48).half(), num_exits=2)
+    instance = Instance(name="final", setting="budgeted", exits=(ExitChoice(exit_index=1, head="final"),))
+    image = smooth_image(32, 48)
+    session = Session(graph_runner(half, instance, (32, 48)), instance)
+    logits = session.predict([image])[0].logits
+    assert next(half.parameters()).dtype == torch.float16
+    with torch.no_grad():
+        expected = half.float().eval()(torch.from_numpy(normalise(image[None])))
+    upsampled = F.interpolate(torch.from_numpy(logits), (32, 48), mode="bilinear")
+    torch.testing.assert_close(upsampled, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_examples_hold_what_a_bundle_may() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -162,7 +161,7 @@ def test_nothing_is_imported_that_only_the_bundle_names(
     assert not (tmp_path / "it_ran").exists()
     # With graphs no code is needed at all.
     image = smooth_image(64, 80)
-    graphs = messnet.load(copy, runtime="onnxruntime", threads=1).predict([image])[0]
+    graphs = messnet.load(copy, threads=1).predict([image])[0]
     np.testing.assert_array_equal(graphs.labels, messnet.load(BUNDLE).predict([image])[0].labels)
 
 
@@ -181,26 +180,49 @@ def test_what_the_user_names_is_found_in_the_working_folder(
         messnet.load(copy, runtime="torch", model="nowhere:build")
 
 
-def test_profile_takes_what_its_refusal_advises(
+def test_profile_of_a_bundle_that_torch_cannot_run(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It takes the graphs and what the bundle's maker counted, unless the user names the function."""
     (tmp_path / "profiled_module.py").write_text("from messnet.network.zoo import mobilenetv2_fcn\n")
     monkeypatch.chdir(tmp_path)
+
+    def told(*arguments: object) -> dict[str, Any]:
+        capsys.readouterr()
+        main(["profile", *map(str, arguments), "--json"])
+        record: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return record
+
+    def work(record: dict[str, Any]) -> list[object]:
+        counted = ("macs", "macs_paper", "parameters")
+        parts = [*record["segments"], *(part for _, _, part in record["heads"]), *record["policies"]]
+        return [[part[name] for name in counted] for part in parts]
+
+    zoo = told(BUNDLE)
     edit(copy, lambda record: record["network"].update(model="profiled_module:mobilenetv2_fcn"))
+    own = told(copy, "--model", "profiled_module:mobilenetv2_fcn")
+    assert own == zoo | {"model": "profiled_module:mobilenetv2_fcn cut after exit 2"}
+    edit(copy, lambda record: record["runtimes"].pop("torch"))
+    graphs = told(copy)
+    assert work(graphs) == work(zoo)
+    measured = told(copy, "--measure", "--threads", 1, "--repeats", 2, "--plot", "cuts.png")
+    assert work(measured) == work(zoo)
+    assert measured["conditions"]["runtime"].startswith("onnxruntime")
+    assert all(part["latency_ms"] > 0 for part in measured["segments"])
+    assert (tmp_path / "cuts.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
-        main(["profile", str(copy), "--json"])
-    assert "--model profiled_module:mobilenetv2_fcn" in capsys.readouterr().err
-    told = {}
-    for name, arguments in (("own", [str(copy), "--model", "profiled_module:mobilenetv2_fcn"]), ("zoo", [str(BUNDLE)])):
-        with contextlib.suppress(SystemExit):
-            main(["profile", *arguments, "--json"])
-        told[name] = json.loads(capsys.readouterr().out)
-    assert told["own"].pop("model").startswith("profiled_module:mobilenetv2_fcn")
-    assert told["zoo"].pop("model").startswith("mobilenetv2_fcn")
-    assert told["own"] == told["zoo"]
+        main(["profile", str(copy), "--measure", "--batch", "2"])
+    assert "measured in onnxruntime, one image at a time: leave --batch out" in capsys.readouterr().err
+    main(["profile", str(copy)])
+    assert "memory is that of the model before it was cut" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         main(["profile", "mobilenetv2_fcn", "--model", "profiled_module:mobilenetv2_fcn"])
     assert "leave it out" in capsys.readouterr().err
+    workload = json.loads((copy / "costs/workload.json").read_text())
+    replace_file(copy, "costs/workload.json", json.dumps(workload | {"outputs": []}).encode())
+    with pytest.raises(SystemExit):
+        main(["profile", str(copy)])
+    assert "is of another network; export it from its run" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_refused(copy: Path) -> None:

@@ -24,11 +24,10 @@ from messnet.cli.app import (
     tell_of_translating,
 )
 from messnet.errors import MessError
-from messnet.records.names import DTYPES
+from messnet.records.names import DTYPES, GRAPH_RUNTIMES
 
 if TYPE_CHECKING:
-    from messnet.network.multi_exit import MultiExitNet
-    from messnet.records.costs import CostTable
+    from messnet.run.measuring import Profile
     from messnet.run.recipe import Recipe
 
 __all__ = ["profile"]
@@ -56,7 +55,7 @@ def profile(
     measure: Annotated[bool, Parameter(negative="")] = False,
     device: Literal["cpu", "cuda"] | None = None,
     precision: Annotated[PrecisionOption | None, Parameter(name=("--precision", "--dtype"))] = None,
-    runtime: RuntimeOption = "torch",
+    runtime: RuntimeOption | None = None,
     model: str | None = None,
     batch: int | None = None,
     threads: int | None = None,
@@ -76,7 +75,8 @@ def profile(
         measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
         device: To measure on; by default cpu.
         precision: To measure in; by default f32. --dtype is its name in version 0.1.
-        runtime: Of a bundle, which needs its graphs (see export), or of a run, whose heads all get some first.
+        runtime: Of a bundle, which needs its graphs (see export), or of a run, whose heads all get some first; by
+            default torch, of a bundle that torch cannot run onnxruntime.
         model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
             is not imported unless you name it here.
         batch: Images at a time; by default 1.
@@ -109,7 +109,7 @@ def profile(
     is_model = not bundled and (":" in target or not named)
     if (is_model or bundled) and name:
         raise MessError(f"--name is for a table of a run; that of {target} is written with --out FILE.json")
-    if runtime != "torch" and (is_model or not measure or (batch or 1) > 1):
+    if runtime not in (None, "torch") and (is_model or not measure or (batch or 1) > 1):
         raise MessError(f"--runtime {runtime} measures a run or a bundle, one image at a time: RUN --measure")
     if runtime == "torch-compiled" and not bundled:
         raise MessError("--runtime torch-compiled measures a bundle; a run: torch, onnxruntime or openvino")
@@ -126,7 +126,7 @@ def profile(
     quieten()
     tell_of_translating(runtime)
     from messnet.costs.latency import LatencyOptions
-    from messnet.run.measuring import measure_run, profile_bundle, profile_model
+    from messnet.run.measuring import Profile, measure_run, profile_bundle, profile_model
 
     # Quick by default: rounds end when the median is known to 1 %, and a busy machine cannot hold the command for long.
     pace = {} if thorough else {"max_seconds": QUICK_SECONDS, "tolerance": QUICK_TOLERANCE}
@@ -140,48 +140,46 @@ def profile(
         quick = measure and not thorough and not any(str(option).startswith("--heads.") for option in overrides)
         recipe = _recipe_of_model(target, overrides, few_heads=quick)
         classes = 21 if num_classes is None else num_classes
-        net, costs = profile_model(recipe.model, recipe.heads, classes, input_size or (512, 512), latency)
+        found = profile_model(recipe.model, recipe.heads, classes, input_size or (512, 512), latency)
     elif bundled:
-        net, costs = profile_bundle(Path(target), latency, runtime, model=model)
+        found = profile_bundle(Path(target), latency, runtime, model=model)
     else:
         opened = do_stage("profile", Path(target), overrides, out, quiet=as_json)
         costs = opened.costs()
         if latency:
-            stated = latency.name if runtime == "torch" else f"{runtime}-{latency.name}"
-            costs = measure_run(opened, latency, plain_name(name or stated), runtime)
-        net = opened.network()
+            stated = f"{runtime}-{latency.name}" if runtime in GRAPH_RUNTIMES else latency.name
+            costs = measure_run(opened, latency, plain_name(name or stated), runtime or "torch")
+        found = Profile.of(opened.network(), costs)
+    costs = found.costs
     # For a recipe --out is the run directory, and the table is in it.
     if out is not None and (is_model or bundled):
         costs.to_json(out)
     if plot is not None:
-        _plot_cuts(net, costs, plot)
+        _plot_cuts(found, plot)
     if as_json:
         print(costs.to_json(), end="")
         return
     from messnet.report.costs import cost_notes, cost_table
 
     console = Console()
-    console.print(cost_table(costs, [(p.module, f"{p.channels} at 1/{p.output_stride}") for p in net.exit_points]))
-    for note in (*net.notes, *cost_notes(costs)):
+    console.print(cost_table(costs, [(p.module, f"{p.channels} at 1/{p.output_stride}") for p in found.exit_points]))
+    for note in (*found.notes, *cost_notes(costs)):
         console.print(note, markup=False, highlight=False)
 
 
-def _plot_cuts(net: MultiExitNet, costs: CostTable, path: Path) -> None:
+def _plot_cuts(found: Profile, path: Path) -> None:
     """Milliseconds of every cut where exits were placed by them, of the exit points where those were measured."""
     from messnet.report.figures import draw_cumulative_cost
 
-    places, values, unit = net.cuts, [cut.macs / 1e9 for cut in net.cuts], "GMACs"
-    if all(cut.latency_ms is not None for cut in net.cuts):
-        values, unit = [cut.latency_ms or 0.0 for cut in net.cuts], "ms"
-    elif costs.conditions:
-        column, places = costs.column("latency_ms", []), net.exit_points
+    points, places, unit = found.exit_points, found.cuts, "GMACs"
+    values = [cut.macs / 1e9 for cut in places]
+    if all(cut.latency_ms is not None for cut in places):
+        values, unit = [cut.latency_ms or 0.0 for cut in places], "ms"
+    elif found.costs.conditions:
+        column, places = found.costs.column("latency_ms", []), points
         values, unit = [column.prefix(i) for i in range(len(places))], "ms"
-    figure = draw_cumulative_cost(
-        [place.module for place in places],
-        values,
-        [places.index(point) for point in net.exit_points[:-1]],
-        unit=unit,
-    )
+    chosen = [places.index(point) for point in points[:-1]]
+    figure = draw_cumulative_cost([place.module for place in places], values, chosen, unit=unit)
     save_figure(figure, path, dpi=figure.dpi)
 
 

@@ -26,7 +26,7 @@ from messnet.deployment.bundle import (
 )
 from messnet.deployment.graph_runner import GRAPHS, OUTPUT, Graph, GraphRunner, load_graph
 from messnet.deployment.graphs import make_graphs
-from messnet.deployment.loading import COSTS
+from messnet.deployment.loading import COSTS, WORKLOAD
 from messnet.deployment.restoring import bundle_tensors, expect_finite, restore_bundle, restore_run
 from messnet.deployment.runner import Runner
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
@@ -43,7 +43,6 @@ from messnet.records.run_directory import RunDirectory
 __all__ = ["check_graphs", "export"]
 
 _WEIGHTS = "weights.safetensors"
-_WORKLOAD = "workload.json"
 # Of the largest logit: graphs add in another order.
 _TOLERANCE = 1e-3
 
@@ -131,9 +130,9 @@ def _from_run(run: RunDirectory, instance: str | None) -> _Source:
 def _from_bundle(bundle: Bundle, instance: str | None, model: str | None) -> _Source:
     restored = restore_bundle(bundle, instance, model=model)
     tables = {Path(name): bundle.read(name) for name in bundle.manifest.files if name.startswith(f"{COSTS}/")}
-    workload = tables.pop(Path(COSTS, _WORKLOAD), None)
+    workload = tables.pop(Path(WORKLOAD), None)
     if workload is None:
-        raise RunError(f"{bundle.path} has no {COSTS}/{_WORKLOAD}; export it from its run")
+        raise RunError(f"{bundle.path} has no {WORKLOAD}; export it from its run")
     return _Source(bundle.path.resolve().stem, *restored, workload, tables, bundle.manifest.provenance)
 
 
@@ -229,7 +228,7 @@ def _generated_images(size: tuple[int, int], num_images: int = 4) -> list[NDArra
 
 def _cost_tables(path: Path, source: _Source, exits: Sequence[Exit], named: Sequence[Path] | None) -> dict[str, bytes]:
     """The table that counts work and the ``named`` ones, by default all that there are, as files of a bundle."""
-    files = {f"{COSTS}/{_WORKLOAD}": source.workload}
+    files = {WORKLOAD: source.workload}
     sizes = _sizes(source.workload, exits)
     tables = source.measured.items() if named is None else [(file, _read_table(file, path)) for file in named]
     for file, data in tables:

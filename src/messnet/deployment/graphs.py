@@ -24,10 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from messnet.costs.workload import copy_module
 from messnet.deployment.graph_runner import OUTPUT, stage_name
 from messnet.errors import ModelError, needing_extras
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet
+from messnet.network.zoo import other_precision
 from messnet.policy.graph import IR_VERSION, OPSET, output_graph, policy_graph, serialised
 from messnet.policy.policy import Policy
 from messnet.records.instance import FINAL_HEAD, Exit
@@ -40,7 +42,8 @@ _BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others h
 def make_graphs(
     net: MultiExitNet, exits: Sequence[Exit], policy: Policy, input_size: tuple[int, int]
 ) -> dict[str, bytes]:
-    """The graphs by name, "stage0" ... and "output", of ``exits``, shallow to deep, of a network on the CPU in float32.
+    """The graphs by name, "stage0" ... and "output", of ``exits``, shallow to deep, of a network on the CPU. They
+    compute in float32, as a copy of ``net`` does that is in another precision.
 
     ``input_size`` is that of the example which is traced. Raises ModelError for a network that has no graphs of its
     own, a policy that cannot be a graph, or without the packages that write graphs.
@@ -48,6 +51,8 @@ def make_graphs(
     onnx, compose = _packages()
     if not isinstance(net.backbone, Chain):
         raise ModelError(f"the network cannot be written as ONNX graphs: {'; '.join(net.notes)}")
+    if other_precision(net):
+        net = copy_module(net, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     live: tuple[Any, ...] = (torch.zeros(2, 3, *input_size),)
     decide = onnx.load_from_string(policy_graph(policy, net.num_classes))
     graphs, start = {}, 0

@@ -23,9 +23,11 @@ from messnet.records.run_directory import RunDirectory
 if TYPE_CHECKING:
     from messnet.network.multi_exit import MultiExitNet
 
-__all__ = ["COSTS", "load"]
+__all__ = ["COSTS", "WORKLOAD", "default_runtime", "load"]
 
+# Of a bundle: the folder of its cost tables, and the one that was counted rather than measured.
 COSTS = "costs"
+WORKLOAD = f"{COSTS}/workload.json"
 
 
 def load(
@@ -46,10 +48,10 @@ def load(
 
     "onnxruntime" and "openvino" run the graphs of a bundle that was exported for them; for a run they are made anew,
     which takes seconds an exit. ``runtime`` None is torch; for a bundle with graphs it is ONNX Runtime where torch is
-    not installed or the bundle holds no weights for it. ``precision`` is that of weights and activations; "bf16" and
-    "f16" where the runtime has them. ``threads`` of the processor; None: as many as torch is set to, which without
-    torch is one for each core. The session's ``costs`` are the run's or bundle's table that was measured on this
-    device, in this runtime, with so many threads.
+    not installed, the bundle holds no weights for it, or only your ``model`` could say how the network is built.
+    ``precision`` is that of weights and activations; "bf16" and "f16" where the runtime has them. ``threads`` of the
+    processor; None: as many as torch is set to, which without torch is one for each core. The session's ``costs`` are
+    the run's or bundle's table that was measured on this device, in this runtime, with so many threads.
 
     ``model`` names the function that builds the network of a bundle whose model is not of the zoo, "module:function":
     nothing is imported only because a bundle names it. Graphs need no such function.
@@ -63,7 +65,7 @@ def load(
         raise RecipeError(f"a network runs on at least 1 thread, not {threads}")
     if is_bundle(path):
         bundle = open_bundle(path)
-        how = _How(device, runtime or _default_runtime(bundle), precision, threads)
+        how = _How(device, runtime or default_runtime(bundle, model), precision, threads)
         return _load_bundle(bundle, instance, how, model)
     if model is not None:
         raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
@@ -76,9 +78,12 @@ def load(
     )
 
 
-def _default_runtime(bundle: Bundle) -> RuntimeName:
+def default_runtime(bundle: Bundle, model: str | None = None) -> RuntimeName:
+    """torch, unless the bundle has graphs and torch cannot run it: it is not installed, has no weights, or does not
+    know how the network is built, as the user names no ``model``."""
     runtimes = bundle.manifest.runtimes
-    if GRAPHS in runtimes and ("torch" not in runtimes or find_spec("torch") is None):
+    unknown = ":" in bundle.manifest.network.model and model is None
+    if GRAPHS in runtimes and ("torch" not in runtimes or unknown or find_spec("torch") is None):
         return "onnxruntime"
     return "torch"
 

@@ -56,7 +56,8 @@ def cost_notes(costs: CostTable) -> list[str]:
     more = f" and {len(calls) - _NUM_OPERATORS} more" if len(calls) > _NUM_OPERATORS else ""
     operators = sorted(costs.operators.items(), key=lambda item: -item[1])
     counted = ", ".join(f"{name} {macs / costs.total_macs():.1%}" for name, macs in operators)
-    notes.append(f"counted: {counted}; not counted: {named or 'nothing'}{more}")
+    if counted:
+        notes.append(f"counted: {counted}; not counted: {named or 'nothing'}{more}")
     if costs.conditions:
         words = ", ".join(f"{key} {value}" for key, value in costs.conditions.items())
         notes.append(f"whole model: {costs.total('latency_ms'):.2f} ms ({words})")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from messnet.costs.latency import LatencyOptions, num_threads
-from messnet.deployment.bundle import open_bundle
-from messnet.deployment.loading import load
+from messnet.deployment.bundle import Bundle, CutPoint, open_bundle
+from messnet.deployment.loading import WORKLOAD, default_runtime, load
 from messnet.deployment.measurement import check_additivity, measure_heads, measure_session
 from messnet.deployment.restoring import restore_bundle
-from messnet.errors import ModelError
+from messnet.errors import MessError, ModelError, RunError
+from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_backbone_weights, load_weights
@@ -25,7 +28,7 @@ from messnet.records.names import GRAPH_RUNTIMES, RuntimeName, precision_of_dtyp
 from messnet.run.recipe import ModelOptions
 from messnet.run.run import Run, add_heads
 
-__all__ = ["build_network", "measure_run", "profile_bundle", "profile_model", "start_from_weights"]
+__all__ = ["Profile", "build_network", "measure_run", "profile_bundle", "profile_model", "start_from_weights"]
 
 
 def build_network(
@@ -77,38 +80,99 @@ def start_from_weights(net: MultiExitNet, options: ModelOptions) -> None:
     net.load_model_state_dict({name: state.get(name, own) for name, own in net.model_state_dict().items()})
 
 
+class Profile(NamedTuple):
+    """What a network costs, and where it can be cut."""
+
+    costs: CostTable
+    exit_points: Sequence[ExitPoint | CutPoint]
+    cuts: Sequence[ExitPoint | CutPoint]
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, net: MultiExitNet, costs: CostTable) -> Profile:
+        return cls(costs, net.exit_points, net.cuts, net.notes)
+
+
 def profile_model(
     options: ModelOptions,
     heads: HeadSpace,
     num_classes: int,
     input_size: tuple[int, int],
     latency: LatencyOptions | None = None,
-) -> tuple[MultiExitNet, CostTable]:
-    """A model without a run: its network and what it costs, measured too where ``latency`` says how."""
+) -> Profile:
+    """A model without a run; measured too where ``latency`` says how."""
     latency_device, threads = (latency.device, latency.threads) if latency else ("cpu", None)
     with num_threads(threads):
         net = build_network(options, heads, num_classes, input_size, device=latency_device)
     if latency is None:
-        return net, profile(net, input_size, model=options.name)
-    return net, _measure_costs(net, input_size, latency, model=options.name)
+        return Profile.of(net, profile(net, input_size, model=options.name))
+    return Profile.of(net, _measure_costs(net, input_size, latency, model=options.name))
 
 
 def profile_bundle(
-    path: Path, latency: LatencyOptions | None = None, runtime: RuntimeName = "torch", *, model: str | None = None
-) -> tuple[MultiExitNet, CostTable]:
-    """A bundle's network, cut where its instance ends, and what its own exits cost, as ``profile_model``; measured in
-    another ``runtime`` stage by stage. ``model``: see ``restore_bundle``."""
-    blueprint, net, _ = restore_bundle(open_bundle(path), model=model)
-    cut = net.num_exits < len(blueprint.exit_points)
-    name = f"{blueprint.model} cut after exit {net.num_exits - 1}" if cut else blueprint.model
+    path: Path,
+    latency: LatencyOptions | None = None,
+    runtime: RuntimeName | None = None,
+    *,
+    model: str | None = None,
+) -> Profile:
+    """A bundle's network, cut where its instance ends, and its own exits. What is measured in another ``runtime`` than
+    torch is measured stage by stage; ``runtime`` and ``model`` as for ``load``. Where torch cannot run the bundle, its
+    workload is what its maker counted."""
+    bundle = open_bundle(path)
+    runs_in = default_runtime(bundle, model)
+    chosen = runtime or runs_in
+    if chosen in GRAPH_RUNTIMES and latency and latency.batch > 1:
+        raise MessError(f"{path} is measured in {chosen}, one image at a time: leave --batch out")
+    if runs_in in GRAPH_RUNTIMES:
+        found = _as_counted(bundle)
+    else:
+        blueprint, net, _ = restore_bundle(bundle, model=model)
+        name, size = _cut_name(blueprint.model, net.num_exits, len(blueprint.exit_points)), blueprint.input_size
+        if latency and chosen == "torch":
+            return Profile.of(net, _measure_costs(net, size, latency, model=name))
+        found = Profile.of(net, profile(net, size, model=name))
     if latency is None:
-        return net, profile(net, blueprint.input_size, model=name)
-    if runtime == "torch":
-        return net, _measure_costs(net, blueprint.input_size, latency, model=name)
-    precision = precision_of_dtype(latency.dtype)
-    threads, device = latency.threads, latency.device
-    session = load(path, runtime=runtime, precision=precision, threads=threads, device=device, model=model)
-    return net, measure_session(session, profile(net, blueprint.input_size, model=name), latency)
+        return found
+    session = load(
+        path,
+        runtime=chosen,
+        precision=precision_of_dtype(latency.dtype),
+        threads=latency.threads,
+        device=latency.device,
+        model=model,
+    )
+    return found._replace(costs=measure_session(session, found.costs, latency))
+
+
+def _as_counted(bundle: Bundle) -> Profile:
+    """A bundle by its own table of workload, which has every exit of the run that it came from."""
+    network, exits = bundle.manifest.network, [choice.exit for choice in bundle.manifest.instance.exits]
+    if WORKLOAD not in bundle.manifest.files:
+        raise RunError(f"{bundle.path} has no {WORKLOAD}; export it from its run")
+    table = CostTable.from_json(bundle.read(WORKLOAD))
+    num_exits, whole = exits[-1].exit_index + 1, len(network.exit_points)
+    sizes = {len(table.segments), len(table.policies) + 1, len(table.outputs)}
+    if sizes != {whole} or not {*exits} <= table.heads.keys():
+        raise RunError(f"{bundle.path}: {WORKLOAD} is of another network; export it from its run")
+    points = network.exit_points[:num_exits]
+    costs = replace(
+        table,
+        model=_cut_name(network.model, num_exits, whole),
+        segments=table.segments[:num_exits],
+        heads={exit: table.heads[exit] for exit in exits},
+        policies=table.policies[: num_exits - 1],
+        outputs=table.outputs[:num_exits],
+    )
+    if num_exits == whole:
+        return Profile(costs, points, points)
+    # Which operators do the work was counted for the whole model alone.
+    note = "its network is not built here: memory is that of the model before it was cut"
+    return Profile(replace(costs, operators={}, uncounted={}), points, points, (note,))
+
+
+def _cut_name(model: str, num_exits: int, whole: int) -> str:
+    return f"{model} cut after exit {num_exits - 1}" if num_exits < whole else model
 
 
 def measure_run(run: Run, latency: LatencyOptions, name: str, runtime: RuntimeName = "torch") -> CostTable:
