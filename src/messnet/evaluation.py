@@ -170,7 +170,7 @@ def _count(prediction: Tensor, label: Tensor, num_classes: int) -> tuple[IntArra
     side = num_classes + 1
     # One number for each (label, prediction), as in pixel_counts: IGNORE_INDEX is clamped to the row that is left out.
     joint = torch.bincount((label.long().clamp(max=num_classes) * side + prediction).flatten(), minlength=side * side)
-    return counts_of(joint.cpu().numpy().reshape(side, side))
+    return counts_of(joint.cpu().numpy().reshape(side, side)[:-1, :-1])
 
 
 def _expect_finite(logits: Tensor, exit: Exit, image_name: str) -> None:

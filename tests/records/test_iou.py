@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
-from messnet.records.iou import chance_miou, mean_iou, pixel_counts
+from messnet.records.iou import chance_miou, confusion_matrix, mean_iou, pixel_counts
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.int32])
@@ -18,6 +20,9 @@ def test_equal_to_counting(dtype: type, num_classes: int) -> None:
     prediction = draw.integers(0, num_classes, label.shape)
     counts = pixel_counts(prediction.astype(dtype), label.astype(dtype), num_classes)
     valid = label < num_classes
+    matrix = confusion_matrix(prediction.astype(dtype), label.astype(dtype), num_classes)
+    for k, j in itertools.product(range(num_classes), repeat=2):
+        assert matrix[k, j] == ((label == k) & (prediction == j)).sum()
     for k in range(num_classes):
         assert counts[0][k] == (valid & (prediction == k) & (label == k)).sum()
         assert counts[1][k] == (valid & (prediction == k)).sum()

@@ -135,6 +135,8 @@ def test_a_record_reads_back(tmp_path: Path, overrides: list[str]) -> None:
         ("pretrane: {iterations: 5}", ["pretrane"]),
         ("data: {scenes: {colour: 1}}", ["scenes", "colour"]),
         ("pretrain: {iterations: many}", ["iterations", "many"]),
+        ("pretrain: {iterations: 0}", ["pretrain.iterations: 0", "without model.weights", "untrained"]),
+        ("distill: {iterations: 0}", ["distill.iterations must be at least 1"]),
         ("pretrain: {iterations: [1, 2]}", ["iterations"]),
         ("distill: {loss: mse}", ["loss", "mse", "pfd"]),
         ("heads: {segmentation_head: [psp]}", ["segmentation", "psp", "deeplabv3"]),

@@ -156,7 +156,8 @@ def say(stage: str, did: bool, quiet: bool) -> None:
 def print_table(directory: RunDirectory, as_json: bool) -> None:
     from rich.console import Console
 
-    from messnet.report.page import headline, terminal_table
+    from messnet.report.classes import class_table, class_terminal_table
+    from messnet.report.page import class_columns, headline, terminal_table
 
     measurements = directory.measurements.read()
     if as_json:
@@ -164,6 +165,8 @@ def print_table(directory: RunDirectory, as_json: bool) -> None:
         return
     console = Console()
     console.print(terminal_table(measurements))
+    if classes := class_table(class_columns(measurements), measurements.class_names):
+        console.print(class_terminal_table(classes))
     console.print(headline(measurements))
     print(f"report: {directory.report.path}")
 

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from messnet.costs.latency import device_name
-from messnet.deployment.session import Session
-from messnet.records.iou import mean_iou, pixel_counts
+from messnet.deployment.session import Result, Session
+from messnet.records.iou import confusion_matrix, counts_of, mean_iou
 from messnet.records.measurements import Gallery
 
-__all__ = ["Running", "device_in_words", "make_gallery", "run_side_by_side"]
+__all__ = ["Running", "make_gallery", "run_side_by_side"]
 
 WARM_UP_IMAGES = 3
 
@@ -27,15 +25,21 @@ class Running:
     exit_taken: list[int] = field(default_factory=list)
     image_confidence: list[float] = field(default_factory=list)
     latency_ms: list[float] = field(default_factory=list)
-    counts: list[NDArray[np.int64]] = field(default_factory=list)
-    """Per image (3, K): intersection, predicted, labelled."""
+    errors: list[float] = field(default_factory=list)
+    """Share of wrong pixels per image; NaN without a labelled pixel."""
+    confusion: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    """(K, K): pixels of all images by (label, prediction)."""
+
+    def add(self, result: Result, confusion: NDArray[np.int64]) -> None:
+        self.exit_taken.append(result.exit_index)
+        self.image_confidence.append(result.image_confidence)
+        self.latency_ms.append(result.latency_ms)
+        labelled = int(confusion.sum())
+        self.errors.append(1 - float(np.trace(confusion)) / labelled if labelled else float("nan"))
+        self.confusion = self.confusion + confusion if self.confusion.size else confusion
 
     def miou(self) -> float:
-        return mean_iou(*np.sum(self.counts, 0))
-
-    def errors(self) -> list[float]:
-        """Share of wrong pixels per image; NaN without a labelled pixel."""
-        return [1 - float(c[0].sum() / c[2].sum()) if c[2].sum() else float("nan") for c in self.counts]
+        return mean_iou(*counts_of(self.confusion))
 
 
 def run_side_by_side(
@@ -54,10 +58,7 @@ def run_side_by_side(
         for turn in range(len(sessions)):
             s = (v + turn) % len(sessions)
             result = sessions[s].predict([image])[0]
-            runnings[s].exit_taken.append(result.exit_index)
-            runnings[s].image_confidence.append(result.image_confidence)
-            runnings[s].latency_ms.append(result.latency_ms)
-            runnings[s].counts.append(np.stack(pixel_counts(result.labels, mask, num_classes)))
+            runnings[s].add(result, confusion_matrix(result.labels, mask, num_classes))
     return runnings
 
 
@@ -81,12 +82,3 @@ def make_gallery(
         image_confidence=np.array([[result.image_confidence for result in row] for row in results], np.float32),
         exit_taken=np.array(exit_taken, np.int64),
     )
-
-
-def device_in_words(device: torch.device) -> str:
-    """Processor or accelerator, threads, runtime and dtype: what a latency was measured on."""
-    if device.type == "cuda":
-        return f"{device_name(device)}, torch {torch.__version__} eager float32"
-    threads = torch.get_num_threads()
-    plural = "s" if threads > 1 else ""
-    return f"{device_name(device)}, {threads} thread{plural}, torch {torch.__version__} eager float32"

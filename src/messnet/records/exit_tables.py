@@ -48,6 +48,9 @@ class ExitTables:
     """Names all that the tables were made from: weights, recipe and part of the split; empty where nobody said."""
     groups: tuple[str, ...] = ()
     """(V,) the group of each image, images that belong together; "" is a group of its own. Empty: all are."""
+    delivered: NDArray[np.int32] | None = None
+    """(V, 2, K): intersection and predicted pixels of the user's model as it was delivered, before it was trained any
+    further; None where no weights were given, and in files of before."""
 
     @property
     def final(self) -> int:
@@ -65,7 +68,25 @@ class ExitTables:
             labelled=self.labelled[images],
             image_confidence=self.image_confidence[images],
             groups=tuple(self.groups[int(v)] for v in images) if self.groups else (),
+            delivered=None if self.delivered is None else self.delivered[images],
         )
+
+    @property
+    def baseline(self) -> NDArray[np.int32]:
+        """(V, 2, K): intersection and predicted pixels of the model that accuracy is counted against: the user's as it
+        was delivered, or, where no weights were given, the final exit."""
+        if self.delivered is not None:
+            return self.delivered
+        return np.stack((self.intersection[:, self.final], self.predicted[:, self.final]), 1)
+
+    def with_delivered(self, model: ExitTables) -> ExitTables:
+        """The same tables beside those of the delivered model alone. Raises RunError when they are of other images."""
+        if model.image_names != self.image_names or model.class_names != self.class_names:
+            raise RunError(
+                "the delivered model was evaluated on other images than the exits: the validation images have changed; "
+                "put them back, or begin another run with --out"
+            )
+        return replace(self, delivered=model.baseline)
 
     def group_ids(self) -> IntArray:
         """(V,) the number of each image's group, from 0 in the order in which groups appear."""

@@ -9,7 +9,7 @@ from messnet.records.arrays import FloatArray, IntArray
 
 _Counts = NDArray[np.int32] | NDArray[np.int64]
 
-__all__ = ["chance_miou", "class_iou", "counts_of", "mean_iou", "pixel_counts"]
+__all__ = ["chance_miou", "class_iou", "confusion_matrix", "counts_of", "mean_iou", "pixel_counts"]
 
 
 def pixel_counts(
@@ -19,16 +19,22 @@ def pixel_counts(
 
     A label outside [0, K) is ignored: it counts in none of the three. Predictions lie in [0, K).
     """
+    return counts_of(confusion_matrix(prediction, label, num_classes))
+
+
+def confusion_matrix(
+    prediction: NDArray[np.integer], label: NDArray[np.integer], num_classes: int
+) -> NDArray[np.int64]:
+    """Pixels by (label, prediction), (K, K), of integer arrays of one shape; a label outside [0, K) is ignored."""
     side = num_classes + 1
     known = np.where((label >= 0) & (label < num_classes), label, num_classes).astype(np.intp)
     joint = np.bincount((known * side + prediction).ravel(), minlength=side * side)
-    return counts_of(joint.reshape(side, side))
+    return joint.reshape(side, side)[:-1, :-1].astype(np.int64)
 
 
 def counts_of(confusion: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """``pixel_counts`` from the number of pixels by (label, prediction), (K + 1, K + 1); the last row is ignored."""
-    matrix = confusion[:-1, :-1].astype(np.int64)
-    return matrix.diagonal(), matrix.sum(0), matrix.sum(1)
+    """``pixel_counts`` from the number of pixels by (label, prediction), (K, K)."""
+    return confusion.diagonal(), confusion.sum(0), confusion.sum(1)
 
 
 def class_iou(intersection: _Counts, predicted: _Counts, labelled: _Counts) -> FloatArray:

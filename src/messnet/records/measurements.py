@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,8 +11,9 @@ from numpy.typing import NDArray
 
 from messnet.records.codec import Format
 from messnet.records.instance import Exit, Instance
+from messnet.records.iou import class_iou, counts_of
 
-__all__ = ["FRONT", "Front", "Gallery", "Measurement", "Measurements"]
+__all__ = ["FRONT", "Delivered", "Front", "Gallery", "Measurement", "Measurements", "known"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,18 @@ class Measurement:
     predicted_ms: list[float] = field(default_factory=list)
     """The same as the sum of parts measured one by one beforehand; empty where that was not done."""
     miou_change_error: float | None = None
-    """Standard error of ``miou`` less the baseline's over the draw of the images, from leaving groups out one by one;
-    None where there is one image or group alone, and in files of version 0.1."""
+    """Standard error over the draw of the images of ``miou`` less that of the delivered model, or of the baseline where
+    none was delivered, from leaving groups out one by one; None where there is one image or group alone, and in files
+    of version 0.1."""
+    confusion: list[list[int]] = field(default_factory=list)
+    """Pixels of all images by (label, prediction), K x K; empty in files of before."""
+
+    def class_iou(self) -> list[float | None]:
+        """IoU of each class in [0, 1], None of one that neither labels nor predictions have; empty without
+        ``confusion``."""
+        if not self.confusion:
+            return []
+        return known(class_iou(*counts_of(np.array(self.confusion, np.int64))))
 
     def exit_shares(self) -> list[tuple[Exit, float]]:
         """For each exit of the instance the share of images, in [0, 1], that stopped there."""
@@ -67,8 +80,21 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """The user's model as it was delivered, before stage 1, on the reported images. Changes of mIoU are counted against
+    it. It has the baseline's costs, for it is the same network with other weights."""
+
+    miou: float
+    """[0, 1]"""
+    class_iou: list[float | None]
+    """[0, 1] of each class, None of one that neither labels nor predictions have."""
+    is_kept: bool
+    """Whether the baseline still is this model, to the bit: stage 1 had no iterations."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """All rows of the end-to-end table, the baseline (the user's own model, whole) first.
+    """All rows of the end-to-end table, the baseline (the user's own model, whole, after stage 1) first.
 
     ``skipped`` holds one sentence for each row that has no instance ("no instance loses at most 0.1 pp: ...").
     """
@@ -89,6 +115,15 @@ class Measurements:
     chance_miou: float | None = None
     """mIoU in [0, 1] of a guess that does not look at these images (docs/method.md#uncertainty-of-the-report); None in
     files of version 0.1 and where no pixel is labelled."""
+    class_names: list[str] = field(default_factory=list)
+    """K names; empty in files of before."""
+    delivered: Delivered | None = None
+    """None where the recipe gives no weights of the whole model, and in files of before."""
+
+    @property
+    def miou_to_keep(self) -> float:
+        """mIoU in [0, 1] that changes are counted against: the delivered model's, else the baseline's."""
+        return self.rows[0].miou if self.delivered is None else self.delivered.miou
 
     def to_json(self) -> str:
         return _MEASUREMENTS.to_json(self)
@@ -131,6 +166,11 @@ class Gallery:
     def from_bytes(cls, data: bytes) -> Gallery:
         """Raises RunError when ``data`` is not a gallery of this schema version."""
         return _GALLERY.from_npz(data)
+
+
+def known(values: Iterable[float]) -> list[float | None]:
+    """The values with None in the place of NaN, which JSON has not."""
+    return [None if math.isnan(value) else float(value) for value in values]
 
 
 FRONT = Format(Front, "what a search found", version=None, made_by="search")

@@ -99,6 +99,11 @@ class RunDirectory:
         return self._costs("profile.json")
 
     @property
+    def delivered(self) -> Artefact[ExitTables]:
+        """The tables of the user's model alone, as it was delivered: where the recipe gives its weights."""
+        return Artefact(self.path, "delivered.npz", "pretrain", ExitTables.from_bytes, ExitTables.to_bytes)
+
+    @property
     def stage1(self) -> Artefact[bytes]:
         return self._bytes("stage1.safetensors", "pretrain")
 

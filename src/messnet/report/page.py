@@ -21,6 +21,7 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD, Exit, ExitChoice
 from messnet.records.measurements import Gallery, Measurement, Measurements
+from messnet.report.classes import class_markdown, class_table, confusions
 from messnet.report.figures import (
     as_svg,
     confidence_colours,
@@ -34,7 +35,9 @@ from messnet.report.figures import (
 )
 
 __all__ = [
+    "STAGE_1_ADVICE",
     "ReportInputs",
+    "class_columns",
     "exit_rows",
     "exits_table",
     "headline",
@@ -45,6 +48,9 @@ __all__ = [
 ]
 
 HEADLINE_DROP_PP = 1.0
+STAGE_1_ADVICE = (
+    "keep it as it came with pretrain.iterations: 0, which trains heads only, or lower pretrain.learning_rate"
+)
 MIOU_TOLERANCE = 1e-9  # both are means of quotients of integer counts: equal counts give equal values
 CONFIDENT = 1.96
 """Standard errors within which a normal error stays in 19 draws of 20."""
@@ -102,6 +108,8 @@ class _Line(NamedTuple):
     predicted: str
     speed: str
     exits: list[_ExitShare]
+    mark: int = 0
+    """Its number in the picture of the front; 0 for the models that instances are compared with."""
 
 
 class _Picture(NamedTuple):
@@ -137,13 +145,15 @@ def measurements_markdown(measurements: Measurements) -> str:
     notes = [f"- not in the table: {sentence}" for sentence in measurements.skipped]
     notes += [f"- warning: {sentence}" for sentence in _warnings(measurements)]
     paragraphs = [f"{headline(measurements)}.", _where(measurements), "\n".join(table), "\n".join(notes)]
+    if classes := class_table(class_columns(measurements), measurements.class_names):
+        paragraphs.append(class_markdown(classes))
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def _cells(line: _Line) -> list[list[str]]:
     """The cells of a row, each the parts that a plain table puts one below or behind the other."""
     shares = [f"{place.name} {100 * place.share:.0f} %" for place in line.exits]
-    latency = [f"{line.latency} [{line.latency_p95}]", line.speed, line.predicted]
+    latency = [f"{line.latency} [{line.latency_p95}]" if line.latency else "", line.speed, line.predicted]
     return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
 
 
@@ -175,6 +185,11 @@ def headline(measurements: Measurements) -> str:
     """The gain in words, of the cheapest row that lost at most 1 pp; honest where there is none, where the network has
     learnt too little to compare anything, and where the images are too few to tell mIoU apart."""
     row, baseline = _headline_row(measurements), _baseline(measurements)
+    if _is_spoilt(measurements):
+        return (
+            f"Stage 1 made your model worse: {100 * measurements.miou_to_keep:.1f} % mIoU as delivered, "
+            f"{100 * baseline.miou:.1f} % after it; {STAGE_1_ADVICE}"
+        )
     if row is baseline:
         return "No instance met what was asked: only the baseline was measured"
     work, speed = baseline.macs / row.macs, _median_ms(baseline) / _median_ms(row)
@@ -183,7 +198,7 @@ def headline(measurements: Measurements) -> str:
             f"Too little was learnt to compare exits: the final exit's mIoU of {100 * baseline.miou:.1f} % is near "
             f"chance ({100 * (measurements.chance_miou or 0):.1f} %)"
         )
-    change_pp, margin_pp = 100 * (row.miou - baseline.miou), _margin_pp(row, measurements)
+    change_pp, margin_pp = 100 * (row.miou - measurements.miou_to_keep), _margin_pp(row, measurements)
     # Below 5 % and 0.05 pp a change is within what rounding and a measurement's noise make of none.
     if abs(change_pp) < 0.05:
         accuracy = "the same mIoU"
@@ -199,6 +214,13 @@ def headline(measurements: Measurements) -> str:
     tempo = "no faster" if 0.95 < speed < 1.05 else _times(speed, "faster", "slower", digits=1)
     but = "but " if work >= 1.05 and speed < 1.05 else ""
     return f"{'' if is_gain else 'Nothing gained: '}{workload} work at {accuracy}; {but}{tempo} on this machine"
+
+
+def _is_spoilt(measurements: Measurements) -> bool:
+    """Whether stage 1 made the delivered model worse, by more than what other images could make of it."""
+    baseline = _baseline(measurements)
+    margin_pp = _margin_pp(baseline, measurements) or 0.0
+    return 100 * (measurements.miou_to_keep - baseline.miou) > max(margin_pp, 0.05)
 
 
 def _is_near_chance(measurements: Measurements) -> bool:
@@ -230,30 +252,48 @@ def _baseline(measurements: Measurements) -> Measurement:
 def _headline_row(measurements: Measurements) -> Measurement:
     baseline, *others = _baseline(measurements), *measurements.rows[1:]
     # Where nothing stays within the drop, the most accurate row: its loss is named, not hidden behind a cheaper one.
-    kept = [row for row in others if row.miou >= baseline.miou - HEADLINE_DROP_PP / 100]
+    kept = [row for row in others if row.miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100]
     if kept:
         return min(kept, key=lambda row: row.macs)
     return max(others, key=lambda row: row.miou, default=baseline)
 
 
 def _lines(measurements: Measurements) -> list[_Line]:
-    baseline = _baseline(measurements)
-    return [_line(row, baseline, _margin_pp(row, measurements)) for row in measurements.rows]
-
-
-def _line(row: Measurement, baseline: Measurement, margin_pp: float | None) -> _Line:
-    margin = f" ± {margin_pp:.2f}" if margin_pp is not None and math.isfinite(margin_pp) else ""
-    changes = (
-        f"{100 * (row.miou - baseline.miou):+.2f}{margin} pp",
-        _times(baseline.macs / row.macs, "less", "more"),
-        _times(_median_ms(baseline) / _median_ms(row), "faster", "slower"),
+    lines = [_line(measurements, mark) for mark in range(len(measurements.rows))]
+    delivered = measurements.delivered
+    if delivered is None or delivered.is_kept:
+        return lines
+    # It is the baseline's network with other weights: nothing but its mIoU is its own.
+    model = lines[0]._replace(
+        title="the model as delivered",
+        name="",
+        miou=f"{100 * delivered.miou:.2f}",
+        miou_change="",
+        latency="",
+        latency_p95="",
+        predicted="",
+        exits=[],
     )
-    miou_change, work, speed = changes if row is not baseline else ("", "", "")
+    return [model, *lines]
+
+
+def _line(measurements: Measurements, mark: int) -> _Line:
+    row, baseline = measurements.rows[mark], _baseline(measurements)
+    margin_pp = _margin_pp(row, measurements)
+    margin = f" ± {margin_pp:.2f}" if margin_pp is not None and math.isfinite(margin_pp) else ""
+    change = f"{100 * (row.miou - measurements.miou_to_keep):+.2f}{margin} pp"
+    if row is baseline:
+        # Stage 1 may have changed it, but what a delivered model costs it costs too.
+        work, speed = "", ""
+        change = "" if measurements.delivered is None or measurements.delivered.is_kept else change
+    else:
+        work = _times(baseline.macs / row.macs, "less", "more")
+        speed = _times(_median_ms(baseline) / _median_ms(row), "faster", "slower")
     return _Line(
-        title=_title(row, baseline),
+        title=_title(row, measurements),
         name=row.instance.name,
         miou=f"{100 * row.miou:.2f}",
-        miou_change=miou_change,
+        miou_change=change,
         gmacs=_significant(row.macs / 1e9, 4),
         work=work,
         gmacs_paper=_significant(row.macs_paper / 1e9, 4),
@@ -265,11 +305,24 @@ def _line(row: Measurement, baseline: Measurement, margin_pp: float | None) -> _
             _ExitShare(choice, _exit_name(choice.exit), share)
             for choice, (_, share) in zip(row.instance.exits, row.exit_shares(), strict=True)
         ],
+        mark=mark,
     )
 
 
-def _title(row: Measurement, baseline: Measurement) -> str:
-    return "baseline" if row is baseline else row.instance.objective or row.instance.name
+def _title(row: Measurement, measurements: Measurements) -> str:
+    if row is not measurements.rows[0]:
+        return row.instance.objective or row.instance.name
+    if measurements.delivered is None:
+        return "baseline"
+    return "baseline: the model as delivered" if measurements.delivered.is_kept else "baseline: after stage 1"
+
+
+def class_columns(measurements: Measurements) -> dict[str, Sequence[float | None]]:
+    """IoU of each class by row of the table, the model that changes are counted against first."""
+    columns: dict[str, Sequence[float | None]] = {}
+    if measurements.delivered is not None and not measurements.delivered.is_kept:
+        columns["delivered"] = measurements.delivered.class_iou
+    return columns | {row.instance.name: row.class_iou() for row in measurements.rows}
 
 
 def _warnings(measurements: Measurements) -> list[str]:
@@ -278,6 +331,11 @@ def _warnings(measurements: Measurements) -> list[str]:
         f"{row.miou_from_tables:.6f}; equal they would be on the same device with the same number of threads"
         for row in measurements.rows
         if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE
+    ] + [
+        f"{row.instance.name}: the images of this table calibrated its thresholds, so it may look better here than it "
+        f"is; its certificate holds: {row.instance.certificate}"
+        for row in measurements.rows
+        if "loss" in row.instance.selected_on
     ]
 
 
@@ -325,12 +383,13 @@ def render_report(inputs: ReportInputs) -> str:
     environment.filters["typeset"] = _typeset
     source = resources.files("messnet.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     baseline, row = _baseline(measurements), _headline_row(measurements)
+    silent = row is baseline or _is_near_chance(measurements) or _is_spoilt(measurements)
     num_exits = len(inputs.costs.segments)
     return environment.from_string(source).render(
         inputs=inputs,
         headline=headline(measurements),
-        headline_row="" if row is baseline or _is_near_chance(measurements) else _title(row, baseline),
-        headline_kept=row.miou >= baseline.miou - HEADLINE_DROP_PP / 100,
+        headline_row="" if silent else _title(row, measurements),
+        headline_kept=row.miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100,
         where=_where(measurements),
         lines=_lines(measurements),
         warnings=_warnings(measurements),
@@ -341,6 +400,8 @@ def render_report(inputs: ReportInputs) -> str:
         confidence=_confidence_pictures(inputs.gallery, measurements) if inputs.gallery else None,
         depth=_depth_figure(measurements, inputs.costs),
         heads=_heads_figure(inputs),
+        classes=class_table(class_columns(measurements), measurements.class_names),
+        confusions=confusions(measurements),
     )
 
 

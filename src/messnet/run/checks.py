@@ -69,7 +69,7 @@ def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) ->
     The reports are of all images of both splits. Raises RecipeError for augmentation that cannot be.
     """
     return (
-        *_training_problems(recipe.pretrain, train),
+        *(_training_problems(recipe.pretrain, train) if recipe.pretrain.iterations else ()),
         *_training_problems(recipe.distill, train),
         *_validation_problems(recipe, val),
     )

@@ -116,4 +116,6 @@ def adopt_pretrained(run: Run, source: Path) -> None:
     profiled.ensure(run)
     if Blueprint.from_json(other.exits.read()) != run.blueprint():
         raise RunError(f"{source} was pretrained with other exit points than {run.directory.path} has (exits.json)")
+    if other.delivered.exists:
+        run.directory.delivered.write(other.delivered.read())
     pretrained.record(run, lambda run: run.directory.stage1.write(weights))

@@ -84,6 +84,13 @@ class Recipe:
     search: SearchOptions = SearchOptions()
     compute: ComputeOptions = ComputeOptions()
 
+    def __post_init__(self) -> None:
+        if not self.pretrain.iterations and not self.model.weights and ":" not in self.model.name:
+            raise RecipeError(
+                "pretrain.iterations: 0 keeps the network as it comes, and without model.weights that is an untrained "
+                "one: name the weights, or let stage 1 train"
+            )
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with ``--section.key value`` pairs over it.

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from messnet.costs.latency import LatencyOptions
+from messnet.costs.latency import LatencyOptions, device_name
 from messnet.data import SegmentationDataset
 from messnet.deployment.session import Session
-from messnet.deployment.side_by_side import Running, device_in_words, make_gallery, run_side_by_side
+from messnet.deployment.side_by_side import Running, make_gallery, run_side_by_side
+from messnet.errors import RunError
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
-from messnet.records.iou import chance_miou
-from messnet.records.measurements import Front, Gallery, Measurement, Measurements
+from messnet.records.iou import chance_miou, class_iou
+from messnet.records.measurements import Delivered, Front, Gallery, Measurement, Measurements, known
 from messnet.run.run import Run
 from messnet.searching import cost_of, route
 from messnet.searching.cross_fitting import error_of_drop
+from messnet.searching.measure import miou_of
 
 __all__ = ["measure_instances"]
 
@@ -30,7 +32,8 @@ def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | N
     tables, costs, val = run.tables(), run.costs(), run.dataset("val")
     selection, half = tables.halves(run.recipe.search.seed)
     reported, tables_reported = half.tolist(), tables.subset(half)
-    instances = [_baseline(tables), *_found(run, front)]
+    found, left_out = _found(run, front, tables.subset(selection))
+    instances = [_baseline(tables), *found]
     exits = sorted({choice.exit for instance in instances for choice in instance.exits})
     # Before the sessions take the network over: parts are timed on a copy of it.
     predicted = _predict_latency(run, exits, costs.input_size)
@@ -38,17 +41,27 @@ def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | N
     samples = ((val[v].image, val[v].mask) for v in reported)
     runnings = run_side_by_side(sessions, samples, len(tables.class_names))
     measurements = Measurements(
-        device=device_in_words(run.device),
+        device=_device_in_words(run.device),
         input_size=costs.input_size,
         image_names=list(tables_reported.image_names),
-        difficulty=_known(tables_reported.difficulty),
-        final_exit_error=_known(runnings[0].errors()),
+        difficulty=known(tables_reported.difficulty),
+        final_exit_error=known(runnings[0].errors),
         num_selection_images=len(selection),
         rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
-        skipped=front.skipped,
-        chance_miou=_known([chance_miou(tables_reported.labelled.sum(0, dtype=np.int64))])[0],
+        skipped=[*front.skipped, *left_out],
+        chance_miou=known([chance_miou(tables_reported.labelled.sum(0, dtype=np.int64))])[0],
+        class_names=list(tables.class_names),
+        delivered=_delivered(tables_reported, is_kept=not run.recipe.pretrain.iterations),
     )
     return measurements, _gallery(val, reported, sessions, measurements.rows)
+
+
+def _delivered(tables: ExitTables, *, is_kept: bool) -> Delivered | None:
+    if tables.delivered is None:
+        return None
+    intersection, predicted = tables.delivered.sum(0, dtype=np.int64)
+    iou = class_iou(intersection, predicted, tables.labelled.sum(0, dtype=np.int64))
+    return Delivered(miou=float(np.nanmean(iou)), class_iou=known(iou), is_kept=is_kept)
 
 
 def _baseline(tables: ExitTables) -> Instance:
@@ -56,9 +69,32 @@ def _baseline(tables: ExitTables) -> Instance:
     return Instance(name="baseline", setting="budgeted", exits=(final,))
 
 
-def _found(run: Run, front: Front) -> list[Instance]:
-    files = [run.directory.instance(name) for name in front.names]
-    return [file.read() for file in files if file.exists]
+def _found(run: Run, front: Front, selection: ExitTables) -> tuple[list[Instance], list[str]]:
+    """The instances of the recipe, then those of the user's own searches; and a sentence for each that was searched on
+    other images or heads than the run has now: it may have seen the images of the report."""
+    names = dict.fromkeys((*front.names, *run.directory.instance_names()))
+    found, left_out = [], []
+    for file in (run.directory.instance(name) for name in names):
+        if not file.exists:
+            continue
+        instance = file.read()
+        if _was_selected_on(selection, instance):
+            found.append(instance)
+        else:
+            left_out.append(
+                f"{instance.name}: it was chosen on other images or heads than this run selects on now; search again"
+            )
+    return found, left_out
+
+
+def _was_selected_on(selection: ExitTables, instance: Instance) -> bool:
+    """Whether these images give the mIoU that the instance's search noted: to the last digits no others do."""
+    if any(choice.exit not in selection.exits for choice in instance.exits):
+        return False
+    try:
+        return abs(miou_of(selection, instance) - instance.selected_on.get("miou", np.inf)) < 1e-9
+    except RunError:  # of a policy or a threshold that the tables do not have
+        return False
 
 
 def _sessions(run: Run, instances: Sequence[Instance], exits: Sequence[Exit]) -> list[Session]:
@@ -97,7 +133,8 @@ def _measurement(
         image_confidence=running.image_confidence,
         latency_ms=running.latency_ms,
         predicted_ms=cost_of(tables, predicted, instance, "latency_ms").tolist(),
-        miou_change_error=_known([error_of_drop(tables, routing)])[0],
+        miou_change_error=known([error_of_drop(tables, routing)])[0],
+        confusion=running.confusion.tolist(),
     )
 
 
@@ -117,6 +154,10 @@ def _gallery(
     return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
 
 
-def _known(values: Iterable[float]) -> list[float | None]:
-    """JSON has no NaN."""
-    return [None if math.isnan(value) else float(value) for value in values]
+def _device_in_words(device: torch.device) -> str:
+    """Processor or accelerator, threads, runtime and dtype: what a latency was measured on."""
+    if device.type == "cuda":
+        return f"{device_name(device)}, torch {torch.__version__} eager float32"
+    threads = torch.get_num_threads()
+    plural = "s" if threads > 1 else ""
+    return f"{device_name(device)}, {threads} thread{plural}, torch {torch.__version__} eager float32"

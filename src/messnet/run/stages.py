@@ -10,11 +10,12 @@ import yaml
 
 from messnet.evaluation import evaluate, merge_shards
 from messnet.network.blueprint import Blueprint
+from messnet.network.multi_exit import MultiExitNet
 from messnet.profiling import profile
 from messnet.records.costs import COST_TABLE
-from messnet.records.exit_tables import EXIT_TABLES
+from messnet.records.exit_tables import EXIT_TABLES, ExitTables
 from messnet.records.shard import WHOLE, Shard
-from messnet.report.page import ReportInputs, render_report
+from messnet.report.page import STAGE_1_ADVICE, ReportInputs, render_report
 from messnet.run.choosing import search_all
 from messnet.run.measuring import build_network, start_from_weights
 from messnet.run.recipe import recipe_to_record
@@ -22,7 +23,9 @@ from messnet.run.reporting import measure_instances
 from messnet.run.run import Run
 from messnet.run.shards import Part, discard_parts, expect_whole, join, pack, read_parts, share
 from messnet.run.stage import Stage
+from messnet.searching.measure import baseline_miou_of
 from messnet.training import distill, pretrain, space_exits
+from messnet.training.journal import say
 
 __all__ = ["STAGES", "distill_stage", "evaluate_stage", "merge_stage", "merge_tables", "run_stage"]
 
@@ -53,11 +56,38 @@ def pretrain_stage(run: Run) -> None:
     net, fabric = run.initial(), recipe.compute.launch()
     if recipe.model.weights or recipe.model.backbone_weights:
         start_from_weights(net, recipe.model)
-    pretrain(net, run.dataset("train"), recipe.pretrain, recipe.compute, checkpoint, run.monitor("pretrain"))
-    if fabric.global_rank == 0:  # of processes that train together one writes
+    leads = fabric.global_rank == 0  # of processes that train together one writes
+    before = _evaluate_delivered(run, net) if recipe.model.weights and leads else None
+    if recipe.pretrain.iterations:
+        pretrain(net, run.dataset("train"), recipe.pretrain, recipe.compute, checkpoint, run.monitor("pretrain"))
+    if leads:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.model_state_dict().items()}
         run.directory.stage1.write(safetensors.torch.save(tensors))
         checkpoint.discard()
+    if before is not None:
+        _tell_of_stage1(run, net, before)
+
+
+def _evaluate_delivered(run: Run, net: MultiExitNet) -> ExitTables:
+    """What the user's model, whose weights ``net`` holds, does to every validation image before anything is trained:
+    RUN/delivered.npz. A training that goes on from a checkpoint has it already."""
+    file, origin = run.directory.delivered, STAGES["pretrain"].made_from(run)
+    if file.exists and run.checkpoint("pretrain").path.exists():
+        return file.read()
+    tables = evaluate(net, run.dataset("val"), run.recipe.evaluate, run.device, origin=origin)
+    file.write(tables)
+    return tables
+
+
+def _tell_of_stage1(run: Run, net: MultiExitNet, before: ExitTables) -> None:
+    """What stage 1 made of a delivered model, before hours go into heads of one that it spoilt."""
+    delivered = baseline_miou_of(before)
+    if not run.recipe.pretrain.iterations:
+        say(f"pretrain: the model is kept as delivered, {100 * delivered:.2f} % mIoU on the validation images")
+        return
+    after = baseline_miou_of(evaluate(net, run.dataset("val"), run.recipe.evaluate, run.device))
+    advice = f": worse than it came; {STAGE_1_ADVICE}" if after < delivered else ""
+    say(f"pretrain: {100 * delivered:.2f} % mIoU as delivered, {100 * after:.2f} % after stage 1{advice}")
 
 
 def distill_stage(run: Run, shard: Shard | None = None) -> None:
@@ -115,16 +145,24 @@ def evaluate_stage(run: Run, shard: Shard | None = None) -> None:
     checkpoint = run.checkpoint(f"tables.{shard}" if shard else "tables")
     file = run.directory.part_of_tables(shard) if shard else run.directory.tables
     part = shard or WHOLE
-    file.write(evaluate(net, val, options, run.device, part=part, origin=origin, checkpoint=checkpoint))
+    tables = evaluate(net, val, options, run.device, part=part, origin=origin, checkpoint=checkpoint)
+    file.write(tables if shard else _beside_delivered(run, tables))
     checkpoint.discard()
+
+
+def _beside_delivered(run: Run, tables: ExitTables) -> ExitTables:
+    """The tables of all images with what the delivered model does to them, where stage 1 has left that."""
+    delivered = run.directory.delivered
+    return tables.with_delivered(delivered.read()) if delivered.exists else tables
 
 
 def merge_tables(run: Run) -> None:
     """The tables from the parts that shards left. Raises RunError that says what is missing."""
     parts = run.directory.parts_of_tables()
     tables = {shard: file.read() for shard, file in parts.items()}
+    merged = _beside_delivered(run, merge_shards(tables, _tables_origin(run)))
     # Recorded as if one pass had made them: they are equal.
-    STAGES["evaluate"].record(run, lambda run: run.directory.tables.write(merge_shards(tables, _tables_origin(run))))
+    STAGES["evaluate"].record(run, lambda run: run.directory.tables.write(merged))
     for file in parts.values():
         file.discard()
 

@@ -23,7 +23,7 @@ from messnet.records.selection import AnytimeFigures, CostUnit, Selection
 from messnet.searching import words
 from messnet.searching.answers import AnytimeProof, AnytimeReach, FrontPoint, SearchResult
 from messnet.searching.grid import Grid
-from messnet.searching.measure import checked_column
+from messnet.searching.measure import baseline_miou_of, checked_column
 from messnet.searching.objective import AnytimeObjective
 
 __all__ = ["Figures", "figures_of", "search_anytime"]
@@ -78,7 +78,7 @@ def search_anytime(
     extra = column.heads + column.outputs
     num_images = len(tables.image_names)
     mious = np.array([tables.miou(np.full(num_images, position)) for position in range(len(tables.exits))])
-    model, baseline_miou = devices[0].total(objective.cost), float(mious[-1])
+    model, baseline_miou = devices[0].total(objective.cost), baseline_miou_of(tables)
     if model <= 0:
         raise RecipeError(f"the user's model costs no {objective.cost}: nothing to measure anytime results by")
 

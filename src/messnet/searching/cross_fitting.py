@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from messnet.errors import RecipeError
 from messnet.records.arrays import FloatArray, IntArray
@@ -47,7 +48,7 @@ class CrossFitted:
     cost: float
     """Mean over all images."""
     baseline_miou: float
-    """mIoU of the final exit on the same images."""
+    """mIoU of the model that drops are counted against, on the same images."""
     baseline_cost: float
     miou_error: float
     """Standard error of baseline_miou - miou, by leaving out one group at a time (jackknife); NaN for one group."""
@@ -209,23 +210,23 @@ def _model_itself(front: Front) -> FrontPoint:
 
 
 def error_of_drop(tables: ExitTables, routing: IntArray) -> float:
-    """Standard error of the mIoU of the final exit less that of a routing (V,): mIoU is no mean over images, so groups
-    are left out one at a time and the spread of what is left is scaled up (Efron and Stein, 1981)."""
+    """Standard error of the mIoU of ``ExitTables.baseline`` less that of a routing (V,): mIoU is no mean over images,
+    so groups are left out one at a time and the spread of what is left is scaled up (Efron and Stein, 1981)."""
     ids, images = tables.group_ids(), np.arange(len(tables.image_names))
     num_groups = int(ids.max()) + 1
     if num_groups < 2:
         return float("nan")
 
-    def without_each(positions: IntArray) -> FloatArray:
-        """(G,) mIoU without each group."""
-        per_image = (tables.intersection[images, positions], tables.predicted[images, positions], tables.labelled)
+    def without_each(intersection: NDArray[np.int32], predicted: NDArray[np.int32]) -> FloatArray:
+        """(G,) mIoU without each group, of counts (V, K)."""
         summed = []
-        for counts in per_image:
+        for counts in (intersection, predicted, tables.labelled):
             # All groups but one, for each of them.
             by_group = np.zeros((num_groups, counts.shape[1]), np.int64)
             np.add.at(by_group, ids, counts)
             summed.append(by_group.sum(0) - by_group)
         return np.array([mean_iou(*(one[g] for one in summed)) for g in range(num_groups)])
 
-    drops = without_each(np.full(len(images), tables.final)) - without_each(routing)
+    routed = without_each(tables.intersection[images, routing], tables.predicted[images, routing])
+    drops = without_each(*tables.baseline.swapaxes(0, 1)) - routed
     return float(np.sqrt((num_groups - 1) / num_groups * ((drops - drops.mean()) ** 2).sum()))

@@ -13,7 +13,7 @@ from messnet.records.arrays import FloatArray
 from messnet.records.costs import CostColumn, CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
-from messnet.records.iou import class_iou
+from messnet.records.iou import class_iou, mean_iou
 from messnet.records.names import CostName, Statistic
 from messnet.records.selection import CostUnit, ReachedCost, ReachedIou
 from messnet.searching.grid import cost_of, route
@@ -95,8 +95,9 @@ def miou_of(tables: ExitTables, instance: Instance) -> float:
 
 
 def baseline_miou_of(tables: ExitTables) -> float:
-    """mIoU of the final exit alone."""
-    return round(tables.miou(np.full(len(tables.image_names), tables.final)), DECIMALS)
+    """mIoU of the model that drops are counted against (``ExitTables.baseline``)."""
+    intersection, predicted = tables.baseline.sum(0, dtype=np.int64)
+    return round(mean_iou(intersection, predicted, tables.labelled.sum(0, dtype=np.int64)), DECIMALS)
 
 
 def meets(objective: Objective, measure: CostMeasure, tables: ExitTables, instance: Instance) -> bool:

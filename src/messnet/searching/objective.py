@@ -59,7 +59,8 @@ class Terms:
     """What every objective can name, whatever the setting."""
 
     max_drop_pp: float | None = None
-    """Largest mIoU drop against the final exit on the same images, percentage points (anytime: of the last result)."""
+    """Largest mIoU drop against your model on the same images, percentage points (anytime: of the last result): as it
+    was delivered where model.weights were given, else the final exit."""
     min_miou: float | None = None
     """Least mIoU, in [0, 1] (anytime: of the last result)."""
     cost: CostName = "macs"
@@ -71,7 +72,7 @@ class Terms:
         _expect_number(self.min_miou, "min_miou")
 
     def least_miou(self, baseline_miou: float) -> float:
-        """The least mIoU that the terms allow, given the final exit's on the same images; -inf: any."""
+        """The least mIoU that the terms allow, given that of the user's model on the same images; -inf: any."""
         least = [-math.inf]
         if self.min_miou is not None:
             least.append(self.min_miou)

@@ -48,7 +48,7 @@ class Front:
     setting: SearchSetting
     unit: CostUnit
     baseline_miou: float
-    """mIoU of the final exit on the same images."""
+    """mIoU of the model that drops are counted against, on the same images."""
     baseline_cost: float
     """Cost of the user's whole model; 1 where costs are relative to it."""
     num_images: int

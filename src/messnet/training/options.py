@@ -103,6 +103,7 @@ class TrainOptions:
     """The options that both stages share; defaults from torchvision's segmentation reference."""
 
     section: ClassVar[str] = "training"
+    least_iterations: ClassVar[int] = 1
 
     iterations: int = 10_000
     batch_size: int = 16
@@ -124,7 +125,8 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("batch_size", 2), ("loss_stride", 1), ("checkpoint_every", 1)):
+        least_of = {"iterations": self.least_iterations, "batch_size": 2, "loss_stride": 1, "checkpoint_every": 1}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise RecipeError(f"{self.section}.{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.learning_rate < math.inf:
@@ -136,7 +138,11 @@ class PretrainOptions(TrainOptions):
     """Stage 1: how the backbone and the final head learn."""
 
     section = "pretrain"
+    least_iterations = 0
 
+    iterations: int = 10_000
+    """0 keeps the network as model.weights deliver it, to the bit: only heads are trained then. The first thing to try
+    with a trained model."""
     scheme: Scheme = "exit_aware"
     """Which early exits' losses join the final one's: "exit_aware", those of ``schedule``; "baseline", none;
     "end_to_end", all, in every iteration."""

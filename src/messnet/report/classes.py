@@ -1,0 +1,101 @@
+"""IoU class by class, and which classes are taken for which: the part of a report that a mean hides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from messnet.records.measurements import Measurements
+
+__all__ = ["ClassTable", "Confusion", "class_markdown", "class_table", "class_terminal_table", "confusions"]
+
+MOST_CLASSES = 40
+"""More are no picture on a page; measurements.json has them all."""
+LOST_PP = 5.0
+"""Percentage points of IoU from which on a class is said to suffer."""
+
+
+class _Cell(NamedTuple):
+    iou: str
+    """In per cent; empty for a class that neither labels nor predictions have."""
+    change: str
+    """Against the first column, in percentage points; empty in that column."""
+    suffers: bool
+
+
+class ClassTable(NamedTuple):
+    """IoU of every class: a column for the delivered model where there was one, the baseline and each instance."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[_Cell]]]
+    """Class names with a cell for each column; the classes that lose most anywhere first."""
+
+
+class Confusion(NamedTuple):
+    """What the pixels of each class were taken for, by one row of the end-to-end table."""
+
+    name: str
+    class_names: list[str]
+    shares: list[list[float]]
+    """By label and prediction, in [0, 1] of the label's pixels."""
+
+
+def class_table(columns: dict[str, Sequence[float | None]], class_names: Sequence[str]) -> ClassTable | None:
+    """From the IoU of each class, in [0, 1] or None, by column, the model to compare with first. None without
+    any figure, as in files of before."""
+    filled = {name: ious for name, ious in columns.items() if ious}
+    if not filled or not class_names:
+        return None
+    values = np.array([[np.nan if iou is None else iou for iou in ious] for ious in filled.values()], np.float64)
+    changes = 100 * (values - values[0])
+    # A class that one column alone has not seen has no change there.
+    order = np.argsort(np.nan_to_num(changes).min(0), kind="stable")
+    rows = []
+    for k in order.tolist():
+        cells = [
+            _Cell(
+                iou="" if np.isnan(value) else f"{100 * value:.1f}",
+                change="" if column == 0 or np.isnan(change) else f"{change:+.1f}",
+                suffers=bool(change <= -LOST_PP),
+            )
+            for column, (value, change) in enumerate(zip(values[:, k], changes[:, k], strict=True))
+        ]
+        rows.append((class_names[k], cells))
+    return ClassTable(list(filled), rows)
+
+
+def class_terminal_table(table: ClassTable) -> Table:
+    """``class_table`` for a terminal."""
+    shown = Table(title="IoU by class, %, and its change in pp", title_justify="left")
+    shown.add_column("class", max_width=24, overflow="fold")
+    for name in table.columns:
+        shown.add_column(Text(name), justify="right")
+    for class_name, cells in table.rows:
+        texts = [Text(f"{cell.iou} {cell.change}".strip(), style="bold" if cell.suffers else "") for cell in cells]
+        shown.add_row(Text(class_name), *texts)
+    return shown
+
+
+def class_markdown(table: ClassTable) -> str:
+    """``class_table`` as Markdown."""
+    lines = [["IoU by class, %", *table.columns], ["---"] * (1 + len(table.columns))]
+    lines += [[name, *(f"{cell.iou} {cell.change}".strip() for cell in cells)] for name, cells in table.rows]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def confusions(measurements: Measurements) -> list[Confusion]:
+    """Of the baseline and each instance; none for so many classes that nobody could read it."""
+    if not 0 < len(measurements.class_names) <= MOST_CLASSES:
+        return []
+    found = []
+    for row in measurements.rows:
+        if row.confusion:
+            pixels = np.array(row.confusion, np.float64)
+            shares = pixels / np.maximum(pixels.sum(1, keepdims=True), 1)
+            found.append(Confusion(row.instance.name, measurements.class_names, shares.tolist()))
+    return found
