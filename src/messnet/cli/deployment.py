@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, app, examples, named_runtime, quieten
 from messnet.errors import MessError, RecipeError
+from messnet.records.files import expect_free
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from messnet.deployment.bundle import Bundle
 
 __all__ = ["export"]
 
@@ -26,6 +30,7 @@ __all__ = ["export"]
         "export runs/demo --runtime onnxruntime --no-torch --out demo.zip",
         "export demo.mess --runtime onnxruntime --images photos --out graphs.mess",
         "export runs/demo --device-table runs/demo/costs/NAME.json --out demo.mess",
+        "export runs/demo --web page",
     )
 )
 def export(
@@ -38,6 +43,8 @@ def export(
     images: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     model: str | None = None,
+    web: Path | None = None,
+    onnxruntime_web: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an instance as a bundle: all that it needs, and nothing else, for `predict` and `profile` anywhere.
@@ -56,17 +63,54 @@ def export(
             where its data set is not here, or for a bundle.
         device_table: Tables of `profile --measure` that go with it; by default all in RUN/costs.
         model: module:function that builds the network of a bundle whose model is its maker's own.
+        web: Instead of a bundle, a page that runs the graphs in the browser, on a phone too: a new folder. The target
+            is a run, or a bundle that holds graphs.
+        onnxruntime_web: The npm package that the page takes along; by default where npm installed it, here or above.
     """
     quieten()
-    from messnet.deployment.export import export as export_bundle
+    from messnet.deployment.bundle import is_bundle
 
-    graphs = runtime == "onnxruntime"
+    whole = web is not None and is_bundle(target)  # nothing is to be made of it but the page
+    graphs = runtime == "onnxruntime" or (web is not None and not whole)
     if images and not graphs:
         raise RecipeError("--images are to check graphs on: leave them out, or add --runtime onnxruntime")
-    examples = _images(target, images) if graphs else None
-    bundle = export_bundle(
-        target, out, instance=instance, tables=device_table, graphs=graphs, weights=torch, images=examples, model=model
-    )
+    if onnxruntime_web is not None and web is None:
+        raise RecipeError("--onnxruntime-web goes with --web DIR, which names the folder of a page")
+
+    def bundled(out: Path | None, *, weights: bool) -> Bundle:
+        from messnet.deployment.export import export as export_bundle
+
+        examples = _images(target, images) if graphs else None
+        return export_bundle(
+            target,
+            out,
+            instance=instance,
+            tables=device_table,
+            graphs=graphs,
+            weights=weights,
+            images=examples,
+            model=model,
+        )
+
+    if web is not None:
+        if out is not None:
+            raise RecipeError("--web writes a page and --out a bundle: leave one of them out")
+        from messnet.apps.web import find_onnxruntime_web, write_web_page
+
+        package = find_onnxruntime_web(onnxruntime_web)
+        expect_free(web)  # before graphs are made, which takes a while
+        with TemporaryDirectory() as folder:
+            source = target if whole else bundled(Path(folder, "graphs.mess"), weights=False).path
+            page_files = write_web_page(source, web, instance=instance, onnxruntime_web=package)
+        if as_json:
+            print(json.dumps({"page": str(web), "files": page_files}, indent=1))
+            return
+        print(
+            f"a page in {web}: {sum(page_files.values()) / 2**20:.1f} MiB; see it with "
+            f"`python -m http.server --directory {web}` at http://localhost:8000"
+        )
+        return
+    bundle = bundled(out, weights=torch)
     checked = bundle.manifest.runtimes["onnx"].checked if graphs else {}
     files = {name: stored.bytes for name, stored in bundle.manifest.files.items()}
     if as_json:

@@ -19,7 +19,6 @@ import io
 import json
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from typing import IO, Any
 from messnet.errors import RunError
 from messnet.images.preprocessing import MEAN, STD
 from messnet.records.codec import from_plain
-from messnet.records.files import reading, write_atomically
+from messnet.records.files import expect_free, reading, write_atomically, write_folder
 from messnet.records.instance import FINAL_HEAD, Instance
 
 __all__ = [
@@ -233,31 +232,15 @@ def write_bundle(out: Path, manifest: Manifest, files: Mapping[str, bytes]) -> B
     manifest = replace(manifest, files=sizes)
     _expect_sound(manifest)
     contents = {**files, MANIFEST: manifest.to_json().encode()}
-    target = out.resolve()  # a plain name: what comes may be "."
     try:
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise RunError(f"{out} exists already; choose another with --out, or remove it")
-        if target.suffix == ".zip":
-            write_atomically(target, _zipped(contents))
+        expect_free(out)
+        if out.suffix == ".zip":
+            write_atomically(out, _zipped(contents))
         else:
-            _write_folder(target, contents)
+            write_folder(out, contents)
     except OSError as error:
         raise RunError(f"the bundle {out} cannot be written: {error}") from error
     return Bundle(out, manifest)
-
-
-def _write_folder(target: Path, contents: Mapping[str, bytes]) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
-    try:
-        for name, data in contents.items():
-            write_atomically(temporary / name, data)
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _zipped(contents: Mapping[str, bytes]) -> bytes:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
 
 from messnet.errors import RunError
 
-__all__ = ["reading", "write_atomically", "writing"]
+__all__ = ["expect_free", "reading", "write_atomically", "write_folder", "writing"]
 
 # What json, zipfile and the codec raise: KeyError for a member or a key that is not there, RuntimeError for an
 # encrypted zip and for JSON too deep. No TypeError and no AttributeError: those are faults of our own.
@@ -30,6 +31,29 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def expect_free(out: Path) -> None:
+    """Raises RunError where there is something at ``out`` that is no empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunError(f"{out} exists already; name another place, or remove it")
+
+
+def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
+    """Writes ``files``, by path inside the folder: a kill leaves nothing under the name ``out``, where nothing may be
+    yet but an empty folder."""
+    target = out.resolve()  # a plain name: what comes may be "."
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
+    try:
+        for name, data in files.items():
+            write_atomically(temporary / name, data)
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message
 
@@ -41,10 +41,16 @@ from messnet.errors import MessError, one_line
 __all__ = ["Sample", "Service"]
 
 _T = TypeVar("_T")
-_PAGE = Path(__file__).with_name("page.html")
-# The page is one file: a browser is told to take nothing from anywhere else.
+_PAGE = Path(__file__).parents[1] / "page"
+_PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/source.js": ("service.js", "text/javascript"),
+}
+# A browser is told to take nothing from anywhere else, and nothing that stands in the page itself.
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
@@ -179,7 +185,7 @@ class Service:
         app = Starlette(
             lifespan=self._life,
             routes=[
-                Route("/", self._page),
+                *(Route(path, self._page) for path in _PAGE_FILES),
                 Route("/samples/{index:int}", self._sample),
                 Route("/v1/predict", self._predict, methods=["POST"]),
                 Route("/v1/anytime", self._anytime, methods=["POST"]),
@@ -196,7 +202,8 @@ class Service:
         return app
 
     async def _page(self, request: Request) -> Response:
-        return HTMLResponse(_PAGE.read_text(), headers=_PAGE_HEADERS)
+        name, media_type = _PAGE_FILES[request.url.path]
+        return Response((_PAGE / name).read_bytes(), media_type=media_type, headers=_PAGE_HEADERS)
 
     async def _sample(self, request: Request) -> Response:
         index = int(request.path_params["index"])

@@ -1,0 +1,185 @@
+"""The page that `export --web` writes, in a real browser: it computes what a session of ONNX Runtime computes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+pytest.importorskip("playwright.sync_api", reason="the page is looked at with playwright")
+
+from playwright.sync_api import expect, sync_playwright
+
+import messnet
+from messnet.apps.web import find_onnxruntime_web
+from messnet.cli import main
+from messnet.errors import RunError
+from messnet.images.reading import list_images, read_image
+
+REPOSITORY = Path(__file__).parents[2]
+BUNDLE = REPOSITORY / "examples/camvid_mobilenetv2.mess"
+IMAGES = REPOSITORY.parent / "shared/camvid/val/images"
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+def _onnxruntime_web() -> Path | None:
+    for folder in (REPOSITORY / ".venv", REPOSITORY, *REPOSITORY.parents):
+        try:
+            return find_onnxruntime_web(folder)
+        except RunError:
+            pass
+    return None
+
+
+PACKAGE = _onnxruntime_web()
+in_browser = pytest.mark.skipif(
+    not CHROMIUM.exists() or PACKAGE is None or not IMAGES.is_dir(),
+    reason=f"needs {CHROMIUM}, `npm install onnxruntime-web` in the repository, and CamVid in ../shared",
+)
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """As `python -m http.server --directory`, until the block ends."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("web") / "page"
+    main(["export", str(BUNDLE), "--web", str(out), "--onnxruntime-web", str(PACKAGE)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as p:
+        browser = p.chromium.launch(
+            executable_path=str(CHROMIUM), args=["--no-sandbox", "--host-resolver-rules=MAP phone.test 127.0.0.1"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def session() -> messnet.Session:
+    return messnet.load(BUNDLE, runtime="onnxruntime")
+
+
+def opened(context: Any, address: str) -> Any:
+    page = context.new_page()
+    page.goto(address)
+    expect(page.locator("#headline")).to_have_text("No image yet", timeout=60_000)
+    return page
+
+
+def shown_labels(page: Any, palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The mask on the page, from its colours back to classes."""
+    png = page.evaluate("document.querySelector('#mask').toDataURL('image/png')").partition(",")[2]
+    drawn = np.array(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+    is_class = (drawn[:, :, None] == palette).all(-1)  # (H, W, K)
+    assert is_class.any(-1).all(), "a colour of no class"
+    return is_class.argmax(-1).astype(np.uint8)
+
+
+@in_browser
+def test_every_exit_is_that_of_a_session(folder: Path, browser: Any, session: messnet.Session) -> None:
+    assert session.palette is not None
+    taken = set()
+    with served(folder) as address:
+        context = browser.new_context(viewport={"width": 360, "height": 740})
+        page = opened(context, address)
+        assert page.evaluate("crossOriginIsolated"), "no threads"
+        for file in list_images(IMAGES)[::35]:
+            image = read_image(file)
+            page.locator("[value=instance]").check()
+            page.set_input_files("#file", file)
+            expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+            (own,) = session.predict([image])
+            taken.add(own.exit_index)
+            expect(page.locator("#headline")).to_contain_text(f"Exit {own.exit_index} after ")
+            page.locator("[value=last]").check()
+            expect(page.locator("#detail")).to_contain_text(
+                "Stopped: the last exit. 480 \N{MULTIPLICATION SIGN} 360", timeout=60_000
+            )
+            for place, expected in enumerate(session.anytime(image)):
+                button = page.locator("#exits button").nth(place)
+                button.click()
+                expect(button).to_contain_text(f"{100 * expected.image_confidence:.1f} % confident")
+                assert (shown_labels(page, session.palette) == expected.labels).mean() >= 0.999
+        assert len(taken) > 1, "images that tell exits apart"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    # The server is gone; what has been seen once is enough.
+    page.reload()
+    expect(page.locator("#headline")).to_have_text("No image yet", timeout=60_000)
+    page.set_input_files("#file", list_images(IMAGES)[0])
+    expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+    context.close()
+
+
+@in_browser
+def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, tmp_path: Path) -> None:
+    with served(folder) as address:
+        context = browser.new_context()
+        page = opened(context, address.replace("127.0.0.1", "phone.test"))
+        expect(page.locator("#variant-hint")).to_contain_text("One thread, for the browser gives WebAssembly more only")
+        (tmp_path / "a.png").write_text("no image")
+        page.set_input_files("#file", tmp_path / "a.png")
+        expect(page.locator("#error")).to_contain_text("no image that the browser can read")
+        page.set_input_files("#file", list_images(IMAGES)[0])
+        expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+        page.locator("[value=instance]").focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Home")  # nothing has to be confident
+        expect(page.locator("#detail")).to_contain_text("Stopped: confident enough; 2 of 3", timeout=60_000)
+        page.keyboard.press("End")
+        expect(page.locator("#detail")).to_contain_text("Stopped: the last exit", timeout=60_000)
+        context.close()
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export = ["export", str(BUNDLE), "--web", "page"]
+    assert "there is no onnxruntime-web in " in refused(export, capsys)
+    package = tmp_path / "node_modules/onnxruntime-web/dist"
+    package.mkdir(parents=True)
+    assert "has no dist/ort.wasm.min.mjs: install onnxruntime-web 1.24 or later" in refused(export, capsys)
+    for name in ("ort.wasm.min", "ort-wasm-simd-threaded", "ort.webgpu.min", "ort-wasm-simd-threaded.asyncify"):
+        (package / f"{name}.mjs").touch()
+        (package / f"{name}.wasm").touch()
+    assert "leave one of them out" in refused([*export, "--out", "b.mess"], capsys)
+    assert "--images are to check graphs on" in refused([*export, "--images", "photos"], capsys)
+    main(export)
+    assert {file.name for file in Path("page").iterdir()} >= {"index.html", "source.js", "model.json", "onnx", "ort"}
+    assert "page exists already" in refused(export, capsys)
