@@ -5,19 +5,21 @@ BIN := $(VENV)/bin
 # Made when that extra is installed: dev holds train.
 TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/.docs
 
 # Threads of libgomp, which torch computes with, soon sleep when they wait: see src/messnet/costs/processor.py.
 ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check docs format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     convert, train, search and report on generated scenes (runs/demo/report.html)"
 	@echo "make test     the test suite"
 	@echo "make check    format, lint, types, layers"
+	@echo "make docs     the documentation as a site (build/site/index.html)"
 	@echo "make format   mend what ruff can mend"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
@@ -34,6 +36,10 @@ check: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Warnings are errors: a link or a cross-reference that leads nowhere.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -41,7 +47,7 @@ format: $(DEV)
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
 
-$(TRAIN) $(DEV): $(VENV)/.%: pyproject.toml
+$(TRAIN) $(DEV) $(DOCS): $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable ".[$*]"
 	touch $@
