@@ -31,7 +31,7 @@ CLASSES = [
 STAGE_1 = {
     "frozen": {"iterations": 0},
     "tuned": {"iterations": 300, "learning_rate": 0.004, "batch_size": 8},
-    "spoilt": {"iterations": 300, "learning_rate": 0.2, "batch_size": 8},
+    "as_if_new": {"iterations": 300, "learning_rate": 0.1, "batch_size": 8},
 }
 """The runs, by name, and what each says of stage 1."""
 

@@ -75,6 +75,22 @@ def test_the_command_predicts_as_torch_does(
             np.testing.assert_allclose(np.array(confidence) / 255, result.confidence_map, atol=0.51 / 255 + 1e-5)
 
 
+def test_the_command_scores_labelled_images(light: LightEnvironment, session: Session, tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    masks = [np.full(image.shape[:2], k, np.uint8) for k, image in enumerate(IMAGES)]
+    for k, (image, mask) in enumerate(zip(IMAGES, masks, strict=True)):
+        Image.fromarray(image).save(tmp_path / f"data/images/{k}.png")
+        Image.fromarray(mask).save(tmp_path / f"data/masks/{k}.png")
+    done = light.messnet("evaluate", BUNDLE, "--data", tmp_path / "data", "--threads", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (score,) = json.loads(done.stdout)
+    assert score["runtime"] == "onnxruntime"
+    rows = np.array(score["confusion"])
+    for k, result in enumerate(session.predict(IMAGES)):
+        assert rows[k].tolist() == np.bincount(result.labels.ravel(), minlength=len(rows)).tolist()
+
+
 API = """
 import json, numpy as np, messnet
 from PIL import Image

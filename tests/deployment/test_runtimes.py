@@ -343,7 +343,15 @@ def test_a_network_of_its_own_stride_is_found_out(small_net: MultiExitNet) -> No
             return self.head(up + skip)
 
     net = convert(Skipping().eval(), torch.zeros(1, 3, 64, 64), exit_points=["down"])
-    assert size_multiple(net) == 32
+    with torch.no_grad():  # two halvings
+        net(torch.zeros(1, 3, 60, 84))
+        for odd in (58, 61):
+            with pytest.raises(RuntimeError):
+                net(torch.zeros(1, 3, odd, 84))
+    assert size_multiple(net) == 4
+    instance = Instance(name="x", setting="budgeted", exits=(ExitChoice(exit_index=net.num_exits - 1, head="final"),))
+    sizes = [one.padded_size for one in Session(net, instance).predict([smooth_image(60, 84), smooth_image(61, 83)])]
+    assert sizes == [None, (64, 84)]
 
 
 def test_a_graph_runs_in_no_runtime_but_the_one_asked_for() -> None:

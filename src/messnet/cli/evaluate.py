@@ -3,61 +3,199 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from messnet.cli.app import AsJson, Out, Overrides, Target, app, do_stage, examples, open_target
-from messnet.errors import RecipeError
+from messnet.cli.app import (
+    AsJson,
+    Out,
+    Overrides,
+    PrecisionOption,
+    RuntimeOption,
+    app,
+    do_stage,
+    examples,
+    open_target,
+    quieten,
+)
+from messnet.errors import DataError, RecipeError
 from messnet.records.shard import Shard
 
+if TYPE_CHECKING:
+    from messnet.apps.scoring import Score
+    from messnet.data import SegmentationDataset
+    from messnet.deployment.session import Session
+    from messnet.records.instance import Instance
+
 __all__ = ["evaluate"]
+
+_OF_DATA = "With --data: "
 
 
 @app.command(
     help_epilogue=examples(
         "evaluate runs/demo",
         "evaluate runs/demo --json",
+        "evaluate runs/demo --data photos/test",
+        "evaluate demo.mess --data photos/test --runtime onnxruntime --json",
         "evaluate runs/demo --shard 2/8",
         "evaluate runs/demo --merge",
     )
 )
 def evaluate(
-    target: Target,
+    target: Annotated[Path, Parameter(help="A recipe (YAML) or a run's directory; with --data a run or a bundle.")],
     *overrides: Overrides,
     out: Out = None,
     shard: Annotated[
         str | None, Parameter(help="Only this part of the images, K/N, into RUN/tables.KofN.npz.", show_default=False)
     ] = None,
     merge: Annotated[bool, Parameter(negative="", help="Put the parts that shards left together.")] = False,
+    data: Annotated[
+        Path | None,
+        Parameter(help="Score what is deployed on the images of this folder, which has images/ and masks/ (or val/)."),
+    ] = None,
+    instance: Annotated[
+        str | None, Parameter(help=f"{_OF_DATA}one of the run's instances; by default all, and the baseline.")
+    ] = None,
+    void_index: Annotated[
+        int | None, Parameter(help=f"{_OF_DATA}the mask value to ignore, beside 255; by default the run's.")
+    ] = None,
+    mask_values: Annotated[
+        tuple[int, ...] | None,
+        Parameter(help=f"{_OF_DATA}the mask value of class 0, 1, ...; by default the run's.", negative=()),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps", "xpu"], Parameter(help=f"{_OF_DATA}where torch computes.")
+    ] = "auto",
+    runtime: Annotated[
+        RuntimeOption | None, Parameter(help=f"{_OF_DATA}what computes, as for `predict`.", show_default=False)
+    ] = None,
+    precision: Annotated[PrecisionOption, Parameter(help=f"{_OF_DATA}of weights and activations.")] = "f32",
+    threads: Annotated[int | None, Parameter(help=f"{_OF_DATA}of the processor, for the network.")] = None,
+    model: Annotated[
+        str | None, Parameter(help=f"{_OF_DATA}module:function that builds a bundle's network, as for `predict`.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tabulate what every exit does to every validation image, and print each exit's mIoU."""
+    """Tabulate what every exit does to every validation image, and print each exit's mIoU and IoU by class. With
+    --data: score the instances that are deployed on labelled images, with a confusion matrix of each in --json."""
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")
+    if data is not None:
+        if overrides or out is not None or shard or merge:
+            raise RecipeError("--data scores what is deployed: recipe values, --out, --shard and --merge mean nothing")
+        quieten()
+        dataset, names = _labelled(data, target, void_index, mask_values), _names(target, instance)
+
+        def opened(one: str | Instance | None) -> Session:
+            from messnet.deployment.loading import load
+
+            how = {"device": device, "runtime": runtime, "precision": precision, "threads": threads, "model": model}
+            return load(target, instance=one, **how)  # type: ignore[arg-type]  # mypy takes them for every option
+
+        from messnet.apps.scoring import score_sessions
+
+        samples = (dataset[v] for v in range(len(dataset)))
+        _show_scores(
+            score_sessions([opened(one) for one in names], ((one.image, one.mask) for one in samples)), as_json
+        )
+        return
+    if instance or void_index is not None or mask_values or runtime or threads or model or precision != "f32":
+        raise RecipeError("options of what is deployed need labelled images: add --data FOLDER")
     # A shard has rows of some images only, of which no mIoU is told: that is for the tables that --merge makes.
     if shard:
         part = Shard.parse(shard)
-        opened = open_target(target, overrides, out)
+        run = open_target(target, overrides, out)
         from messnet.run.stages import evaluate_stage
 
-        evaluate_stage(opened, part)
-        print(f"evaluate: shard {shard} done; when all are, `messnet evaluate {opened.directory.path} --merge`")
+        evaluate_stage(run, part)
+        print(f"evaluate: shard {shard} done; when all are, `messnet evaluate {run.directory.path} --merge`")
         return
     if merge:
-        opened = open_target(target, overrides, out)
+        run = open_target(target, overrides, out)
         from messnet.run.stages import merge_tables
 
-        merge_tables(opened)
+        merge_tables(run)
         if not as_json:
             print("evaluate: merged")
     else:
-        opened = do_stage("evaluate", target, overrides, out, quiet=as_json)
-    from messnet.report.page import exit_rows, exits_table
+        run = do_stage("evaluate", target, overrides, out, quiet=as_json)
+    from messnet.report.classes import class_terminal_table
+    from messnet.report.page import exit_classes, exit_rows, exits_table
 
-    tables, costs = opened.tables(), opened.costs()
+    tables, costs = run.tables(), run.costs()
+    rows = exit_rows(tables, costs)
     if as_json:
-        print(json.dumps(exit_rows(tables, costs), indent=1))
+        print(json.dumps(rows, indent=1))
+        return
+    console = Console()
+    console.print(exits_table(tables, costs))
+    if classes := exit_classes(tables, rows):
+        console.print(class_terminal_table(classes))
+
+
+def _labelled(
+    data: Path, target: Path, void_index: int | None, mask_values: tuple[int, ...] | None
+) -> SegmentationDataset:
+    """The images of a folder, with the classes of a run or a bundle."""
+    from messnet.data.folders import open_folder
+    from messnet.deployment.bundle import is_bundle, open_bundle
+    from messnet.records.run_directory import RunDirectory
+
+    if is_bundle(target):
+        class_names: Sequence[str] = open_bundle(target).manifest.class_names
     else:
-        Console().print(exits_table(tables, costs))
+        directory = RunDirectory(target)
+        class_names, own = directory.tables.read().class_names, directory.record().recipe.get("data")
+        # Masks of another folder are most likely made as those that the run was made from.
+        if isinstance(own, dict) and void_index is None and mask_values is None:
+            void_index, mask_values = own.get("void_index"), tuple(own.get("mask_values") or ())
+    folder = data.resolve()
+    if not any((folder / name).exists() for name in ("images", "val", "val.txt")):
+        raise DataError(f"--data {data} holds no images/ and masks/, nor a split val: name the folder above them")
+    root, split = (
+        (folder, "val") if any((folder / one).exists() for one in ("val", "val.txt")) else (folder.parent, folder.name)
+    )
+    return open_folder(root, split, class_names=class_names, void_index=void_index, mask_values=mask_values or ())
+
+
+def _names(target: Path, instance: str | None) -> list[str | Instance | None]:
+    """The instances to score: a bundle's one; a run's baseline and all others, or that of a name."""
+    from messnet.deployment.bundle import is_bundle
+    from messnet.records.instance import whole_model
+    from messnet.records.run_directory import RunDirectory
+
+    if is_bundle(target):
+        return [instance]
+    directory = RunDirectory(target)
+    baseline = whole_model(directory.tables.read().exits[-1])
+    return [baseline, *([instance] if instance else directory.instance_names())]
+
+
+def _show_scores(scores: Sequence[Score], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(score) for score in scores], indent=1))
+        return
+    from messnet.report.classes import class_table, class_terminal_table
+
+    first = scores[0]
+    title = f"{first.num_images} images, {first.runtime}, {first.precision}, one image at a time"
+    table = Table(title=title, title_justify="left")
+    for name in ("instance", "mIoU %", "ms: median [p95]", "images per exit"):
+        table.add_column(Text(name), justify="right" if name != "instance" else "left")
+    for score in scores:
+        exits = ", ".join(f"{exit}: {count}" for exit, count in score.exits.items())
+        miou = "" if score.miou is None else f"{100 * score.miou:.2f}"
+        table.add_row(Text(score.instance), miou, Text(f"{score.latency_ms:.1f} [{score.latency_p95_ms:.1f}]"), exits)
+    console = Console()
+    console.print(table)
+    classes = class_table({score.instance: [*score.iou.values()] for score in scores}, [*first.iou])
+    if classes:
+        console.print(class_terminal_table(classes))

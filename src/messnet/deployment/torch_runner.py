@@ -175,7 +175,8 @@ class TorchRunner(Runner):
 
 
 def size_multiple(net: MultiExitNet) -> int:
-    """1, or 32 for a network that does not take an odd size. It is run without computing anything."""
+    """The least power of two, 32 at most, of which the network takes every multiple as height and width: 1 for most, 16
+    for a U-Net that halves its maps four times. It is run without computing anything."""
     try:
         empty = shadow(net)
         for module in empty.modules():
@@ -184,11 +185,15 @@ def size_multiple(net: MultiExitNet) -> int:
         _run_through(empty, 6 * _STRIDE, 8 * _STRIDE)
     except Exception:  # it looks at values: nothing can be told, and errors tell of themselves
         return 1
-    try:
-        _run_through(empty, 6 * _STRIDE + 13, 8 * _STRIDE - 19)
-    except RuntimeError:
-        return _STRIDE
-    return 1
+    multiple = 1
+    while multiple < _STRIDE:
+        try:
+            # Odd multiples, so that what is taken is taken for this multiple and not for one of twice it.
+            _run_through(empty, 6 * _STRIDE + 13 * multiple, 24 * _STRIDE - 19 * multiple)
+            break
+        except RuntimeError:
+            multiple *= 2
+    return multiple
 
 
 def _run_through(net: MultiExitNet, height: int, width: int) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from messnet.records.codec import Format
 from messnet.records.names import Setting
 
-__all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting"]
+__all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting", "whole_model"]
 
 FINAL_HEAD = "final"
 
@@ -62,6 +62,12 @@ class Instance:
     def from_json(cls, text: str | bytes) -> Instance:
         """Raises RunError when ``text`` is not an instance of this schema version."""
         return _FORMAT.from_json(text)
+
+
+def whole_model(final: Exit) -> Instance:
+    """The user's model as an instance, "baseline": its final exit alone."""
+    exits = (ExitChoice(exit_index=final.exit_index, head=final.head),)
+    return Instance(name="baseline", setting="budgeted", exits=exits)
 
 
 _FORMAT = Format(Instance, "an instance file", version=1, made_by="search", indent=2)

@@ -123,7 +123,7 @@ class Measurements:
     @property
     def miou_to_keep(self) -> float:
         """mIoU in [0, 1] that changes are counted against: the delivered model's, else the baseline's."""
-        return self.rows[0].miou if self.delivered is None else self.delivered.miou
+        return self.rows[0].miou if self.delivered is None or self.delivered.is_kept else self.delivered.miou
 
     def to_json(self) -> str:
         return _MEASUREMENTS.to_json(self)

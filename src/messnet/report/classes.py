@@ -70,7 +70,8 @@ def class_table(columns: dict[str, Sequence[float | None]], class_names: Sequenc
 
 def class_terminal_table(table: ClassTable) -> Table:
     """``class_table`` for a terminal."""
-    shown = Table(title="IoU by class, %, and its change in pp", title_justify="left")
+    change = ", and its change in pp" if len(table.columns) > 1 else ""
+    shown = Table(title=f"IoU by class, %{change}", title_justify="left")
     shown.add_column("class", max_width=24, overflow="fold")
     for name in table.columns:
         shown.add_column(Text(name), justify="right")

@@ -20,8 +20,9 @@ from messnet.errors import RunError
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD, Exit, ExitChoice
-from messnet.records.measurements import Gallery, Measurement, Measurements
-from messnet.report.classes import class_markdown, class_table, confusions
+from messnet.records.iou import class_iou, mean_iou
+from messnet.records.measurements import Gallery, Measurement, Measurements, known
+from messnet.report.classes import ClassTable, class_markdown, class_table, confusions
 from messnet.report.figures import (
     as_svg,
     confidence_colours,
@@ -38,6 +39,7 @@ __all__ = [
     "STAGE_1_ADVICE",
     "ReportInputs",
     "class_columns",
+    "exit_classes",
     "exit_rows",
     "exits_table",
     "headline",
@@ -85,6 +87,8 @@ class ExitRow(TypedDict):
     """[0, 1]"""
     macs: float
     """Per image."""
+    iou: dict[str, float | None]
+    """By class, in [0, 1]; None of a class that neither labels nor predictions have."""
 
 
 class _ExitShare(NamedTuple):
@@ -160,15 +164,33 @@ def _cells(line: _Line) -> list[list[str]]:
 def exit_rows(tables: ExitTables, costs: CostTable) -> list[ExitRow]:
     """The figures of every exit as a static model."""
     macs = costs.column("macs", tables.exits).alone()
-    return [
-        {
-            "exit_index": exit.exit_index,
-            "head": exit.head,
-            "miou": tables.miou(np.full(len(tables.image_names), h)),
-            "macs": float(macs[h]),
-        }
-        for h, exit in enumerate(tables.exits)
-    ]
+    rows: list[ExitRow] = []
+    for h, exit in enumerate(tables.exits):
+        counts = tables.counts(np.full(len(tables.image_names), h))
+        rows.append(
+            {
+                "exit_index": exit.exit_index,
+                "head": exit.head,
+                "miou": mean_iou(*counts),
+                "macs": float(macs[h]),
+                "iou": dict(zip(tables.class_names, known(class_iou(*counts)), strict=True)),
+            }
+        )
+    return rows
+
+
+def exit_classes(tables: ExitTables, rows: Sequence[ExitRow]) -> ClassTable | None:
+    """IoU by class of the delivered model where there was one, the final exit, and the best head of each early exit."""
+    columns: dict[str, Sequence[float | None]] = {}
+    if tables.delivered is not None:
+        intersection, predicted = tables.delivered.sum(0, dtype=np.int64)
+        columns["delivered"] = known(class_iou(intersection, predicted, tables.labelled.sum(0, dtype=np.int64)))
+    columns["final exit"] = [*rows[-1]["iou"].values()]
+    for exit_index in range(rows[-1]["exit_index"]):
+        here = [row for row in rows if row["exit_index"] == exit_index]
+        if here:
+            columns[f"exit {exit_index}"] = [*max(here, key=lambda row: row["miou"])["iou"].values()]
+    return class_table(columns, tables.class_names)
 
 
 def exits_table(tables: ExitTables, costs: CostTable) -> Table:

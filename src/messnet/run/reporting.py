@@ -15,7 +15,7 @@ from messnet.errors import RunError
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
-from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.instance import Exit, Instance, whole_model
 from messnet.records.iou import chance_miou, class_iou
 from messnet.records.measurements import Delivered, Front, Gallery, Measurement, Measurements, known
 from messnet.run.run import Run
@@ -33,7 +33,7 @@ def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | N
     selection, half = tables.halves(run.recipe.search.seed)
     reported, tables_reported = half.tolist(), tables.subset(half)
     found, left_out = _found(run, front, tables.subset(selection))
-    instances = [_baseline(tables), *found]
+    instances = [whole_model(tables.exits[tables.final]), *found]
     exits = sorted({choice.exit for instance in instances for choice in instance.exits})
     # Before the sessions take the network over: parts are timed on a copy of it.
     predicted = _predict_latency(run, exits, costs.input_size)
@@ -62,11 +62,6 @@ def _delivered(tables: ExitTables, *, is_kept: bool) -> Delivered | None:
     intersection, predicted = tables.delivered.sum(0, dtype=np.int64)
     iou = class_iou(intersection, predicted, tables.labelled.sum(0, dtype=np.int64))
     return Delivered(miou=float(np.nanmean(iou)), class_iou=known(iou), is_kept=is_kept)
-
-
-def _baseline(tables: ExitTables) -> Instance:
-    final = ExitChoice(exit_index=tables.exits[tables.final].exit_index, head=tables.exits[tables.final].head)
-    return Instance(name="baseline", setting="budgeted", exits=(final,))
 
 
 def _found(run: Run, front: Front, selection: ExitTables) -> tuple[list[Instance], list[str]]:
