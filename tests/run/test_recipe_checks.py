@@ -13,8 +13,8 @@ from messnet.cli import main
 from messnet.data.checks import check_dataset
 from messnet.data.sources import open_dataset
 from messnet.errors import DataError, RecipeError
-from messnet.run.checks import expect_sound, proposed_crop, recipe_problems
-from messnet.run.recipe import Recipe, load_recipe
+from messnet.run.checks import expect_sound, proposed_crop, recipe_notes, recipe_problems
+from messnet.run.recipe import Recipe, load_recipe, recipe_from_record
 
 SIZE = (32, 48)
 VOID = np.full(SIZE, 255, np.uint8)
@@ -144,3 +144,11 @@ def test_both_commands_say_it(root: Path, capsys: pytest.CaptureFixture[str]) ->
     assert error.endswith("(and 1 more: `messnet check-data`)")
     assert not (root.parent / "run").exists()
     main(["check-data", tokens[0]])
+
+
+def test_a_trained_model_is_advised_to_be_kept_first() -> None:
+    record = {"model": {"weights": "own.pth"}}
+    (note,) = recipe_notes(recipe_from_record(record))
+    assert "try pretrain.iterations: 0 first" in note
+    assert recipe_notes(recipe_from_record({**record, "pretrain": {"iterations": 0}})) == ()
+    assert recipe_notes(recipe_from_record({})) == ()

@@ -138,7 +138,11 @@ def test_automatic_class_weights_are_counted_and_told(tmp_path: Path, capsys: py
         options = replace(PRETRAIN, class_weights=chosen, iterations=1)
         pretrain(net, Noise(), options, HERE, Checkpoint(tmp_path / str(len(chosen))))
     words = ", ".join(f"{name} {w:.2f}" for name, w in zip("abc", weights, strict=True))
-    assert f"pretrain.class_weights auto, from 5 images: {words}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"pretrain.class_weights auto, from 5 images: {words}" in told
+    rate = options.learning_rate * options.batch_size / 16  # what the optimiser gets
+    scaled = f"(pretrain.learning_rate {options.learning_rate:g} x batch {options.batch_size} / 16)"
+    assert f"images; the learning rate falls from {rate:g} {scaled} to 0" in told
     for one, two in zip(tensors(given).values(), tensors(auto).values(), strict=True):
         torch.testing.assert_close(one, two)
 

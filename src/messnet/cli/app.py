@@ -23,6 +23,7 @@ from messnet.records.names import Precision, RuntimeName, precision_named, runti
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from messnet.records.instance import Instance
     from messnet.records.run_directory import RunDirectory
     from messnet.run.recipe import Recipe
     from messnet.run.run import Run
@@ -47,6 +48,7 @@ __all__ = [
     "recipe_of",
     "save_figure",
     "say",
+    "tell_of_few_images",
     "tell_of_translating",
 ]
 
@@ -88,6 +90,9 @@ def named_runtime(_: object, tokens: Sequence[Token]) -> RuntimeName:
 PrecisionOption = Annotated[Precision, Parameter(converter=_precision)]
 RuntimeOption = Annotated[RuntimeName, Parameter(converter=named_runtime)]
 
+
+FEW_IMAGES = 50
+"""On 54 images instances for 0.1 pp lost 0.5 pp elsewhere (benchmarks/results/promise_cpu_202611.md)."""
 
 # The verbs that go on where they were stopped when they are given once more.
 _RESUMED = {"run", "pretrain", "distill", "evaluate", "search", "report"}
@@ -207,6 +212,17 @@ def tell_of_translating(runtime: RuntimeName | None) -> None:
             "size of image: that takes minutes",
             file=sys.stderr,
             flush=True,
+        )
+
+
+def tell_of_few_images(instance: Instance, target: Path) -> None:
+    """A line where the instance that is taken by default was chosen on so few images that luck chose too."""
+    images = int(instance.selected_on.get("images", FEW_IMAGES))
+    if images < FEW_IMAGES:
+        print(
+            f"messnet: {instance.name}, taken by default, was chosen on {images} images, too few to tell a point of "
+            f"mIoU from luck: `messnet evaluate {target} --data FOLDER` scores it on others",
+            file=sys.stderr,
         )
 
 

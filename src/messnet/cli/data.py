@@ -53,7 +53,7 @@ def check_data(
     recipe also what a run would refuse."""
     from messnet.data.listings import some
     from messnet.data.splits import compare_splits
-    from messnet.run.checks import recipe_problems
+    from messnet.run.checks import recipe_notes, recipe_problems
 
     recipe, is_unnamed = _recipe_to_check(target, overrides)
     for option, path, suffixes in (("--plot", plot, (".png", ".svg", ".pdf")), ("--groups", groups, (".csv",))):
@@ -67,6 +67,7 @@ def check_data(
     both = compare_splits(reports["train"], reports["val"])
     # A folder alone has no recipe yet that could be refused.
     refused = () if _is_folder(target) or len(datasets) < 2 else recipe_problems(recipe, *reports.values())
+    notes = (*both.notes, *recipe_notes(recipe))
     # Drawn and written before a problem ends the command: they are what one looks at to find it.
     if plot is not None:
         _plot(reports, datasets, plot)
@@ -81,7 +82,7 @@ def check_data(
             "groups_in_both_splits": both.shared_groups,
             "proposed_group": both.proposed_pattern,
             "near_duplicates": {"in_both_splits": both.near_shared, "in_val": both.near_val},
-            "notes": both.notes,
+            "notes": notes,
             "recipe_problems": refused,
         }
         print(json.dumps(record, indent=1))
@@ -90,7 +91,7 @@ def check_data(
             print(f"{split}\n{found.to_text()}\n")
         if is_unnamed:
             print("no class names given: the ids found are shown; name them with --data.class_names")
-        for note in both.notes:
+        for note in notes:
             print(f"note: {note}")
         if both.shared:
             pairs = [train if train == val else f"{train} = {val}" for train, val in both.shared]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, app, examples, named_runtime, quieten
+from messnet.cli.app import AsJson, app, examples, named_runtime, quieten, tell_of_few_images
 from messnet.errors import MessError, RecipeError
 from messnet.records.files import expect_free
 
@@ -111,6 +111,8 @@ def export(
         )
         return
     bundle = bundled(out, weights=torch)
+    if instance is None:
+        tell_of_few_images(bundle.manifest.instance, bundle.path)
     checked = bundle.manifest.runtimes["onnx"].checked if graphs else {}
     files = {name: stored.bytes for name, stored in bundle.manifest.files.items()}
     if as_json:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, PrecisionOption, RuntimeOption, app, examples, quieten, tell_of_translating
+from messnet.cli.app import (
+    AsJson,
+    PrecisionOption,
+    RuntimeOption,
+    app,
+    examples,
+    quieten,
+    tell_of_few_images,
+    tell_of_translating,
+)
 from messnet.errors import DataError, RecipeError, needing_extras
 
 if TYPE_CHECKING:
@@ -112,6 +121,8 @@ def predict(
         if runtime is None and session.runtime != "torch":
             why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
             print(f"messnet: {session.runtime} computes, for {why}", file=sys.stderr)
+        if instance is None:
+            tell_of_few_images(session.instance, target)
         return session
 
     sources = _videos(images, camera)

@@ -18,7 +18,7 @@ from messnet.records.groups import group_ids, halves
 from messnet.run.recipe import Recipe
 from messnet.training.options import TrainOptions
 
-__all__ = ["expect_sound", "proposed_crop", "reading_threads", "recipe_problems"]
+__all__ = ["expect_sound", "proposed_crop", "reading_threads", "recipe_notes", "recipe_problems"]
 
 LARGEST_CROP = 768
 """Pixels of a side of a crop that is proposed: what trains on common hardware."""
@@ -73,6 +73,16 @@ def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) ->
         *_training_problems(recipe.distill, train),
         *_validation_problems(recipe, val),
     )
+
+
+def recipe_notes(recipe: Recipe) -> tuple[str, ...]:
+    """What would be better otherwise, though a run by ``recipe`` would go to its end: one line each."""
+    if recipe.model.weights and recipe.pretrain.iterations:
+        return (
+            f"model.weights are of a trained model, and stage 1 trains it on for {recipe.pretrain.iterations} "
+            "iterations: try pretrain.iterations: 0 first, which keeps it to the bit and trains heads only",
+        )
+    return ()
 
 
 def _training_problems(options: TrainOptions, train: DatasetReport) -> Iterator[str]:

@@ -97,6 +97,7 @@ def train(
     if leads:
         checkpoint.expect_writable()
         _warn_of_emulation(stage.fabric.device, compute)
+        say(_plan_in_words(name, options))
     done, best = 0, -math.inf
     if saved := cast(Saved | None, checkpoint.load()):
         stage.load_state_dict(saved["stage"])
@@ -286,9 +287,22 @@ def sgd(
     )
 
 
-def _learning_rate(options: TrainOptions, iteration: int) -> float:
+def _plan_in_words(name: str, options: TrainOptions) -> str:
+    """The learning rate that is really meant, which another batch than 16 makes another than the recipe's."""
+    scaled = f" ({options.section}.learning_rate {options.learning_rate:g} x batch {options.batch_size} / 16)"
+    return (
+        f"{name}: {options.iterations} iterations of {options.batch_size} images; the learning rate falls from "
+        f"{_peak(options):g}{scaled if options.batch_size != 16 else ''} to 0"
+    )
+
+
+def _peak(options: TrainOptions) -> float:
     # The linear scaling rule (Goyal et al. 2017): the option is for a batch of 16.
-    peak = options.learning_rate * options.batch_size / 16
+    return options.learning_rate * options.batch_size / 16
+
+
+def _learning_rate(options: TrainOptions, iteration: int) -> float:
+    peak = _peak(options)
     # Iterations are counted from 1, so the first is at the peak and the last is above 0 still.
     poly: float = (1 - (iteration - 1) / options.iterations) ** 0.9
     return peak * poly * min(1.0, iteration / max(options.warmup, 1))

@@ -109,7 +109,8 @@ class TrainOptions:
     batch_size: int = 16
     """At least 2: normalisation over a globally pooled feature needs two values."""
     learning_rate: float = 0.01
-    """For a batch of 16, scaled in proportion to the batch; falls to 0 by the poly 0.9 rule."""
+    """For a batch of 16, scaled in proportion to the batch: at batch_size 8 half of it is what the optimiser gets, and
+    training says so when it begins. Falls to 0 by the poly 0.9 rule."""
     warmup: int = 0
     """First iterations over which the learning rate rises from 0."""
     momentum: float = 0.9
@@ -150,8 +151,8 @@ class PretrainOptions(TrainOptions):
     """Which early exits are active under "exit_aware". "alternating": one per iteration, in turn. "modulo": exit i when
     i divides the iteration. The paper's two posters have one each (docs/method.md#training)."""
     head_learning_rate: float | None = None
-    """The learning rate of the final head and the early ones; None: ``learning_rate``. Ten times that where the
-    backbone is trained and the head is new, as in DeepLab's recipes (Chen et al., TPAMI 2018)."""
+    """The learning rate of the final head and the early ones, scaled alike; None: ``learning_rate``. Ten times that
+    where the backbone is trained and the head is new, as in DeepLab's recipes (Chen et al., TPAMI 2018)."""
     keep: Literal["last", "best"] = "last"
     """Which weights the stage hands on: the last ones, or of those validated (compute.validate_every) the ones with
     the best mean mIoU over the exits."""
