@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +26,10 @@ from messnet.records.iou import counts_of, pixel_counts
 from messnet.records.shard import WHOLE, Shard
 from messnet.training.checkpoint import Checkpoint
 
-__all__ = ["EvaluationOptions", "evaluate", "merge_shards"]
+__all__ = ["EvaluationOptions", "LogitsOf", "evaluate", "merge_shards"]
+
+LogitsOf = Callable[[NDArray[np.uint8]], Iterable[tuple[Exit, Tensor]]]
+"""An image (H, W, 3) uint8 RGB -> the logits (1, K, h, w) float32 of every exit, as what is deployed computes them."""
 
 # The arrays that have a row for each image.
 _ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficulty")
@@ -57,6 +61,7 @@ def evaluate(
     *,
     part: Shard = WHOLE,
     origin: str = "",
+    logits_of: LogitsOf | None = None,
     checkpoint: Checkpoint | None = None,
     checkpoint_seconds: float = 10.0,
 ) -> ExitTables:
@@ -64,7 +69,8 @@ def evaluate(
 
     One image at a time, in its own size and in float32, as a deployed instance runs it: its decisions can then be read
     from the tables exactly. ``part`` i of n takes every n-th image from the i-th on: shards that
-    ``merge_shards`` joins. ``origin`` says what the tables are made from. With ``checkpoint`` the work goes on after
+    ``merge_shards`` joins. ``origin`` says what the tables are made from. ``logits_of`` stands in for the network where
+    another runtime or precision is deployed. With ``checkpoint`` the work goes on after
     the last image that was saved there, if that was of the same origin, part and device; the caller discards it.
     Raises DataError for the first image that cannot be read, ModelError for logits that are not finite.
     """
@@ -78,7 +84,7 @@ def evaluate(
     todo = range(len(names), len(positions))
     for v in tqdm(todo, desc="evaluate", unit="img", mininterval=2, dynamic_ncols=True, disable=not todo):
         sample = dataset[int(positions[v])]
-        _evaluate_image(net, sample, tables, v, options, device)
+        _evaluate_image(net, sample, tables, v, options, device, logits_of)
         names.append(sample.name)
         groups.append(sample.group)
         # By the clock and not by the image: to save takes longer the more images there are, and images differ in size.
@@ -142,17 +148,17 @@ def _evaluate_image(
     row: int,
     options: EvaluationOptions,
     device: torch.device | str,
+    logits_of: LogitsOf | None,
 ) -> None:
     """Fills one row of the tables' arrays."""
     tables.difficulty[row] = sample.difficulty
-    image = torch.from_numpy(normalise(sample.image))[None].to(device, memory_format=net.memory_format)
     label = torch.tensor(sample.mask, device=device)  # copies: cached masks are read-only
     thresholds = torch.tensor(options.pixel_thresholds, dtype=torch.float32, device=device)
-    size = (image.shape[2], image.shape[3])
+    size = (sample.image.shape[0], sample.image.shape[1])
     with torch.inference_mode():
-        states = list(net.states(image))
-        for h, exit in enumerate(net.exits):
-            logits = net.logits(exit, states[exit.exit_index])
+        found = _by_network(net, sample.image, device) if logits_of is None else logits_of(sample.image)
+        for exit, logits in found:
+            h = net.exits.index(exit)
             # An argmax or a maximum over NaN would give a plausible label or confidence: stop before one is written.
             _expect_finite(logits, exit, sample.name)
             stride = net.exit_points[exit.exit_index].output_stride
@@ -161,6 +167,15 @@ def _evaluate_image(
                 tables.image_confidence[row, h, p] = shares[0].cpu()
             counts = _count(labels_at(logits, size)[0], label, net.num_classes)
             tables.intersection[row, h], tables.predicted[row, h], tables.labelled[row] = counts
+
+
+def _by_network(
+    net: MultiExitNet, image: NDArray[np.uint8], device: torch.device | str
+) -> Iterator[tuple[Exit, Tensor]]:
+    x = torch.from_numpy(normalise(image))[None].to(device, memory_format=net.memory_format)
+    states = list(net.states(x))
+    for exit in net.exits:
+        yield exit, net.logits(exit, states[exit.exit_index])
 
 
 def _count(prediction: Tensor, label: Tensor, num_classes: int) -> tuple[IntArray, IntArray, IntArray]:
@@ -255,5 +270,5 @@ def _resumed(checkpoint: Checkpoint | None, key: str) -> ExitTables | None:
         policies=tuple(fixed["policies"]),
         pixel_thresholds=np.array(fixed["pixel_thresholds"], np.float64),
         origin=fixed["origin"],
-        **{name: array.numpy() for name, array in state["arrays"].items()},
+        **{name: array.numpy() for name, array in state["arrays"].items()},  # type: ignore[arg-type]  # as above
     )

@@ -67,7 +67,7 @@ def profile(
         device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
         net = convert(net, torch.zeros(1, 3, *input_size, dtype=dtype_of(net), device=device))
     batch = latency.batch if latency else 1
-    counts = _count(net, (batch, 3, *input_size), getattr(torch, latency.dtype) if latency else dtype_of(net))
+    counts = _count(net, (batch, 3, *input_size), latency.torch_dtype if latency else dtype_of(net))
     watch = _time(net, (batch, 3, *input_size), latency) if latency else None
 
     def cost(part: _Part, parameters: int = 0) -> PartCost:
@@ -130,7 +130,7 @@ def running_copy(net: MultiExitNet, options: LatencyOptions) -> Iterator[MultiEx
     try:
         yield copy_module(net, options.convert).to(memory_format=net.memory_format)
     except UncopyableError as error:
-        wanted, device = getattr(torch, options.dtype), torch.device(options.device)
+        wanted, device = options.torch_dtype, torch.device(options.device)
         if dtype_of(net) != wanted or device_of(net).type != device.type:
             raise ModelError(
                 f"{error}: it can be measured as it is alone, on {device_of(net)} in {str(dtype_of(net))[6:]}"

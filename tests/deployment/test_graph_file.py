@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxsim
+import openvino
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,3 +247,29 @@ def test_the_examples_hold_what_a_bundle_may() -> None:
     for name, file in bundle.manifest.runtimes["onnx"].files.items():
         assert expect_self_contained(bundle.read(file), name)
     assert expect_self_contained(output_graph(), "output").inputs == ("logits", "size")
+
+
+def test_graphs_of_a_fixed_shape(small_net: MultiExitNet) -> None:
+    """For one image of one size: every shape is a number, the labels are those of the free graphs, tools take them."""
+    exits = (small_net.exits[-1],)
+    free, fixed = (
+        make_graphs(small_net, exits, Policy(), (64, 80), static=static)["stage0"] for static in (False, True)
+    )
+    model = onnx.load_from_string(fixed)
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    ports = {one.name: [side.dim_value for side in one.type.tensor_type.shape.dim] for one in inferred.graph.input}
+    assert ports == {"live0": [1, 3, 64, 80], "pixel_threshold": [1]}
+    simple, ok = onnxsim.simplify(model)
+    assert ok
+    assert len(simple.graph.node) <= len(model.graph.node)
+    converted = openvino.convert_model(openvino.Core().read_model(fixed))
+    assert converted.input("live0").shape == [1, 3, 64, 80]
+    feeds = {"live0": normalise(smooth_image(64, 80)[None]), "pixel_threshold": np.array([0.5], np.float32)}
+    found = [
+        load_graph(data, "onnxruntime", "f32", 1).run(feeds, ["logits", "confidence"])
+        for data in (free, fixed, simple.SerializeToString())
+    ]
+    for one in found[1:]:
+        np.testing.assert_allclose(one[0], found[0][0], atol=1e-4)
+        assert one[1] == pytest.approx(found[0][1], abs=0.01)

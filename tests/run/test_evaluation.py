@@ -23,6 +23,8 @@ from messnet.policy.reference import refined_confidence_map
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
 from messnet.records.shard import Shard
+from messnet.run.measuring import logits_in
+from messnet.run.opening import open_run
 from messnet.training.checkpoint import Checkpoint
 
 OPTIONS = EvaluationOptions(policies=("top1+native", "entropy+paper"), pixel_thresholds=(0.3, 0.5, 0.8))
@@ -199,3 +201,41 @@ def test_logits_that_are_not_finite_name_exit_and_image(small_net: MultiExitNet,
     damaged.image_confidence[1, 6, 0, 1] = np.nan
     with pytest.raises(RunError, match="first at exit 3, head final, image 'image 1'"):
         ExitTables.from_bytes(damaged.to_bytes())
+
+
+def test_logits_of_another_runtime_stand_in_for_the_network(small_net: MultiExitNet, tables: ExitTables) -> None:
+    def logits_of(image: np.ndarray) -> list[tuple[Exit, torch.Tensor]]:
+        """The network's own, in another order."""
+        x = torch.from_numpy(normalise(image))[None].to(memory_format=torch.channels_last)
+        states = list(small_net.states(x))
+        return [(exit, small_net.logits(exit, states[exit.exit_index])) for exit in reversed(small_net.exits)]
+
+    found = evaluate(small_net, Pictures(), OPTIONS, logits_of=logits_of)
+    for name in ("intersection", "predicted", "labelled", "image_confidence"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(tables, name))
+
+
+def test_tables_of_another_precision(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch in bf16: close to those in f32, in a file of their own, and not made twice."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    arguments = ["evaluate", str(run), "--runtime", "torch", "--precision", "bf16"]
+    main(arguments)
+    assert capsys.readouterr().out.startswith("evaluate: done")
+    own, found = (ExitTables.from_bytes((run / f"tables{which}.npz").read_bytes()) for which in ("", "-torch-bf16"))
+    assert (own.precision, found.precision) == ("f32", "bf16")
+    assert (own.exits, own.image_names) == (found.exits, found.image_names)
+    assert 0 < np.abs(own.image_confidence - found.image_confidence).max() < 0.5
+    share = np.abs(own.predicted - found.predicted).sum() / (2 * own.predicted.sum())
+    assert 0 < share < 0.03
+    assert (run / "tables.npz").read_bytes() == (tiny_run / "tables.npz").read_bytes()
+    main(arguments)
+    assert capsys.readouterr().out.startswith("evaluate: already done")
+
+
+def test_every_head_is_tabulated_once_whatever_runs_it(tiny_run: Path) -> None:
+    """Instances with a head of every exit point each, run by torch in f32, give the tables to the bit."""
+    run = open_run(tiny_run)
+    net = run.trained()
+    found = evaluate(net, run.dataset("val"), run.recipe.evaluate, logits_of=logits_in(run, net, "torch", "f32"))
+    for name in ("intersection", "predicted", "labelled", "image_confidence"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(run.tables(), name))

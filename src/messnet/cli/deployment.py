@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, app, examples, named_runtime, quieten, tell_of_few_images
 from messnet.errors import MessError, RecipeError
 from messnet.records.files import expect_free
+from messnet.records.names import expect_runtime
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from messnet.deployment.bundle import Bundle
+    from messnet.deployment.quantising import EightBits
+
+    Size = tuple[int, int]
+    Sample = tuple[NDArray[np.uint8], NDArray[np.uint8] | None]
+    Picture = TypeVar("Picture", NDArray[np.uint8], NDArray[np.uint8] | None)
 
 __all__ = ["export"]
+
+_FEW, _MAX_CHECKED = 8, 100  # images that graphs in float32, and in int8, are compared with torch on
+
+Item = TypeVar("Item")
 
 
 @app.command(
@@ -29,6 +40,8 @@ __all__ = ["export"]
         "export runs/demo --runtime onnxruntime --out demo.mess",
         "export runs/demo --runtime onnxruntime --no-torch --out demo.zip",
         "export demo.mess --runtime onnxruntime --images photos --out graphs.mess",
+        "export runs/demo --runtime onnxruntime --precision int8 --max-loss-pp 0.5 --out int8.mess",
+        "export runs/demo --runtime onnxruntime --precision f32 int8 --static 360 480 --out fixed.mess",
         "export runs/demo --device-table runs/demo/costs/NAME.json --out demo.mess",
         "export runs/demo --web page",
     )
@@ -39,6 +52,11 @@ def export(
     instance: str | None = None,
     out: Path | None = None,
     runtime: Annotated[Literal["torch", "onnxruntime"], Parameter(converter=named_runtime)] = "torch",
+    precision: Annotated[
+        list[Literal["f32", "int8"]] | None, Parameter(consume_multiple=True, negative="", show_default=False)
+    ] = None,
+    max_loss_pp: float | None = None,
+    static: tuple[int, int] | None = None,
     torch: bool = True,
     images: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
@@ -58,9 +76,14 @@ def export(
         out: A new folder, or a zip if it ends in .zip; by default RUN-INSTANCE.mess.
         runtime: onnxruntime adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on some
             images.
+        precision: Of the graphs, one or both; by default what the instance was searched in, mostly f32. int8 takes the
+            ranges of activations from 32 training images, and is compared with float on up to 100 validation images.
+        max_loss_pp: What int8 may lose at most: percentage points of mIoU at any exit, by default 1; on images without
+            labels the percentage of pixels that change, by default 3.
+        static: Height and width of the one image that graphs take, for compilers that want fixed shapes.
         torch: Whether the bundle holds weights for torch.
         images: Files or folders of images to check graphs on; by default a run's validation images, and generated ones
-            where its data set is not here, or for a bundle.
+            where its data set is not here, or for a bundle. Of a bundle, int8 calibrates on every other of them.
         device_table: Tables of `profile --measure` that go with it; by default all in RUN/costs.
         model: module:function that builds the network of a bundle whose model is its maker's own.
         web: Instead of a bundle, a page that runs the graphs in the browser, on a phone too: a new folder. The target
@@ -72,23 +95,30 @@ def export(
 
     whole = web is not None and is_bundle(target)  # nothing is to be made of it but the page
     graphs = runtime == "onnxruntime" or (web is not None and not whole)
-    if images and not graphs:
-        raise RecipeError("--images are to check graphs on: leave them out, or add --runtime onnxruntime")
+    runs_in = "onnxruntime" if graphs else runtime
+    precisions = precision or _own_precisions(target, instance, runs_in)
+    for one in precisions:
+        expect_runtime(runs_in, one)
+    for option, given in {"images": images, "static": static}.items():
+        if given and not graphs:
+            raise RecipeError(f"--{option} is for graphs: leave it out, or add --runtime onnxruntime")
     if onnxruntime_web is not None and web is None:
         raise RecipeError("--onnxruntime-web goes with --web DIR, which names the folder of a page")
+    in_float = graphs and (web is not None or "f32" in precisions)
 
     def bundled(out: Path | None, *, weights: bool) -> Bundle:
         from messnet.deployment.export import export as export_bundle
 
-        examples = _images(target, images) if graphs else None
         return export_bundle(
             target,
             out,
             instance=instance,
             tables=device_table,
-            graphs=graphs,
+            graphs=in_float,
+            eight_bits=_eight_bits(target, images, max_loss_pp, static) if "int8" in precisions else None,
             weights=weights,
-            images=examples,
+            images=_images(target, images, static) if in_float else None,
+            static=static,
             model=model,
         )
 
@@ -113,7 +143,8 @@ def export(
     bundle = bundled(out, weights=torch)
     if instance is None:
         tell_of_few_images(bundle.manifest.instance, bundle.path)
-    checked = bundle.manifest.runtimes["onnx"].checked if graphs else {}
+    checked = bundle.manifest.runtimes["onnx"].checked if in_float else {}
+    int8 = bundle.manifest.runtimes["onnx-int8"].checked if "int8" in precisions else {}
     files = {name: stored.bytes for name, stored in bundle.manifest.files.items()}
     if as_json:
         print(
@@ -123,6 +154,7 @@ def export(
                     "instance": bundle.manifest.instance.name,
                     "files": files,
                     "checked": checked,
+                    "checked_int8": int8,
                 },
                 indent=1,
             )
@@ -137,9 +169,73 @@ def export(
             f"graphs against torch on {checked['images']:.0f} {kind}: {checked['equal_decisions']:.1%} of decisions, "
             f"{checked['equal_pixels']:.3%} of pixels equal, logits differ by {checked['logits_max_abs']:.1e} at most"
         )
+    if int8:
+        miou = f"mIoU {int8['miou_instance_float']:.2%} -> {int8['miou_instance']:.2%}, " if int8["labelled"] else ""
+        print(
+            f"int8 against float on {int8['images']:.0f} images: {miou}{int8['equal_exits']:.1%} of exits, "
+            f"{int8['equal_pixels']:.2%} of pixels equal, at most {int8['loss_pp']:.2f} pp lost"
+        )
 
 
-def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[NDArray[np.uint8]] | None:
+def _own_precisions(target: Path, instance: str | None, runtime: str) -> Sequence[Literal["f32", "int8"]]:
+    """Of the graphs, where none was named: that which the instance was searched in."""
+    from messnet.deployment.bundle import is_bundle, open_bundle
+    from messnet.records.run_directory import RunDirectory
+
+    if runtime == "torch":
+        return ["f32"]
+    found = open_bundle(target).manifest.instance if is_bundle(target) else RunDirectory(target).read_instance(instance)
+    return ["int8"] if found.precision == "int8" else ["f32"]
+
+
+def _eight_bits(target: Path, named: list[Path] | None, max_loss_pp: float | None, static: Size | None) -> EightBits:
+    """Training and validation images of a run; of a bundle, or where they are not here, those that are ``named``."""
+    from messnet.apps.predictions import image_files
+    from messnet.deployment.bundle import is_bundle
+    from messnet.deployment.quantising import CALIBRATION, EightBits
+    from messnet.images.reading import read_image
+    from messnet.run.opening import open_run
+
+    samples: list[Sample]
+    origin: dict[str, str | int]
+    try:
+        if is_bundle(target):
+            raise RecipeError("a bundle holds no images")
+        run = open_run(target)
+        calibration, val = run.calibration(), run.dataset("val")
+        samples = [(val[v].image, val[v].mask) for v in _spread(range(len(val)), _MAX_CHECKED)]
+        origin = {"source": "training images", "seed": CALIBRATION.seed}
+    except MessError as error:
+        if not named:
+            raise RecipeError(f"int8 needs images to calibrate on ({error}): name some with --images") from error
+        files = image_files(named)
+        # Judged on others than it is calibrated on, where there is more than one.
+        calibration = [read_image(file) for file in _spread(files[::2], CALIBRATION.images)]
+        samples = [(read_image(file), None) for file in _spread(files[1::2] or files, _MAX_CHECKED)]
+        origin = {"source": "--images"}
+    if static:
+        calibration = [_resized(image, static) for image in calibration]
+        samples = [(_resized(image, static), _resized(mask, static)) for image, mask in samples]
+    return EightBits(calibration=calibration, samples=samples, max_loss_pp=max_loss_pp, origin=origin)
+
+
+def _resized(picture: Picture, size: Size) -> Picture:
+    """An image (H, W, 3), or a mask (H, W), whose labels are not mixed, at another size."""
+    if picture is None:
+        return None
+    import numpy as np
+    from PIL import Image
+
+    how = Image.Resampling.NEAREST if picture.ndim == 2 else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], how))
+
+
+def _spread(items: Sequence[Item], at_most: int) -> Sequence[Item]:
+    """Some of them, evenly spread, for neighbours in a listing are often alike."""
+    return items[:: -(-len(items) // at_most)]  # rounded up, so there are never more
+
+
+def _images(target: Path, named: list[Path] | None, static: Size | None) -> list[NDArray[np.uint8]] | None:
     """Some of those that are ``named``, or of the run's validation images; None where there are none to be read."""
     from messnet.apps.predictions import image_files
     from messnet.deployment.bundle import is_bundle
@@ -147,14 +243,14 @@ def _images(target: Path, named: list[Path] | None, at_most: int = 8) -> list[ND
     from messnet.run.opening import open_run
 
     if named:
-        files = image_files(named)
-        # Evenly spread, for neighbours in a listing are often alike; -(-a // b) rounds up, so there are never more.
-        return [read_image(file) for file in files[:: -(-len(files) // at_most)]]
-    if is_bundle(target):
+        found = [read_image(file) for file in _spread(image_files(named), _FEW)]
+    elif is_bundle(target):
         return None
-    # A run outlives its data set: where that is gone, graphs are checked on generated images, and the output says so.
-    try:
-        val = open_run(target).dataset("val")
-        return [val[v].image for v in range(0, len(val), -(-len(val) // at_most))]
-    except MessError:
-        return None
+    else:
+        # A run outlives its data set: where that is gone, graphs are checked on generated images, as the output says.
+        try:
+            val = open_run(target).dataset("val")
+            found = [val[v].image for v in _spread(range(len(val)), _FEW)]
+        except MessError:
+            return None
+    return [_resized(image, static) for image in found] if static else found

@@ -24,8 +24,10 @@ from messnet.cli.app import (
     examples,
     open_target,
     quieten,
+    say,
 )
 from messnet.errors import DataError, RecipeError
+from messnet.records.names import Precision, RuntimeName, expect_runtime
 from messnet.records.shard import Shard
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ _OF_DATA = "With --data: "
         "evaluate demo.mess --data photos/test --runtime onnxruntime --json",
         "evaluate runs/demo --shard 2/8",
         "evaluate runs/demo --merge",
+        "evaluate runs/demo --runtime onnxruntime --precision int8",
     )
 )
 def evaluate(
@@ -75,9 +78,17 @@ def evaluate(
         Literal["auto", "cpu", "cuda", "mps", "xpu"], Parameter(help=f"{_OF_DATA}where torch computes.")
     ] = "auto",
     runtime: Annotated[
-        RuntimeOption | None, Parameter(help=f"{_OF_DATA}what computes, as for `predict`.", show_default=False)
+        RuntimeOption | None,
+        Parameter(
+            help="What computes, by default torch. Without --data the tables of another runtime or precision are "
+            "RUN/tables-RUNTIME-PRECISION.npz.",
+            show_default=False,
+        ),
     ] = None,
-    precision: Annotated[PrecisionOption, Parameter(help=f"{_OF_DATA}of weights and activations.")] = "f32",
+    precision: Annotated[
+        PrecisionOption | None,
+        Parameter(help="Of weights and activations, where the runtime has it; by default f32.", show_default=False),
+    ] = None,
     threads: Annotated[int | None, Parameter(help=f"{_OF_DATA}of the processor, for the network.")] = None,
     model: Annotated[
         str | None, Parameter(help=f"{_OF_DATA}module:function that builds a bundle's network, as for `predict`.")
@@ -95,9 +106,12 @@ def evaluate(
         dataset, names = _labelled(data, target, void_index, mask_values), _names(target, instance)
 
         def opened(one: str | Instance | None) -> Session:
+            from messnet.deployment.bundle import is_bundle
             from messnet.deployment.loading import load
 
-            how = {"device": device, "runtime": runtime, "precision": precision, "threads": threads, "model": model}
+            # A run has no graphs in int8: what was searched in it is scored as its weights do.
+            own = precision if is_bundle(target) else precision or "f32"
+            how = {"device": device, "runtime": runtime, "precision": own, "threads": threads, "model": model}
             return load(target, instance=one, **how)  # type: ignore[arg-type]  # mypy takes them for every option
 
         from messnet.apps.scoring import score_sessions
@@ -107,8 +121,13 @@ def evaluate(
             score_sessions([opened(one) for one in names], ((one.image, one.mask) for one in samples)), as_json
         )
         return
-    if instance or void_index is not None or mask_values or runtime or threads or model or precision != "f32":
+    if instance or void_index is not None or mask_values or threads or model:
         raise RecipeError("options of what is deployed need labelled images: add --data FOLDER")
+    kind: tuple[RuntimeName, Precision] = runtime or "torch", precision or "f32"
+    expect_runtime(*kind)
+    deployed = kind != ("torch", "f32")
+    if deployed and (shard or merge):
+        raise RecipeError("--shard and --merge are for torch in f32: leave them out, or --runtime and --precision")
     # A shard has rows of some images only, of which no mIoU is told: that is for the tables that --merge makes.
     if shard:
         part = Shard.parse(shard)
@@ -125,12 +144,18 @@ def evaluate(
         merge_tables(run)
         if not as_json:
             print("evaluate: merged")
+    elif deployed:
+        run = open_target(target, overrides, out)
+        from messnet.run.stages import deployed_tables_stage
+
+        say("evaluate", deployed_tables_stage(run, *kind), as_json)
     else:
         run = do_stage("evaluate", target, overrides, out, quiet=as_json)
     from messnet.report.classes import class_terminal_table
     from messnet.report.page import exit_classes, exit_rows, exits_table
 
-    tables, costs = run.tables(), run.costs()
+    file = run.directory.deployed_tables(*kind) if deployed else run.directory.tables
+    tables, costs = file.read(), run.costs()
     rows = exit_rows(tables, costs)
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -29,7 +29,7 @@ def serve(
     instance: str | None = None,
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto",
     runtime: RuntimeOption | None = None,
-    precision: PrecisionOption = "f32",
+    precision: PrecisionOption | None = None,
     threads: int | None = None,
     model: str | None = None,
     samples: Path | None = None,
@@ -48,7 +48,8 @@ def serve(
         instance: One of the run's instances; by default the cheapest within 1 pp. A bundle has but one.
         device: Where torch computes: auto is CUDA where there is any. mps and xpu are untested.
         runtime: What computes; by default torch, or for a bundle with graphs onnxruntime where torch is not installed.
-        precision: Of weights and activations, where the runtime has it.
+        precision: Of weights and activations, where the runtime has it; by default f32, or the only one that a bundle
+            has graphs in. int8 is of bundles that were exported with it.
         threads: Of the processor, for the network; by default as many as the runtime takes.
         model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
             is not imported unless you name it here.

@@ -23,7 +23,7 @@ from messnet.errors import RecipeError
 
 __all__ = ["DType", "LatencyOptions", "Stopwatch", "device_name", "median_spread", "node_latencies", "num_threads"]
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["float32", "bfloat16", "float16", "int8"]
 
 WARM_UP_ROUNDS = 2
 MIN_ROUNDS = 3
@@ -77,9 +77,17 @@ class LatencyOptions:
         device = f"cpu-{conditions['threads']}threads" if on_cpu else _slug(str(conditions["device"]))
         return f"{device}-{self.dtype}-b{self.batch}"
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Raises RecipeError for int8, which only runtimes of graphs compute in."""
+        if self.dtype == "int8":
+            raise RecipeError("torch has no precision 'int8': measure it with --runtime onnxruntime or openvino")
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
     def convert(self, tensor: Tensor) -> Tensor:
         """On the device, in the dtype, channels last, as sessions run; what is converted already is not copied."""
-        dtype = getattr(torch, self.dtype) if tensor.is_floating_point() else tensor.dtype
+        dtype = self.torch_dtype if tensor.is_floating_point() else tensor.dtype
         layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
         return tensor.to(self.device, dtype, memory_format=layout)
 

@@ -24,11 +24,13 @@ from messnet.deployment.bundle import (
     open_bundle,
     write_bundle,
 )
-from messnet.deployment.graph_runner import GRAPHS, OUTPUT, Graph, GraphRunner, load_graph
+from messnet.deployment.graph_runner import OUTPUT, Graph, GraphRunner, graphs_for, load_graph
 from messnet.deployment.graphs import make_graphs
 from messnet.deployment.loading import COSTS, WORKLOAD
+from messnet.deployment.quantising import METHOD, EightBits, check_quantised, quantise
 from messnet.deployment.restoring import bundle_tensors, expect_finite, restore_bundle, restore_run
 from messnet.deployment.runner import Runner
+from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.preprocessing import MEAN, STD
@@ -38,6 +40,7 @@ from messnet.policy.policy import Policy
 from messnet.records.codec import from_plain
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, Instance
+from messnet.records.names import Precision
 from messnet.records.run_directory import RunDirectory
 
 __all__ = ["check_graphs", "export"]
@@ -54,8 +57,10 @@ def export(
     instance: str | None = None,
     tables: Sequence[Path] | None = None,
     graphs: bool = False,
+    eight_bits: EightBits | None = None,
     weights: bool = True,
     images: Sequence[NDArray[np.uint8]] | None = None,
+    static: tuple[int, int] | None = None,
     model: str | None = None,
 ) -> Bundle:
     """Writes an instance of the run or bundle at ``path`` as a bundle: a folder, or a zip where ``out`` ends in .zip;
@@ -64,9 +69,11 @@ def export(
     ``instance`` and ``model`` as for ``load``; a bundle has but one instance, which a bundle of another kind is made
     of. The measured cost ``tables`` go with it, by default all there are. ``weights`` for torch, ``graphs`` in ONNX for
     other runtimes: they are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones where None are
-    given. Raises RunError
-    when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be cut, or graphs
-    that cannot be made or disagree.
+    given. ``eight_bits`` says how graphs in int8, alone or beside the others, are made and what they may lose; graphs
+    for one image of the size ``static``, (height, width), take no other.
+
+    Raises RunError when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be
+    cut, or graphs that cannot be made, disagree, or lose more than they may.
     """
     if is_bundle(path):
         source = _from_bundle(open_bundle(path), instance, model)
@@ -77,22 +84,33 @@ def export(
     blueprint, net, chosen = source.blueprint, source.net, source.instance
     if not net.backbone.exportable:
         raise ModelError(f"{path} cannot be exported: {'; '.join(net.notes)}")
-    if not (weights or graphs):
+    if not (weights or graphs or eight_bits):
         raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: leave one of them in")
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
     expect_finite(bundle_tensors(net), str(path))
-    files, runtimes = _cost_tables(path, source, exits, tables), {}
+    files, runtimes, provenance = _cost_tables(path, source, exits, tables), {}, source.provenance
     if weights:
         tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
         files[_WEIGHTS] = safetensors.torch.save(tensors)
         runtimes["torch"] = Runtime(files={"weights": _WEIGHTS})
-    if graphs:
-        made = make_graphs(net, exits, Policy.parse(chosen.policy), blueprint.input_size)
-        checked = check_graphs(net, chosen, made, images or _generated_images(blueprint.input_size))
-        named = {name: f"{GRAPHS}/{name}.onnx" for name in made}
-        files |= {named[name]: data for name, data in made.items()}
-        runtimes[GRAPHS] = Runtime(files=named, checked={**checked, "real_images": float(images is not None)})
+    if graphs or eight_bits:
+        size, multiple = static or blueprint.input_size, size_multiple(net)
+        if size[0] % multiple or size[1] % multiple:
+            raise RecipeError(f"--static {size[0]} {size[1]}: this network takes multiples of {multiple} only")
+        made = make_graphs(net, exits, Policy.parse(chosen.policy), size, static=static is not None)
+        sets: dict[Precision, tuple[dict[str, bytes], dict[str, float]]] = {}
+        if graphs:
+            checked = check_graphs(net, chosen, made, images or _generated_images(size), odd_size=static is None)
+            sets["f32"] = made, {**checked, "real_images": float(images is not None)}
+        if eight_bits:
+            sets["int8"] = _in_eight_bits(net, blueprint, chosen, made, eight_bits)
+            calibration = {"method": METHOD, "images": len(eight_bits.calibration), **eight_bits.origin}
+            provenance = {**provenance, "int8": calibration}
+        for precision, (found, checked) in sets.items():
+            named = {name: f"{graphs_for(precision)}/{name}.onnx" for name in found}
+            files |= {named[name]: data for name, data in found.items()}
+            runtimes[graphs_for(precision)] = Runtime(files=named, checked=checked)
     own = ("class_names", "palette", "input_size")  # the manifest's
     network = {name: value for name, value in json.loads(blueprint.to_json()).items() if name not in own}
     manifest = Manifest(
@@ -104,7 +122,7 @@ def export(
         instance=chosen,
         network=from_plain(network, Network),
         runtimes=runtimes,
-        provenance=source.provenance,
+        provenance=provenance,
     )
     return write_bundle(out or Path(f"{source.name}-{chosen.name}.mess"), manifest, files)
 
@@ -136,13 +154,39 @@ def _from_bundle(bundle: Bundle, instance: str | None, model: str | None) -> _So
     return _Source(bundle.path.resolve().stem, *restored, workload, tables, bundle.manifest.provenance)
 
 
+def _in_eight_bits(
+    net: MultiExitNet, blueprint: Blueprint, instance: Instance, graphs: Mapping[str, bytes], bits: EightBits
+) -> tuple[dict[str, bytes], dict[str, float]]:
+    """The graphs in int8, and how far they agree with torch."""
+    made, multiple = quantise(graphs, bits.calibration), size_multiple(net)
+    runners: list[Runner] = [
+        TorchRunner(net, Policy.parse(instance.policy)),
+        GraphRunner(
+            made,
+            instance.exits,
+            [point.output_stride for point in net.exit_points],
+            runtime="onnxruntime",
+            precision="int8",
+            size_multiple=multiple,
+        ),
+    ]
+    expected, session = (Session(runner, instance, class_names=blueprint.class_names) for runner in runners)
+    return made, {**check_quantised(expected, session, bits), "size_multiple": float(multiple)}
+
+
 def check_graphs(
-    net: MultiExitNet, instance: Instance, graphs: Mapping[str, bytes], images: Sequence[NDArray[np.uint8]]
+    net: MultiExitNet,
+    instance: Instance,
+    graphs: Mapping[str, bytes],
+    images: Sequence[NDArray[np.uint8]],
+    *,
+    odd_size: bool = True,
 ) -> dict[str, float]:
     """How far the ``graphs`` of an instance agree with torch on ``images``, every exit of each: ``logits_max_abs`` and
     ``confidence_max_abs``, the largest differences; ``equal_decisions`` and ``equal_pixels``, shares in [0, 1].
 
-    The first image is run once more without its last rows and columns: no size may be fixed. Raises ModelError when
+    The first image is run once more without its last rows and columns, as no size may be fixed, unless ``odd_size`` is
+    off. Raises ModelError when
     they disagree, or no runtime is installed.
     """
     multiple = size_multiple(net)
@@ -159,7 +203,7 @@ def check_graphs(
         ),
     ]
     cut = max(multiple, 27)
-    odd = [image[:-cut, :-cut] for image in images[:1] if min(image.shape[:2]) > 2 * cut]
+    odd = [image[:-cut, :-cut] for image in images[: int(odd_size)] if min(image.shape[:2]) > 2 * cut]
     agreements = [_compare(runners, output, instance, image) for image in (*images, *odd)]
     logits, largest, confidence, decisions, pixels = np.concatenate(agreements).T
     found = {

@@ -20,14 +20,19 @@ from messnet.policy.labels import upsampled_labels
 from messnet.records.instance import Exit, ExitChoice
 from messnet.records.names import DTYPES, GraphRuntime, Precision, RuntimeName, expect_runtime
 
-__all__ = ["GRAPHS", "OUTPUT", "Graph", "GraphRunner", "load_graph", "stage_name"]
+__all__ = ["GRAPHS", "OUTPUT", "Graph", "GraphRunner", "graphs_for", "load_graph", "stage_name"]
 
 GRAPHS = "onnx"
-"""What a manifest calls the runtime that graphs are for, and the folder that they lie in."""
+"""What a manifest calls the runtime that graphs are for, and the folder that they lie in; see ``graphs_for``."""
 OUTPUT = "output"
 """The graph from logits to labels; the others are called ``stage_name(0)``, ``stage_name(1)`` and so on."""
 
 _STAGE_INPUTS, _STAGE_OUTPUTS = "pixel_threshold", ("logits", "confidence")
+
+
+def graphs_for(precision: Precision) -> str:
+    """What a manifest calls the graphs for a precision: runtimes compute the same ones in f32, bf16 and f16."""
+    return f"{GRAPHS}-int8" if precision == "int8" else GRAPHS
 
 
 def stage_name(position: int) -> str:
@@ -51,7 +56,8 @@ class GraphRunner(Runner):
         threads: int | None = None,
         size_multiple: int = 1,
     ) -> None:
-        """``graphs`` as ``graphs.make_graphs`` names them, one for each of ``choices``, shallow to deep.
+        """``graphs`` as ``graphs.make_graphs`` names them, one for each of ``choices``, shallow to deep; for the
+        precision int8 those of ``quantising.quantise``.
 
         Raises RecipeError for a precision that the runtime does not have, RunError for a graph that is missing or that
         is not what a bundle may hold, ModelError when the runtime is not installed or refuses a graph.
@@ -231,7 +237,7 @@ class _OpenVinoGraph:
         self._core, self._name = openvino.Core(), name
         self._config = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,  # of what is not in int8
             "INFERENCE_NUM_THREADS": threads,
             # OpenVINO keeps what it has prepared for each operator and each size of image, by default 5000 of them: 900
             # sizes took 702 MB more, with this limit 78 MB more and a quarter more processor time. Images of one size

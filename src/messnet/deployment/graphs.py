@@ -40,12 +40,13 @@ _BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others h
 
 
 def make_graphs(
-    net: MultiExitNet, exits: Sequence[Exit], policy: Policy, input_size: tuple[int, int]
+    net: MultiExitNet, exits: Sequence[Exit], policy: Policy, input_size: tuple[int, int], *, static: bool = False
 ) -> dict[str, bytes]:
     """The graphs by name, "stage0" ... and "output", of ``exits``, shallow to deep, of a network on the CPU. They
     compute in float32, as a copy of ``net`` does that is in another precision.
 
-    ``input_size`` is that of the example which is traced. Raises ModelError for a network that has no graphs of its
+    ``input_size`` is that of the example which is traced; ``static`` graphs take one image of that size and no other,
+    as some compilers for devices want it. Raises ModelError for a network that has no graphs of its
     own, a policy that cannot be a graph, or without the packages that write graphs.
     """
     onnx, compose = _packages()
@@ -53,7 +54,7 @@ def make_graphs(
         raise ModelError(f"the network cannot be written as ONNX graphs: {'; '.join(net.notes)}")
     if other_precision(net):
         net = copy_module(net, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    live: tuple[Any, ...] = (torch.zeros(2, 3, *input_size),)
+    live: tuple[Any, ...] = (torch.zeros(1 if static else 2, 3, *input_size),)
     decide = onnx.load_from_string(policy_graph(policy, net.num_classes))
     graphs, start = {}, 0
     for position, exit in enumerate(exits):
@@ -62,7 +63,7 @@ def make_graphs(
             following = stage(*live)[:-1]
         _expect_tensors(following, exit)
         try:
-            part = _exported(stage, live, len(following))
+            part = _exported(stage, live, len(following), static)
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise ModelError(
@@ -101,7 +102,7 @@ class _Stage(nn.Module):
         return (logits,) if self.last else (*live, logits)
 
 
-def _exported(stage: _Stage, live: tuple[Tensor, ...], num_next: int) -> Any:
+def _exported(stage: _Stage, live: tuple[Tensor, ...], num_next: int, static: bool) -> Any:
     free = torch.export.Dim.AUTO
     # What is (N, C, h, w) may have any size; of (N, L, C) the length is free.
     shapes = tuple({0: free, 2: free, 3: free} if one.dim() == 4 else {0: free, 1: free} for one in live)
@@ -110,7 +111,7 @@ def _exported(stage: _Stage, live: tuple[Tensor, ...], num_next: int) -> Any:
             stage,
             live,
             dynamo=True,
-            dynamic_shapes=(shapes,),
+            dynamic_shapes=None if static else (shapes,),
             opset_version=OPSET,
             input_names=[f"live{k}" for k in range(len(live))],
             output_names=[*(f"next{k}" for k in range(num_next)), "logits"],

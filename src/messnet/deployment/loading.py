@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from messnet.deployment.bundle import Bundle, is_bundle, open_bundle
-from messnet.deployment.graph_runner import GRAPHS, OUTPUT, GraphRunner, stage_name
+from messnet.deployment.graph_runner import OUTPUT, GraphRunner, graphs_for, stage_name
 from messnet.deployment.runner import Runner
 from messnet.deployment.session import Session
 from messnet.errors import RecipeError, RunError, needing_extras
@@ -36,7 +36,7 @@ def load(
     instance: str | Instance | None = None,
     device: str = "cpu",
     runtime: RuntimeName | None = None,
-    precision: Precision = "f32",
+    precision: Precision | None = None,
     threads: int | None = None,
     model: str | None = None,
 ) -> Session:
@@ -48,10 +48,12 @@ def load(
 
     "onnxruntime" and "openvino" run the graphs of a bundle that was exported for them; for a run they are made anew,
     which takes seconds an exit. ``runtime`` None is torch; for a bundle with graphs it is ONNX Runtime where torch is
-    not installed, the bundle holds no weights for it, or only your ``model`` could say how the network is built.
-    ``precision`` is that of weights and activations; "bf16" and "f16" where the runtime has them. ``threads`` of the
-    processor; None: as many as torch is set to, which without torch is one for each core. The session's ``costs`` are
-    the run's or bundle's table that was measured on this device, in this runtime, with so many threads.
+    not installed, the bundle holds no weights for it, or only your ``model`` could say how the network is built, and
+    where int8 is asked for. ``precision`` is that of weights and activations; "bf16" and "f16" where the runtime has
+    them, "int8" of a bundle that was exported with it; None is f32, or what the bundle's instance was searched in, or
+    the only one that the bundle has graphs in. ``threads`` of the processor; None: as many as torch is set to, which
+    without torch is one for each core. The session's ``costs`` are the run's or bundle's table that was measured on
+    this device, in this runtime, with so many threads.
 
     ``model`` names the function that builds the network of a bundle whose model is not of the zoo, "module:function":
     nothing is imported only because a bundle names it. Graphs need no such function.
@@ -65,13 +67,13 @@ def load(
         raise RecipeError(f"a network runs on at least 1 thread, not {threads}")
     if is_bundle(path):
         bundle = open_bundle(path)
-        how = _How(device, runtime or default_runtime(bundle, model), precision, threads)
+        how = _How(device, *_defaults(bundle, runtime, precision, model), threads)
         return _load_bundle(bundle, instance, how, model)
     if model is not None:
         raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
-    how = _How(device, runtime or "torch", precision, threads)
     if RunDirectory(path).exists:
-        return _load_run(path, instance, how)
+        chosen = instance if isinstance(instance, Instance) else RunDirectory(path).read_instance(instance)
+        return _load_run(path, chosen, _How(device, runtime or "torch", precision or chosen.precision, threads))
     raise RunError(
         f"{path} is no run directory (no run.json) and no bundle (no manifest.json, no zip); start a run with "
         f"`messnet run RECIPE`, make a bundle of it with `messnet export RUN`"
@@ -83,9 +85,26 @@ def default_runtime(bundle: Bundle, model: str | None = None) -> RuntimeName:
     know how the network is built, as the user names no ``model``."""
     runtimes = bundle.manifest.runtimes
     unknown = ":" in bundle.manifest.network.model and model is None
-    if GRAPHS in runtimes and ("torch" not in runtimes or unknown or find_spec("torch") is None):
+    if _graph_sets(bundle) and ("torch" not in runtimes or unknown or find_spec("torch") is None):
         return "onnxruntime"
     return "torch"
+
+
+def _defaults(
+    bundle: Bundle, runtime: RuntimeName | None, precision: Precision | None, model: str | None
+) -> tuple[RuntimeName, Precision]:
+    sets, own = _graph_sets(bundle), bundle.manifest.instance.precision
+    wants_int8 = precision == "int8" or (precision is None and own == "int8" and graphs_for(own) in sets)
+    if runtime is None:
+        runtime = "onnxruntime" if wants_int8 else default_runtime(bundle, model)
+    if precision is None and runtime in GRAPH_RUNTIMES and (wants_int8 or sets == {graphs_for("int8")}):
+        precision = "int8"
+    return runtime, precision or "f32"
+
+
+def _graph_sets(bundle: Bundle) -> set[str]:
+    """Which graphs the bundle holds, by what its manifest calls them."""
+    return {graphs_for("f32"), graphs_for("int8")} & bundle.manifest.runtimes.keys()
 
 
 @dataclass(frozen=True)
@@ -143,11 +162,16 @@ def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How, mod
     )
 
 
-def _load_run(path: Path, instance: str | Instance | None, how: _How) -> Session:
+def _load_run(path: Path, chosen: Instance, how: _How) -> Session:
+    if how.precision == "int8":
+        raise RunError(
+            f"{path} has no graphs in int8, which training images calibrate: make a bundle of {chosen.name} with "
+            f"`messnet export {path} --instance {chosen.name} --runtime onnxruntime --precision int8`"
+        )
     with needing_extras():
         from messnet.deployment.restoring import graph_runner, restore_run
 
-        blueprint, net, chosen = restore_run(path, instance)
+        blueprint, net, chosen = restore_run(path, chosen)
         runner: Runner
         if how.graph_runtime:
             runner = graph_runner(
@@ -172,14 +196,16 @@ def _load_run(path: Path, instance: str | Instance | None, how: _How) -> Session
 
 def _bundled_graphs(bundle: Bundle, runtime: GraphRuntime, how: _How) -> GraphRunner:
     """Raises RunError for a bundle without graphs."""
-    manifest = bundle.manifest
-    if GRAPHS not in manifest.runtimes:
+    manifest, kind = bundle.manifest, graphs_for(how.precision)
+    if kind not in manifest.runtimes:
         source = bundle.path if "torch" in manifest.runtimes else "RUN"
+        eight_bits = how.precision == "int8"
         raise RunError(
-            f"{bundle.path} holds no graphs for {runtime}; it is for {', '.join(manifest.runtimes) or 'no runtime'}: "
-            f"make one with `messnet export {source} --runtime onnxruntime`"
+            f"{bundle.path} holds no graphs for {runtime}{' in int8' if eight_bits else ''}; it is for "
+            f"{', '.join(manifest.runtimes) or 'no runtime'}: make one with `messnet export {source} --runtime "
+            f"onnxruntime{' --precision int8' if eight_bits else ''}`"
         )
-    stored, choices = manifest.runtimes[GRAPHS], manifest.instance.exits
+    stored, choices = manifest.runtimes[kind], manifest.instance.exits
     missing = {*map(stage_name, range(len(choices))), OUTPUT} - stored.files.keys()
     if missing:
         raise RunError(f"{bundle.path} holds no graph {min(missing)}; export the bundle again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.names import GraphRuntime, precision_of_dtype
 
-__all__ = ["check_additivity", "measure_heads", "measure_session"]
+__all__ = ["check_additivity", "instances_of_all_heads", "measure_heads", "measure_session"]
 
 MAX_EXITS = 4  # of a random instance
 
@@ -150,6 +150,15 @@ def measure_session(
     )
 
 
+def instances_of_all_heads(net: MultiExitNet, policy: str) -> Iterator[Instance]:
+    """Instances that hold a head of every exit point each, as many as it takes for every head to be in one."""
+    heads = [[exit for exit in net.exits if exit.exit_index == index] for index in range(net.num_exits)]
+    for turn in range(max(map(len, heads))):
+        exits = [ofone[turn % len(ofone)] for ofone in heads if ofone]
+        choices = tuple(ExitChoice(exit_index=exit.exit_index, head=exit.head) for exit in exits)
+        yield Instance(name="every exit", setting="anytime", exits=choices, policy=policy)
+
+
 def measure_heads(
     net: MultiExitNet,
     workload: CostTable,
@@ -166,13 +175,9 @@ def measure_heads(
     been; graphs are made of each, which takes seconds an exit. What they share is the mean over them. ``net`` is on the
     processor in float32. Raises ModelError for a network or ``policy`` without graphs, or without the runtime.
     """
-    heads = [[exit for exit in net.exits if exit.exit_index == index] for index in range(net.num_exits)]
     precision = precision_of_dtype(options.dtype)
     tables = []
-    for turn in range(max(map(len, heads))):
-        exits = [ofone[turn % len(ofone)] for ofone in heads if ofone]
-        choices = tuple(ExitChoice(exit_index=exit.exit_index, head=exit.head) for exit in exits)
-        instance = Instance(name="every exit", setting="anytime", exits=choices, policy=policy)
+    for instance in instances_of_all_heads(net, policy):
         runner = make_runner(
             net, instance, workload.input_size, runtime=runtime, precision=precision, threads=options.threads
         )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
 from messnet.deployment.bundle import Bundle
 from messnet.deployment.graph_runner import GraphRunner
 from messnet.deployment.graphs import make_graphs
+from messnet.deployment.quantising import quantise
 from messnet.deployment.torch_runner import size_multiple
 from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
@@ -22,7 +25,7 @@ from messnet.network.multi_exit import MultiExitNet
 from messnet.network.weights import expect_fit
 from messnet.policy.policy import Policy
 from messnet.records.instance import Instance
-from messnet.records.names import GraphRuntime, Precision
+from messnet.records.names import GraphRuntime, Precision, expect_runtime
 from messnet.records.run_directory import RunDirectory
 
 __all__ = ["bundle_tensors", "expect_finite", "graph_runner", "restore_bundle", "restore_run"]
@@ -112,10 +115,15 @@ def graph_runner(
     runtime: GraphRuntime = "onnxruntime",
     precision: Precision = "f32",
     threads: int | None = None,
+    calibration: Sequence[NDArray[np.uint8]] = (),
 ) -> GraphRunner:
-    """The graphs of an instance, made of a network on the CPU, in a runtime that runs graphs."""
+    """The graphs of an instance, made of a network on the CPU, in a runtime that runs graphs; for int8 with images to
+    calibrate on, see ``quantise``."""
+    expect_runtime(runtime, precision)
     exits = tuple(choice.exit for choice in instance.exits)
     graphs = make_graphs(net, exits, Policy.parse(instance.policy), input_size)
+    if precision == "int8":
+        graphs = quantise(graphs, calibration)
     return GraphRunner(
         graphs,
         instance.exits,

@@ -118,7 +118,7 @@ class _Graph:
         from onnx import helper
 
         name = output or f"{kind}{len(self._nodes)}"
-        node = helper.make_node(kind, inputs, [name])
+        node = helper.make_node(kind, inputs, [name], name=name)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
         self._nodes.append(node)
         return name

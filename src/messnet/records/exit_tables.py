@@ -13,6 +13,7 @@ from messnet.records.codec import Format
 from messnet.records.groups import group_ids, halves
 from messnet.records.instance import Exit
 from messnet.records.iou import mean_iou
+from messnet.records.names import Precision
 
 __all__ = ["EXIT_TABLES", "ExitTables"]
 
@@ -46,6 +47,8 @@ class ExitTables:
     pixel threshold repeats its value over T."""
     origin: str = ""
     """Names all that the tables were made from: weights, recipe and part of the split; empty where nobody said."""
+    precision: Precision = "f32"
+    """What the network computed in: what they foretell runs in it, and is searched with costs in it."""
     groups: tuple[str, ...] = ()
     """(V,) the group of each image, images that belong together; "" is a group of its own. Empty: all are."""
     delivered: NDArray[np.int32] | None = None

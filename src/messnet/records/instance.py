@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from messnet.records.codec import Format
-from messnet.records.names import Setting
+from messnet.records.names import Precision, Setting
 
 __all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting", "whole_model"]
 
@@ -54,6 +54,8 @@ class Instance:
     objective: str = ""
     selected_on: dict[str, float] = field(default_factory=dict)
     certificate: str = ""
+    precision: Precision = "f32"
+    """What its thresholds were found in, and what it runs in."""
 
     def to_json(self) -> str:
         return _FORMAT.to_json(self)

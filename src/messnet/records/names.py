@@ -29,8 +29,8 @@ RuntimeName = Literal["torch", "torch-compiled", "onnxruntime", "openvino"]
 """What runs a network. "torch" runs it eagerly, "torch-compiled" through ``torch.compile``; the other two run the ONNX
 graphs of a bundle."""
 GraphRuntime = Literal["onnxruntime", "openvino"]
-Precision = Literal["f32", "bf16", "f16"]
-"""The number format of weights and activations."""
+Precision = Literal["f32", "bf16", "f16", "int8"]
+"""The number format of weights and activations. Graphs in "int8" are made when a bundle is exported."""
 CostName = Literal["macs", "macs_paper", "parameters", "memory_bytes", "latency_ms", "latency_p95_ms"]
 """The columns of a cost table: multiply-accumulates in two conventions, sizes, measured times."""
 Statistic = Literal["mean", "worst", "p95"]
@@ -40,14 +40,14 @@ Setting = Literal["budgeted", "anytime", "input_dependent"]
 
 GRAPH_RUNTIMES: tuple[GraphRuntime, ...] = get_args(GraphRuntime)
 
-DTYPES: dict[Precision, str] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+DTYPES: dict[Precision, str] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "int8": "int8"}
 """What torch and NumPy call each precision, which is how cost tables have always named it."""
 
 _PRECISIONS_OF: dict[str, tuple[Precision, ...]] = {
     "torch": ("f32", "bf16", "f16"),
     "torch-compiled": ("f32", "bf16", "f16"),
-    "onnxruntime": ("f32",),
-    "openvino": ("f32", "bf16", "f16"),
+    "onnxruntime": ("f32", "int8"),
+    "openvino": ("f32", "bf16", "f16", "int8"),
 }
 # Spellings of version 0.1: --dtype took torch's names, recipes took those of Lightning.
 _OLD_PRECISIONS: dict[str, Precision] = {
@@ -66,8 +66,10 @@ def expect_runtime(runtime: str, precision: str) -> None:
     if runtime not in _PRECISIONS_OF:
         raise RecipeError(f"no runtime is called {runtime!r}; choose one of {', '.join(get_args(RuntimeName))}")
     if precision not in _PRECISIONS_OF[runtime]:
+        others = [name for name, precisions in _PRECISIONS_OF.items() if precision in precisions]
+        advice = f", or run it with {' or '.join(others)}" if others else ""
         raise RecipeError(
-            f"{runtime} has no precision {precision!r}; choose one of {', '.join(_PRECISIONS_OF[runtime])}"
+            f"{runtime} has no precision {precision!r}; choose one of {', '.join(_PRECISIONS_OF[runtime])}{advice}"
         )
 
 
@@ -91,7 +93,7 @@ def runtime_named(name: str, *, option: str = "--runtime") -> RuntimeName:
 
 
 def precision_of_dtype(dtype: str) -> Precision:
-    """The precision whose dtype is called "float32", "bfloat16" or "float16"."""
+    """The precision whose dtype is called "float32", "bfloat16", "float16" or "int8"."""
     return next(precision for precision, name in DTYPES.items() if name == dtype)
 
 

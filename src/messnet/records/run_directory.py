@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -22,6 +22,7 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically, writing
 from messnet.records.instance import Instance
 from messnet.records.measurements import FRONT, Front, Gallery, Measurements
+from messnet.records.names import DTYPES, Precision, precision_of_dtype
 from messnet.records.shard import Shard
 
 __all__ = ["Artefact", "RunDirectory", "RunFile", "RunRecord", "provenance"]
@@ -40,6 +41,8 @@ class RunFile:
     name: str
     made_by: str
     """The verb that makes it."""
+    options: str = field(default="", kw_only=True)
+    """What the verb is given beyond the run."""
 
     @property
     def path(self) -> Path:
@@ -63,7 +66,9 @@ class Artefact(RunFile, Generic[_T]):
     def read(self) -> _T:
         """Raises RunError that names the verb which makes the file when it is not there, or is damaged."""
         if not self.exists:
-            raise RunError(f"{self.run} has no {self.name} yet; make it with `messnet {self.made_by} {self.run}`")
+            raise RunError(
+                f"{self.run} has no {self.name} yet; make it with `messnet {self.made_by} {self.run}{self.options}`"
+            )
         return self.decode(self.path.read_bytes())
 
     def write(self, value: _T) -> None:
@@ -114,6 +119,35 @@ class RunDirectory:
     @property
     def tables(self) -> Artefact[ExitTables]:
         return self._tables("tables.npz")
+
+    def deployed_tables(self, runtime: str, precision: Precision) -> Artefact[ExitTables]:
+        """Those of the network as a runtime computes it in a precision: "openvino", "int8"."""
+        return self._tables(f"tables-{runtime}-{precision}.npz", f" --runtime {runtime} --precision {precision}")
+
+    def tables_for(self, costs: Sequence[CostTable]) -> ExitTables:
+        """The tables of the precision that ``costs`` were measured in; of a table that only counts, and in f32, which
+        every runtime computes alike, the run's own.
+
+        Raises RunError where costs are of several precisions, or the tables are missing or of other weights.
+        """
+        conditions = [{"runtime": "", "dtype": DTYPES["f32"], **table.conditions} for table in costs]
+        measured = {(str(one["runtime"]).partition(" ")[0], str(one["dtype"])) for one in conditions}
+        others = sorted(one for one in measured if one[1] != DTYPES["f32"])
+        if not others:
+            return self.tables.read()
+        if len(measured) > 1:
+            found = " and ".join(f"{runtime} {precision_of_dtype(dtype)}" for runtime, dtype in sorted(measured))
+            raise RunError(f"the cost tables are of {found}, of which none foretells another: search with each alone")
+        runtime, dtype = others[0]
+        tables = self.deployed_tables(runtime, precision_of_dtype(dtype)).read()
+        own = self.tables.read().origin if self.tables.exists else ""
+        if own and tables.origin.split()[0] != own:
+            raise RunError(
+                f"the tables of {self.path} in {tables.precision} are of other weights or another recipe than its own: "
+                f"make them again with `messnet evaluate {self.path} --runtime {runtime} --precision "
+                f"{tables.precision}`"
+            )
+        return tables
 
     @property
     def front(self) -> Artefact[Front]:
@@ -191,8 +225,8 @@ class RunDirectory:
     def _costs(self, name: str) -> Artefact[CostTable]:
         return Artefact(self.path, name, "profile", COST_TABLE.from_json, COST_TABLE.to_json)
 
-    def _tables(self, name: str) -> Artefact[ExitTables]:
-        return Artefact(self.path, name, "evaluate", ExitTables.from_bytes, ExitTables.to_bytes)
+    def _tables(self, name: str, options: str = "") -> Artefact[ExitTables]:
+        return Artefact(self.path, name, "evaluate", ExitTables.from_bytes, ExitTables.to_bytes, options=options)
 
     def _shards(self, pattern: str) -> list[Shard]:
         words = sorted(file.name.split(".")[1].replace("of", "/") for file in self.path.glob(pattern))

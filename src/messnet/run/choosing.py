@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from messnet.errors import InfeasibleError
@@ -73,7 +74,8 @@ def search_run(
     needs the run's tables, not its network, and so no torch. The half that it is not selected on is what a guarantee
     calibrates on, all of it: the certificate is then the report. Several cost tables: the least bad over these
     devices."""
-    tables, devices = directory.tables.read(), [directory.costs(path) for path in costs or (None,)]
+    devices = [directory.costs(path) for path in costs or (None,)]
+    tables = directory.tables_for(devices)
     selection, calibration = (tables.subset(half) for half in tables.halves(options.seed))
     limit = options.time_limit if time_limit is None else time_limit
     result = search_for(
@@ -88,5 +90,6 @@ def search_run(
     )
     if guarantee is not None:
         result = certify(result, guarantee, selection=selection, calibration=calibration, costs=devices)
+    result = replace(result, instance=replace(result.instance, precision=tables.precision))
     directory.instance(name).write(result.instance)
     return result

@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from messnet.costs.latency import LatencyOptions, num_threads
+from messnet.costs.workload import copy_module
 from messnet.deployment.bundle import Bundle, CutPoint, open_bundle
 from messnet.deployment.loading import WORKLOAD, default_runtime, load
-from messnet.deployment.measurement import check_additivity, measure_heads, measure_session
-from messnet.deployment.restoring import restore_bundle
+from messnet.deployment.measurement import (
+    check_additivity,
+    instances_of_all_heads,
+    measure_heads,
+    measure_session,
+)
+from messnet.deployment.restoring import graph_runner, restore_bundle
+from messnet.deployment.runner import Live, Runner
+from messnet.deployment.torch_runner import TorchRunner
 from messnet.errors import MessError, ModelError, RunError
+from messnet.evaluation import LogitsOf
 from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_backbone_weights, load_weights
 from messnet.network.zoo import build_model, build_noted_model
+from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
-from messnet.records.names import GRAPH_RUNTIMES, RuntimeName, precision_of_dtype
+from messnet.records.instance import Exit, Instance
+from messnet.records.names import GRAPH_RUNTIMES, Precision, RuntimeName, precision_of_dtype
 from messnet.run.recipe import ModelOptions
 from messnet.run.run import Run, add_heads
 
-__all__ = ["Profile", "build_network", "measure_run", "profile_bundle", "profile_model", "start_from_weights"]
+__all__ = [
+    "Profile",
+    "build_network",
+    "logits_in",
+    "measure_run",
+    "profile_bundle",
+    "profile_model",
+    "start_from_weights",
+]
 
 
 def build_network(
@@ -184,9 +206,43 @@ def measure_run(run: Run, latency: LatencyOptions, name: str, runtime: RuntimeNa
         costs = _measure_costs(net, blueprint.input_size, latency, model=blueprint.model)
     else:
         workload = profile(net, blueprint.input_size, model=blueprint.model)
-        costs = measure_heads(net, workload, latency, runtime=runtime, policy=run.recipe.evaluate.policies[0])
+        policy, calibration = run.recipe.evaluate.policies[0], run.calibration() if latency.dtype == "int8" else []
+        runner = partial(graph_runner, calibration=calibration)
+        costs = measure_heads(net, workload, latency, runtime=runtime, policy=policy, make_runner=runner)
     run.directory.measured(name).write(costs)
     return costs
+
+
+def logits_in(run: Run, net: MultiExitNet, runtime: RuntimeName, precision: Precision) -> LogitsOf:
+    """The logits of every exit of ``net`` as a runtime computes them in a precision. Graphs are made of all heads,
+    which takes seconds an exit."""
+    policy, size = run.recipe.evaluate.policies[0], run.blueprint().input_size
+    runners: list[tuple[Instance, Runner]] = []
+    calibration = run.calibration() if precision == "int8" else []
+    copied = None if runtime in GRAPH_RUNTIMES else copy_module(net, lambda tensor: tensor)
+    for instance in instances_of_all_heads(net, policy):
+        if runtime in GRAPH_RUNTIMES:
+            made = graph_runner(net, instance, size, runtime=runtime, precision=precision, calibration=calibration)
+            runners.append((instance, made))
+        else:
+            assert copied is not None
+            by_torch = TorchRunner(copied, Policy.parse(policy), device=str(run.device), precision=precision)
+            runners.append((instance, by_torch))
+
+    def logits_of(image: NDArray[np.uint8]) -> Iterator[tuple[Exit, Tensor]]:
+        known: set[Exit] = set()
+        for instance, runner in runners:
+            live: Live | None = runner.start(image[None])
+            new = [choice.exit not in known for choice in instance.exits]
+            for choice in instance.exits[: len(new) - new[::-1].index(True)]:  # what all instances share runs once more
+                assert live is not None
+                step = runner.advance(live, choice.exit, logits=choice.exit not in known)
+                live = step.live
+                if choice.exit not in known:
+                    known.add(choice.exit)
+                    yield choice.exit, torch.from_numpy(runner.array(step.logits, 0))
+
+    return logits_of
 
 
 def _measure_costs(net: MultiExitNet, input_size: tuple[int, int], latency: LatencyOptions, *, model: str) -> CostTable:

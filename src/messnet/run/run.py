@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
 from messnet.data import SegmentationDataset
 from messnet.data.sources import open_dataset
+from messnet.deployment.quantising import CALIBRATION
 from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
 from messnet.network.exit_head import HeadConfig, HeadSpace
@@ -50,6 +53,12 @@ class Run:
         if split not in self._datasets:
             self._datasets[split] = open_dataset(self.recipe.data, split)
         return self._datasets[split]
+
+    def calibration(self) -> list[NDArray[np.uint8]]:
+        """The training images that int8 takes the ranges of activations from."""
+        train = self.dataset("train")
+        drawn = np.random.default_rng(CALIBRATION.seed).permutation(len(train))[: CALIBRATION.images]
+        return [train[int(v)].image for v in drawn]
 
     def blueprint(self) -> Blueprint:
         return Blueprint.from_json(self.directory.exits.read())

@@ -14,10 +14,11 @@ from messnet.network.multi_exit import MultiExitNet
 from messnet.profiling import profile
 from messnet.records.costs import COST_TABLE
 from messnet.records.exit_tables import EXIT_TABLES, ExitTables
+from messnet.records.names import Precision, RuntimeName
 from messnet.records.shard import WHOLE, Shard
 from messnet.report.page import STAGE_1_ADVICE, ReportInputs, render_report
 from messnet.run.choosing import search_all
-from messnet.run.measuring import build_network, start_from_weights
+from messnet.run.measuring import build_network, logits_in, start_from_weights
 from messnet.run.recipe import recipe_to_record
 from messnet.run.reporting import measure_instances
 from messnet.run.run import Run
@@ -27,7 +28,15 @@ from messnet.searching.measure import baseline_miou_of
 from messnet.training import distill, pretrain, space_exits
 from messnet.training.journal import say
 
-__all__ = ["STAGES", "distill_stage", "evaluate_stage", "merge_stage", "merge_tables", "run_stage"]
+__all__ = [
+    "STAGES",
+    "deployed_tables_stage",
+    "distill_stage",
+    "evaluate_stage",
+    "merge_stage",
+    "merge_tables",
+    "run_stage",
+]
 
 
 def profile_stage(run: Run) -> None:
@@ -148,6 +157,21 @@ def evaluate_stage(run: Run, shard: Shard | None = None) -> None:
     tables = evaluate(net, val, options, run.device, part=part, origin=origin, checkpoint=checkpoint)
     file.write(tables if shard else _beside_delivered(run, tables))
     checkpoint.discard()
+
+
+def deployed_tables_stage(run: Run, runtime: RuntimeName, precision: Precision) -> bool:
+    """``evaluate_stage`` of the network as ``runtime`` computes it in ``precision``, in a file of its own. Tells
+    whether there was anything to do."""
+    origin = f"{_tables_origin(run)} {runtime} {precision}"
+    file = run.directory.deployed_tables(runtime, precision)
+    if file.exists and file.read().origin == origin:
+        return False
+    net, val, checkpoint = run.trained(), run.dataset("val"), run.checkpoint(f"tables-{runtime}-{precision}")
+    logits_of = logits_in(run, net, runtime, precision)
+    tables = evaluate(net, val, run.recipe.evaluate, origin=origin, logits_of=logits_of, checkpoint=checkpoint)
+    file.write(_beside_delivered(run, replace(tables, precision=precision)))
+    checkpoint.discard()
+    return True
 
 
 def _beside_delivered(run: Run, tables: ExitTables) -> ExitTables:

@@ -14,7 +14,7 @@ from messnet.records.costs import CostColumn, CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
 from messnet.records.iou import class_iou, mean_iou
-from messnet.records.names import CostName, Statistic
+from messnet.records.names import DTYPES, CostName, Statistic
 from messnet.records.selection import CostUnit, ReachedCost, ReachedIou
 from messnet.searching.grid import cost_of, route
 from messnet.searching.objective import Objective
@@ -168,7 +168,15 @@ def _asked_costs(
 
 
 def checked_column(table: CostTable, tables: ExitTables, name: CostName) -> CostColumn:
-    """One cost of the tables' exits. Raises RunError for an exit that the cost table lacks and for a cost below 0."""
+    """One cost of the tables' exits. Raises RunError for an exit that the cost table lacks, for times in another
+    precision than the tables are of, and for a cost below 0."""
+    own = DTYPES[tables.precision]
+    dtype = table.conditions.get("dtype", own)
+    if name in ("latency_ms", "latency_p95_ms") and dtype != own:
+        raise RunError(
+            f"the exit tables are of a network in {own}, the cost table is of one in {dtype}: make both in the same "
+            f"precision with `messnet evaluate` and `messnet profile --measure`"
+        )
     column = table.column(name, tables.exits)
     # Bounds add costs up and assume that more parts never cost less.
     for values in (column.segments, column.heads, column.policies, column.outputs):

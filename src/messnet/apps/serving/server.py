@@ -33,7 +33,7 @@ class ModelOptions(TypedDict, total=False):
 
     instance: str | None
     runtime: RuntimeName | None
-    precision: Precision
+    precision: Precision | None
     threads: int | None
     model: str | None
     device: str
