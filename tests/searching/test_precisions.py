@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from helpers.tables import tiny
-from messnet.errors import RunError
-from messnet.records.costs import CostTable
+from messnet.errors import RecipeError, RunError
+from messnet.records.costs import CostTable, PartCost
 from messnet.records.exit_tables import ExitTables
 from messnet.records.names import Setting
 from messnet.records.run_directory import RunDirectory
-from messnet.run.choosing import search_run
+from messnet.run.choosing import search_precisions, search_run
 from messnet.searching import Objective, search
 from messnet.searching.options import SearchOptions
 
@@ -79,3 +79,49 @@ def test_tables_that_are_missing_or_of_other_weights(run: tuple[RunDirectory, Ex
     with pytest.raises(RunError, match="in int8 are of other weights or another recipe than its own") as refused:
         search_run(directory, SearchOptions(), FAST, name="fast", costs=[file])
     assert again in str(refused.value)
+
+
+def faster(costs: CostTable, dtype: str) -> CostTable:
+    """Half the time for everything."""
+
+    def half(part: PartCost) -> PartCost:
+        return replace(part, latency_ms=(part.latency_ms or 0) / 2)
+
+    parts = {name: tuple(map(half, getattr(costs, name))) for name in ("segments", "policies", "outputs")}
+    heads = {exit: half(part) for exit, part in costs.heads.items()}
+    return replace(measured(costs, dtype), heads=heads, **parts)
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_the_precision_is_a_choice(run: tuple[RunDirectory, ExitTables, CostTable], loses: bool) -> None:
+    """int8 at half the time and the same counts wins with the same instance, its drop counted from the float model;
+    where it is wrong everywhere, no instance in int8 keeps the drop, and the best is the one in f32."""
+    directory, tables, costs = run
+    intersection = tables.intersection.copy()
+    if loses:
+        intersection[:] = 0
+    int8 = replace(tables, precision="int8", origin="weights onnxruntime int8", intersection=intersection)
+    directory.deployed_tables("onnxruntime", "int8").write(int8)
+    files = written(directory, {"f32": measured(costs, "float32"), "int8": faster(costs, "int8")})
+    objective = Objective(minimise="latency_ms", max_drop_pp=5)
+    alone = search_run(directory, SearchOptions(), objective, name="alone", costs=files[:1])
+    found = search_precisions(directory, SearchOptions(), objective, files, name="best")
+    assert [one.name for one in found] == ["onnxruntime f32", "onnxruntime int8"]
+    assert found[1].model[1] == pytest.approx(found[0].model[1] / 2)
+    assert found[1].model[2] == pytest.approx(found[0].model[2] / 4)  # a byte a weight
+    best = directory.read_instance("best")
+    assert best.precision == ("f32" if loses else "int8")
+    assert best.exits == alone.instance.exits
+    assert (found[1].result is None) == loses
+    if not loses:
+        assert best.selected_on["latency_ms"] == pytest.approx(alone.instance.selected_on["latency_ms"] / 2)
+
+
+def test_precisions_of_several_devices(run: tuple[RunDirectory, ExitTables, CostTable]) -> None:
+    directory, _, costs = run
+    other = replace(costs, conditions={"runtime": "openvino", "dtype": "int8", "device": "another"})
+    files = written(directory, {"f32": measured(costs, "float32"), "int8": other})
+    with pytest.raises(RecipeError, match="are compared on one device"):
+        search_precisions(directory, SearchOptions(), FAST, files, name="best")
+    with pytest.raises(RunError, match="the cost tables are of onnxruntime f32 and openvino int8"):
+        search_run(directory, SearchOptions(), FAST, name="best", costs=files)

@@ -40,6 +40,8 @@ from messnet.searching.objective import (
 if TYPE_CHECKING:
     from messnet.records.instance import Instance
     from messnet.records.run_directory import RunDirectory
+    from messnet.run.choosing import Alternative
+    from messnet.searching.answers import SearchSetting
     from messnet.searching.options import SearchOptions
 
 __all__ = ["search"]
@@ -129,8 +131,8 @@ def search(
     costs: Annotated[
         list[Path] | None,
         Parameter(
-            help="Tables of `profile --measure`; several: the least bad over all. By default the run's profile.json, "
-            "without latency.",
+            help="Tables of `profile --measure`; several: the least bad over all devices, or, where one is in int8 or "
+            "half precision, the best of all precisions. By default the run's profile.json, without latency.",
             negative=(),
         ),
     ] = None,
@@ -173,26 +175,41 @@ def search(
         instances = [file.read() for file in files if file.exists]
         texts, fronts, unit = found.verdicts + found.skipped, {**found.fronts}, CostUnit("macs")
     else:
-        from messnet.run.choosing import search_run
+        from messnet.run.choosing import best_of, search_precisions, search_run
 
         # A run as it stands is read, not opened: a search needs its tables and no network, and so no torch.
         directory, options = _recorded(target) if target.is_dir() and not overrides else _opened(target, overrides, out)
-        result = search_run(
-            directory,
-            options,
-            asked,
-            name=name,
-            setting="budgeted" if setting == "budgeted" else "input_dependent",
-            costs=costs or (),
-            guarantee=guarantee,
-            time_limit=time_limit,
-        )
+        searched: SearchSetting = "budgeted" if setting == "budgeted" else "input_dependent"
+        alternatives: Sequence[Alternative] = ()
+        if isinstance(asked, Objective) and guarantee is None and _are_of_precisions(directory, costs or ()):
+            alternatives = search_precisions(
+                directory, options, asked, costs or (), name=name, setting=searched, time_limit=time_limit
+            )
+            result = best_of(alternatives)
+        else:
+            result = search_run(
+                directory,
+                options,
+                asked,
+                name=name,
+                setting=searched,
+                costs=costs or (),
+                guarantee=guarantee,
+                time_limit=time_limit,
+            )
         instances, unit = [result.instance], result.selection.unit
         texts = [result.verdict, result.certificate]
         texts += [f"runner-up: {words.runner_up(one, unit)}" for one in result.runners_up]
-        fronts = {setting: [(point.cost, point.miou) for point in result.front]}
+        texts = [_alternative(one, unit) for one in alternatives] + texts
+        found_fronts = {one.name: one.result.front for one in alternatives if one.result} or {setting: result.front}
+        fronts = {key: [(point.cost, point.miou) for point in points] for key, points in found_fronts.items()}
         if front is not None:
-            points = [{"cost": p.cost, "miou": p.miou, "exits": asdict(p.instance)["exits"]} for p in result.front]
+            points = [
+                {"cost": p.cost, "miou": p.miou, "exits": asdict(p.instance)["exits"]}
+                | ({"in": key} if alternatives else {})
+                for key, row in found_fronts.items()
+                for p in row
+            ]
             write_atomically(front, json.dumps({"cost": words.axis(unit), "points": points}, indent=1) + "\n")
     if plot is not None:
         _draw(plot, fronts, instances, unit)
@@ -203,6 +220,24 @@ def search(
     for instance in instances:
         print("\n".join(words.describe(instance)))
     print("\n".join(texts))
+
+
+def _are_of_precisions(directory: RunDirectory, costs: Sequence[Path]) -> bool:
+    """Whether ``costs`` are several, of which one was not measured in f32: then they are no several devices."""
+    dtypes = {directory.costs(path).conditions.get("dtype", "float32") for path in costs}
+    return len(costs) > 1 and dtypes != {"float32"}
+
+
+def _alternative(one: Alternative, unit: CostUnit) -> str:
+    """A line on a precision: the model in it, and the best instance."""
+    from messnet.searching import words
+
+    miou, cost, megabytes = one.model
+    text = f"{one.name}: model {miou:.2%} at {words.amount(unit, cost)}, {megabytes:.2f} MB; "
+    if one.result is None:
+        return f"{text}no instance: {one.why_none}"
+    found = one.result.selection
+    return f"{text}instance {found.miou:.2%} at {words.amount(unit, found.cost)}, {one.megabytes:.2f} MB"
 
 
 def _recorded(path: Path) -> tuple[RunDirectory, SearchOptions]:

@@ -137,7 +137,9 @@ class RunDirectory:
             return self.tables.read()
         if len(measured) > 1:
             found = " and ".join(f"{runtime} {precision_of_dtype(dtype)}" for runtime, dtype in sorted(measured))
-            raise RunError(f"the cost tables are of {found}, of which none foretells another: search with each alone")
+            raise RunError(
+                f"the cost tables are of {found}, of which none foretells another: give this search one of them"
+            )
         runtime, dtype = others[0]
         tables = self.deployed_tables(runtime, precision_of_dtype(dtype)).read()
         own = self.tables.read().origin if self.tables.exists else ""
