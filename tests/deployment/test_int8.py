@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from onnx import compose, numpy_helper
 
 from helpers.images import smooth_image
 from helpers.light import REPOSITORY
+from messnet.cli import main
 from messnet.deployment.bundle import open_bundle
 from messnet.deployment.graph_file import expect_self_contained, leading_to
 from messnet.deployment.graph_runner import OUTPUT, GraphRunner, load_graph
+from messnet.deployment.loading import load
 from messnet.deployment.quantising import EightBits, check_quantised, quantise
 from messnet.deployment.session import Session
-from messnet.errors import ModelError, RecipeError
+from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 
 BUNDLE = open_bundle(REPOSITORY / "examples/scenes_mobilenetv2.mess")
@@ -135,3 +138,31 @@ def test_what_is_lost_is_counted(graphs: dict[str, bytes], int8: dict[str, bytes
 def test_no_images_to_calibrate_on(graphs: dict[str, bytes]) -> None:
     with pytest.raises(RecipeError, match="int8 needs images"):
         quantise(graphs, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--precision", "int8"], "torch has no precision 'int8'"),
+        (["--runtime", "onnxruntime", "--precision", "int8"], "int8 needs images to calibrate on"),
+        (["--static", "96", "128"], "--static is for graphs: leave it out, or add --runtime onnxruntime"),
+    ],
+)
+def test_what_an_export_cannot_do(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(BUNDLE.path), "--out", "none.mess", *arguments])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert words in said[0]
+
+
+def test_int8_where_there_is_none(tiny_run: Path) -> None:
+    with pytest.raises(
+        RunError, match="holds no graphs for onnxruntime in int8; .* --runtime onnxruntime --precision int8"
+    ):
+        load(BUNDLE.path, precision="int8")
+    with pytest.raises(RunError, match="has no graphs in int8, which training images calibrate: make a bundle of"):
+        load(tiny_run, runtime="openvino", precision="int8", instance="max-miou")
+    with pytest.raises(RecipeError, match="torch has no precision 'int8'"):
+        load(tiny_run, precision="int8")

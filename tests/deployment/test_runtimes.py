@@ -20,6 +20,7 @@ from messnet.deployment.export import check_graphs, export
 from messnet.deployment.graph_file import leading_to
 from messnet.deployment.graph_runner import load_graph
 from messnet.deployment.loading import load
+from messnet.deployment.quantising import METHOD, EightBits
 from messnet.deployment.restoring import restore_bundle
 from messnet.deployment.runner import Live
 from messnet.deployment.session import Result, Session
@@ -58,7 +59,11 @@ def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     instance = Instance(name="half", setting="input_dependent", exits=(early, ExitChoice(exit_index=3, head="final")))
     (run / "instances/half.json").write_text(instance.to_json())
-    return export(run, run.parent / "half.mess", instance="half", graphs=True, images=IMAGES[:2]).path
+    bits = EightBits(
+        calibration=IMAGES[:2], samples=[(image, None) for image in IMAGES[2:4]], max_loss_pp=100, origin={"seed": 7}
+    )
+    out = run.parent / "half.mess"
+    return export(run, out, instance="half", graphs=True, eight_bits=bits, images=IMAGES[:2]).path
 
 
 def same(one: Result, other: Result) -> None:
@@ -203,6 +208,36 @@ def test_every_runtime_decides_as_torch(bundle: Path, runtime: Any, batch_size: 
         for one, other in zip(session.anytime(image), reference.anytime(image), strict=True):
             same(one, other)
         same(session.budgeted(image, exit_index=3), reference.budgeted(image, exit_index=3))
+
+
+def test_a_bundle_with_both_runs_in_either(bundle: Path) -> None:
+    """In float32 unless int8 is asked for, which needs no runtime to be named; torch has none."""
+    assert (load(bundle).runtime, load(bundle, runtime="onnxruntime").precision) == ("torch", "f32")
+    sessions = [load(bundle, precision="int8"), load(bundle, runtime="openvino", precision="int8")]
+    assert [(one.runtime, one.precision) for one in sessions] == [("onnxruntime", "int8"), ("openvino", "int8")]
+    assert sessions[0].runner.conditions["dtype"] == "int8"
+    expected = load(bundle).predict(IMAGES)
+    for session in sessions:
+        found = [[*session.anytime(image)][-1].labels for image in IMAGES]
+        deep = [[*load(bundle).anytime(image)][-1].labels for image in IMAGES]
+        assert np.mean([(a == b).mean() for a, b in zip(found, deep, strict=True)]) > 0.9
+        assert {result.exit_index for result in session.predict(IMAGES)} <= {result.exit_index for result in expected}
+    with pytest.raises(
+        RecipeError, match="torch has no precision 'int8'; choose one of .* or run it with onnxruntime or"
+    ):
+        load(bundle, runtime="torch", precision="int8")
+
+
+def test_the_manifest_says_what_int8_is_made_of(bundle: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    assert manifest.provenance["int8"] == {"method": METHOD, "images": 2, "seed": 7}
+    checked = manifest.runtimes["onnx-int8"].checked
+    assert (checked["images"], checked["labelled"], checked["size_multiple"]) == (2, 0, 1)
+    assert checked["loss_pp"] == pytest.approx(100 * (1 - checked["equal_pixels"]))
+    sizes = {
+        name: sum((bundle / f"{name}/stage{k}.onnx").stat().st_size for k in (0, 1)) for name in ("onnx", "onnx-int8")
+    }
+    assert sizes["onnx-int8"] < 0.7 * sizes["onnx"]
 
 
 def test_the_manifest_says_how_far_graphs_agree(bundle: Path) -> None:
