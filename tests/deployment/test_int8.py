@@ -159,7 +159,7 @@ def test_what_an_export_cannot_do(arguments: list[str], words: str, capsys: pyte
 
 def test_int8_where_there_is_none(tiny_run: Path) -> None:
     with pytest.raises(
-        RunError, match="holds no graphs for onnxruntime in int8; .* --runtime onnxruntime --precision int8"
+        RunError, match=r"holds no graphs for onnxruntime in int8; .* --runtime onnxruntime --precision int8"
     ):
         load(BUNDLE.path, precision="int8")
     with pytest.raises(RunError, match="has no graphs in int8, which training images calibrate: make a bundle of"):

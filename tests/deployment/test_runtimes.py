@@ -223,7 +223,7 @@ def test_a_bundle_with_both_runs_in_either(bundle: Path) -> None:
         assert np.mean([(a == b).mean() for a, b in zip(found, deep, strict=True)]) > 0.9
         assert {result.exit_index for result in session.predict(IMAGES)} <= {result.exit_index for result in expected}
     with pytest.raises(
-        RecipeError, match="torch has no precision 'int8'; choose one of .* or run it with onnxruntime or"
+        RecipeError, match=r"torch has no precision 'int8'; choose one of .* or run it with onnxruntime or"
     ):
         load(bundle, runtime="torch", precision="int8")
 
