@@ -322,6 +322,7 @@ def eight_bits(
                 named["original_nncf"] = Session(peer, one)
     laps = dict(zip(named, in_turn(list(named.values()), images, 1, options.rounds), strict=True))
     ms = {name: sum(lap.ms for lap in taken) / len(images) for name, taken in laps.items()}
+    cpu = {name: sum(lap.cpu_ms for lap in taken) / len(images) for name, taken in laps.items()}
     results = {name: [result for lap in taken for result in lap.results] for name, taken in laps.items()}
     where, K = f"{runtime}_{size[0]}x{size[1]}", len(found.blueprint.class_names)
     miou = {
@@ -335,6 +336,7 @@ def eight_bits(
         for p in ("f32", "int8")
     }
     figures = [Figure(f"{where}_{name}_ms", value, "ms") for name, value in ms.items()]
+    figures += [Figure(f"{where}_{name}_cpu_ms", value, "ms") for name, value in cpu.items()]
     # What a bundle leaves out of the original has random weights: its mIoU says nothing.
     whole = not is_bundle(options.run)
     figures += [
@@ -357,11 +359,13 @@ def eight_bits(
         figures.append(Figure(f"{where}_loss_to_original_f32", loss, "pp", 1.0, at_least=False))
     for precision in ("f32", "int8"):
         gain = ms[f"original_{precision}"] / ms[f"instance_{precision}"]
+        cpu_gain = cpu[f"original_{precision}"] / cpu[f"instance_{precision}"]
         goal = 0.9 if precision == "int8" else None
         figures += [
             Figure(f"{where}_{precision}_workload_reduction", work[precision], "x"),
             Figure(f"{where}_{precision}_latency_reduction", gain, "x"),
             Figure(f"{where}_{precision}_latency_over_workload", gain / work[precision], "ratio", goal),
+            Figure(f"{where}_{precision}_cpu_over_workload", cpu_gain / work[precision], "ratio"),
         ]
         deciding = policy_ms(named[f"instance_{precision}"], images[0], 10 * options.rounds)
         reached = {e: np.mean([r.exit_index >= e for r in results[f"instance_{precision}"]]) for e in deciding}
