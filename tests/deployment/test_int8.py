@@ -23,6 +23,7 @@ from messnet.deployment.quantising import EightBits, check_quantised, quantise
 from messnet.deployment.session import Session
 from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
+from messnet.records.run_directory import RunDirectory
 
 BUNDLE = open_bundle(REPOSITORY / "examples/scenes_mobilenetv2.mess")
 IMAGES = [smooth_image(96, 128, seed=seed) for seed in range(6)]
@@ -164,5 +165,9 @@ def test_int8_where_there_is_none(tiny_run: Path) -> None:
         load(BUNDLE.path, precision="int8")
     with pytest.raises(RunError, match="has no graphs in int8, which training images calibrate: make a bundle of"):
         load(tiny_run, runtime="openvino", precision="int8", instance="max-miou")
+    found = replace(RunDirectory(tiny_run).read_instance("max-miou"), precision="int8")
+    with pytest.raises(RunError, match="has no graphs in int8"):
+        load(tiny_run, instance=found)  # its thresholds are those of another network
+    assert load(tiny_run, instance=found, precision="f32").precision == "f32"
     with pytest.raises(RecipeError, match="torch has no precision 'int8'"):
-        load(tiny_run, precision="int8")
+        load(tiny_run, precision="int8", runtime="torch")

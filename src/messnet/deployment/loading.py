@@ -73,7 +73,9 @@ def load(
         raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
     if RunDirectory(path).exists:
         chosen = instance if isinstance(instance, Instance) else RunDirectory(path).read_instance(instance)
-        return _load_run(path, chosen, _How(device, runtime or "torch", precision or chosen.precision, threads))
+        precision = precision or chosen.precision
+        runs_in = runtime or ("onnxruntime" if precision == "int8" else "torch")
+        return _load_run(path, chosen, _How(device, runs_in, precision, threads))
     raise RunError(
         f"{path} is no run directory (no run.json) and no bundle (no manifest.json, no zip); start a run with "
         f"`messnet run RECIPE`, make a bundle of it with `messnet export RUN`"
