@@ -53,6 +53,7 @@ from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.images.preprocessing import normalise
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.labels import load_compiled
 from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
@@ -98,6 +99,7 @@ class Graphs:
             precision=precision,
             threads=threads,
             size_multiple=self.multiple,
+            policy=Policy.parse(instance.policy),
         )
 
 
@@ -313,7 +315,7 @@ def eight_bits(
         for precision, made in (("f32", graphs), ("int8", quantise(graphs, calibration))):
             strides = [point.output_stride for point in net.exit_points]
             kind: dict[str, Any] = {"runtime": runtime, "precision": precision, "threads": threads}
-            kind["size_multiple"] = size_multiple(net)
+            kind |= {"size_multiple": size_multiple(net), "policy": Policy.parse(one.policy)}
             name = "original" if one is original else "instance"
             named[f"{name}_{precision}"] = Session(GraphRunner(made, one.exits, strides, **kind), one)
             if one is original and precision == "f32" and runtime == "openvino" and find_spec("nncf"):
@@ -445,6 +447,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     options = parsed()
     torch.set_num_threads(options.threads)
+    load_compiled()  # as a session that has been warmed up decides
     cv2.setNumThreads(1)
     if options.quick:
         options.sizes, options.batches, options.rounds = options.sizes[:1], [1], 1

@@ -18,7 +18,7 @@ from helpers.images import smooth_image
 from messnet.deployment.bundle import open_bundle
 from messnet.deployment.export import check_graphs, export
 from messnet.deployment.graph_file import leading_to
-from messnet.deployment.graph_runner import load_graph
+from messnet.deployment.graph_runner import GraphRunner, load_graph
 from messnet.deployment.loading import load
 from messnet.deployment.quantising import METHOD, EightBits
 from messnet.deployment.restoring import restore_bundle
@@ -208,6 +208,28 @@ def test_every_runtime_decides_as_torch(bundle: Path, runtime: Any, batch_size: 
         for one, other in zip(session.anytime(image), reference.anytime(image), strict=True):
             same(one, other)
         same(session.budgeted(image, exit_index=3), reference.budgeted(image, exit_index=3))
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_compiled_pass_decides_as_the_graph_does(bundle: Path, runtime: Any, precision: Any) -> None:
+    session = load(bundle, runtime=runtime, precision=precision)
+    session.warm_up(IMAGES[0])  # loads the compiled pass
+    manifest = open_bundle(bundle).manifest
+    runtimes, strides = manifest.runtimes["onnx" if precision == "f32" else "onnx-int8"], [8] * 4
+    graphs = {name: (bundle / file).read_bytes() for name, file in runtimes.files.items()}
+    in_graph = GraphRunner(graphs, manifest.instance.exits, strides, runtime=runtime, precision=precision)
+    exit, shares = manifest.instance.exits[0].exit, []
+    for image in IMAGES:
+        for threshold in (0.2, 0.35, 0.6):
+            steps = [
+                one.advance(one.start(image[None]), exit, pixel_threshold=threshold)
+                for one in (session.runner, in_graph)
+            ]
+            shares.append([float(step.confidence[0]) for step in steps if step.confidence is not None])
+    found = np.array(shares)
+    np.testing.assert_allclose(found[:, 0], found[:, 1], atol=1e-6)
+    assert len(np.unique(found[:, 0])) > 5
 
 
 def test_a_bundle_with_both_runs_in_either(bundle: Path) -> None:

@@ -15,6 +15,7 @@ from messnet.deployment.graph_runner import OUTPUT, GraphRunner, graphs_for, sta
 from messnet.deployment.runner import Runner
 from messnet.deployment.session import Session
 from messnet.errors import RecipeError, RunError, needing_extras
+from messnet.policy.policy import Policy
 from messnet.records.costs import CostTable
 from messnet.records.instance import Instance
 from messnet.records.names import GRAPH_RUNTIMES, GraphRuntime, Precision, RuntimeName, expect_runtime
@@ -129,7 +130,6 @@ class _How:
 
     def by_torch(self, net: MultiExitNet, instance: Instance) -> Runner:
         from messnet.deployment.torch_runner import TorchRunner
-        from messnet.policy.policy import Policy
 
         return TorchRunner(
             net,
@@ -219,6 +219,7 @@ def _bundled_graphs(bundle: Bundle, runtime: GraphRuntime, how: _How) -> GraphRu
         precision=how.precision,
         threads=how.threads,
         size_multiple=int(stored.checked.get("size_multiple", 1)),
+        policy=Policy.parse(manifest.instance.policy),
     )
 
 

@@ -15,6 +15,7 @@ from messnet.deployment.restoring import graph_runner
 from messnet.deployment.runner import Live, Runner
 from messnet.deployment.session import Result, Session
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.labels import load_compiled
 from messnet.profiling import running_copy
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit, ExitChoice, Instance
@@ -108,6 +109,7 @@ def measure_session(
     draw, size = np.random.default_rng(0), workload.input_size
     image = draw.integers(0, 256, (1, *size, 3), dtype=np.uint8)
     watch, runner, exits = Stopwatch(session.device, clock), session.runner, session.instance.exits
+    load_compiled()  # as sessions that have been warmed up decide
 
     def once() -> None:
         lives: list[Live | None] = [runner.start(image) for _ in range(3)]

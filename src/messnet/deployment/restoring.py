@@ -132,4 +132,5 @@ def graph_runner(
         precision=precision,
         threads=threads,
         size_multiple=size_multiple(net),
+        policy=Policy.parse(instance.policy),
     )
