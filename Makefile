@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
+# Tests of the page in a browser take it from here; without npm they are skipped.
+BROWSER_RUNTIME := $(VENV)/node_modules/onnxruntime-web
 
 # Threads of libgomp, which torch computes with, soon sleep when they wait: see src/messnet/costs/processor.py.
 ifndef OMP_WAIT_POLICY
@@ -27,7 +29,7 @@ demo: $(TRAIN)
 	$(BIN)/messnet run configs/demo.yaml
 
 # Two processes of one thread each: half the time of one process of two threads.
-test: $(DEV)
+test: $(DEV) $(BROWSER_RUNTIME)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(DEV)
@@ -51,3 +53,6 @@ $(TRAIN) $(DEV) $(DOCS): $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable ".[$*]"
 	touch $@
+
+$(BROWSER_RUNTIME):
+	-npm install --silent --no-package-lock --prefix $(VENV) onnxruntime-web

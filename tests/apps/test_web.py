@@ -75,9 +75,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--host-resolver-rules=MAP phone.test 127.0.0.1"]
-        )
+        # A second name of this machine, from which a page is not isolated; a camera that shows a test picture.
+        args = ["--no-sandbox", "--host-resolver-rules=MAP phone.test 127.0.0.1"]
+        args += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = p.chromium.launch(executable_path=str(CHROMIUM), args=args)
         yield browser
         browser.close()
 
@@ -130,6 +131,10 @@ def test_every_exit_is_that_of_a_session(folder: Path, browser: Any, session: me
                 assert (shown_labels(page, session.palette) == expected.labels).mean() >= 0.999
         assert len(taken) > 1, "images that tell exits apart"
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.locator("#camera").click()
+        expect(page.locator("#detail")).to_contain_text("scaled down here from 640", timeout=60_000)
+        page.locator("#camera").click()
+        expect(page.locator("#camera")).to_have_text("Use the camera", timeout=60_000)
     # The server is gone; what has been seen once is enough.
     page.reload()
     expect(page.locator("#headline")).to_have_text("No image yet", timeout=60_000)

@@ -139,16 +139,20 @@ async function film() {
   video.muted = true;
   video.srcObject = camera;
   await video.play();
-  $("camera").setAttribute("aria-pressed", "true");
-  $("camera").textContent = "Stop the camera";
+  filming(true);
   const mine = camera;
   while (camera === mine && mine.active) {
     draw(video, video.videoWidth, video.videoHeight);
     await run();
     await new Promise(requestAnimationFrame);
   }
-  $("camera").setAttribute("aria-pressed", "false");
-  $("camera").textContent = "Use the camera";
+  filming(false);
+}
+
+function filming(begun) {
+  $("camera").setAttribute("aria-pressed", String(begun));
+  $("camera").textContent = begun ? "Stop the camera" : "Use the camera";
+  $("said").setAttribute("aria-live", begun ? "off" : "polite"); // or a screen reader reads out every frame
 }
 
 async function take(blob, button = null) {
