@@ -39,6 +39,10 @@ REFUSED = {
     "two_in_one_memory": "classifier.a.weight and classifier.b.weight are two parameters in one memory",
     "expanded": r"the elements of classifier.bias share their memory, .*\.clone\(\) it",
     "in_a_tuple": "Outputs returned a tuple of 2; expected logits .* wrap it in a module that returns those",
+    "in_a_list": "Outputs returned a list of 2; expected logits .* wrap it in a module that returns those",
+    "in_an_odd_dict": "Outputs returned a dict with the keys 'masks'; expected logits .* under the key 'out'",
+    "of_whole_images": r"the model gives \(1, 2\) for images \(1, 3, 32, 48\); expected logits .*: a classifier\?",
+    "one_channel_wrapped": "Wrapped gives one channel, as for a sigmoid; .* return torch.cat",
     "moody": r"Moody.forward itself does other things in train\(\) than in eval\(\)",
     "untraceable": "Untraceable could not be traced at .*name the exits by module path",
     "untraceable_hooked": "UntraceableHooked could not be traced at .*name the exits by module path",
@@ -46,10 +50,11 @@ REFUSED = {
 # What runs as it is, tapped at a named module, has no graphs.
 TAPPED = {"untraceable": "blocks.0", "untraceable_hooked": "blocks.0"}
 WITHOUT_GRAPHS = ("scripted_part",)
-# Near neighbours of others, for which tests/network/test_faults_of_models.py is enough: an export takes seconds.
-CONVERTED_ALONE = (
-    "bfloat16", "float64", "hooked_block", "instance_norm", "kept_from_before", "made_in_block", "net_wrapped",
-    "data_parallel", "shuffle", "spectral_old", "squeeze_excite", "unet_wrapped_twice",
+# An export takes seconds, so several kinds share a network here; tests/network/test_faults_of_models.py has each alone.
+ALL_THE_WAY = (
+    "tensors_in_forward", "kept_whole", "tied_twice", "worked_out", "reshaped", "normed", "half_pyramid_transposed",
+    "grey_two_in_a_dict", "compiled_parallel_wrapped", "hooked_used_before", "unet_in_a_list_wrapped",
+    "sized_unet", "sized_unet_encoder_kept_whole",
 )  # fmt: skip
 
 
@@ -70,7 +75,7 @@ def train_and_search(folder: Path, name: str, more: str = "") -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*REFUSED, *WITHOUT_GRAPHS, *CONVERTED_ALONE)])
+@pytest.mark.parametrize("name", ALL_THE_WAY)
 def test_it_goes_all_the_way(tmp_path: Path, name: str) -> None:
     run = train_and_search(tmp_path, name)
     main(["export", str(run), "--instance", "both", "--runtime", "onnx", "--out", str(tmp_path / "both.mess")])

@@ -47,8 +47,11 @@ class Net(nn.Module):
             x = x + block(x)
         return x
 
+    def classified(self, y: Tensor) -> Tensor:
+        return self.classifier(y)
+
     def forward(self, x: Tensor) -> object:
-        return to_size(self.classifier(self.features(x)), x)
+        return to_size(self.classified(self.features(x)), x)
 
 
 class Wrapped(nn.Module):
@@ -98,8 +101,8 @@ class Temperature(Net):
         self.temperature = torch.tensor(2.0)
         self.offsets = [torch.linspace(-1, 1, num_classes).view(1, -1, 1, 1)]
 
-    def forward(self, x: Tensor) -> object:
-        return to_size(self.classifier(self.features(x)) / self.temperature + self.offsets[0], x)
+    def classified(self, y: Tensor) -> Tensor:
+        return super().classified(y) / self.temperature + self.offsets[0]
 
 
 class RandomFeatures(Net):
@@ -109,9 +112,9 @@ class RandomFeatures(Net):
         super().__init__(num_classes)
         self.directions = torch.randn(WIDTH, WIDTH, 1, 1)
 
-    def forward(self, x: Tensor) -> object:
-        y = self.features(x)
-        return to_size(self.classifier(y + torch.sin(F.conv2d(y, self.directions))), x)
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
+        return y + torch.sin(F.conv2d(y, self.directions))
 
 
 class KeptFromBefore(Net):
@@ -121,8 +124,8 @@ class KeptFromBefore(Net):
         super().__init__(num_classes)
         self.prior = self.stem(torch.rand(1, 3, 16, 16)).mean((2, 3), keepdim=True)
 
-    def forward(self, x: Tensor) -> object:
-        return to_size(self.classifier(self.features(x) + self.prior), x)
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x) + self.prior
 
 
 class CoordConv(Net):
@@ -132,13 +135,17 @@ class CoordConv(Net):
         super().__init__(num_classes)
         self.placed = nn.Conv2d(WIDTH + 2, WIDTH, 1)
 
-    def forward(self, x: Tensor) -> object:
-        y = self.features(x)
+    def features(self, x: Tensor) -> Tensor:
+        y = super().features(x)
         height, width = y.shape[-2:]
         rows = torch.arange(height, device=y.device, dtype=y.dtype).view(1, 1, height, 1) / height
         columns = torch.arange(width, device=y.device, dtype=y.dtype).view(1, 1, 1, width) / width
         grid = [rows.expand(y.shape[0], 1, height, width), columns.expand(y.shape[0], 1, height, width)]
-        return to_size(self.classifier(self.placed(torch.cat([y, *grid], 1))), x)
+        return self.placed(torch.cat([y, *grid], 1))
+
+
+class Held(NormInside, Temperature, RandomFeatures, CoordConv, KeptFromBefore):
+    """All of these in one."""
 
 
 class Noisy(nn.Module):
@@ -501,6 +508,51 @@ class Grey(nn.Module):
         return self.net(x.mean(1, keepdim=True))
 
 
+# Several kinds in one network, for what takes long.
+
+
+def tensors_in_forward(num_classes: int) -> nn.Module:
+    net = Held(num_classes)
+    net.blocks = nn.ModuleList([Blur(WIDTH), MadeInBlock(WIDTH)])
+    return net
+
+
+def tied_twice(num_classes: int) -> nn.Module:
+    net = Net(num_classes, head=TiedHead)
+    net.blocks[1] = net.blocks[0]
+    return net
+
+
+def worked_out(num_classes: int) -> nn.Module:
+    net = Net(num_classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(net.blocks[0][0])
+    nn.utils.parametrizations.weight_norm(net.blocks[1][0])
+    nn.utils.spectral_norm(net.stem[0])
+    return net
+
+
+class GreyTwoInADict(nn.Module):
+    """The ways out for a model of grey images and for one with one output, as torchvision returns logits."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = Net(1, channels=1)
+
+    def forward(self, x: Tensor) -> object:
+        y = self.net(x.mean(1, keepdim=True))
+        return {"out": torch.cat([torch.zeros_like(y), y], 1), "aux": y}
+
+
+def in_a_row(*blocks: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    return lambda channels: nn.Sequential(*(block(channels) for block in blocks))
+
+
+def two_heads(channels: int, num_classes: int) -> nn.Module:
+    return nn.Sequential(Pyramid(channels, channels), Transposed(channels, num_classes))
+
+
 def groups_of_two(channels: int) -> nn.Module:
     return nn.GroupNorm(2, channels)
 
@@ -548,6 +600,18 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "in_a_dict": lambda num_classes: Outputs(num_classes, lambda y: {"out": y, "aux": y}),
     "two_of_one": lambda num_classes: TwoOfOne(),
     "grey": Grey,
+    # These hold several kinds each.
+    "tensors_in_forward": tensors_in_forward,
+    "kept_whole": lambda num_classes: Net(num_classes, block=in_a_row(Noisy, Remembering, Locked)),
+    "tied_twice": tied_twice,
+    "worked_out": worked_out,
+    "reshaped": lambda num_classes: Net(num_classes, block=in_a_row(SpatialGroups, Shuffle, SqueezeExcite, Split)),
+    "normed": lambda num_classes: Net(
+        num_classes, block=TokenAttention, norm=in_a_row(LayerNorm2d, groups_of_two, nn.InstanceNorm2d)
+    ),
+    "half_pyramid_transposed": lambda num_classes: Net(num_classes, head=two_heads).half(),
+    "grey_two_in_a_dict": GreyTwoInADict,
+    "compiled_parallel_wrapped": lambda num_classes: torch.compile(nn.DataParallel(Wrapped(Net(num_classes)))),
     # These are refused.
     "one_channel": one_channel,
     "one_channel_images": lambda num_classes: Net(num_classes, channels=1),
@@ -556,6 +620,10 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "two_in_one_memory": two_in_one_memory,
     "expanded": expanded,
     "in_a_tuple": lambda num_classes: Outputs(num_classes, lambda y: (y, y)),
+    "in_a_list": lambda num_classes: Outputs(num_classes, lambda y: [y, y]),
+    "in_an_odd_dict": lambda num_classes: Outputs(num_classes, lambda y: {"masks": y}),
+    "of_whole_images": lambda num_classes: Outputs(num_classes, lambda y: y.mean((2, 3))),
+    "one_channel_wrapped": lambda num_classes: Wrapped(Net(1)),
     "moody": Moody,
     "untraceable": Untraceable,
     # No graph can be made of these.
