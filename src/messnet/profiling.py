@@ -50,7 +50,7 @@ _Around = Callable[[_Part], AbstractContextManager[None]]
 
 
 def profile(
-    net: nn.Module, input_size: tuple[int, int], *, model: str = "", latency: LatencyOptions | None = None
+    net: nn.Module, input_size: tuple[int, int] = (512, 512), *, model: str = "", latency: LatencyOptions | None = None
 ) -> CostTable:
     """Costs of every segment, head, policy step and output at ``input_size`` (height, width). A ``net`` that is no
     MultiExitNet is converted first, as ``messnet.convert(net, images)`` does: six segments and its own head.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers.images import smooth_image
 from messnet.data import IGNORE_INDEX, SegmentationSample
@@ -124,10 +125,10 @@ def test_a_pixel_threshold_of_0_is_a_threshold(small_net: MultiExitNet) -> None:
     [
         np.zeros((64, 80), np.uint8),
         np.zeros((64, 80, 4), np.uint8),
-        np.zeros((64, 80, 3), np.float32),
+        np.zeros((64, 80, 3), np.int64),
         np.zeros((3, 64, 80), np.uint8),
     ],
-    ids=["grey", "alpha", "float", "channels first"],
+    ids=["grey", "alpha", "integers", "channels first"],
 )
 def test_what_is_no_image_is_refused(small_net: MultiExitNet, image: np.ndarray) -> None:
     session = Session(small_net, Instance(name="whole", setting="budgeted", exits=(FINAL,)))
@@ -168,7 +169,7 @@ def test_a_warm_up_runs_every_exit_and_is_forgotten(small_net: MultiExitNet) -> 
 
 def test_an_exit_that_is_not_there(small_net: MultiExitNet) -> None:
     session = Session(small_net, Instance(name="whole", setting="budgeted", exits=(FINAL,)))
-    with pytest.raises(ModelError, match="no exit 1; it has 3"):
+    with pytest.raises(ModelError, match="no exit 1; it has 3, or from the end -1 to -1"):
         session.budgeted(smooth_image(64, 80), exit_index=1)
     for choice in (ExitChoice(exit_index=1, head="nope"), ExitChoice(exit_index=9, head="final")):
         with pytest.raises(ModelError, match="no head"):
@@ -197,3 +198,47 @@ def test_only_the_heads_of_the_instance_are_loaded(tiny_run: Path, tables: ExitT
     assert net.exits == (early, Exit(3, "final"))
     trained = open_run(tiny_run).pretrained().model_state_dict()
     assert all(torch.equal(tensor, net.model_state_dict()[name]) for name, tensor in trained.items())
+
+
+def test_a_result_tells_and_draws_itself(small_net: MultiExitNet, tmp_path: Path) -> None:
+    palette = np.array([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0]], np.uint8)
+    early = ExitChoice(exit_index=0, head=small_net.exits[0].head, pixel_threshold=0.5, image_threshold=0.0)
+    instance = Instance(name="pair", setting="input_dependent", exits=(early, FINAL))
+    session = Session(small_net, instance, class_names=("a", "b", "c", "d", "e"), palette=palette)
+    image = smooth_image(61, 83)
+    (result,) = session.predict(image)
+    counts = np.bincount(result.labels.ravel(), minlength=5)
+    largest = int(counts.argmax())
+    assert repr(result).startswith(f"<Result 61 x 83: {'abcde'[largest]} {100 * counts[largest] / (61 * 83):.0f} %")
+    assert f"left at exit 0 with confidence {result.image_confidence:.2f} after " in repr(result)
+    result.save(tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as file:
+        np.testing.assert_array_equal(np.array(file), result.labels)
+        np.testing.assert_array_equal(np.array(file.convert("RGB")), palette[result.labels])
+    blended = 0.55 * palette[result.labels] + 0.45 * image  # the class's colour over the image
+    np.testing.assert_allclose(np.array(result.overlay()), blended, atol=0.51)
+    with pytest.raises(DataError, match=r"go into a PNG, not 'mask\.jpg'"):
+        result.save(tmp_path / "mask.jpg")
+
+
+def test_exits_are_counted_from_the_end_too(small_net: MultiExitNet) -> None:
+    early = ExitChoice(exit_index=1, head=small_net.exits[2].head)
+    session = Session(small_net, Instance(name="pair", setting="anytime", exits=(early, FINAL)))
+    image = smooth_image(48, 64)
+    for negative, index in ((-1, 3), (-2, 1), (None, 3)):
+        one, other = session.budgeted(image, exit_index=negative), session.budgeted(image, exit_index=index)
+        assert one.exit_index == other.exit_index == index
+        np.testing.assert_array_equal(one.labels, other.labels)
+    with pytest.raises(ModelError, match="no exit -3; it has 1, 3, or from the end -1 to -2"):
+        session.budgeted(image, exit_index=-3)
+
+
+def test_a_mixed_list_is_run_in_its_order(small_net: MultiExitNet, tmp_path: Path) -> None:
+    session = Session(small_net, Instance(name="x", setting="budgeted", exits=(FINAL,)))
+    images = [smooth_image(48, 64, seed) if seed % 2 else smooth_image(64, 48, seed) for seed in range(5)]
+    Image.fromarray(images[1]).save(tmp_path / "1.png")
+    mixed = [images[0], tmp_path / "1.png", Image.fromarray(images[2]), torch.from_numpy(images[3]).movedim(-1, 0)]
+    for batch_size in (1, 2, 3):
+        for found, image in zip(session.predict([*mixed, images[4]], batch_size=batch_size), images, strict=True):
+            np.testing.assert_array_equal(found.labels, session.budgeted(image).labels)
+            np.testing.assert_array_equal(found.image, image)

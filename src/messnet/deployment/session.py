@@ -6,17 +6,23 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from messnet.deployment.runner import Runner
 from messnet.errors import DataError, ModelError, PredictionError, RecipeError
+from messnet.images import drawing
+from messnet.images.colours import default_palette
+from messnet.images.inputs import ImageLike, as_image, each_image
 from messnet.policy.arrays import image_confidence, nearest, refined_confidence_map
 from messnet.policy.labels import load_compiled
 from messnet.policy.policy import Policy
 from messnet.records.costs import CostTable
+from messnet.records.files import write_atomically, writing
 from messnet.records.instance import ExitChoice, Instance
 from messnet.records.names import Precision, RuntimeName
 
@@ -53,6 +59,44 @@ class Result:
     """The image confidence that let the image go, where the exit decided."""
     by_torch: bool = False
     """Whether torch ran the network, and computes confidences too: to the bit what exit tables hold."""
+    image: NDArray[np.uint8] | None = None
+    """(H, W, 3) RGB, as it was given."""
+    class_names: tuple[str, ...] = ()
+    palette: NDArray[np.uint8] | None = None
+    """(K, 3) RGB of the classes."""
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        pixels = np.bincount(self.labels.ravel(), minlength=self.logits.shape[1])
+        order = [int(k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
+        names = self.class_names or [f"class {k}" for k in range(len(pixels))]
+        shares = [f"{names[k]} {100 * pixels[k] / self.labels.size:.0f} %" for k in order[:3]]
+        more = f" and {len(order) - 3} more" if len(order) > 3 else ""
+        sure = "" if self.decided_on is None else f" with confidence {self.decided_on:.2f}"
+        return (
+            f"<Result {height} x {width}: {', '.join(shares)}{more}; left at exit {self.exit_index}{sure} after "
+            f"{self.latency_ms:.1f} ms>"
+        )
+
+    def overlay(self) -> Image.Image:
+        """The image with its classes laid over it in their colours, a Pillow picture: ``.show()``, ``.save(path)``."""
+        assert self.image is not None
+        return Image.fromarray(drawing.overlay(self.image, self.labels, self._colours))
+
+    def save(self, path: str | Path) -> None:
+        """The class indices (H, W) as a PNG whose palette colours them, written whole or not at all.
+
+        Raises DataError for a path that does not end in .png, RunError when the disk is full or read-only.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise DataError(f"class indices go into a PNG, not {path.name!r}: another form would change them")
+        with writing(path):
+            write_atomically(path, drawing.as_png(drawing.mask(self.labels, self._colours)))
+
+    @property
+    def _colours(self) -> NDArray[np.uint8]:
+        return default_palette(self.logits.shape[1]) if self.palette is None else self.palette
 
     @property
     def image_confidence(self) -> float:
@@ -145,27 +189,33 @@ class Session:
         """Where it computes, as torch names it: "cpu", "cuda"."""
         return self.runner.device
 
-    def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], *, batch_size: int = 1) -> list[Result]:
-        """Runs each image, (H, W, 3) uint8 RGB of any size, until it may stop. Results come in the images' order.
+    def predict(self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 1) -> list[Result]:
+        """Runs each image, of any size, until it may stop. Results come in the images' order.
 
-        Up to ``batch_size`` images of one size run together: those that finish leave the batch, the others go on as a
-        smaller one. Raises DataError when something else than an image comes.
+        An image is a path, a Pillow image, an array (H, W, 3) or a tensor (3, H, W), see ``ImageLike``; one alone is a
+        list of one. Files are read when their turn comes. Up to ``batch_size`` images of one size run together: those
+        that finish leave the batch, the others go on as a smaller one. Raises DataError when something else than an
+        image comes.
         """
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, got {batch_size}")
-        groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, image in enumerate(images):
-            _expect_image(image)
-            groups[image.shape].append(i)
+        waiting: defaultdict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = defaultdict(list)
         results: dict[int, Result] = {}
-        for members in groups.values():
-            for begin in range(0, len(members), batch_size):
-                batch = members[begin : begin + batch_size]
-                for i, result in self._results([images[i] for i in batch], self.instance.exits):
-                    results[batch[i]] = result
+
+        def run(batch: list[tuple[int, NDArray[np.uint8]]]) -> None:
+            for i, result in self._results([image for _, image in batch], self.instance.exits):
+                results[batch[i][0]] = result
+
+        for i, image in enumerate(each_image(images)):
+            batch = waiting[image.shape]
+            batch.append((i, image))
+            if len(batch) == batch_size:
+                run(waiting.pop(image.shape))
+        for batch in waiting.values():
+            run(batch)
         return [results[i] for i in range(len(results))]
 
-    def warm_up(self, image: NDArray[np.uint8], *, compiled: bool = True) -> None:
+    def warm_up(self, image: ImageLike, *, compiled: bool = True) -> None:
         """Runs every exit on ``image`` twice: the first call for a size compiles, and ONNX Runtime allocates in the
         second once more, which their latency would show. ``compiled`` loads the compiled passes of labels and
         confidence too, where numba is installed: half a second, which 50 images or so repay; the results are the same.
@@ -178,10 +228,11 @@ class Session:
             choice if choice.image_threshold is None else replace(choice, image_threshold=np.inf)
             for choice in self.instance.exits
         ]
+        pixels = as_image(image)
         for _ in range(2):
-            next(self._results([image], passed))
+            next(self._results([pixels], passed))
 
-    def anytime(self, image: NDArray[np.uint8], *, deadline_ms: float | None = None) -> Iterator[Result]:
+    def anytime(self, image: ImageLike, *, deadline_ms: float | None = None) -> Iterator[Result]:
         """Ever better results for one image, one per exit of the instance.
 
         The work for a result is done when it is asked for; the first comes in any case. With ``deadline_ms``, counted
@@ -195,9 +246,9 @@ class Session:
         if deadline_ms is not None and not deadline_ms >= 0:
             raise RecipeError(f"a deadline is at least 0 ms, not {deadline_ms:g}")
         start = self._now()
-        exits = self.instance.exits
-        results = self._results([image], exits, every=True)
-        size, before = (image.shape[0], image.shape[1]), 0.0
+        exits, pixels = self.instance.exits, as_image(image)
+        results = self._results([pixels], exits, every=True)
+        size, before = (pixels.shape[0], pixels.shape[1]), 0.0
         for position in range(len(exits)):
             if position and deadline_ms is not None:
                 spent = (self._now() - start) * 1000
@@ -208,17 +259,23 @@ class Session:
             before = result.latency_ms
             yield result
 
-    def budgeted(self, image: NDArray[np.uint8], *, exit_index: int | None = None) -> Result:
-        """The one exit at ``exit_index`` (default: the instance's last); no other head runs, nothing past it runs.
+    def budgeted(self, image: ImageLike, *, exit_index: int | None = None) -> Result:
+        """The one exit at ``exit_index``, where -1 is the instance's last (the default), -2 the one before it; no other
+        head runs, nothing past it runs.
 
         Raises ModelError when the instance has no such exit.
         """
-        choices = {choice.exit_index: choice for choice in self.instance.exits}
-        if exit_index is None:
-            exit_index = self.instance.exits[-1].exit_index
-        if exit_index not in choices:
-            raise ModelError(f"the instance has no exit {exit_index}; it has {', '.join(map(str, choices))}")
-        return next(self._results([image], [choices[exit_index]]))[1]
+        exits = self.instance.exits
+        choices = {choice.exit_index: choice for choice in exits}
+        # From the end as in a list.
+        choices |= {place - len(exits): choice for place, choice in enumerate(exits)}
+        chosen = choices.get(-1 if exit_index is None else exit_index)
+        if chosen is None:
+            known = ", ".join(str(choice.exit_index) for choice in exits)
+            raise ModelError(
+                f"the instance has no exit {exit_index}; it has {known}, or from the end -1 to {-len(exits)}"
+            )
+        return next(self._results([as_image(image)], [chosen]))[1]
 
     def _results(
         self, images: Sequence[NDArray[np.uint8]], choices: Sequence[ExitChoice], *, every: bool = False
@@ -229,8 +286,6 @@ class Session:
         Segments and heads run as results are asked for. An exit that is passed costs its head and its confidence, but
         no labels at input resolution.
         """
-        for image in images:
-            _expect_image(image)
         size, seen = (images[0].shape[0], images[0].shape[1]), self._seen_size(images[0])
         bottom, right = seen[0] - size[0], seen[1] - size[1]
         batch = np.stack(images)
@@ -260,7 +315,9 @@ class Session:
                 for row, found in zip(np.flatnonzero(leaving), labels, strict=True):
                     decided = None if step.confidence is None else float(step.confidence[row])
                     found = found[: size[0], : size[1]]
-                    yield int(members[row]), self._result(choice, step.logits, int(row), found, spent, seen, decided)
+                    member = int(members[row])
+                    image = images[member]
+                    yield member, self._result(choice, step.logits, int(row), image, found, spent, seen, decided)
             if last or (leaving.all() and not every):
                 return
             assert step.live is not None
@@ -280,6 +337,7 @@ class Session:
         choice: ExitChoice,
         logits: Any,
         row: int,
+        image: NDArray[np.uint8],
         labels: NDArray[np.uint8],
         seconds: float,
         seen: tuple[int, int],
@@ -296,6 +354,9 @@ class Session:
             padded_size=None if seen == labels.shape else seen,
             decided_on=decided_on,
             by_torch=self.runtime in ("torch", "torch-compiled"),
+            image=image,
+            class_names=self.class_names,
+            palette=self.palette,
         )
 
     def _seen_size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
@@ -332,14 +393,6 @@ class _Clock:
         times = self._remembered[position]
         times.append(took_ms / (size[0] * size[1]))
         del times[:-_REMEMBERED]
-
-
-def _expect_image(image: Any) -> None:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise DataError(f"an image is (H, W, 3) uint8 RGB, not {got}: convert it")
-    if not image.size:
-        raise DataError(f"an image has at least one pixel, this one is {image.shape}")
 
 
 def _run_by_torch(net: MultiExitNet, policy: Policy, device: str) -> Runner:
