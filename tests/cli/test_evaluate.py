@@ -96,6 +96,13 @@ def test_every_exit_is_told_by_class(tiny_run: Path, capsys: pytest.CaptureFixtu
             assert row["iou"][name] == pytest.approx(right / union)
 
 
+def test_a_bundle_needs_images(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", str(Path(__file__).parents[2] / "examples/scenes_mobilenetv2.mess")])
+    assert stopped.value.code == 2
+    assert "is a bundle, which is scored on labelled images: add --data FOLDER" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -128,6 +128,10 @@ def evaluate(
     deployed = kind != ("torch", "f32")
     if deployed and (shard or merge):
         raise RecipeError("--shard and --merge are for torch in f32: leave them out, or --runtime and --precision")
+    from messnet.deployment.bundle import is_bundle
+
+    if is_bundle(target):
+        raise RecipeError(f"{target} is a bundle, which is scored on labelled images: add --data FOLDER")
     # A shard has rows of some images only, of which no mIoU is told: that is for the tables that --merge makes.
     if shard:
         part = Shard.parse(shard)
