@@ -3,8 +3,6 @@
 from messnet import cli
 from messnet.costs.processor import spin_briefly
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Runs the command line."""

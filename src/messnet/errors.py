@@ -17,18 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = [
-    "DataError",
-    "InfeasibleError",
-    "MessError",
-    "ModelError",
-    "PredictionError",
-    "RecipeError",
-    "RunError",
-    "needing_extras",
-    "one_line",
-]
-
 # Which extra brings what the core does without, by the name under which it is imported.
 _EXTRA_OF = {
     "cv2": "train",

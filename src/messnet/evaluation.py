@@ -26,8 +26,6 @@ from messnet.records.iou import counts_of, pixel_counts
 from messnet.records.shard import WHOLE, Shard
 from messnet.training.checkpoint import Checkpoint
 
-__all__ = ["EvaluationOptions", "LogitsOf", "evaluate", "merge_shards"]
-
 LogitsOf = Callable[[NDArray[np.uint8]], Iterable[tuple[Exit, Tensor]]]
 """An image (H, W, 3) uint8 RGB -> the logits (1, K, h, w) float32 of every exit, as what is deployed computes them."""
 

@@ -27,8 +27,6 @@ from typing import Literal
 from messnet.errors import RecipeError
 from messnet.records.instance import ExitChoice
 
-__all__ = ["ExitControl", "Reason", "change_rate", "first_confident"]
-
 Reason = Literal["confident", "budget", "last"]
 """Why a frame stopped: eq. (1), eq. (2), or there was no further exit."""
 

@@ -24,17 +24,6 @@ from messnet.images.drawing import as_png, confidence_as_grey, mask, overlay
 from messnet.images.reading import dimness, large_images, list_images, read_image
 from messnet.records.files import write_atomically
 
-__all__ = [
-    "VIDEO_SUFFIXES",
-    "PredictOptions",
-    "PredictionRecord",
-    "Predictions",
-    "TileRecord",
-    "draw_exit_map",
-    "image_files",
-    "predict_files",
-]
-
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 _EXIT_MAP_SIDE = 1600
 _MANY = 50  # images, from which on it pays to load compiled passes

@@ -14,8 +14,6 @@ from messnet.deployment.side_by_side import run_side_by_side
 from messnet.records.iou import class_iou, counts_of
 from messnet.records.measurements import known
 
-__all__ = ["Score", "score_sessions"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Score:

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from messnet.deployment.session import Session
 from messnet.errors import DataError, RecipeError
 
-__all__ = ["Tile", "TiledResult", "cut", "predict_tiled"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FrameRecord", "Summary", "Timeline", "draw_timeline"]
-
 ALARM = "#b3382c"
 MAX_NAMED = 4
 """Runs of frames that the budget cut, named in the summary's sentence."""

@@ -37,8 +37,6 @@ from messnet.records.files import write_atomically
 if TYPE_CHECKING:
     from cv2.typing import MatLike
 
-__all__ = ["Capture", "VideoOptions", "predict_video"]
-
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 Draw = Callable[[Pixels, Pixels, Pixels], Pixels]

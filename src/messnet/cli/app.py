@@ -28,30 +28,6 @@ if TYPE_CHECKING:
     from messnet.run.recipe import Recipe
     from messnet.run.run import Run
 
-__all__ = [
-    "AsJson",
-    "Out",
-    "Overrides",
-    "PrecisionOption",
-    "RuntimeOption",
-    "Target",
-    "app",
-    "do_stage",
-    "examples",
-    "expect_picture",
-    "main",
-    "named_runtime",
-    "open_target",
-    "plain_name",
-    "print_table",
-    "quieten",
-    "recipe_of",
-    "save_figure",
-    "say",
-    "tell_of_few_images",
-    "tell_of_translating",
-]
-
 
 def examples(*commands: str) -> str:
     """For the end of a help page. (cyclopts leaves an "Examples" section of a docstring out.)"""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from messnet.data.sources import DataOptions
     from messnet.run.recipe import Recipe
 
-__all__ = ["check_data", "init", "recipe"]
-
 Data = Annotated[
     Path, Parameter(help="A recipe (YAML), a run's directory, or the folder of a data set, with --data.source.")
 ]

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     Sample = tuple[NDArray[np.uint8], NDArray[np.uint8] | None]
     Picture = TypeVar("Picture", NDArray[np.uint8], NDArray[np.uint8] | None)
 
-__all__ = ["export"]
-
 _FEW, _MAX_CHECKED = 8, 100  # images that graphs in float32, and in int8, are compared with torch on
 
 Item = TypeVar("Item")

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from messnet.deployment.session import Session
     from messnet.records.instance import Instance
 
-__all__ = ["evaluate"]
-
 _OF_DATA = "With --data: "
 
 

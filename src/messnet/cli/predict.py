@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from messnet.apps.video import VideoOptions
     from messnet.deployment.session import Session
 
-__all__ = ["predict"]
-
 
 @app.command(
     help_epilogue=examples(
@@ -110,13 +108,7 @@ def predict(
     # Opened when the arguments are known to be good: a network takes seconds to load, a wrong option should take none.
     def open_session() -> Session:
         session = load(
-            target,
-            instance=instance,
-            device=device,
-            runtime=runtime,
-            precision=precision,
-            threads=threads,
-            model=model,
+            target, instance=instance, device=device, runtime=runtime, precision=precision, threads=threads, model=model
         )
         tell_of_translating(runtime)
         if runtime is None and session.runtime != "torch":
@@ -173,12 +165,7 @@ def predict(
 
 
 def _predict_videos(
-    open_session: Callable[[], Session],
-    sources: list[Path | int],
-    out: Path,
-    options: VideoOptions,
-    *,
-    as_json: bool,
+    open_session: Callable[[], Session], sources: list[Path | int], out: Path, options: VideoOptions, *, as_json: bool
 ) -> None:
     """One after the other with the same network. What is damaged is told at the end, when the others are done."""
     from messnet.apps.video import predict_video

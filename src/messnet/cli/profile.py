@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from messnet.run.measuring import Profile
     from messnet.run.recipe import Recipe
 
-__all__ = ["profile"]
-
 QUICK_SECONDS = 10.0  # for the parts, and as much again for whole instances
 QUICK_TOLERANCE = 0.01
 

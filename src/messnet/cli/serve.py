@@ -10,8 +10,6 @@ from cyclopts import Parameter
 from messnet.apps.serving.options import ServeOptions
 from messnet.cli.app import PrecisionOption, RuntimeOption, app, examples, quieten, tell_of_translating
 
-__all__ = ["serve"]
-
 _LIMITS = ServeOptions()
 
 

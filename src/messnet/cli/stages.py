@@ -29,8 +29,6 @@ from messnet.records.shard import Shard
 if TYPE_CHECKING:
     from messnet.run.run import Run
 
-__all__ = ["distill", "pretrain", "report", "run"]
-
 
 @app.command(
     help_epilogue=examples(

@@ -16,8 +16,6 @@ from messnet.errors import RecipeError
 from messnet.records.costs import CostName, CostTable
 from messnet.records.instance import Exit
 
-__all__ = ["BreakEven", "break_even", "verdict"]
-
 _PAID_BY_AN_IMAGE = ("macs", "macs_paper", "latency_ms", "latency_p95_ms")
 _DISAGREEMENT = 0.1  # between workload and latency, relative to the model
 

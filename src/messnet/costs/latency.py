@@ -21,8 +21,6 @@ from tqdm import trange
 from messnet.costs.processor import processor_name
 from messnet.errors import RecipeError
 
-__all__ = ["DType", "LatencyOptions", "Stopwatch", "device_name", "median_spread", "node_latencies", "num_threads"]
-
 DType = Literal["float32", "bfloat16", "float16", "int8"]
 
 WARM_UP_ROUNDS = 2

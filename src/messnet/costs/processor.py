@@ -8,8 +8,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-__all__ = ["default_threads", "processor_name", "spin_briefly"]
-
 # About 10 microseconds. libgomp's own is some milliseconds.
 _SPINS = "1000"
 

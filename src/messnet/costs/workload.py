@@ -30,22 +30,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from messnet.errors import ModelError
 
-__all__ = [
-    "Count",
-    "Meter",
-    "UncopyableError",
-    "Workload",
-    "copy_module",
-    "count_module",
-    "count_nodes",
-    "device_of",
-    "dtype_of",
-    "in_eval_mode",
-    "metering",
-    "shadow",
-    "users_hooks",
-]
-
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -97,11 +81,7 @@ class Meter(TorchDispatchMode):
         )
 
     def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         result: object = func(*args, **(kwargs or {}))
         read = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}

@@ -12,8 +12,6 @@ from messnet.data.listings import expect_files, find_root, list_files
 from messnet.errors import DataError
 from messnet.images.colours import default_palette
 
-__all__ = ["ADE20K_CLASSES", "open_ade20k"]
-
 # The first name of each line of objectInfo150.txt; those that occur twice (screen) are told apart.
 ADE20K_CLASSES = tuple(
     """

@@ -12,8 +12,6 @@ from messnet.data.image_files import FileDataset, MaskReader
 from messnet.data.listings import expect_files, list_files
 from messnet.errors import DataError
 
-__all__ = ["CAMVID_CLASSES", "open_camvid"]
-
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip

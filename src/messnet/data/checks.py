@@ -19,8 +19,6 @@ from messnet.data.image_files import FileDataset, FileHeader, SampleError
 from messnet.data.listings import some
 from messnet.errors import DataError
 
-__all__ = ["DatasetReport", "ImageFacts", "check_dataset", "failed_report"]
-
 WHAT_TO_DO = {
     "unreadable file": "copy these files again or remove them",
     "mask of another size": "make each mask at the size of its image, without interpolation between ids",
@@ -121,10 +119,7 @@ class DatasetReport:
 
 
 def check_dataset(
-    dataset: SegmentationDataset,
-    *,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    num_threads: int = 1,
+    dataset: SegmentationDataset, *, progress: Callable[[Iterable[int]], Iterable[int]] = iter, num_threads: int = 1
 ) -> DatasetReport:
     """Read every sample once; a DataError becomes a line of the report. ``progress`` wraps the indices, as tqdm does.
     ``num_threads`` above 1 asks that the data set may be read from several threads, as those in files may."""

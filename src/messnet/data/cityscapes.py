@@ -13,8 +13,6 @@ from messnet.data.image_files import FileDataset, MaskReader
 from messnet.data.listings import find_root, some, visible
 from messnet.errors import DataError
 
-__all__ = ["CITYSCAPES_CLASSES", "open_cityscapes"]
-
 # Name, id in labelIds, colour; the train ids are the positions (cityscapesScripts, helpers/labels.py).
 LABELS = (
     ("road", 7, (128, 64, 128)), ("sidewalk", 8, (244, 35, 232)), ("building", 11, (70, 70, 70)),

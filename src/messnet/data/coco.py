@@ -24,8 +24,6 @@ from messnet.data.listings import expect_files, find_root
 from messnet.data.voc import VOC_CLASSES, voc_palette
 from messnet.errors import DataError
 
-__all__ = ["COCO_CATEGORIES", "CocoOptions", "decode_rle", "open_coco"]
-
 COCO_CATEGORIES = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 """COCO's category ids of VOC's classes 1 to 20."""
 _SPACES = re.compile(r"\s*")

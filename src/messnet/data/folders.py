@@ -24,8 +24,6 @@ from messnet.errors import DataError
 from messnet.images.colours import default_palette
 from messnet.images.reading import IMAGE_SUFFIXES
 
-__all__ = ["count_mask_values", "find_pairs", "open_folder"]
-
 LAYOUT = "expected SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt"
 
 

@@ -23,8 +23,6 @@ from messnet.data.listings import bare_name, composed, read_text, some
 from messnet.errors import DataError
 from messnet.images.reading import IMAGE_SUFFIXES
 
-__all__ = ["Grouped", "near_duplicates", "proposed_pattern", "thumbnail", "with_groups"]
-
 _FOLDER = re.compile(r"folder(?::([1-9]))?")
 _FILE_SUFFIXES = (".csv", ".tsv", ".txt")
 _THUMBNAIL = 16

@@ -21,17 +21,6 @@ from messnet.data.listings import composed, some
 from messnet.errors import DataError
 from messnet.images import reading
 
-__all__ = [
-    "FileDataset",
-    "MaskReader",
-    "ProblemKind",
-    "SampleError",
-    "expect_class_names",
-    "read_colours",
-    "read_image",
-    "read_indices",
-]
-
 ProblemKind = Literal["unreadable file", "mask of another size", "mask of another format", "unknown ids"]
 Label = TypeVar("Label")
 

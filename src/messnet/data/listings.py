@@ -11,18 +11,6 @@ from pathlib import Path, PurePosixPath
 
 from messnet.errors import DataError
 
-__all__ = [
-    "bare_name",
-    "composed",
-    "expect_files",
-    "find_root",
-    "list_files",
-    "read_names",
-    "read_text",
-    "some",
-    "visible",
-]
-
 
 def composed(name: str) -> str:
     """The name with each accented letter as one character (Unicode's form NFC). macOS and some archives write such a

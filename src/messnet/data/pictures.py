@@ -16,8 +16,6 @@ from messnet.errors import DataError
 from messnet.images.axes import LIGHT, style
 from messnet.images.drawing import overlay
 
-__all__ = ["draw_dataset", "typical_samples"]
-
 MAX_CLASSES = 40
 """The most frequent ones are drawn."""
 MAX_NAME = 28

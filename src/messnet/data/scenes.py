@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.errors import DataError
 
-__all__ = ["Scenes", "ScenesOptions"]
-
 SKY, WATER, GROUND, ROAD, BUILDING, TREE, CAR, BOAT = range(8)
 CLASS_NAMES = ("sky", "water", "ground", "road", "building", "tree", "car", "boat")
 PALETTE = np.array([

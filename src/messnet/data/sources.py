@@ -19,8 +19,6 @@ from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.voc import VocOptions, open_voc
 from messnet.errors import DataError, RecipeError
 
-__all__ = ["SOURCES", "DataOptions", "open_dataset"]
-
 SOURCES = {
     "scenes": "generated, no files",
     "folder": "images/ and masks/ of your own",

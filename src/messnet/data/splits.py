@@ -11,8 +11,6 @@ from messnet.data.checks import DatasetReport
 from messnet.data.groups import near_duplicates, proposed_pattern
 from messnet.data.listings import some
 
-__all__ = ["SplitComparison", "compare_splits", "shared_images"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SplitComparison:

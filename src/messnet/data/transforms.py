@@ -21,8 +21,6 @@ from messnet.data import IGNORE_INDEX, SegmentationDataset
 from messnet.errors import DataError, RecipeError
 from messnet.images.preprocessing import MEAN, normalise
 
-__all__ = ["AugmentOptions", "Augmentation", "TrainingStream", "build_augmentation", "stack_samples"]
-
 Augmentation = Callable[[NDArray[np.uint8], NDArray[np.uint8]], tuple[Tensor, Tensor]]
 """(H, W, 3) image and (H, W) mask to a normalised float32 tensor (3, h, w) and an int64 tensor (h, w)."""
 

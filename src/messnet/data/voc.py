@@ -20,8 +20,6 @@ from messnet.data.image_files import FileDataset, MaskReader, unreadable
 from messnet.data.listings import expect_files, find_root, list_files, read_names
 from messnet.errors import DataError
 
-__all__ = ["VOC_CLASSES", "VocOptions", "open_voc", "voc_palette"]
-
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv/monitor",
@@ -53,10 +51,7 @@ def open_voc(root: Path, split: str, options: VocOptions = VocOptions()) -> File
     """One split: "train", "val", "trainval" or "trainaug". ``root`` is VOCdevkit, VOC2012, or what holds them. Raises
     DataError when files are missing."""
     base = find_root(
-        root,
-        PLACES,
-        "ImageSets/Segmentation",
-        download="VOCdevkit/VOC2012, from VOCtrainval_11-May-2012.tar",
+        root, PLACES, "ImageSets/Segmentation", download="VOCdevkit/VOC2012, from VOCtrainval_11-May-2012.tar"
     )
     lists = base / "ImageSets" / "Segmentation"
     is_augmented = split == "trainaug"

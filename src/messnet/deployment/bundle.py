@@ -33,20 +33,6 @@ from messnet.records.codec import from_plain
 from messnet.records.files import expect_free, reading, write_atomically, write_folder
 from messnet.records.instance import FINAL_HEAD, Instance
 
-__all__ = [
-    "MANIFEST",
-    "Bundle",
-    "CutPoint",
-    "Manifest",
-    "Network",
-    "Preprocessing",
-    "Runtime",
-    "StoredFile",
-    "is_bundle",
-    "open_bundle",
-    "write_bundle",
-]
-
 FORMAT = "messnet bundle"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

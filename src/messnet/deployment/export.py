@@ -43,8 +43,6 @@ from messnet.records.instance import Exit, Instance
 from messnet.records.names import Precision
 from messnet.records.run_directory import RunDirectory
 
-__all__ = ["check_graphs", "export"]
-
 _WEIGHTS = "weights.safetensors"
 # Of the largest logit: graphs add in another order.
 _TOLERANCE = 1e-3

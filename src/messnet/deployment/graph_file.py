@@ -14,8 +14,6 @@ import numpy as np
 
 from messnet.errors import RunError
 
-__all__ = ["GraphPorts", "expect_self_contained", "leading_to"]
-
 _VARINT, _FIXED64, _MESSAGE, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4, groups, occur in no ONNX file
 _MODEL_OPSET, _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 8, 7, 20, 25
 _NODE, _INITIALIZER, _INPUT, _OUTPUT, _SPARSE_INITIALIZER = 1, 5, 11, 12, 15  # of a graph

@@ -22,8 +22,6 @@ from messnet.policy.policy import Policy
 from messnet.records.instance import Exit, ExitChoice
 from messnet.records.names import DTYPES, GraphRuntime, Precision, RuntimeName, expect_runtime
 
-__all__ = ["GRAPHS", "OUTPUT", "Graph", "GraphRunner", "graphs_for", "load_graph", "stage_name"]
-
 GRAPHS = "onnx"
 """What a manifest calls the runtime that graphs are for, and the folder that they lie in; see ``graphs_for``."""
 OUTPUT = "output"

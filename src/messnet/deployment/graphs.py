@@ -34,8 +34,6 @@ from messnet.policy.graph import IR_VERSION, OPSET, output_graph, policy_graph, 
 from messnet.policy.policy import Policy
 from messnet.records.instance import FINAL_HEAD, Exit
 
-__all__ = ["make_graphs"]
-
 _BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others have
 
 

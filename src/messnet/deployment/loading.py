@@ -24,8 +24,6 @@ from messnet.records.run_directory import RunDirectory
 if TYPE_CHECKING:
     from messnet.network.multi_exit import MultiExitNet
 
-__all__ = ["COSTS", "WORKLOAD", "default_runtime", "load"]
-
 # Of a bundle: the folder of its cost tables, and the one that was counted rather than measured.
 COSTS = "costs"
 WORKLOAD = f"{COSTS}/workload.json"

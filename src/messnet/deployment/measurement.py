@@ -21,8 +21,6 @@ from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.names import GraphRuntime, precision_of_dtype
 
-__all__ = ["check_additivity", "instances_of_all_heads", "measure_heads", "measure_session"]
-
 MAX_EXITS = 4  # of a random instance
 
 
@@ -69,11 +67,7 @@ def check_additivity(
     for i, (instance, stop) in enumerate(drawn):
         column = costs.column("latency_ms", [choice.exit for choice in instance.exits])
         errors.append(abs(float(column.leaving()[stop]) / watch.median(i) - 1))
-    return {
-        "num_instances": num_instances,
-        "median_error": float(np.median(errors)),
-        "worst_error": max(errors),
-    }
+    return {"num_instances": num_instances, "median_error": float(np.median(errors)), "worst_error": max(errors)}
 
 
 def _random_instance(exits: Sequence[Exit], draw: np.random.Generator) -> tuple[Instance, int]:

@@ -32,8 +32,6 @@ from messnet.records.iou import mean_iou, pixel_counts
 if TYPE_CHECKING:
     from onnx import GraphProto
 
-__all__ = ["CALIBRATION", "METHOD", "EightBits", "check_quantised", "quantise"]
-
 METHOD = "static, QDQ, min-max; weights int8 per channel, activations uint8; logits and policy in float"
 
 Feeds = dict[str, NDArray[np.generic]]

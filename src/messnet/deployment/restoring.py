@@ -28,8 +28,6 @@ from messnet.records.instance import Instance
 from messnet.records.names import GraphRuntime, Precision, expect_runtime
 from messnet.records.run_directory import RunDirectory
 
-__all__ = ["bundle_tensors", "expect_finite", "graph_runner", "restore_bundle", "restore_run"]
-
 
 def restore_run(path: Path, instance: str | Instance | None = None) -> tuple[Blueprint, MultiExitNet, Instance]:
     """A run's network with the heads of an instance, chosen as for ``load``. Raises RunError as ``load`` does."""

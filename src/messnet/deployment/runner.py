@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from messnet.records.instance import Exit
 from messnet.records.names import Precision, RuntimeName
 
-__all__ = ["Live", "Runner", "Step"]
-
 
 @dataclass
 class Live:

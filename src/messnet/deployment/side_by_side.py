@@ -13,8 +13,6 @@ from messnet.deployment.session import Result, Session
 from messnet.records.iou import confusion_matrix, counts_of, mean_iou
 from messnet.records.measurements import Gallery
 
-__all__ = ["Running", "make_gallery", "run_side_by_side"]
-
 WARM_UP_IMAGES = 3
 
 

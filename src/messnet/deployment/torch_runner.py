@@ -23,8 +23,6 @@ from messnet.policy.reference import image_confidence
 from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.records.names import DTYPES, Precision, RuntimeName
 
-__all__ = ["TorchRunner", "size_multiple", "torch_device"]
-
 # Networks that do not take every size, for their skip connections would not fit, take multiples of this.
 _STRIDE = 32
 

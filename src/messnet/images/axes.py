@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LIGHT", "Inks", "style"]
-
 
 class Inks(NamedTuple):
     """Colours of a drawing, as "#rrggbb"."""

@@ -7,8 +7,6 @@ import colorsys
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["colour_table", "default_palette", "exit_colour"]
-
 # In the manner of CamVid and Cityscapes: calm, and well apart where classes are few.
 COLOURS = (
     (70, 130, 180), (222, 150, 90), (148, 148, 158), (128, 64, 128), (244, 35, 232), (107, 142, 35), (250, 204, 60),

@@ -10,8 +10,6 @@ from PIL import Image
 
 from messnet.images.colours import colour_table
 
-__all__ = ["as_png", "coloured", "confidence_as_grey", "mask", "overlay"]
-
 # How much of a class's colour lies over the image.
 _STRENGTH = 0.55
 # Rows that are blended at once, so that float32 copies stay in the cache.

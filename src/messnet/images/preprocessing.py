@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from messnet.errors import DataError
 
-__all__ = ["MEAN", "STD", "normalise"]
-
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet's mean per RGB channel, of values in [0, 1]: the pretrained backbones expect it."""
 STD = (0.229, 0.224, 0.225)

@@ -12,8 +12,6 @@ from PIL import Image, ImageOps
 
 from messnet.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "dimness", "large_images", "list_images", "read_image", "rgb_of", "unreadable"]
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 # An image whose brightest value is below this is next to black on any screen.

@@ -36,19 +36,6 @@ from messnet.network.tracing import (
     writes_in_place,
 )
 
-__all__ = [
-    "Backbone",
-    "Chain",
-    "ExitCost",
-    "ExitPoint",
-    "State",
-    "block_kind",
-    "closest",
-    "cut_model",
-    "distinct",
-    "find_head",
-]
-
 ExitCost = Literal["workload", "latency"]
 
 # Where architectures keep their segmentation head, the first that exists counts.

@@ -12,8 +12,6 @@ from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.records.codec import Format
 from messnet.records.instance import FINAL_HEAD, Exit
 
-__all__ = ["Blueprint"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from messnet.errors import RecipeError
 
-__all__ = ["BlockKind", "HeadConfig", "HeadSpace", "build_head", "plain_head_config"]
-
 BlockKind = Literal["bottleneck", "inverted_residual", "residual"]
 SegmentationHead = Literal["fcn", "deeplabv3"]
 
@@ -89,13 +87,7 @@ class HeadSpace:
 
         Raises RecipeError when a value set is empty or a value out of range.
         """
-        parts = (
-            self.context,
-            self.channel_reduction,
-            self.extra_blocks,
-            self.rapid_dilation,
-            self.segmentation_head,
-        )
+        parts = (self.context, self.channel_reduction, self.extra_blocks, self.rapid_dilation, self.segmentation_head)
         if not all(parts):
             raise RecipeError("the head space is empty: every one of its value sets needs at least one value")
         if min(self.channel_reduction) < 1 or min(self.extra_blocks) < 0 or min(self.context) < 0:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from messnet.errors import ModelError
 
-__all__ = ["choose_exit_points"]
-
 
 def choose_exit_points(cumulative_costs: Sequence[float], num_exits: int) -> list[int]:
     """The cuts of the ``num_exits - 1`` early exits, strictly increasing.

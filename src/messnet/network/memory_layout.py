@@ -10,8 +10,6 @@ from torch import Tensor, fx, nn
 from messnet.costs.workload import device_of, dtype_of, in_eval_mode
 from messnet.network.tracing import logits_of, place_of
 
-__all__ = ["find_memory_format"]
-
 # Height and width of the image that a model is tried on, where its own example is larger.
 _TRIED_SIZE = 128
 # What PyTorch's own modules and these functions do holds in any layout.

@@ -20,8 +20,6 @@ from messnet.policy.labels import upsampled_labels
 from messnet.policy.reference import on_processor
 from messnet.records.instance import FINAL_HEAD, Exit
 
-__all__ = ["MultiExitNet", "convert", "labels_at", "upsample"]
-
 
 class MultiExitNet(nn.Module):
     """N exits: N - 1 early ones, which have any number of heads each, and the final one.

@@ -18,8 +18,6 @@ from messnet.errors import ModelError
 from messnet.network.backbone import Backbone, ExitPoint, State, block_kind, closest, distinct, find_head
 from messnet.network.tracing import logits_of, run_error
 
-__all__ = ["TappedModel", "tap_model"]
-
 
 class TappedModel(Backbone):
     """A model with the modules that are tapped. Its last segment is all that follows them: the final exit is the

@@ -21,19 +21,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from messnet.costs.workload import users_hooks
 from messnet.errors import ModelError
 
-__all__ = [
-    "WAY_OUT",
-    "UntraceableError",
-    "drop_dead_code",
-    "logits_of",
-    "module_stack",
-    "place_of",
-    "run_error",
-    "trace",
-    "unwrapped",
-    "writes_in_place",
-]
-
 WAY_OUT = 'name the exits by module path, exit_points=["backbone.layer2", ...], and the model is tapped as it runs'
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 

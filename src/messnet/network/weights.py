@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from messnet.errors import ModelError
 from messnet.network.backbone import find_head
 
-__all__ = ["expect_fit", "load_backbone_weights", "load_weights"]
-
 # Where training scripts put the state dict in what they save, and what wrappers put into each name.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
 _WRAPPERS = ("_orig_mod", "module")

@@ -24,18 +24,6 @@ from torchvision.models.segmentation.fcn import FCNHead
 from messnet.errors import ModelError
 from messnet.network.tracing import unwrapped
 
-__all__ = [
-    "MODELS",
-    "SegmentationModel",
-    "build_model",
-    "build_noted_model",
-    "drn50_deeplabv3",
-    "drn50_fcn",
-    "drn50_layer3_fcn",
-    "mobilenetv2_fcn",
-    "other_precision",
-]
-
 # torchvision's MobileNetV2: (expansion, channels, blocks, stride) per stage
 _MOBILENETV2_STAGES = (
     (1, 16, 1, 1),

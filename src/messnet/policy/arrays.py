@@ -22,8 +22,6 @@ from messnet.policy.policy import Confidence, Policy
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["confidence_map", "image_confidence", "nearest", "refined_confidence_map"]
-
 FloatMap = NDArray[np.float32]
 BoolMap = NDArray[np.bool_]
 Pixel = TypeVar("Pixel", np.float32, np.uint8)

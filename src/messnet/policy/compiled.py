@@ -16,8 +16,6 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["confident_share", "fill_rows"]
-
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int32]
 Places = NDArray[np.int64]

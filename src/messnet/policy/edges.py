@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["canny_edges", "label_boundary", "thicken", "window_majority", "window_median"]
-
 MEDIAN_CHUNK = 1 << 22
 """Window elements that ``window_median`` sorts at once: 16 MiB of float32."""
 

@@ -16,8 +16,6 @@ from messnet.policy.policy import Policy
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
 
-__all__ = ["IR_VERSION", "OPSET", "output_graph", "policy_graph", "serialised"]
-
 OPSET = 20
 IR_VERSION = 10
 # ONNX's numbers of dtypes, as in TensorProto: part of the format, so that onnx is imported only to build a graph.

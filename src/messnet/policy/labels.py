@@ -19,8 +19,6 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["first_largest", "load_compiled", "loaded_compiled", "upsampled_labels"]
-
 _COMPILED = "messnet.policy.compiled"
 # Rows of an output map that NumPy works on at once: 64 x 2048 float32 are half a megabyte.
 _ROWS = 64

@@ -7,8 +7,6 @@ from typing import Literal, cast, get_args
 
 from messnet.errors import RecipeError
 
-__all__ = ["Confidence", "Policy", "Refinement"]
-
 Confidence = Literal["top1", "entropy"]
 Refinement = Literal["native", "paper", "none"]
 # What version 0.1 could also make of a confidence map; benchmarks/bench_policies.py compares with them.

@@ -29,15 +29,6 @@ from messnet.policy.compiled import confident_share
 from messnet.policy.edges import canny_edges, label_boundary, thicken, window_majority, window_median
 from messnet.policy.policy import Confidence, Policy
 
-__all__ = [
-    "by_operators",
-    "confidence_map",
-    "image_confidence",
-    "on_processor",
-    "refined_confidence_map",
-    "should_exit",
-]
-
 Thresholds = Tensor | NDArray[np.generic] | Sequence[float]
 
 
@@ -51,11 +42,7 @@ def confidence_map(logits: Tensor, kind: Confidence) -> Tensor:
 
 
 def image_confidence(
-    logits: Tensor,
-    output_stride: int,
-    input_size: tuple[int, int],
-    pixel_thresholds: Thresholds,
-    policy: Policy,
+    logits: Tensor, output_stride: int, input_size: tuple[int, int], pixel_thresholds: Thresholds, policy: Policy
 ) -> Tensor:
     """Share of confident pixels, c_img of eq. (3), at each pixel threshold: (N, K, h, w) -> (N, T) float32 in [0, 1].
 
@@ -111,11 +98,7 @@ def should_exit(image_confidence: Tensor, image_threshold: float) -> Tensor:
 
 
 def by_operators(
-    logits: Tensor,
-    output_stride: int,
-    input_size: tuple[int, int],
-    pixel_thresholds: Thresholds,
-    policy: Policy,
+    logits: Tensor, output_stride: int, input_size: tuple[int, int], pixel_thresholds: Thresholds, policy: Policy
 ) -> Tensor:
     """``image_confidence`` by tensor operators alone, on any device: what the other forms must give."""
     thresholds = torch.as_tensor(pixel_thresholds, dtype=torch.float32, device=logits.device)

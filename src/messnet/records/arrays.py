@@ -5,7 +5,5 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FloatArray", "IntArray"]
-
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

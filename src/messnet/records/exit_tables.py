@@ -15,8 +15,6 @@ from messnet.records.instance import Exit
 from messnet.records.iou import mean_iou
 from messnet.records.names import Precision
 
-__all__ = ["EXIT_TABLES", "ExitTables"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExitTables:

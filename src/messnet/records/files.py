@@ -12,8 +12,6 @@ from zipfile import BadZipFile
 
 from messnet.errors import RunError
 
-__all__ = ["expect_free", "reading", "write_atomically", "write_folder", "writing"]
-
 # What json, zipfile and the codec raise: KeyError for a member or a key that is not there, RuntimeError for an
 # encrypted zip and for JSON too deep. No TypeError and no AttributeError: those are faults of our own.
 _DAMAGED = (KeyError, ValueError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)

@@ -12,8 +12,6 @@ import numpy as np
 
 from messnet.records.arrays import IntArray
 
-__all__ = ["group_ids", "halves"]
-
 
 def group_ids(labels: Sequence[str]) -> IntArray:
     """(V,) the number of each image's group, counted from 0 in the order in which groups appear.

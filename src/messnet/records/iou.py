@@ -9,8 +9,6 @@ from messnet.records.arrays import FloatArray, IntArray
 
 _Counts = NDArray[np.int32] | NDArray[np.int64]
 
-__all__ = ["chance_miou", "class_iou", "confusion_matrix", "counts_of", "mean_iou", "pixel_counts"]
-
 
 def pixel_counts(
     prediction: NDArray[np.integer], label: NDArray[np.integer], num_classes: int

@@ -8,21 +8,6 @@ from typing import Literal, TypeVar, get_args
 
 from messnet.errors import RecipeError
 
-__all__ = [
-    "DTYPES",
-    "GRAPH_RUNTIMES",
-    "CostName",
-    "GraphRuntime",
-    "Precision",
-    "RuntimeName",
-    "Setting",
-    "Statistic",
-    "expect_runtime",
-    "precision_named",
-    "precision_of_dtype",
-    "runtime_named",
-]
-
 _Name = TypeVar("_Name", bound=str)
 
 RuntimeName = Literal["torch", "torch-compiled", "onnxruntime", "openvino"]

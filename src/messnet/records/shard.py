@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from messnet.errors import RecipeError
 
-__all__ = ["WHOLE", "Shard"]
-
 
 @dataclass(frozen=True, order=True)
 class Shard:

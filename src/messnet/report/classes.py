@@ -11,8 +11,6 @@ from rich.text import Text
 
 from messnet.records.measurements import Measurements
 
-__all__ = ["ClassTable", "Confusion", "class_markdown", "class_table", "class_terminal_table", "confusions"]
-
 MOST_CLASSES = 40
 """More are no picture on a page; measurements.json has them all."""
 LOST_PP = 5.0

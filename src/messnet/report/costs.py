@@ -11,8 +11,6 @@ from messnet.costs.break_even import verdict
 from messnet.records.costs import CostTable
 from messnet.records.instance import FINAL_HEAD, Exit
 
-__all__ = ["cost_notes", "cost_table"]
-
 _NUM_OPERATORS = 6  # that are named
 _ADDITIVE = 0.1  # median error up to which the parts tell the whole (docs/method.md#costs)
 

@@ -18,8 +18,6 @@ from messnet.records.groups import group_ids, halves
 from messnet.run.recipe import Recipe
 from messnet.training.options import TrainOptions
 
-__all__ = ["expect_sound", "proposed_crop", "reading_threads", "recipe_notes", "recipe_problems"]
-
 LARGEST_CROP = 768
 """Pixels of a side of a crop that is proposed: what trains on common hardware."""
 

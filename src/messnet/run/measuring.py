@@ -18,12 +18,7 @@ from messnet.costs.latency import LatencyOptions, num_threads
 from messnet.costs.workload import copy_module
 from messnet.deployment.bundle import Bundle, CutPoint, open_bundle
 from messnet.deployment.loading import WORKLOAD, default_runtime, load
-from messnet.deployment.measurement import (
-    check_additivity,
-    instances_of_all_heads,
-    measure_heads,
-    measure_session,
-)
+from messnet.deployment.measurement import check_additivity, instances_of_all_heads, measure_heads, measure_session
 from messnet.deployment.restoring import graph_runner, restore_bundle
 from messnet.deployment.runner import Live, Runner
 from messnet.deployment.torch_runner import TorchRunner
@@ -41,16 +36,6 @@ from messnet.records.instance import Exit, Instance
 from messnet.records.names import GRAPH_RUNTIMES, Precision, RuntimeName, precision_of_dtype
 from messnet.run.recipe import ModelOptions
 from messnet.run.run import Run, add_heads
-
-__all__ = [
-    "Profile",
-    "build_network",
-    "logits_in",
-    "measure_run",
-    "profile_bundle",
-    "profile_model",
-    "start_from_weights",
-]
 
 
 def build_network(
@@ -132,11 +117,7 @@ def profile_model(
 
 
 def profile_bundle(
-    path: Path,
-    latency: LatencyOptions | None = None,
-    runtime: RuntimeName | None = None,
-    *,
-    model: str | None = None,
+    path: Path, latency: LatencyOptions | None = None, runtime: RuntimeName | None = None, *, model: str | None = None
 ) -> Profile:
     """A bundle's network, cut where its instance ends, and its own exits. What is measured in another ``runtime`` than
     torch is measured stage by stage; ``runtime`` and ``model`` as for ``load``. Where torch cannot run the bundle, its

@@ -15,8 +15,6 @@ from messnet.run.run import Run
 from messnet.run.stage import Stage
 from messnet.run.stages import STAGES
 
-__all__ = ["adopt_pretrained", "open_run"]
-
 
 def open_run(target: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> Run:
     """The run of a recipe file (in ``out``, by default runs/NAME) or of a run directory, which remembers its recipe.

@@ -18,8 +18,6 @@ from messnet.errors import DataError
 from messnet.records.groups import group_ids
 from messnet.run.checks import proposed_crop
 
-__all__ = ["propose_recipe"]
-
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 """Names that splits have in people's folders, the usual one first."""
 NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")

@@ -30,8 +30,6 @@ from messnet.run.shards import unpack
 from messnet.training import Monitor
 from messnet.training.checkpoint import Checkpoint
 
-__all__ = ["Run", "add_heads"]
-
 Split = Literal["train", "val"]
 
 

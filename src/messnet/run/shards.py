@@ -20,18 +20,6 @@ from messnet.records.instance import Exit
 from messnet.records.run_directory import RunDirectory
 from messnet.records.shard import Shard
 
-__all__ = [
-    "Part",
-    "deal",
-    "discard_parts",
-    "expect_whole",
-    "join",
-    "pack",
-    "read_parts",
-    "share",
-    "unpack",
-]
-
 
 def share(shard: Shard, net: MultiExitNet, exits: Sequence[Exit]) -> tuple[Exit, ...]:
     """The part of ``exits`` that is ``shard``'s; they are dealt out by their workload."""

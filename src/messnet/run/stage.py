@@ -12,8 +12,6 @@ from messnet.records.run_directory import RunDirectory, RunFile
 from messnet.run.recipe import recipe_to_record
 from messnet.run.run import Run
 
-__all__ = ["Stage"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:

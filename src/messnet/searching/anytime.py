@@ -26,8 +26,6 @@ from messnet.searching.grid import Grid
 from messnet.searching.measure import baseline_miou_of, checked_column
 from messnet.searching.objective import AnytimeObjective
 
-__all__ = ["Figures", "figures_of", "search_anytime"]
-
 NUM_BEST = 4
 """The answer and its runners-up."""
 
@@ -109,11 +107,7 @@ def search_anytime(
     for (_, chosen, _), selection in zip(best, selections, strict=True):
         exits = tuple(ExitChoice(exit_index=tables.exits[p].exit_index, head=tables.exits[p].head) for p in chosen)
         instance = Instance(
-            name=name,
-            setting="anytime",
-            exits=exits,
-            policy=grid.policy_of(tables),
-            selected_on=selection.to_figures(),
+            name=name, setting="anytime", exits=exits, policy=grid.policy_of(tables), selected_on=selection.to_figures()
         )
         points.append(FrontPoint(miou=selection.miou, cost=selection.cost, instance=instance))
     result = SearchResult(

@@ -15,16 +15,6 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
 from messnet.records.names import CostName
 
-__all__ = [
-    "Column",
-    "Grid",
-    "columns_of",
-    "confidence_at",
-    "cost_of",
-    "image_thresholds",
-    "route",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:

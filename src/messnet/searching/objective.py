@@ -11,8 +11,6 @@ from typing import Literal, cast, get_args
 from messnet.errors import RecipeError
 from messnet.records.names import CostName, Statistic
 
-__all__ = ["AnytimeGoal", "AnytimeObjective", "AnytimeTerms", "Guarantee", "Limit", "Objective", "Terms"]
-
 AnytimeGoal = Literal["area", "first_cost", "overhead", "miou"]
 
 

@@ -12,8 +12,6 @@ import torch
 from messnet.errors import RunError
 from messnet.records.files import write_atomically, writing
 
-__all__ = ["Checkpoint"]
-
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["fast_dilation"]
-
 
 def fast_dilation(device: torch.device) -> AbstractContextManager[object]:
     """While it lasts, depthwise convolutions that are dilated, keep the size and run in float32 on a CPU have the fast

@@ -29,8 +29,6 @@ from messnet.training.options import LogKind
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Journal", "Monitor", "Validation", "say"]
-
 
 @dataclass(frozen=True)
 class Monitor:

@@ -25,8 +25,6 @@ from messnet.training.journal import Journal, Monitor, Validation, ValidationRes
 from messnet.training.losses import automatic_class_weights
 from messnet.training.options import ComputeOptions, TrainOptions
 
-__all__ = ["Saved", "Stage", "class_weights", "diverged", "every", "layout", "mix", "set_learning_rate", "sgd", "train"]
-
 # Iterations between two looks at the losses: each waits for the device.
 SHOW_EVERY = 10
 # Images whose labels "auto" class weights are counted on: enough for shares, and minutes less on large data sets.
@@ -226,11 +224,7 @@ def _batches(
             f"{parts} that leaves each 2 images or more"
         )
     stream = TrainingStream(
-        dataset,
-        build_augmentation(options.augment),
-        iterations=options.iterations,
-        batch_size=batch,
-        seed=options.seed,
+        dataset, build_augmentation(options.augment), iterations=options.iterations, batch_size=batch, seed=options.seed
     )
     rank = fabric.global_rank if parts > 1 else 0
     loader = DataLoader(
@@ -279,11 +273,7 @@ def sgd(
     part in every loss.
     """
     return torch.optim.SGD(
-        parameters,
-        lr=options.learning_rate,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        fused=fused,
+        parameters, lr=options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused
     )
 
 

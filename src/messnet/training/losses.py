@@ -14,16 +14,6 @@ from torch import Tensor
 from messnet.data import IGNORE_INDEX
 from messnet.errors import DataError
 
-__all__ = [
-    "DistillationLoss",
-    "Teacher",
-    "automatic_class_weights",
-    "cross_entropy",
-    "distillation_loss",
-    "pixel_weight",
-    "teach",
-]
-
 DistillationLoss = Literal["pfd", "kd", "self_distillation", "ce"]
 
 

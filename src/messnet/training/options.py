@@ -16,8 +16,6 @@ from messnet.data.transforms import AugmentOptions
 from messnet.errors import RecipeError
 from messnet.training.losses import DistillationLoss
 
-__all__ = ["ComputeOptions", "DistillOptions", "LogKind", "PretrainOptions", "Schedule", "Scheme", "TrainOptions"]
-
 Schedule = Literal["alternating", "modulo"]
 Scheme = Literal["exit_aware", "baseline", "end_to_end"]
 LogKind = Literal["csv", "tensorboard", "both", "none"]

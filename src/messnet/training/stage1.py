@@ -23,8 +23,6 @@ from messnet.training.loop import Saved, class_weights, diverged, every, layout,
 from messnet.training.losses import cross_entropy, pixel_weight
 from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
 
-__all__ = ["active_exits", "pretrain"]
-
 
 def active_exits(schedule: Schedule, iteration: int, num_early: int) -> tuple[int, ...]:
     """Indices (from 0) of the early exits whose loss counts in ``iteration`` = 1, 2, ...

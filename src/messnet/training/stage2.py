@@ -23,8 +23,6 @@ from messnet.training.loop import class_weights, diverged, every, layout, mix, s
 from messnet.training.losses import Teacher, distillation_loss, teach
 from messnet.training.options import ComputeOptions, DistillOptions
 
-__all__ = ["distill", "space_exits"]
-
 
 def space_exits(net: MultiExitNet, space: HeadSpace) -> tuple[Exit, ...]:
     """Every head of the space at every early exit point: what the overprovisioned network is made of."""
@@ -172,13 +170,7 @@ class _Distillation:
         )
 
     def _train_head(
-        self,
-        exit: Exit,
-        iteration: int,
-        learning_rate: float,
-        features: Tensor,
-        teacher: Teacher,
-        size: Sequence[int],
+        self, exit: Exit, iteration: int, learning_rate: float, features: Tensor, teacher: Teacher, size: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """One step of one head; its loss, and its logits before the step."""
         optimizer = self.optimizers[exit]

@@ -38,8 +38,6 @@ from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.session import Session
 from messnet.errors import MessError, one_line
 
-__all__ = ["Sample", "Service"]
-
 _T = TypeVar("_T")
 _PAGE = Path(__file__).parents[1] / "page"
 _PAGE_FILES = {

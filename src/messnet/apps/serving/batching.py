@@ -16,8 +16,6 @@ from messnet.deployment.session import Result, Session
 from messnet.errors import PredictionError
 from messnet.policy.labels import load_compiled
 
-__all__ = ["Answer", "Stopped", "Worker"]
-
 _T = TypeVar("_T")
 
 Stopped = Literal["threshold", "deadline", "last_exit"]

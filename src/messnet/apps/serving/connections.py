@@ -10,8 +10,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from messnet.apps.serving.options import ServeOptions
 
-__all__ = ["ACCEPTED_AT_ONCE", "Connection", "LogLimit", "connections_within"]
-
 ACCEPTED_AT_ONCE = 16
 """asyncio accepts this many connections before any of them can be closed again."""
 

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError, read_exactly, write_exactly
 
-__all__ = ["Decoders"]
-
 _RESTART_S = 1.0
 _PIPE_BYTES = 2**20  # the most that Linux gives to anyone; by default an image of 4 megapixels takes 200 turns
 

@@ -23,8 +23,6 @@ from PIL import Image, UnidentifiedImageError
 
 from messnet.images.reading import rgb_of
 
-__all__ = ["ANSWER", "FORMATS", "READY", "REQUEST", "RequestError", "decode_image", "read_exactly", "write_exactly"]
-
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp"}
 """The formats that are taken: media types by the names that Pillow has for them."""
 

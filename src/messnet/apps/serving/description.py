@@ -11,8 +11,6 @@ from messnet.errors import RunError
 from messnet.records.costs import CostTable
 from messnet.records.run_directory import RunDirectory
 
-__all__ = ["ExitInfo", "ModelInfo", "WorkloadInfo", "describe"]
-
 
 class ExitInfo(TypedDict):
     exit_index: int

@@ -20,8 +20,6 @@ from messnet.apps.serving.app import Service
 from messnet.apps.serving.connections import ACCEPTED_AT_ONCE, LogLimit, connections_within
 from messnet.errors import MessError
 
-__all__ = ["Server", "run_until_stopped"]
-
 _HANDLES_KEPT = 24  # for the loop, the decoders' pipes, and what comes and goes: forms on disk, a new decoder, the page
 _END_S = 5.0  # for a process whose requests are all answered
 _BACKLOG = 1024

@@ -18,8 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from messnet.apps.serving.decoding import RequestError
 from messnet.apps.serving.options import ServeOptions
 
-__all__ = ["BUSY", "Gate", "Metrics", "client_of", "drain"]
-
 BUSY = {"Retry-After": "1"}
 
 _WORK = ("/v1/predict", "/v1/anytime")

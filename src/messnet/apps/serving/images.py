@@ -8,8 +8,6 @@ from PIL import Image
 
 from messnet.images.drawing import as_png, mask, overlay
 
-__all__ = ["encode_mask", "encode_overlay", "encode_png"]
-
 
 def encode_mask(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
     """PNG of (H, W) class indices, which carries ``palette`` (K, 3) as its colours."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from messnet import __version__
 from messnet.apps.serving.decoding import FORMATS
 
-__all__ = ["FORMAT_NAMES", "NDJSON", "STOP_NAMES", "specification"]
-
 NDJSON = "application/x-ndjson"
 FORMAT_NAMES = ("mask", "overlay", "json")
 STOP_NAMES = ("last_exit", "instance")
@@ -52,9 +50,7 @@ def specification() -> Json:
         [
             _parameter("deadline_ms", "Begin no exit after this many milliseconds.", {"type": "number", "minimum": 0}),
             _parameter(
-                "threshold",
-                "Stop at the first exit this confident.",
-                {"type": "number", "minimum": 0, "maximum": 1},
+                "threshold", "Stop at the first exit this confident.", {"type": "number", "minimum": 0, "maximum": 1}
             ),
             _parameter(
                 "stop",

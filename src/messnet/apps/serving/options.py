@@ -7,8 +7,6 @@ from urllib.parse import urlsplit
 
 from messnet.errors import RecipeError
 
-__all__ = ["ServeOptions"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:

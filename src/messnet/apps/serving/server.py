@@ -23,8 +23,6 @@ from messnet.images.reading import list_images
 from messnet.records.names import Precision, RuntimeName
 from messnet.records.run_directory import RunDirectory
 
-__all__ = ["open_service", "serve"]
-
 MAX_SAMPLES = 12
 
 

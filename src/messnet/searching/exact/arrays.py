@@ -17,21 +17,6 @@ from numpy.typing import NDArray
 
 from messnet.records.arrays import FloatArray, IntArray
 
-__all__ = [
-    "CAPACITY",
-    "MEAN",
-    "P95",
-    "RULED_OUT",
-    "WHOLE_MAX",
-    "WHOLE_SUM",
-    "WORST",
-    "Arrays",
-    "Counts",
-    "Float32",
-    "Frontier",
-    "Real",
-]
-
 Counts = NDArray[np.int32] | NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Real = float | np.float32

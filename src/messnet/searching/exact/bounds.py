@@ -36,8 +36,6 @@ from messnet.records.arrays import FloatArray
 from messnet.searching.exact.arrays import RULED_OUT, Arrays, Float32, Real
 from messnet.searching.exact.compiling import compiled
 
-__all__ = ["MARGIN", "bound_triples", "remainder", "spread"]
-
 STRESSES = np.array([0.0, 0.25, 1.0, 4.0], np.float32)
 """The values of s that are tried."""
 MARGIN = 2e-5

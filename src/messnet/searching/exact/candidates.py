@@ -14,8 +14,6 @@ from messnet.searching.exact.bounds import MARGIN
 from messnet.searching.exact.least_cost import least_cost, least_cost_of_row
 from messnet.searching.exact.problem import Problem
 
-__all__ = ["Candidates", "candidate_mask", "evaluate_choice"]
-
 
 class Candidates(NamedTuple):
     """The choices of three exits that may hold an instance better than what is known, and their bounds at one

@@ -37,8 +37,6 @@ from messnet.searching.exact.compiling import compiled
 from messnet.searching.exact.enumeration import try_triple
 from messnet.searching.exact.tangent import Tangent
 
-__all__ = ["FINE", "Form", "Sets", "bound_choices", "classes_of", "evaluate_choices", "fill_ranges", "form_at"]
-
 Status = NDArray[np.int8]
 COARSE, HALF, FINE = 4, 8, 16
 AT_HALF, AT_FINE = COARSE, COARSE + HALF  # where their classes begin
@@ -426,13 +424,7 @@ def bound_choices(
 
 @compiled(fastmath=True)
 def _narrow(
-    arrays: Arrays,
-    sets: Sets,
-    form: Form,
-    exits: tuple[int, int, int],
-    work: _Workspace,
-    target: Real,
-    narrow: Float32,
+    arrays: Arrays, sets: Sets, form: Form, exits: tuple[int, int, int], work: _Workspace, target: Real, narrow: Float32
 ) -> bool:
     """Rules out more fine cells by looking at every set of the first exit instead of its classes.
 

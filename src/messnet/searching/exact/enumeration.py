@@ -18,8 +18,6 @@ from messnet.searching.exact.arrays import MEAN, P95, RULED_OUT, WHOLE_SUM, WORS
 from messnet.searching.exact.bounds import MARGIN
 from messnet.searching.exact.compiling import compiled
 
-__all__ = ["key_of", "mean_iou_of", "merge", "try_pair", "try_pairs_before", "try_single", "try_triple"]
-
 QUICK = np.float32(2e-6)
 """More than an mIoU loses in float32."""
 

@@ -7,8 +7,6 @@ import numpy as np
 from messnet.records.arrays import FloatArray
 from messnet.searching.exact.arrays import WHOLE_MAX, WHOLE_SUM, WORST, Arrays
 
-__all__ = ["least_cost", "least_cost_of_row"]
-
 
 def least_cost(arrays: Arrays, last: int, num: int) -> FloatArray:
     """(middle, first) of the ``num`` exits before ``last``: no instance has a smaller objective's cost."""

@@ -11,8 +11,6 @@ import numpy as np
 from messnet.errors import RecipeError
 from messnet.searching.answers import FrontPoint, Incumbent, Proof
 
-__all__ = ["OutOfTimeError", "Outcome", "Region", "StoppedError", "Tuning"]
-
 
 class Region(NamedTuple):
     """What is looked for: the whole front, or the instance of least cost or largest mIoU within limits."""

@@ -19,8 +19,6 @@ from messnet.searching.grid import Column, Grid, columns_of
 from messnet.searching.measure import CostMeasure, checked_column
 from messnet.searching.objective import Objective
 
-__all__ = ["Problem"]
-
 _KINDS: dict[Statistic, int] = {"mean": MEAN, "worst": WORST, "p95": P95}
 
 

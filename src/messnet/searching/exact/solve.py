@@ -12,8 +12,6 @@ from messnet.searching.exact.problem import Problem
 from messnet.searching.exact.solver import Solver
 from messnet.searching.exact.strips import FrontSolver
 
-__all__ = ["solve"]
-
 
 def solve(
     problem: Problem,

@@ -18,8 +18,6 @@ from messnet.searching.exact.least_cost import least_cost
 from messnet.searching.exact.outcome import StoppedError
 from messnet.searching.exact.solver import Solver
 
-__all__ = ["FrontSolver"]
-
 
 class FrontSolver(Solver):
     """One search for the whole front. ``run`` once."""

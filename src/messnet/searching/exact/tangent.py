@@ -20,8 +20,6 @@ from messnet.records.arrays import FloatArray
 from messnet.searching.exact.arrays import Float32
 from messnet.searching.exact.problem import Problem
 
-__all__ = ["NO_TANGENT", "Tangent", "tangent_at"]
-
 
 class Tangent(NamedTuple):
     """The linear form at one reference. K is the number of classes rounded up to a multiple of 8, which loops over
