@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,8 +24,9 @@ pytest.importorskip("playwright.sync_api", reason="the page is looked at with pl
 from playwright.sync_api import expect, sync_playwright
 
 import messnet
-from messnet.apps.web import find_onnxruntime_web
+from messnet.apps.web import find_onnxruntime_web, write_web_page
 from messnet.cli import main
+from messnet.deployment.bundle import open_bundle, write_bundle
 from messnet.errors import RunError
 from messnet.images.reading import list_images, read_image
 
@@ -164,6 +167,14 @@ def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, tmp_path: P
         context.close()
 
 
+def stand_in_for_onnxruntime_web(folder: Path) -> None:
+    """Empty files of the names that a page needs."""
+    (folder / "dist").mkdir(parents=True, exist_ok=True)
+    for name in ("ort.wasm.min", "ort-wasm-simd-threaded", "ort.webgpu.min", "ort-wasm-simd-threaded.asyncify"):
+        (folder / "dist" / f"{name}.mjs").touch()
+        (folder / "dist" / f"{name}.wasm").touch()
+
+
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -177,14 +188,31 @@ def test_what_cannot_be_a_page(
     monkeypatch.chdir(tmp_path)
     export = ["export", str(BUNDLE), "--web", "page"]
     assert "there is no onnxruntime-web in " in refused(export, capsys)
-    package = tmp_path / "node_modules/onnxruntime-web/dist"
-    package.mkdir(parents=True)
+    package = tmp_path / "node_modules/onnxruntime-web"
+    (package / "dist").mkdir(parents=True)
     assert "has no dist/ort.wasm.min.mjs: install onnxruntime-web 1.24 or later" in refused(export, capsys)
-    for name in ("ort.wasm.min", "ort-wasm-simd-threaded", "ort.webgpu.min", "ort-wasm-simd-threaded.asyncify"):
-        (package / f"{name}.mjs").touch()
-        (package / f"{name}.wasm").touch()
+    stand_in_for_onnxruntime_web(package)
     assert "leave one of them out" in refused([*export, "--out", "b.mess"], capsys)
-    assert "--images are to check graphs on" in refused([*export, "--images", "photos"], capsys)
+    assert "--images is for graphs" in refused([*export, "--images", "photos"], capsys)
     main(export)
     assert {file.name for file in Path("page").iterdir()} >= {"index.html", "source.js", "model.json", "onnx", "ort"}
     assert "page exists already" in refused(export, capsys)
+
+
+def test_each_precision_of_a_bundle_goes_along(tmp_path: Path) -> None:
+    whole = open_bundle(BUNDLE)
+    files = {name: whole.read(name) for name in whole.manifest.files}
+    named = {name: file.replace("onnx/", "onnx-int8/") for name, file in whole.manifest.runtimes["onnx"].files.items()}
+    runtimes = {**whole.manifest.runtimes, "onnx-int8": replace(whole.manifest.runtimes["onnx"], files=named)}
+    files |= {file: files[file.replace("onnx-int8/", "onnx/")] for file in named.values()}
+    write_bundle(tmp_path / "both.zip", replace(whole.manifest, runtimes=runtimes), files)
+    package = tmp_path / "package"
+    stand_in_for_onnxruntime_web(package)
+    written = write_web_page(tmp_path / "both.zip", tmp_path / "page", onnxruntime_web=package)
+    model = json.loads((tmp_path / "page/model.json").read_text())
+    assert model["graphs"] == {
+        precision: [f"{folder}/stage{position}.onnx" for position in range(3)]
+        for precision, folder in {"f32": "onnx", "int8": "onnx-int8"}.items()
+    }
+    assert {*model["graphs"]["f32"], *model["graphs"]["int8"], model["output"]} <= written.keys()
+    assert all((tmp_path / "page" / name).stat().st_size == size for name, size in written.items())

@@ -10,14 +10,16 @@ ort/                             onnxruntime-web, from where the user installed 
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 from messnet.apps.serving.description import describe
 from messnet.deployment.bundle import open_bundle
-from messnet.deployment.graph_runner import GRAPHS, OUTPUT, stage_name
+from messnet.deployment.graph_runner import OUTPUT, graphs_for, stage_name
 from messnet.deployment.loading import load
 from messnet.errors import RunError
 from messnet.records.files import expect_free, write_folder
+from messnet.records.names import Precision
 
 __all__ = ["find_onnxruntime_web", "write_web_page"]
 
@@ -34,6 +36,7 @@ _RUNTIME_FILES = (
     "ort-wasm-simd-threaded.asyncify.mjs",
     "ort-wasm-simd-threaded.asyncify.wasm",
 )
+_PRECISIONS: tuple[Precision, ...] = ("f32", "int8")
 _INSTALLED = Path("node_modules", "onnxruntime-web")
 
 
@@ -62,12 +65,16 @@ def write_web_page(path: Path, out: Path, *, onnxruntime_web: Path, instance: st
 
     Raises RunError when the bundle holds no graphs or another ``instance``, or ``out`` holds something.
     """
-    session = load(
-        path, instance=instance, runtime="onnxruntime"
-    )  # raises where there are no graphs, or others than the instance's
+    # Raises where there are no graphs, or others than the instance's.
+    session = load(path, instance=instance, runtime="onnxruntime")
     bundle = open_bundle(path)
-    manifest, graphs = bundle.manifest, bundle.manifest.runtimes[GRAPHS]
-    stages = [graphs.files[stage_name(position)] for position in range(len(manifest.instance.exits))]
+    manifest, sets = bundle.manifest, bundle.manifest.runtimes
+    # That which the instance was made for comes first: the page computes in it until another is chosen.
+    precisions = sorted(_PRECISIONS, key=lambda precision: precision != session.precision)
+    found = {one: sets[graphs_for(one)].files for one in precisions if graphs_for(one) in sets}
+    names = [stage_name(position) for position in range(len(manifest.instance.exits))]
+    graphs = {precision: [files[name] for name in names] for precision, files in found.items()}
+    output = next(iter(found.values()))[OUTPUT]  # the same in every precision
     height, width = manifest.preprocessing.input_size
     model = {
         **describe(path, session),
@@ -79,13 +86,13 @@ def write_web_page(path: Path, out: Path, *, onnxruntime_web: Path, instance: st
         "std": manifest.preprocessing.std,
         "input_size": (height, width),
         "size_multiple": session.runner.size_multiple(),
-        "graphs": {"f32": stages},
-        "output": graphs.files[OUTPUT],
+        "graphs": graphs,
+        "output": output,
         "samples": [],
         "limits": {"max_pixels": height * width},
     }
     files = {name: (_PAGE / source).read_bytes() for name, source in _PAGE_FILES.items()}
-    files |= {name: bundle.read(name) for name in (*stages, graphs.files[OUTPUT])}
+    files |= {name: bundle.read(name) for name in {*chain(*graphs.values()), output}}
     files |= {f"ort/{name}": (onnxruntime_web / "dist" / name).read_bytes() for name in _RUNTIME_FILES}
     files["model.json"] = json.dumps(model).encode()
     expect_free(out)

@@ -41,7 +41,7 @@ Item = TypeVar("Item")
         "export runs/demo --runtime onnxruntime --precision int8 --max-loss-pp 0.5 --out int8.mess",
         "export runs/demo --runtime onnxruntime --precision f32 int8 --static 360 480 --out fixed.mess",
         "export runs/demo --device-table runs/demo/costs/NAME.json --out demo.mess",
-        "export runs/demo --web page",
+        "export runs/demo --precision f32 int8 --web page",
     )
 )
 def export(

@@ -21,7 +21,7 @@ export async function open() {
   const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
   const counted = threads === 1 ? "1 thread" : `${threads} threads`;
   variants = Object.keys(model.graphs).map((precision) => ({ precision, threads, name: `${precision}, WebAssembly, ${counted}` }));
-  if (await navigator.gpu?.requestAdapter()) variants.push({ precision: "f32", threads, gpu: true, name: "f32, WebGPU" });
+  if (model.graphs.f32 && await navigator.gpu?.requestAdapter()) variants.push({ precision: "f32", threads, gpu: true, name: "f32, WebGPU" });
   info = {
     ...model,
     variants: variants.map((variant) => variant.name),

@@ -108,18 +108,21 @@ function showValues() {
 
 // To another precision or processor of the device; where that fails, the list shows what still computes.
 async function change() {
+  let complaint;
   if (running) running.abort();
   complain("");
   say("Loading …");
   try {
     await source.choose($("variant").selectedIndex, current && $("photo"));
-    say("No image yet");
+    complaint = "";
   } catch (error) {
     $("variant").selectedIndex = source.chosen();
-    complain(error.message);
+    complaint = error.message;
   }
+  say("No image yet");
   setDeadlineRange(Math.max(...info.exits.map((exit) => exit.warm_up_latency_ms)));
   await run();
+  complain(complaint);
 }
 
 // Frame by frame: the next one is taken when the last one has left its exit.
