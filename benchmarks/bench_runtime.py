@@ -471,7 +471,9 @@ def main() -> None:
                 calibration = [cv2.resize(image, size) for image in run.calibration()]
                 masks = [cv2.resize(val[v].mask, size, interpolation=cv2.INTER_NEAREST) for v in range(len(raw))]
                 samples = [(cv2.resize(image, size), mask) for image, mask in zip(raw, masks, strict=True)]
-                figures += eight_bits(found_here, calibration, runtime, samples, options)
+                found = eight_bits(found_here, calibration, runtime, samples, options)
+                figures += found
+                show(found)
         options.runtimes = []
     reference: dict[str, list[Result]] = {}
     for runtime in sorted(options.runtimes, key=lambda name: name.startswith("torch")):
