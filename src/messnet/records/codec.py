@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from zipfile import BadZipFile
 
@@ -25,10 +25,13 @@ import numpy as np
 
 from messnet.errors import RunError
 
-__all__ = ["Format", "MismatchError", "Plain", "field_type", "from_plain", "to_plain", "type_options"]
+__all__ = ["LEFT_OUT", "Format", "MismatchError", "Plain", "field_type", "from_plain", "to_plain", "type_options"]
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """The values that JSON and YAML hold."""
+
+LEFT_OUT = MappingProxyType({"left_out": True})
+"""Metadata of a field that is not written where it is None: files then are those of before there was the field."""
 
 _Record = TypeVar("_Record")
 
@@ -69,7 +72,8 @@ def to_plain(value: object) -> Plain:
     """Plain values of a record, its fields in their order. Arrays are none: see ``Format.to_npz``."""
     if is_dataclass(value) and not isinstance(value, type):
         # Not dataclasses.asdict: that copies what it does not know, such as arrays.
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        given = ((field, getattr(value, field.name)) for field in fields(value))
+        return {field.name: to_plain(own) for field, own in given if not (own is None and field.metadata == LEFT_OUT)}
     match value:
         case None | bool() | int() | float() | str():
             return value

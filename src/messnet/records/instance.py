@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from messnet.records.codec import Format
+from messnet.records.codec import LEFT_OUT, Format
 from messnet.records.names import Precision, Setting
+from messnet.records.selection import Expected
 
 __all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting", "whole_model"]
 
@@ -56,6 +57,8 @@ class Instance:
     certificate: str = ""
     precision: Precision = "f32"
     """What its thresholds were found in, and what it runs in."""
+    expected: Expected | None = field(default=None, metadata=LEFT_OUT)
+    """What to expect on new images; None where it was not cross-fitted, and in files of version 0.2."""
 
     def to_json(self) -> str:
         return _FORMAT.to_json(self)

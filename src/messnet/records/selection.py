@@ -1,4 +1,4 @@
-"""What an instance does to the images that it was selected on, with units."""
+"""What an instance does to the images that it was selected on, and what to expect on new ones, with units."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple, cast, get_args
 
 from messnet.records.names import CostName, Statistic
 
-__all__ = ["AnytimeFigures", "CostUnit", "ReachedCost", "ReachedIou", "Selection"]
+__all__ = ["AnytimeFigures", "CostUnit", "Expected", "ExpectedShare", "ReachedCost", "ReachedIou", "Selection"]
 
 _LIMIT, _IOU = "limit:", "iou:"
 
@@ -143,6 +143,53 @@ class Selection:
             anytime=anytime,
             reached=tuple(_reached(figures)),
         )
+
+
+class ExpectedShare(NamedTuple):
+    """How many images to expect at an exit, with a standard error; shares in [0, 1]."""
+
+    exit_index: int
+    share: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What to expect of a search on new images, cross-fitted: each image is judged by the instance that the same search
+    chooses without the image's fold (docs/method.md#limits-that-hold-on-new-images). Errors are standard errors over the
+    draw of groups of images."""
+
+    num_images: int
+    num_groups: int
+    num_folds: int
+    unit: CostUnit
+    """Of ``cost``, ``cost_error`` and ``baseline_cost``."""
+    miou: float
+    """In [0, 1], over all images."""
+    baseline_miou: float
+    """mIoU of the final exit on the same images."""
+    drop_error: float
+    """Of ``baseline_miou - miou``."""
+    cost: float
+    """Over all images, by the statistic that was asked for."""
+    cost_error: float
+    """Of the mean cost."""
+    baseline_cost: float
+    macs: float
+    """Multiply-accumulates per image, mean over the images."""
+    macs_paper: float
+    """The same in the paper's convention."""
+    macs_error: float
+    exit_shares: tuple[ExpectedShare, ...]
+    """By exit_index; instances of several folds may have exits that the one of all images lacks."""
+    costs: tuple[ReachedCost, ...] = ()
+    """What the search was asked about beyond mIoU and one mean cost."""
+    ious: tuple[ReachedIou, ...] = ()
+
+    @property
+    def drop_pp(self) -> float:
+        """mIoU lost against the final exit, percentage points."""
+        return 100 * (self.baseline_miou - self.miou)
 
 
 def _reached(figures: Mapping[str, float]) -> Iterator[ReachedCost | ReachedIou]:

@@ -21,7 +21,7 @@ from messnet.records.measurements import Delivered, Front, Gallery, Measurement,
 from messnet.run.run import Run
 from messnet.searching import cost_of, route
 from messnet.searching.cross_fitting import error_of_drop
-from messnet.searching.measure import miou_of
+from messnet.searching.measure import Routed
 
 __all__ = ["measure_instances"]
 
@@ -87,7 +87,7 @@ def _was_selected_on(selection: ExitTables, instance: Instance) -> bool:
     if any(choice.exit not in selection.exits for choice in instance.exits):
         return False
     try:
-        return abs(miou_of(selection, instance) - instance.selected_on.get("miou", np.inf)) < 1e-9
+        return abs(Routed.through(selection, instance).miou - instance.selected_on.get("miou", np.inf)) < 1e-9
     except RunError:  # of a policy or a threshold that the tables do not have
         return False
 

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from typing import Literal, NamedTuple
 
 from messnet.records.instance import Instance
-from messnet.records.selection import CostUnit, Selection
+from messnet.records.selection import CostUnit, Expected, Selection
 from messnet.searching.objective import AnytimeObjective, Guarantee, Limit, Objective
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SearchSetting",
     "Shortfall",
     "Stopped",
+    "Tightened",
 ]
 
 SearchSetting = Literal["budgeted", "input_dependent"]
@@ -149,6 +150,17 @@ class Retreat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tightened:
+    """How limits that are to hold on new images were tightened until they do, cross-fitted."""
+
+    asked: Objective
+    searched: Objective | None
+    """With the laxest limits that hold; None: none do, and the answer is the user's model itself, or nothing."""
+    expected: Expected
+    """Of a search with ``searched``; without one: of what came nearest."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchResult:
     """What a search answers."""
 
@@ -170,6 +182,8 @@ class SearchResult:
     """With a guarantee that the searched thresholds do not keep."""
     incumbents: tuple[Incumbent, ...] = ()
     """The best so far over time, where the search was for this objective alone."""
+    tightened: Tightened | None = None
+    """Where the search was meant for new images: ``objective`` has the tightened limits then."""
     certificate: str = ""
     """What was proved, in words."""
     verdict: str = ""

@@ -1,72 +1,75 @@
-"""What a search loses on images that it did not see, and a limit tightened until that is within what was asked for.
+"""What a search loses on images that it did not see, and limits tightened until that is within what was asked for.
 
 The best of billions of instances on fifty images is the one that flatters itself most there: found at a drop of at most
 1 pp, it loses more on new images. Cross-fitting measures how much more. The images are dealt into folds, whole groups
 at a time; for each fold the search runs on all other folds, and its instance is judged on this one. Every image is
 judged exactly once, by an instance that was chosen without it, and the counts of all folds together give one mIoU and
-one cost for the *procedure* "search with this limit" (Geisser, "The predictive sample reuse method", 1975). ``tighten``
-walks from a very tight limit to the one asked for and keeps the last before the procedure's loss exceeds what was asked
-for; the answer is then searched on all images with that limit. What the limit is tightened by is chosen on the same
-figures, a handful of limits instead of billions of instances.
+one cost for the *procedure* "search with these limits" (Geisser, "The predictive sample reuse method", 1975).
+``Folds.tighten`` walks from very tight limits to the ones asked for and keeps the last before the procedure breaks what
+was asked for; the answer is then searched on all images with those limits. By how much they are tightened is chosen on
+the same figures, a handful of limits instead of billions of instances.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.errors import RecipeError
+from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.arrays import FloatArray, IntArray
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
 from messnet.records.iou import mean_iou
-from messnet.records.selection import CostUnit
-from messnet.searching.answers import FrontPoint, SearchResult
-from messnet.searching.grid import Grid, cost_of, route
-from messnet.searching.measure import CostMeasure, baseline_miou_of
+from messnet.records.selection import Expected, ExpectedShare, ReachedCost, ReachedIou, Selection
+from messnet.searching import words
+from messnet.searching.answers import FrontPoint, Proof, SearchResult, SearchSetting, Tightened
+from messnet.searching.exact import Control
+from messnet.searching.grid import Grid
+from messnet.searching.measure import CostMeasure, Routed, baseline_miou_of, meets, reached_of
 from messnet.searching.objective import Objective
-from messnet.searching.optima import Front, feasible, pareto_front, result_of
+from messnet.searching.optima import Front, feasible, front_within, search_for
 
-__all__ = ["STEPS_PP", "CrossFitted", "Tightened", "cross_fit", "error_of_drop", "folds_of", "procedure", "tighten"]
+__all__ = [
+    "LEVELS",
+    "Folds",
+    "Level",
+    "answer",
+    "error_of_drop",
+    "folds_of",
+    "model_itself",
+    "procedure",
+    "search_tightened",
+]
 
-STEPS_PP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
-"""By how much an mIoU limit is tightened, percentage points."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrossFitted:
-    """What a search with one objective does to images that its instances were chosen without."""
-
-    searched: Objective
-    unit: CostUnit
-    miou: float
-    """In [0, 1], over all images, each at the exit where the instance chosen without it stops."""
-    cost: float
-    """Mean over all images."""
-    baseline_miou: float
-    """mIoU of the model that drops are counted against, on the same images."""
-    baseline_cost: float
-    miou_error: float
-    """Standard error of baseline_miou - miou, by leaving out one group at a time (jackknife); NaN for one group."""
-
-    @property
-    def drop_pp(self) -> float:
-        return 100 * (self.baseline_miou - self.miou)
+FOLD_PRECISION = 0.001
+"""mIoU by which the front of a fold may be below the best: it stands for a search, nothing of it is deployed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tightened:
-    """An instance for a limit that is meant for new images."""
+@dataclass(frozen=True)
+class Level:
+    """How much tighter limits are than those asked for."""
 
-    asked: Objective
-    result: SearchResult
-    """Of all images, with the limit of ``expected.searched``."""
-    expected: CrossFitted
-    """What to expect of it on new images."""
+    pp: float = 0.0
+    """Percentage points of mIoU and of the IoU of a class."""
+    factor: float = 1.0
+    """Of a cost."""
+
+
+LEVELS = tuple(
+    Level(pp, factor)
+    for pp, factor in zip(
+        (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0),
+        (1.0, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.75, 0.65, 0.5),
+        strict=True,
+    )
+)
+"""What is tried, from the limits as asked for to very tight ones."""
 
 
 def folds_of(groups: IntArray, num_folds: int, seed: int = 0) -> IntArray:
@@ -95,138 +98,309 @@ def procedure(front: Front, objective: Objective) -> FrontPoint:
     points = feasible(front, front.points, objective)
     if points:
         return points[0]
-    return front.points[0] if objective.maximise else _model_itself(front)
+    return front.points[0] if objective.maximise and front.points else model_itself(front)
 
 
-def cross_fit(
-    tables: ExitTables,
-    costs: CostTable | Sequence[CostTable],
-    objectives: Sequence[Objective],
-    *,
-    grid: Grid | None = None,
-    num_folds: int = 5,
-    seed: int = 0,
-) -> list[CrossFitted]:
-    """What searches with these objectives do to images not seen, one front per fold for all of them.
+def model_itself(front: Front) -> FrontPoint:
+    """The final exit alone, as a point of the front."""
+    final = front.problem.tables.exits[-1]
+    exits = (ExitChoice(exit_index=final.exit_index, head=final.head),)
+    model = Instance(name="model", setting=front.setting, exits=exits, policy=front.problem.policy)
+    routed = Routed.through(front.problem.tables, model)
+    return FrontPoint(miou=routed.miou, cost=front.baseline_cost, instance=model)
 
-    The objectives are of one mean cost, without further limits and floors, which a front does not know. Groups are
-    those of ``tables``. Raises RecipeError otherwise.
-    """
-    measure = CostMeasure.of(objectives[0], costs)
-    for objective in objectives:
-        if objective.cost_name != measure.name or objective.statistic != "mean":
-            raise RecipeError("cross-fitting takes objectives of one mean cost")
-        if objective.limits_on or objective.min_class_iou or objective.max_cost is not None:
-            raise RecipeError("cross-fitting takes limits on mIoU and on the ratio of one cost only, so far")
-    # Where each image leaves and what it costs, filled fold by fold: each image once.
-    folds = folds_of(tables.group_ids(), num_folds, seed)
-    num_images = len(tables.image_names)
-    routing = np.zeros((len(objectives), num_images), np.int64)
-    spent = np.zeros((len(objectives), len(measure.devices), num_images))
-    for fold in range(int(folds.max()) + 1):
-        kept_out = np.flatnonzero(folds == fold)
-        # One front of the other folds answers every objective.
-        front = pareto_front(
-            tables.subset(np.flatnonzero(folds != fold)), measure.devices, cost=measure.name, grid=grid
-        )
-        judged = tables.subset(kept_out)
-        for i, objective in enumerate(objectives):
-            # Its thresholds meet images that it was not chosen on.
-            instance = procedure(front, objective).instance
-            routing[i, kept_out] = route(judged, instance)
-            for d, table in enumerate(measure.devices):
-                spent[i, d, kept_out] = cost_of(judged, table, instance, measure.name)
-    # The counts of all folds together: one mIoU, as of one set of images.
-    weights = np.array(measure.weights)
-    return [
-        CrossFitted(
-            searched=objective,
+
+@dataclass(kw_only=True)
+class Folds:
+    """The searches on all folds but one, each done once for all objectives that the same front answers: those that
+    differ by their limits on mIoU and on their own cost alone."""
+
+    tables: ExitTables
+    costs: CostTable | Sequence[CostTable]
+    setting: SearchSetting = "input_dependent"
+    grid: Grid | None = None
+    num_folds: int = 5
+    seed: int = 0
+    time_limit: float | None = None
+    """Seconds for each front; then it is the best so far."""
+    precision: float = FOLD_PRECISION
+    progress: bool = False
+    _fronts: dict[Objective, list[Front]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.folds = folds_of(self.tables.group_ids(), self.num_folds, self.seed)
+        kept_out = [np.flatnonzero(self.folds == fold) for fold in range(int(self.folds.max()) + 1)]
+        self.kept_out: list[IntArray] = kept_out
+
+    def fronts(self, objective: Objective) -> list[Front]:
+        """For each fold the front of the images of all others, within the objective's further limits and floors."""
+        measure = CostMeasure.of(objective, self.costs)
+        # What ``feasible`` looks up on a front is no part of what makes the front.
+        asked = replace(objective, minimise=measure.name, maximise=None, max_drop_pp=None, min_miou=None)
+        asked = replace(asked, max_cost_ratio=None, max_cost=objective.max_cost if measure.unit.relative else None)
+        if asked not in self._fronts:
+            control = Control(time_limit=self.time_limit, progress=self.progress)
+            self._fronts[asked] = [
+                front_within(
+                    self.tables.subset(np.flatnonzero(self.folds != fold)),
+                    measure,
+                    asked,
+                    setting=self.setting,
+                    grid=self.grid,
+                    control=control,
+                    precision=self.precision,
+                )
+                for fold in range(len(self.kept_out))
+            ]
+        return self._fronts[asked]
+
+    def routed(self, objective: Objective) -> Routed:
+        """Every image through the instance that a search with this objective chooses without the image's fold."""
+        chosen = [procedure(front, objective).instance for front in self.fronts(objective)]
+        # Thresholds meet images that they were not chosen on.
+        return Routed(self.tables, *zip(self.kept_out, chosen, strict=True))
+
+    def judge(self, objective: Objective) -> Expected:
+        """What to expect of a search with this objective on new images."""
+        return self.expect(objective, self.routed(objective))
+
+    def expect(self, objective: Objective, routed: Routed) -> Expected:
+        """The figures of images that are routed so: counts of all folds together, as of one set of images."""
+        tables, measure = self.tables, CostMeasure.of(objective, self.costs)
+        reached = reached_of(objective, measure, routed)
+        taken = np.array([exit.exit_index for exit in tables.exits])[routed.routing]
+        weights = zip(measure.weights, measure.devices, strict=True)
+        weighted = [weight * routed.costs(table, measure.name) for weight, table in weights]
+        macs = routed.costs(measure.devices[0], "macs")
+        return Expected(
+            num_images=len(tables.image_names),
+            num_groups=int(tables.group_ids().max()) + 1,
+            num_folds=len(self.kept_out),
             unit=measure.unit,
-            miou=tables.miou(routing[i]),
-            cost=float((weights * spent[i].mean(1)).max()),
+            miou=routed.miou,
             baseline_miou=baseline_miou_of(tables),
+            drop_error=error_of_drop(tables, routed.routing),
+            cost=measure.measure(routed),
+            cost_error=_error_of_mean(tables, max(weighted, key=lambda spent: float(spent.mean()))),
             baseline_cost=measure.baseline,
-            miou_error=error_of_drop(tables, routing[i]),
+            macs=float(macs.mean()),
+            macs_paper=float(routed.costs(measure.devices[0], "macs_paper").mean()),
+            macs_error=_error_of_mean(tables, macs),
+            exit_shares=tuple(
+                ExpectedShare(int(index), float((taken == index).mean()), _error_of_mean(tables, taken == index))
+                for index in np.unique(taken)
+            ),
+            costs=tuple(one for one in reached if isinstance(one, ReachedCost)),
+            ious=tuple(one for one in reached if isinstance(one, ReachedIou)),
         )
-        for i, objective in enumerate(objectives)
-    ]
+
+    def tighten(self, objective: Objective) -> Tightened:
+        """The laxest limits of ``LEVELS`` up to which what was asked for holds on images not seen.
+
+        mIoU and the objective's own cost are tightened together, from the tightest level to the laxest, up to the
+        first that fails: a lax limit that holds by luck is not taken. Each further limit and floor has a level of its
+        own, which rises while the limit is broken: every level takes fronts of its own.
+        """
+        own = replace(objective, limits_on=(), min_class_iou=())
+        further, floors = [0] * len(objective.limits_on), [0] * len(objective.min_class_iou)
+        nearest: Expected | None = None
+        while max([*further, *floors], default=0) < len(LEVELS):
+            searched = _further_tightened(objective, further, floors)
+            kept: tuple[Objective, Routed] | None = None
+            failed: Routed | None = None
+            for level in reversed(LEVELS):
+                tried = _tightened(searched, level)
+                routed = self.routed(tried)
+                if not self._holds(own, routed):
+                    failed = routed
+                    break
+                kept = tried, routed
+            if failed is not None:
+                nearest = self.expect(objective, failed)
+            if kept is None:
+                break
+            broken = [not self._holds(replace(own, limits_on=(limit,)), kept[1]) for limit in objective.limits_on]
+            missed = [not self._holds(replace(own, min_class_iou=(pair,)), kept[1]) for pair in objective.min_class_iou]
+            expected = self.expect(objective, kept[1])
+            if not any([*broken, *missed]):
+                if self._is_worth_it(objective, expected):
+                    return Tightened(asked=objective, searched=kept[0], expected=expected)
+                return Tightened(asked=objective, searched=None, expected=nearest or expected)
+            # Where the folds have nothing left but the model itself, tighter limits change nothing.
+            if (kept[1].routing == self.tables.final).all():
+                break
+            nearest = expected
+            further = [level + is_broken for level, is_broken in zip(further, broken, strict=True)]
+            floors = [level + is_missed for level, is_missed in zip(floors, missed, strict=True)]
+        return Tightened(asked=objective, searched=None, expected=nearest or self.judge(objective))
+
+    def _holds(self, objective: Objective, routed: Routed) -> bool:
+        return meets(objective, CostMeasure.of(objective, self.costs), routed)
+
+    def _is_worth_it(self, asked: Objective, expected: Expected) -> bool:
+        """Whether it is better on images not seen than the user's model itself, where that does what was asked for."""
+        model = self.through_model(asked)
+        if not self._holds(asked, model):
+            return True
+        if asked.maximise:
+            return expected.miou > model.miou
+        return expected.cost < expected.baseline_cost
+
+    def model(self, objective: Objective) -> Instance:
+        """The user's model as an instance."""
+        return model_itself(self.fronts(objective)[0]).instance
+
+    def through_model(self, objective: Objective) -> Routed:
+        """Every image through the user's model."""
+        return Routed.through(self.tables, self.model(objective))
 
 
-def tighten(
+def answer(folds: Folds, tightened: Tightened, found: SearchResult | None, name: str) -> SearchResult:
+    """The instance for limits on new images: what was ``found`` on all images with the tightened limits or, where that
+    is nothing, the user's model, which loses nothing by definition. Raises InfeasibleError where that does not do what
+    was asked for either."""
+    asked = tightened.asked
+    if found is not None and tightened.searched is not None:
+        instance = replace(found.instance, name=name, expected=tightened.expected)
+        return words.with_words(replace(found, instance=instance, tightened=tightened))
+    measure, routed = CostMeasure.of(asked, folds.costs), folds.through_model(asked)
+    if not meets(asked, measure, routed):
+        raise InfeasibleError(words.not_kept(tightened))
+    selection = Selection(
+        num_images=len(folds.tables.image_names),
+        unit=measure.unit,
+        miou=routed.miou,
+        cost=measure.measure(routed),
+        baseline_miou=baseline_miou_of(folds.tables),
+        baseline_cost=measure.baseline,
+        reached=reached_of(asked, measure, routed),
+    )
+    instance = replace(
+        folds.model(asked), name=name, selected_on=selection.to_figures(), expected=folds.expect(asked, routed)
+    )
+    result = SearchResult(
+        instance=instance,
+        objective=asked,
+        selection=selection,
+        front=[],
+        runners_up=[],
+        proof=Proof(num_declared=1, num_evaluated=1),
+        tightened=replace(tightened, searched=None),
+    )
+    return words.with_words(result)
+
+
+def search_tightened(
     tables: ExitTables,
     costs: CostTable | Sequence[CostTable],
     objective: Objective,
     *,
+    setting: SearchSetting = "input_dependent",
     grid: Grid | None = None,
     num_folds: int = 5,
     seed: int = 0,
     name: str = "instance",
-) -> Tightened:
-    """The instance for ``max_drop_pp`` or ``min_miou``, meant for new images: searched on all images with the laxest of
-    the limits tightened by ``STEPS_PP`` up to which the cross-fitted mIoU is within what was asked for.
+    time_limit: float | None = None,
+    progress: bool = False,
+) -> SearchResult:
+    """The instance for one objective whose limits are to hold on new images: ``search_for`` on all images with the
+    limits that ``Folds.tighten`` finds. ``time_limit`` seconds are for all searches together.
 
-    If not even the tightest keeps it, or what keeps it costs more than the user's model there, the answer is that
-    model, which loses nothing by definition.
+    Raises InfeasibleError, with the nearest, when no limits hold there and the user's model does not do either.
     """
-    if objective.maximise or (objective.max_drop_pp is None and objective.min_miou is None):
-        raise RecipeError("only a limit on mIoU is tightened: give max_drop_pp or min_miou, and a cost to minimise")
-    # All limits are judged on the same folds, so that they differ by the limit alone.
-    tried = [_tightened(objective, step) for step in STEPS_PP]
-    fitted = cross_fit(tables, costs, tried, grid=grid, num_folds=num_folds, seed=seed)
-    # From the tightest to the laxest, up to the first that fails: a lax limit that passes by luck is not taken.
-    kept = None
-    for one in reversed(fitted):
-        if one.miou < objective.least_miou(one.baseline_miou):
-            break
-        kept = one
-    # What is dearer than the model on images not seen is no gain, however cheap it was where it was chosen.
-    if kept is not None and kept.cost > kept.baseline_cost:
-        kept = None
-    front = pareto_front(tables, costs, cost=objective.cost_name, grid=grid)
-    point = procedure(front, kept.searched) if kept else _model_itself(front)
-    if kept is None:
-        kept = replace(fitted[-1], miou=fitted[-1].baseline_miou, cost=front.baseline_cost, miou_error=0.0)
-    # The model itself is no answer to the tightened limit, but to the tightest that always has one: a drop of 0.
-    own = (
-        kept.searched if feasible(front, [point], kept.searched) else Objective(minimise=front.unit.name, max_drop_pp=0)
+    begun = time.monotonic()
+    # Half of the time for the folds, evenly; the search on all images has what is left.
+    each = None if time_limit is None else time_limit / (2 * num_folds)
+    folds = Folds(
+        tables=tables,
+        costs=costs,
+        setting=setting,
+        grid=grid,
+        num_folds=num_folds,
+        seed=seed,
+        time_limit=each,
+        progress=progress,
     )
-    return Tightened(asked=objective, result=result_of(front, own, [point], front.proof, name), expected=kept)
+    tightened = folds.tighten(objective)
+    found = None
+    if tightened.searched is not None:
+        left = None if time_limit is None else max(0.0, time_limit - (time.monotonic() - begun))
+        with suppress(InfeasibleError):  # tighter than anything on all images: the model is left
+            found = search_for(
+                tables,
+                costs,
+                tightened.searched,
+                setting=setting,
+                grid=grid,
+                name=name,
+                time_limit=left,
+                progress=progress,
+            )
+    return answer(folds, tightened, found, name)
 
 
-def _tightened(objective: Objective, step: float) -> Objective:
-    """The objective with its limits on mIoU tightened by ``step`` percentage points."""
+def _tightened(objective: Objective, level: Level) -> Objective:
+    """The objective with its limits on mIoU and on its own cost tightened."""
+    terms = objective.max_drop_pp, objective.min_miou, objective.max_cost, objective.max_cost_ratio
+    drop, miou, cost, ratio = terms
     return replace(
         objective,
-        max_drop_pp=None if objective.max_drop_pp is None else objective.max_drop_pp - step,
-        min_miou=None if objective.min_miou is None else objective.min_miou + step / 100,
+        max_drop_pp=None if drop is None else drop - level.pp,
+        min_miou=None if miou is None else miou + level.pp / 100,
+        max_cost=None if cost is None else cost * level.factor,
+        max_cost_ratio=None if ratio is None else ratio * level.factor,
     )
 
 
-def _model_itself(front: Front) -> FrontPoint:
-    final = front.problem.tables.exits[-1]
-    exits = (ExitChoice(exit_index=final.exit_index, head=final.head),)
-    model = Instance(name="model", setting=front.setting, exits=exits, policy=front.problem.policy)
-    return FrontPoint(miou=front.baseline_miou, cost=front.baseline_cost, instance=model)
+def _further_tightened(objective: Objective, further: Sequence[int], floors: Sequence[int]) -> Objective:
+    """The objective with its further limits and its floors tightened, each by a level of its own."""
+    limits, classes = objective.limits_on, objective.min_class_iou
+    return replace(
+        objective,
+        limits_on=tuple(
+            replace(one, at_most=one.at_most * LEVELS[level].factor)
+            for one, level in zip(limits, further, strict=True)
+        ),
+        min_class_iou=tuple(
+            (name, min(1.0, floor + LEVELS[level].pp / 100))
+            for (name, floor), level in zip(classes, floors, strict=True)
+        ),
+    )
 
 
 def error_of_drop(tables: ExitTables, routing: IntArray) -> float:
-    """Standard error of the mIoU of ``ExitTables.baseline`` less that of a routing (V,): mIoU is no mean over images,
-    so groups are left out one at a time and the spread of what is left is scaled up (Efron and Stein, 1981)."""
-    ids, images = tables.group_ids(), np.arange(len(tables.image_names))
-    num_groups = int(ids.max()) + 1
-    if num_groups < 2:
-        return float("nan")
+    """Standard error of the mIoU of ``ExitTables.baseline`` less that of a routing (V,), over the draw of groups of
+    images; NaN where there is one group."""
+    images = np.arange(len(tables.image_names))
 
     def without_each(intersection: NDArray[np.int32], predicted: NDArray[np.int32]) -> FloatArray:
         """(G,) mIoU without each group, of counts (V, K)."""
-        summed = []
-        for counts in (intersection, predicted, tables.labelled):
-            # All groups but one, for each of them.
-            by_group = np.zeros((num_groups, counts.shape[1]), np.int64)
-            np.add.at(by_group, ids, counts)
-            summed.append(by_group.sum(0) - by_group)
-        return np.array([mean_iou(*(one[g] for one in summed)) for g in range(num_groups)])
+        summed = [_sums_without_each(tables, counts) for counts in (intersection, predicted, tables.labelled)]
+        return np.array([mean_iou(*(one[g] for one in summed)) for g in range(len(summed[0]))])
 
     routed = without_each(tables.intersection[images, routing], tables.predicted[images, routing])
-    drops = without_each(*tables.baseline.swapaxes(0, 1)) - routed
-    return float(np.sqrt((num_groups - 1) / num_groups * ((drops - drops.mean()) ** 2).sum()))
+    return _jackknife(without_each(*tables.baseline.swapaxes(0, 1)) - routed)
+
+
+def _error_of_mean(tables: ExitTables, values: FloatArray | NDArray[np.bool_]) -> float:
+    """Standard error of the mean of values (V,) over the draw of groups of images."""
+    sums, sizes = (np.bincount(tables.group_ids(), weights=weights) for weights in (values, None))
+    return _jackknife((sums.sum() - sums) / np.maximum(sizes.sum() - sizes, 1))
+
+
+def _sums_without_each(tables: ExitTables, counts: NDArray[np.int32]) -> IntArray:
+    """(G, K) sums of counts (V, K) over all images but those of each group."""
+    ids = tables.group_ids()
+    by_group = np.zeros((int(ids.max()) + 1, counts.shape[1]), np.int64)
+    np.add.at(by_group, ids, counts)
+    others: IntArray = by_group.sum(0) - by_group
+    return others
+
+
+def _jackknife(without_each: FloatArray) -> float:
+    """The standard error of a figure from what it is (G,) without each group: mIoU is no mean over images, so groups
+    are left out one at a time and the spread of what is left is scaled up (Efron and Stein, 1981)."""
+    num_groups = len(without_each)
+    if num_groups < 2:
+        return float("nan")
+    return float(np.sqrt((num_groups - 1) / num_groups * ((without_each - without_each.mean()) ** 2).sum()))

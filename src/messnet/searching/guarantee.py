@@ -29,7 +29,7 @@ from messnet.records.instance import ExitChoice, Instance
 from messnet.searching import words
 from messnet.searching.answers import MOST_IMAGES, Promise, Retreat, SearchResult, Shortfall
 from messnet.searching.grid import confidence_at, image_thresholds, route
-from messnet.searching.measure import CostMeasure, meets, miou_of, reached_of
+from messnet.searching.measure import CostMeasure, Routed, meets, reached_of
 from messnet.searching.objective import Guarantee, Objective
 
 __all__ = [
@@ -76,17 +76,18 @@ def certify(
     step, p = certified_step(losses, guarantee)
     certified, retreats = path[step], step + 1 < len(path)
 
+    routed = Routed.through(selection, certified)
     # Measured as the search measured it: the same cost, statistic, devices and unit.
     after = replace(
         result.selection,
-        miou=miou_of(selection, certified),
-        cost=measure.measure(selection, certified),
-        loss=float(loss_of(selection, route(selection, certified)).mean()),
-        reached=reached_of(objective, measure, selection, certified),
+        miou=routed.miou,
+        cost=measure.measure(routed),
+        loss=float(loss_of(selection, routed.routing).mean()),
+        reached=reached_of(objective, measure, routed),
     )
     retreat = None
     if retreats:
-        still_met = meets(objective, measure, selection, certified)
+        still_met = meets(objective, measure, routed)
         retreat = Retreat(before=result.selection, after=after, still_met=still_met)
     promise = Promise(
         guarantee=guarantee,
@@ -200,7 +201,7 @@ def retreat_path(instance: Instance, selection: ExitTables, num_steps: int = 100
 def no_dearer(path: list[Instance], measure: CostMeasure, selection: ExitTables) -> list[Instance]:
     """The path without the steps whose mean cost is above that of the final exit alone: where few images leave, their
     heads cost more than they save. The searched instance stays: it is what was asked for."""
-    means = [measure.measure(selection, step, "mean") for step in path]
+    means = [measure.measure(Routed.through(selection, step), "mean") for step in path]
     return [step for step, mean in zip(path, means, strict=True) if mean <= means[0] or step is path[-1]]
 
 

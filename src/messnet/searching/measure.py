@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from messnet.errors import RecipeError, RunError
-from messnet.records.arrays import FloatArray
+from messnet.records.arrays import FloatArray, IntArray
 from messnet.records.costs import CostColumn, CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
@@ -19,10 +19,41 @@ from messnet.records.selection import CostUnit, ReachedCost, ReachedIou
 from messnet.searching.grid import cost_of, route
 from messnet.searching.objective import Objective
 
-__all__ = ["DECIMALS", "CostMeasure", "baseline_miou_of", "checked_column", "meets", "miou_of", "reached_of"]
+__all__ = ["DECIMALS", "CostMeasure", "Routed", "baseline_miou_of", "checked_column", "meets", "reached_of"]
 
 DECIMALS = 12
 """Decimals at which mIoU is compared: beyond, float sums of equal ratios differ."""
+
+
+class Routed:
+    """What instances do to the V images of ``tables``: one instance to all, or to each fold the one chosen without it.
+
+    ``parts`` are image positions and the instance that they run through; each image is in one of them.
+    """
+
+    def __init__(self, tables: ExitTables, *parts: tuple[IntArray, Instance]) -> None:
+        self.tables = tables
+        self.parts = [(images, tables.subset(images), instance) for images, instance in parts]
+        self.routing: IntArray = np.full(len(tables.image_names), -1, np.int64)
+        for images, judged, instance in self.parts:
+            self.routing[images] = route(judged, instance)
+
+    @classmethod
+    def through(cls, tables: ExitTables, instance: Instance) -> Routed:
+        """All images through one instance."""
+        return cls(tables, (np.arange(len(tables.image_names)), instance))
+
+    @property
+    def miou(self) -> float:
+        """mIoU in [0, 1], as searches compare it: counts are summed over the images of all parts."""
+        return round(self.tables.miou(self.routing), DECIMALS)
+
+    def costs(self, table: CostTable, name: CostName) -> FloatArray:
+        """(V,) cost of every image."""
+        spent = np.zeros(len(self.tables.image_names))
+        for images, judged, instance in self.parts:
+            spent[images] = cost_of(judged, table, instance, name)
+        return spent
 
 
 @dataclass(frozen=True)
@@ -71,11 +102,11 @@ class CostMeasure:
             largest.append(objective.max_cost_ratio * self.baseline)
         return min(largest)
 
-    def measure(self, tables: ExitTables, instance: Instance, statistic: Statistic | None = None) -> float:
-        """The cost of an instance over the images of ``tables``."""
+    def measure(self, routed: Routed, statistic: Statistic | None = None) -> float:
+        """The cost over all images."""
         kind = statistic or self.statistic
         # A statistic on each device first, then the largest of the weighted ones.
-        spent = [statistic_of(cost_of(tables, table, instance, self.name), kind) for table in self.devices]
+        spent = [statistic_of(routed.costs(table, self.name), kind) for table in self.devices]
         return max(weight * value for weight, value in zip(self.weights, spent, strict=True))
 
 
@@ -89,44 +120,38 @@ def statistic_of(values: FloatArray, statistic: Statistic) -> float:
     return float(np.sort(values)[-(-19 * len(values) // 20) - 1])
 
 
-def miou_of(tables: ExitTables, instance: Instance) -> float:
-    """mIoU of an instance over the images of ``tables``, as searches compare it."""
-    return round(tables.miou(route(tables, instance)), DECIMALS)
-
-
 def baseline_miou_of(tables: ExitTables) -> float:
     """mIoU of the model that drops are counted against (``ExitTables.baseline``)."""
     intersection, predicted = tables.baseline.sum(0, dtype=np.int64)
     return round(mean_iou(intersection, predicted, tables.labelled.sum(0, dtype=np.int64)), DECIMALS)
 
 
-def meets(objective: Objective, measure: CostMeasure, tables: ExitTables, instance: Instance) -> bool:
-    """Whether an instance is within every constraint of an objective on the images of ``tables``: written from the
-    definitions, beside the search."""
-    routing = route(tables, instance)
-    # Each constraint by its definition, images and devices one by one.
-    if miou_of(tables, instance) < round(objective.least_miou(baseline_miou_of(tables)), DECIMALS):
+def meets(objective: Objective, measure: CostMeasure, routed: Routed) -> bool:
+    """Whether images that are routed so are within every constraint of an objective: written from the definitions,
+    beside the search."""
+    # Each constraint by its definition, devices one by one.
+    if routed.miou < round(objective.least_miou(baseline_miou_of(routed.tables)), DECIMALS):
         return False
-    if measure.measure(tables, instance) > measure.largest(objective):
+    if measure.measure(routed) > measure.largest(objective):
         return False
     for table in measure.devices:
         if objective.max_cost is not None:
-            spent = cost_of(tables, table, instance, objective.cost_name)
+            spent = routed.costs(table, objective.cost_name)
             if statistic_of(spent, objective.statistic) > objective.max_cost:
                 return False
         for limit in objective.limits_on:
             at_most = limit.at_most * (table.total(limit.cost) if limit.relative else 1)
-            if statistic_of(cost_of(tables, table, instance, limit.cost), limit.statistic) > at_most:
+            if statistic_of(routed.costs(table, limit.cost), limit.statistic) > at_most:
                 return False
-    iou = dict(zip(tables.class_names, class_iou(*tables.counts(routing)), strict=True))
+    iou = dict(zip(routed.tables.class_names, class_iou(*routed.tables.counts(routed.routing)), strict=True))
     return all(iou[name] >= floor for name, floor in objective.min_class_iou)
 
 
 def reached_of(
-    objective: Objective, measure: CostMeasure, tables: ExitTables, instance: Instance
+    objective: Objective, measure: CostMeasure, routed: Routed
 ) -> tuple[ReachedCost | ReachedIou, ...]:
-    """What an instance makes of each quantity that an objective is about, beyond mIoU and one mean cost, over the
-    images of ``tables``. Of several limits on one quantity the tightest is kept."""
+    """What becomes of each quantity that an objective is about, beyond mIoU and one mean cost, over all images. Of
+    several limits on one quantity the tightest is kept."""
     costs: dict[tuple[CostName, Statistic, bool], float | None] = {}
     for quantity, limit in _asked_costs(objective, measure):
         known = costs.get(quantity)
@@ -140,12 +165,12 @@ def reached_of(
         spent = []
         for table in measure.devices:
             # The statistic over the images on each device, in the limit's unit; then the largest device counts.
-            value, model = statistic_of(cost_of(tables, table, instance, cost), statistic), table.total(cost)
+            value, model = statistic_of(routed.costs(table, cost), statistic), table.total(cost)
             spent.append(value / model if relative and model else value)
         reached.append(ReachedCost(cost=cost, statistic=statistic, relative=relative, value=max(spent), limit=limit))
-    iou = class_iou(*tables.counts(route(tables, instance)))
+    iou = class_iou(*routed.tables.counts(routed.routing))
     for class_name, floor in floors.items():
-        value = float(iou[tables.class_names.index(class_name)])
+        value = float(iou[routed.tables.class_names.index(class_name)])
         reached.append(ReachedIou(class_name=class_name, value=value, limit=floor))
     return tuple(reached)
 

@@ -28,10 +28,10 @@ from messnet.searching.answers import (
 from messnet.searching.anytime import search_anytime
 from messnet.searching.exact import Control, Outcome, Problem, Region, solve
 from messnet.searching.grid import Grid, route
-from messnet.searching.measure import DECIMALS, CostMeasure, baseline_miou_of, reached_of
+from messnet.searching.measure import DECIMALS, CostMeasure, Routed, baseline_miou_of, reached_of
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
-__all__ = ["Front", "choose", "feasible", "pareto_front", "result_of", "search", "search_for"]
+__all__ = ["Front", "choose", "feasible", "front_within", "pareto_front", "search", "search_for"]
 
 SECONDS_TO_EXPLAIN = 20.0
 """How long an infeasible search looks for the nearest points."""
@@ -153,8 +153,8 @@ def search_for(
     if not outcome.best:
         raise InfeasibleError(words.infeasible(_infeasible(tables, measure, objective, setting, grid)))
     front = _front_of(problem, measure, outcome, setting)
-    reached = reached_of(objective, measure, tables, outcome.best[0].instance)
-    result = result_of(front, objective, outcome.best, outcome.proof, name, reached)
+    reached = reached_of(objective, measure, Routed.through(tables, outcome.best[0].instance))
+    result = _result_of(front, objective, outcome.best, outcome.proof, name, reached)
     return replace(result, incumbents=outcome.incumbents)
 
 
@@ -175,7 +175,9 @@ def pareto_front(
     more is sure to be found: faster, and the gap is proved to be no larger."""
     objective = Objective(minimise=cost)
     control = Control(time_limit=time_limit, should_stop=should_stop, progress=progress)
-    return _front(tables, CostMeasure.of(objective, costs), objective, setting, grid or Grid(), control, precision)
+    return front_within(
+        tables, CostMeasure.of(objective, costs), objective, setting=setting, grid=grid, control=control, precision=precision
+    )
 
 
 def choose(front: Front, objective: Objective, *, name: str = "instance") -> SearchResult:
@@ -199,7 +201,7 @@ def choose(front: Front, objective: Objective, *, name: str = "instance") -> Sea
             further=False,
         )
         raise InfeasibleError(words.infeasible(why))
-    return result_of(front, objective, points, front.proof, name)
+    return _result_of(front, objective, points, front.proof, name)
 
 
 def _expect_setting(setting: str) -> None:
@@ -209,18 +211,19 @@ def _expect_setting(setting: str) -> None:
         )
 
 
-def _front(
+def front_within(
     tables: ExitTables,
     measure: CostMeasure,
     objective: Objective,
+    *,
     setting: SearchSetting,
-    grid: Grid,
+    grid: Grid | None,
     control: Control,
     precision: float = 0.0,
 ) -> Front:
-    """The front of everything within the objective's further limits and floors."""
+    """The front of everything within the objective's further limits and floors, over its own cost."""
     _expect_setting(setting)
-    problem = Problem(tables, measure, objective, grid)
+    problem = Problem(tables, measure, objective, grid or Grid())
     outcome = solve(problem, Region("front", precision=precision), setting=setting, control=control)
     return _front_of(problem, measure, outcome, setting)
 
@@ -258,7 +261,7 @@ def feasible(front: Front, points: Sequence[FrontPoint], objective: Objective) -
     return met[::-1] if objective.maximise else met
 
 
-def result_of(
+def _result_of(
     front: Front,
     objective: Objective,
     best: Sequence[FrontPoint],
@@ -322,7 +325,8 @@ def _infeasible(
 
     def front_under(other: Objective) -> tuple[Front, CostMeasure]:
         own = CostMeasure.of(other, measure.devices)
-        return _front(tables, own, other, setting, grid, Control(time_limit=SECONDS_TO_EXPLAIN)), own
+        control = Control(time_limit=SECONDS_TO_EXPLAIN)
+        return front_within(tables, own, other, setting=setting, grid=grid, control=control), own
 
     least_miou, largest_cost = _limits(tables, measure, objective)
     front, _ = front_under(objective)

@@ -13,7 +13,7 @@ from math import inf, isclose
 
 from messnet.records.instance import Instance
 from messnet.records.names import CostName, Statistic
-from messnet.records.selection import CostUnit, ReachedCost, ReachedIou, Selection
+from messnet.records.selection import CostUnit, Expected, ReachedCost, ReachedIou, Selection
 from messnet.searching.answers import (
     MOST_IMAGES,
     AnytimeProof,
@@ -27,16 +27,20 @@ from messnet.searching.answers import (
     Retreat,
     SearchResult,
     Shortfall,
+    Tightened,
 )
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
 __all__ = [
+    "CONFIDENT",
     "amount",
     "anytime_infeasible",
     "axis",
     "certificate",
     "describe",
+    "expected",
     "infeasible",
+    "not_kept",
     "objective_text",
     "proof",
     "runner_up",
@@ -63,12 +67,15 @@ _QUANTITIES: dict[CostName, str] = {
     "latency_ms": "latency",
     "latency_p95_ms": "latency",
 }
+CONFIDENT = 1.96
+"""Standard errors within which a normal error stays in 19 draws of 20; they stand behind every ±."""
 _STATISTICS: dict[Statistic, str] = {"mean": "mean", "worst": "largest", "p95": "95th percentile of"}
 
 
 def with_words(result: SearchResult) -> SearchResult:
     """A finished result that says in words what was asked for, what was proved and how it compares."""
-    asked, proved = objective_text(result.objective), certificate(result)
+    asked = objective_text(result.tightened.asked if result.tightened else result.objective)
+    proved = certificate(result)
     instance = replace(result.instance, objective=asked, certificate=proved)
     return replace(result, instance=instance, certificate=proved, verdict=verdict(result))
 
@@ -134,7 +141,12 @@ def certificate(result: SearchResult) -> str:
     if isinstance(result.proof, AnytimeProof):
         one = result.proof
         return f"optimal: all {one.num_evaluated} choices of {one.min_exits} to {one.max_exits} exits were evaluated"
+    if result.tightened is not None and result.tightened.searched is None:
+        return _model_itself(result.tightened)
     proved = proof(result.proof)
+    if result.tightened is not None:
+        limits = " and ".join(_text(result.tightened.searched)[1]) if result.tightened.searched else ""
+        proved = f"searched at {limits}: {proved}" if limits else proved
     return f"{_promise(result.promise)}; {proved}" if result.promise else proved
 
 
@@ -157,6 +169,25 @@ def proof(proved: Proof) -> str:
     if proved.gap_cost is not None and proved.gap_cost < inf:
         known = f"within {100 * proved.gap_cost:.2g} % of the least cost; {known}"
     return f"{why}: {known}"
+
+
+def _model_itself(tightened: Tightened) -> str:
+    return (
+        "your model itself: no limit that was tried leaves an instance that is "
+        f"{objective_text(tightened.asked)} on images not seen and better than it; {_nearest_expected(tightened)}"
+    )
+
+
+def not_kept(tightened: Tightened) -> str:
+    """Why no limits hold on new images, and what came nearest."""
+    return (
+        f"no instance is {objective_text(tightened.asked)} on images not seen, with any of the tighter limits that "
+        f"were tried; {_nearest_expected(tightened)}; relax a constraint"
+    )
+
+
+def _nearest_expected(tightened: Tightened) -> str:
+    return f"the nearest has {expected(tightened.expected)}"
 
 
 def _promise(promise: Promise) -> str:
@@ -346,15 +377,28 @@ def anytime_infeasible(reach: AnytimeReach) -> str:
 
 
 def describe(instance: Instance) -> list[str]:
-    """An instance's objective and figures, then a line for each of its exits."""
+    """An instance's objective and figures, what to expect of it, then a line for each of its exits."""
     selection = Selection.from_figures(instance.selected_on)
     lines = [f"{instance.name}: {instance.objective}" + (f"; {_figures(selection)}" if selection else "")]
+    if instance.expected is not None:
+        lines.append(f"  expected on new images: {expected(instance.expected)}")
     for choice in instance.exits:
         rule = "a result" if instance.setting == "anytime" else "last"
         if choice.image_threshold is not None:
             rule = f"stop if {choice.image_threshold:.1%} of the pixels have confidence >= {choice.pixel_threshold:g}"
         lines.append(f"  exit {choice.exit_index}  {choice.head:28} {rule}")
     return lines
+
+
+def expected(one: Expected) -> str:
+    """Cross-fitted figures, with 1.96 standard errors."""
+    change, margin = 100 * (one.miou - one.baseline_miou), 100 * CONFIDENT * one.drop_error
+    spread = "" if one.unit.relative else f" ± {amount(one.unit, CONFIDENT * one.cost_error)}"
+    text = (
+        f"{100 * one.miou:.2f} % mIoU ({change:+.2f} ± {margin:.2f} pp against the model) at "
+        f"{amount(one.unit, one.cost)}{spread}{_times(one.cost, one.baseline_cost, one.unit)}"
+    )
+    return "; ".join([text, *(_reached(reached) for reached in (*one.costs, *one.ious))])
 
 
 def _figures(selection: Selection) -> str:
