@@ -27,6 +27,7 @@ from messnet.report.page import (
     render_report,
     terminal_table,
 )
+from messnet.searching.findings import Findings
 
 CLASSES = ("sky", "building", "road", "tree", "<script>alert(1)</script>")
 HEADS = ("fcn-r1-n0", "fcn-r4-n2-rdi", "deeplab-r2-n1")
@@ -167,11 +168,16 @@ def inputs() -> ReportInputs:
         gallery=make_gallery(rng, measurements),
         tables=tables,
         costs=make_costs(),
-        fronts={
-            "input-dependent": [(c, 0.735 - 0.3 * np.exp(-c / 30e9)) for c in cost],
-            "budgeted": [(c, 0.725 - 0.4 * np.exp(-c / 45e9)) for c in cost[::6]],
-        },
-        verdicts=["cheapest at <= 1 pp: proved optimal over 41 216 instances; beats the best static model by 1.31x."],
+        findings=Findings(
+            fronts={
+                "input-dependent": [(c, 0.735 - 0.3 * np.exp(-c / 30e9)) for c in cost],
+                "budgeted": [(c, 0.725 - 0.4 * np.exp(-c / 45e9)) for c in cost[::6]],
+            },
+            names=[],
+            verdicts=[
+                "cheapest at <= 1 pp: proved optimal over 41 216 instances; beats the best static model by 1.31x."
+            ],
+        ),
         recipe_yaml="data: {name: camvid}\nmodel: drn50_fcn  # <b>not bold</b>\n",
         provenance={"evaluate": {"seconds": "212", "torch": "2.11.0"}, "search": {"seconds": "4.1"}},
     )
@@ -258,8 +264,7 @@ def test_odd_names_are_escaped(page: str, inputs: ReportInputs) -> None:
             measurements=replace(inputs.measurements, image_names=names, device=odd, skipped=[odd]),
             tables=tables,
             gallery=gallery,
-            fronts={odd: [(1e9, 0.5)]},
-            verdicts=[odd],
+            findings=Findings(fronts={odd: [(1e9, 0.5)]}, names=[], verdicts=[odd]),
             provenance={odd: {odd: odd}},
         )
     )
@@ -295,7 +300,7 @@ def test_heads_are_scored_on_the_reported_images(page: str, inputs: ReportInputs
 def test_baseline_alone_makes_a_page(inputs: ReportInputs) -> None:
     measurements = replace(inputs.measurements, rows=inputs.measurements.rows[:1])
     html = render_report(
-        replace(inputs, measurements=measurements, gallery=None, fronts={}, verdicts=[], provenance={})
+        replace(inputs, measurements=measurements, gallery=None, findings=Findings(fronts={}, names=[]), provenance={})
     )
     assert "No instance met what was asked" in html
     assert html.count("<svg") == 2

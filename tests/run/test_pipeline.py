@@ -25,7 +25,9 @@ from messnet.records.measurements import Gallery, Measurements
 from messnet.records.run_directory import RunDirectory
 from messnet.run.opening import open_run
 from messnet.run.stages import STAGES, run_stage
-from messnet.searching import cost_of, route
+from messnet.searching import Objective, cost_of, route
+from messnet.searching.cross_fitting import Folds
+from messnet.searching.findings import Findings
 
 ARTEFACTS = {
     "exits.json",
@@ -197,8 +199,39 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_made(tiny_recipe
     assert set(snapshot(tmp_path / "run")) == {"run.json"}
 
 
-def test_the_search_selects_on_one_half_and_the_report_shows_the_other(tiny_run: Path) -> None:
+def test_all_images_select_and_what_to_expect_is_cross_fitted(tiny_run: Path) -> None:
     run = open_run(tiny_run)
+    tables, costs = run.tables(), run.costs()
+    measurements = Measurements.from_json((tiny_run / "measurements.json").read_text())
+    assert measurements.image_names == list(tables.image_names)
+    folds = Folds(tables=tables, costs=costs, grid=run.recipe.search.grid)
+    findings = Findings.from_json((tiny_run / "front.json").read_bytes())
+    assert findings.protocol == "cross_fitted"
+    for name, objective in (
+        ("max-miou", Objective(maximise="miou", max_cost_ratio=1.0)),
+        ("drop-0.1pp", Objective(max_drop_pp=0.1)),
+        ("drop-1pp", Objective(minimise="macs", max_drop_pp=1.0)),
+    ):
+        instance = RunDirectory(tiny_run).read_instance(name)
+        assert instance.selected_on["images"] == 16
+        assert instance.selected_on["miou"] == pytest.approx(tables.miou(route(tables, instance)), abs=1e-9)
+        expected, tightened = instance.expected, folds.tighten(objective)
+        assert expected is not None
+        if [choice.head for choice in instance.exits] != ["final"]:
+            assert expected == tightened.expected
+        assert expected.drop_pp <= (objective.max_drop_pp or 100) + 1e-9
+        assert expected.cost <= costs.total("macs")
+        (row,) = [row for row in measurements.rows if row.instance.name == name]
+        assert (row.judged_miou, row.judged_macs) == (expected.miou, expected.macs)
+
+
+def test_two_halves_on_request(tiny_run: Path, tmp_path: Path) -> None:
+    """One half selects, the report shows the other, as before."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    run = open_run(tmp_path / "run", ["--search.protocol", "two_halves"])
+    assert run_stage(run, "search")
+    assert run_stage(run, "report")
+    tiny_run = tmp_path / "run"
     tables, costs = run.tables(), run.costs()
     measurements = Measurements.from_json((tiny_run / "measurements.json").read_text())
     reported = [tables.image_names.index(name) for name in measurements.image_names]

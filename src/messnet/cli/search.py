@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from cyclopts import Parameter, Token
 
@@ -147,8 +147,10 @@ def search(
     """Choose exits, heads and thresholds; nothing is trained again.
 
     Without --name: the recipe's instances (most accurate at <= 1x, cheapest at each allowed drop). With --name: one
-    instance for the objective given, beside the others in RUN/instances. With --guarantee its image thresholds then
-    retreat until the promise holds: the share of correct pixels that an image loses, expected, against the final exit.
+    instance for the objective given, beside the others in RUN/instances. Limits are tightened until they hold on images
+    that an instance was not chosen on, cross-fitted (search.protocol). With --guarantee half of the images select with
+    the limits as they are, and image thresholds then retreat until the promise holds: the share of correct pixels that
+    an image loses, expected, against the final exit.
     """
     # cyclopts gives the default record itself where no option was named, so to differ from it is to ask for something.
     own = objective != _OBJECTIVE or anytime != _ANYTIME or setting != "input_dependent"
@@ -170,10 +172,14 @@ def search(
         from messnet.run.stages import run_stage
 
         run_stage(opened, "search", again=True)
-        found = opened.directory.front.read()
+        from messnet.searching.findings import Findings
+
+        found = Findings.from_json(opened.directory.front.read())
         files = [opened.directory.instance(name) for name in found.names]
         instances = [file.read() for file in files if file.exists]
-        texts, fronts, unit = found.verdicts + found.skipped, {**found.fronts}, CostUnit("macs")
+        texts, fronts, unit = [words.finding(one) for one in found.found], {**found.fronts}, CostUnit("macs")
+        judged = [(one.expected.macs, one.expected.miou) for one in found.judged]
+        fronts |= {"expected on new images": judged} if judged else {}
     else:
         from messnet.run.choosing import best_of, search_precisions, search_run
 
@@ -295,12 +301,20 @@ def _draw(path: Path, fronts: Mapping[str, Points], instances: list[Instance], u
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(label)
-    axes.set_ylabel("mIoU on the selection images, %")
+    axes.set_ylabel("mIoU, %")
     for setting, points in fronts.items():
         if points:
             costs, mious = zip(*sorted(points), strict=True)
             x, y = [cost / scale for cost in costs], [100 * miou for miou in mious]
-            axes.step(x, y, where="post", lw=1.4, marker=".", ms=4, label=f"{setting}, front")
+            axes.step(
+                x,
+                y,
+                where="post",
+                lw=1.4,
+                marker=".",
+                ms=4,
+                label=f"{setting}, front on the selection images" if setting in get_args(Setting) else setting,
+            )
     for instance in instances:
         selection = Selection.from_figures(instance.selected_on)
         # An instance found for another device's cost has no place on this axis.

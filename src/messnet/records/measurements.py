@@ -12,22 +12,9 @@ from numpy.typing import NDArray
 from messnet.records.codec import Format
 from messnet.records.instance import Exit, Instance
 from messnet.records.iou import class_iou, counts_of
+from messnet.records.selection import ExpectedShare
 
-__all__ = ["FRONT", "Delivered", "Front", "Gallery", "Measurement", "Measurements", "known"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Front:
-    """The results of the search stage on the images that it selects on."""
-
-    fronts: dict[str, list[tuple[float, float]]]
-    """By setting: (MACs per image, mIoU in [0, 1]) of the best instances."""
-    names: list[str]
-    """Names of the instances that were searched for, found or not."""
-    verdicts: list[str]
-    """A sentence for each instance that was found: what was proved of it."""
-    skipped: list[str]
-    """Why the others were not."""
+__all__ = ["Delivered", "Gallery", "Measurement", "Measurements", "known"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +51,40 @@ class Measurement:
     def class_iou(self) -> list[float | None]:
         """IoU of each class in [0, 1], None of one that neither labels nor predictions have; empty without
         ``confusion``."""
+        if self.instance.expected is not None:
+            return list(self.instance.expected.class_iou)
         if not self.confusion:
             return []
         return known(class_iou(*counts_of(np.array(self.confusion, np.int64))))
+
+    # What tables show: figures on images that the instance was not chosen on, cross-fitted where it is so.
+
+    @property
+    def judged_miou(self) -> float:
+        """[0, 1]"""
+        return self.miou if self.instance.expected is None else self.instance.expected.miou
+
+    @property
+    def judged_macs(self) -> float:
+        """Per image, as ``macs``."""
+        return self.macs if self.instance.expected is None else self.instance.expected.macs
+
+    @property
+    def judged_macs_paper(self) -> float:
+        """The same in the paper's convention."""
+        return self.macs_paper if self.instance.expected is None else self.instance.expected.macs_paper
+
+    @property
+    def judged_error(self) -> float | None:
+        """Standard error of the change of mIoU, as ``miou_change_error``."""
+        return self.miou_change_error if self.instance.expected is None else self.instance.expected.drop_error
+
+    def judged_shares(self) -> list[ExpectedShare]:
+        """For each exit, shallow to deep, the share of images that stop there, in [0, 1], with its standard error:
+        None where it was not cross-fitted."""
+        if self.instance.expected is not None:
+            return list(self.instance.expected.exit_shares)
+        return [ExpectedShare(exit.exit_index, share, None) for exit, share in self.exit_shares()]
 
     def exit_shares(self) -> list[tuple[Exit, float]]:
         """For each exit of the instance the share of images, in [0, 1], that stopped there."""
@@ -173,6 +191,5 @@ def known(values: Iterable[float]) -> list[float | None]:
     return [None if math.isnan(value) else float(value) for value in values]
 
 
-FRONT = Format(Front, "what a search found", version=None, made_by="search")
 _MEASUREMENTS = Format(Measurements, "a measurements file", version=1, made_by="report")
 _GALLERY = Format(Gallery, "a gallery", version=1, made_by="report")

@@ -21,7 +21,7 @@ from messnet.records.costs import COST_TABLE, CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically, writing
 from messnet.records.instance import Instance
-from messnet.records.measurements import FRONT, Front, Gallery, Measurements
+from messnet.records.measurements import Gallery, Measurements
 from messnet.records.names import DTYPES, Precision, precision_of_dtype
 from messnet.records.shard import Shard
 
@@ -152,8 +152,9 @@ class RunDirectory:
         return tables
 
     @property
-    def front(self) -> Artefact[Front]:
-        return Artefact(self.path, "front.json", "search", FRONT.from_json, FRONT.to_json)
+    def front(self) -> Artefact[bytes]:
+        """The search's Findings, as JSON."""
+        return self._bytes("front.json", "search")
 
     @property
     def measurements(self) -> Artefact[Measurements]:

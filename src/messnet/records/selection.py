@@ -150,14 +150,15 @@ class ExpectedShare(NamedTuple):
 
     exit_index: int
     share: float
-    error: float
+    error: float | None
+    """None where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """What to expect of a search on new images, cross-fitted: each image is judged by the instance that the same search
-    chooses without the image's fold (docs/method.md#limits-that-hold-on-new-images). Errors are standard errors over the
-    draw of groups of images."""
+    chooses without the image's fold (docs/method.md#limits-that-hold-on-new-images). Errors are standard errors over
+    the draw of groups of images."""
 
     num_images: int
     num_groups: int
@@ -182,6 +183,8 @@ class Expected:
     macs_error: float
     exit_shares: tuple[ExpectedShare, ...]
     """By exit_index; instances of several folds may have exits that the one of all images lacks."""
+    class_iou: tuple[float | None, ...]
+    """Of each class in [0, 1], None of one that neither labels nor predictions have."""
     costs: tuple[ReachedCost, ...] = ()
     """What the search was asked about beyond mIoU and one mean cost."""
     ious: tuple[ReachedIou, ...] = ()

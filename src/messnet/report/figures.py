@@ -48,10 +48,18 @@ def exit_colour(exit_index: int, num_exits: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colours.exit_colour(exit_index, num_exits))
 
 
-def draw_front(fronts: Mapping[str, Sequence[tuple[float, float]]], rows: Sequence[tuple[float, float]]) -> Figure:
-    """mIoU against GMACs: ``fronts`` by setting, and the table's ``rows``, the baseline first, the others numbered.
+def draw_front(
+    fronts: Mapping[str, Sequence[tuple[float, float]]],
+    rows: Sequence[tuple[float, float]],
+    *,
+    images: str = "selection half",
+    judged: Sequence[tuple[float, float, float]] = (),
+) -> Figure:
+    """mIoU against GMACs: ``fronts`` by setting on the ``images`` that they were found on, what to expect of them on
+    others (``judged``, with a margin of mIoU on either side), and the table's ``rows``, the baseline first, the others
+    numbered.
 
-    Both hold (MACs per image, mIoU in [0, 1]).
+    All hold (MACs per image, mIoU in [0, 1]).
     """
     figure, axes = _axes("GMACs per image", "mIoU, %")
     for number, (setting, front) in enumerate(fronts.items()):
@@ -59,16 +67,21 @@ def draw_front(fronts: Mapping[str, Sequence[tuple[float, float]]], rows: Sequen
             # where="post": between two points of a front the cheaper one is the best that can be had.
             macs, miou = np.array(sorted(front)).T
             colour = FRONT_COLOURS[number % len(FRONT_COLOURS)]
-            label = f"{setting}, selection half"
+            label = f"{setting}, {images}"
             axes.step(macs / 1e9, 100 * miou, where="post", color=colour, lw=1.4, label=label, zorder=2)
             axes.plot(macs / 1e9, 100 * miou, ".", color=colour, ms=3.5, zorder=2)
+    if judged:
+        macs, miou, margin = np.array(sorted(judged)).T
+        axes.fill_between(macs / 1e9, 100 * (miou - margin), 100 * (miou + margin), color=PAGE.muted, alpha=0.15, lw=0)
+        axes.plot(macs / 1e9, 100 * miou, "-", color=PAGE.muted, lw=1.6, label="expected on new images", zorder=3)
+    other = "expected" if judged else "other half"
     for number, row in enumerate(rows):
         marker = "o" if number else "D"
-        named = ("baseline, other half", "instances, other half")[number] if number < 2 else None
+        named = ("baseline", f"instances, {other}")[number] if number < 2 else None
         at, fill = (row[0] / 1e9, 100 * row[1]), PAGE.ink if number else PAGE.paper
         axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=named, ls="", zorder=4)
         axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=PAGE.ink, fontweight="bold")
-    # Above the axes: the points of the other half may lie anywhere within.
+    # Above the axes: points of other images may lie anywhere within.
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
     return figure
 

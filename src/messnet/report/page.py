@@ -34,6 +34,9 @@ from messnet.report.figures import (
     exit_colour,
     label_picture,
 )
+from messnet.searching import words
+from messnet.searching.findings import Findings
+from messnet.searching.words import CONFIDENT
 
 __all__ = [
     "STAGE_1_ADVICE",
@@ -54,8 +57,6 @@ STAGE_1_ADVICE = (
     "keep it as it came with pretrain.iterations: 0, which trains heads only, or lower pretrain.learning_rate"
 )
 MIOU_TOLERANCE = 1e-9  # both are means of quotients of integer counts: equal counts give equal values
-CONFIDENT = 1.96
-"""Standard errors within which a normal error stays in 19 draws of 20."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,8 @@ class ReportInputs:
     tables: ExitTables
     """All validation images; the page shows the reported ones."""
     costs: CostTable
-    fronts: dict[str, list[tuple[float, float]]]
-    """By setting: (MACs per image, mIoU in [0, 1]) of the search's best instances on the selection half."""
-    verdicts: list[str]
-    """The proofs of the searches, a sentence each."""
+    findings: Findings
+    """What the search found."""
     recipe_yaml: str
     provenance: dict[str, dict[str, str]]
     """By stage: seconds, versions, devices, in words."""
@@ -92,9 +91,11 @@ class ExitRow(TypedDict):
 
 
 class _ExitShare(NamedTuple):
-    choice: ExitChoice
+    exit_index: int
     name: str
     share: float
+    margin: str
+    """Behind the share, where it is known."""
 
 
 class _Line(NamedTuple):
@@ -112,6 +113,8 @@ class _Line(NamedTuple):
     predicted: str
     speed: str
     exits: list[_ExitShare]
+    choices: list[tuple[str, ExitChoice]]
+    """The exits of the instance that ships, with their names."""
     mark: int = 0
     """Its number in the picture of the front; 0 for the models that instances are compared with."""
 
@@ -129,6 +132,10 @@ def terminal_table(measurements: Measurements) -> Table:
     """The end-to-end table for a terminal of 100 columns."""
     table = Table(title=Text(headline(measurements)), caption_justify="left")
     notes = [f"not in the table: {sentence}" for sentence in measurements.skipped]
+    if _is_cross_fitted(measurements):
+        notes.append(
+            "mIoU, work and exits are of images judged by instances chosen without them; latency is what ships"
+        )
     notes += ["±: 1.96 standard errors over the draw of the reported images"] if _has_margins(measurements) else []
     table.caption = Text("\n".join(notes)) or None
     table.add_column("instance", max_width=26, overflow="fold")
@@ -156,7 +163,7 @@ def measurements_markdown(measurements: Measurements) -> str:
 
 def _cells(line: _Line) -> list[list[str]]:
     """The cells of a row, each the parts that a plain table puts one below or behind the other."""
-    shares = [f"{place.name} {100 * place.share:.0f} %" for place in line.exits]
+    shares = [f"{place.name} {100 * place.share:.0f}{place.margin} %" for place in line.exits]
     latency = [f"{line.latency} [{line.latency_p95}]" if line.latency else "", line.speed, line.predicted]
     return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
 
@@ -214,13 +221,13 @@ def headline(measurements: Measurements) -> str:
         )
     if row is baseline:
         return "No instance met what was asked: only the baseline was measured"
-    work, speed = baseline.macs / row.macs, _median_ms(baseline) / _median_ms(row)
+    work, speed = baseline.macs / row.judged_macs, _median_ms(baseline) / _median_ms(row)
     if _is_near_chance(measurements):
         return (
             f"Too little was learnt to compare exits: the final exit's mIoU of {100 * baseline.miou:.1f} % is near "
             f"chance ({100 * (measurements.chance_miou or 0):.1f} %)"
         )
-    change_pp, margin_pp = 100 * (row.miou - measurements.miou_to_keep), _margin_pp(row, measurements)
+    change_pp, margin_pp = 100 * (row.judged_miou - measurements.miou_to_keep), _margin_pp(row, measurements)
     # Below 5 % and 0.05 pp a change is within what rounding and a measurement's noise make of none.
     if abs(change_pp) < 0.05:
         accuracy = "the same mIoU"
@@ -252,14 +259,18 @@ def _is_near_chance(measurements: Measurements) -> bool:
 
 
 def _has_margins(measurements: Measurements) -> bool:
-    return any(row.miou_change_error is not None for row in measurements.rows[1:])
+    return any(row.judged_error is not None for row in measurements.rows[1:])
+
+
+def _is_cross_fitted(measurements: Measurements) -> bool:
+    return any(row.instance.expected is not None for row in measurements.rows)
 
 
 def _margin_pp(row: Measurement, measurements: Measurements) -> float | None:
     """How far, in percentage points, a row's change of mIoU may lie from what more images would show: 1.96 standard
     errors. Infinite where one image or group is all there is, None where a file of before does not say."""
-    if row.miou_change_error is not None:
-        return CONFIDENT * 100 * row.miou_change_error
+    if row.judged_error is not None:
+        return CONFIDENT * 100 * row.judged_error
     return None if measurements.chance_miou is None else math.inf
 
 
@@ -274,10 +285,10 @@ def _baseline(measurements: Measurements) -> Measurement:
 def _headline_row(measurements: Measurements) -> Measurement:
     baseline, *others = _baseline(measurements), *measurements.rows[1:]
     # Where nothing stays within the drop, the most accurate row: its loss is named, not hidden behind a cheaper one.
-    kept = [row for row in others if row.miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100]
+    kept = [row for row in others if row.judged_miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100]
     if kept:
-        return min(kept, key=lambda row: row.macs)
-    return max(others, key=lambda row: row.miou, default=baseline)
+        return min(kept, key=lambda row: row.judged_macs)
+    return max(others, key=lambda row: row.judged_miou, default=baseline)
 
 
 def _lines(measurements: Measurements) -> list[_Line]:
@@ -295,6 +306,7 @@ def _lines(measurements: Measurements) -> list[_Line]:
         latency_p95="",
         predicted="",
         exits=[],
+        choices=[],
     )
     return [model, *lines]
 
@@ -303,32 +315,49 @@ def _line(measurements: Measurements, mark: int) -> _Line:
     row, baseline = measurements.rows[mark], _baseline(measurements)
     margin_pp = _margin_pp(row, measurements)
     margin = f" ± {margin_pp:.2f}" if margin_pp is not None and math.isfinite(margin_pp) else ""
-    change = f"{100 * (row.miou - measurements.miou_to_keep):+.2f}{margin} pp"
+    change = f"{100 * (row.judged_miou - measurements.miou_to_keep):+.2f}{margin} pp"
     if row is baseline:
         # Stage 1 may have changed it, but what a delivered model costs it costs too.
         work, speed = "", ""
         change = "" if measurements.delivered is None or measurements.delivered.is_kept else change
     else:
-        work = _times(baseline.macs / row.macs, "less", "more")
+        work = _times(baseline.macs / row.judged_macs, "less", "more")
         speed = _times(_median_ms(baseline) / _median_ms(row), "faster", "slower")
+    # The baseline is the final exit.
+    last, final = baseline.instance.exits[-1].exit_index, _exit_name(baseline.instance.exits[-1].exit)
     return _Line(
         title=_title(row, measurements),
         name=row.instance.name,
-        miou=f"{100 * row.miou:.2f}",
+        miou=f"{100 * row.judged_miou:.2f}",
         miou_change=change,
-        gmacs=_significant(row.macs / 1e9, 4),
+        gmacs=_gmacs(row),
         work=work,
-        gmacs_paper=_significant(row.macs_paper / 1e9, 4),
+        gmacs_paper=_significant(row.judged_macs_paper / 1e9, 4),
         latency=_significant(_median_ms(row)),
         latency_p95=_significant(float(np.percentile(row.latency_ms, 95))),
         predicted=f"{_significant(float(np.median(row.predicted_ms)))} predicted" if row.predicted_ms else "",
         speed=speed,
         exits=[
-            _ExitShare(choice, _exit_name(choice.exit), share)
-            for choice, (_, share) in zip(row.instance.exits, row.exit_shares(), strict=True)
+            _ExitShare(
+                exit_index=place.exit_index,
+                name=final if place.exit_index == last else f"exit {place.exit_index}",
+                share=place.share,
+                margin="" if place.error is None else f" ± {100 * CONFIDENT * place.error:.0f}",
+            )
+            for place in row.judged_shares()
         ],
+        choices=[(_exit_name(choice.exit), choice) for choice in row.instance.exits],
         mark=mark,
     )
+
+
+def _gmacs(row: Measurement) -> str:
+    """Work, with 1.96 standard errors where they are known."""
+    text = _significant(row.judged_macs / 1e9, 4)
+    if row.instance.expected is None:
+        return text
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {CONFIDENT * row.instance.expected.macs_error / 1e9:.{decimals}f}"
 
 
 def _title(row: Measurement, measurements: Measurements) -> str:
@@ -348,29 +377,47 @@ def class_columns(measurements: Measurements) -> dict[str, Sequence[float | None
 
 
 def _warnings(measurements: Measurements) -> list[str]:
-    return [
-        f"{row.instance.name}: the running instance has mIoU {row.miou:.6f}, the tables say "
-        f"{row.miou_from_tables:.6f}; equal they would be on the same device with the same number of threads"
-        for row in measurements.rows
-        if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE
-    ] + [
-        f"{row.instance.name}: the images of this table calibrated its thresholds, so it may look better here than it "
-        f"is; its certificate holds: {row.instance.certificate}"
-        for row in measurements.rows
-        if "loss" in row.instance.selected_on
-    ]
+    return (
+        [
+            f"{row.instance.name}: the running instance has mIoU {row.miou:.6f}, the tables say "
+            f"{row.miou_from_tables:.6f}; equal they would be on the same device with the same number of threads"
+            for row in measurements.rows
+            if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE
+        ]
+        + [
+            f"{row.instance.name}: the images of this table calibrated its thresholds, so it may look better here than it "
+            f"is; its certificate holds: {row.instance.certificate}"
+            for row in measurements.rows
+            if "loss" in row.instance.selected_on
+        ]
+        + [
+            f"{row.instance.name}: it was chosen on images of this table, with limits as they are and nothing cross-fitted, "
+            f"so it may look better here than it is"
+            for row in measurements.rows[1:]
+            if _is_cross_fitted(measurements)
+            and row.instance.expected is None
+            and "loss" not in row.instance.selected_on
+        ]
+    )
 
 
 def _where(measurements: Measurements) -> str:
     height, width = measurements.input_size
     selected, reported = measurements.num_selection_images, len(measurements.image_names)
-    text = (
-        f"Measured on {measurements.device}, {height} x {width} pixels, one image at a time. Selected on one half of "
-        f"the validation images ({selected}), reported on the other ({reported})."
-    )
+    text = f"Measured on {measurements.device}, {height} x {width} pixels, one image at a time. "
+    expected = next((row.instance.expected for row in measurements.rows if row.instance.expected is not None), None)
+    if expected is None:
+        text += f"Selected on one half of the validation images ({selected}), reported on the other ({reported})."
+    else:
+        groups = "" if expected.num_groups == expected.num_images else f" in {expected.num_groups} groups"
+        text += (
+            f"mIoU, work and exits are cross-fitted: each of the {expected.num_images} validation images{groups} is "
+            f"judged by instances that were chosen without its part, one of {expected.num_folds}. Latency is of the "
+            "instance that ships, which was chosen on all of them with limits tightened until they hold."
+        )
     if _has_margins(measurements):
         text += (
-            " Behind ± stand 1.96 standard errors of the change of mIoU over the draw of the reported images, from "
+            " Behind ± stand 1.96 standard errors (of mIoU: of its change) over the draw of the reported images, from "
             "leaving them out one by one, groups whole."
         )
     return text
@@ -411,12 +458,13 @@ def render_report(inputs: ReportInputs) -> str:
         inputs=inputs,
         headline=headline(measurements),
         headline_row="" if silent else _title(row, measurements),
-        headline_kept=row.miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100,
+        headline_kept=row.judged_miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100,
         where=_where(measurements),
         lines=_lines(measurements),
         warnings=_warnings(measurements),
         colours=[exit_colour(index, num_exits) for index in range(num_exits)],
-        front=_front_figure(measurements, inputs.fronts),
+        front=_front_figure(measurements, inputs.findings),
+        verdicts=[*inputs.findings.verdicts, *(words.finding(one) for one in inputs.findings.found if one.is_found)],
         strips=_strips(inputs.gallery, measurements) if inputs.gallery else [],
         legend=_class_legend(inputs.gallery, _shown(inputs.gallery, measurements)) if inputs.gallery else [],
         confidence=_confidence_pictures(inputs.gallery, measurements) if inputs.gallery else None,
@@ -531,11 +579,12 @@ def _choice_behind(gallery: Gallery, e: int, measurements: Measurements) -> Exit
     return rows[0].instance.exits[e] if len(rows) == 1 else None
 
 
-def _front_figure(measurements: Measurements, fronts: dict[str, list[tuple[float, float]]]) -> Markup:
-    figure = draw_front(fronts, [(row.macs, row.miou) for row in measurements.rows])
-    alt = (
-        "mIoU against GMACs per image: the search's fronts on the selection half, the table's rows on the reported one"
-    )
+def _front_figure(measurements: Measurements, findings: Findings) -> Markup:
+    judged = [(one.expected.macs, one.expected.miou, CONFIDENT * one.expected.drop_error) for one in findings.judged]
+    rows = [(row.judged_macs, row.judged_miou) for row in measurements.rows]
+    images = "all images" if findings.protocol == "cross_fitted" else "selection half"
+    figure = draw_front(findings.fronts, rows, images=images, judged=judged)
+    alt = f"mIoU against GMACs per image: the search's fronts on {images}, what to expect on others, the table's rows"
     return as_svg(figure, "front", alt)
 
 

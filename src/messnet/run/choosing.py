@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +16,11 @@ from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, Instance
-from messnet.records.measurements import Front
 from messnet.records.names import Precision
 from messnet.records.run_directory import RunDirectory
 from messnet.searching import (
     AnytimeObjective,
+    Front,
     Guarantee,
     Objective,
     SearchResult,
@@ -28,43 +30,147 @@ from messnet.searching import (
     pareto_front,
     search_for,
 )
+from messnet.searching.answers import AnytimeProof
+from messnet.searching.cross_fitting import Folds, answer, search_tightened
+from messnet.searching.findings import Findings, Judged, OneFinding
 from messnet.searching.measure import CostMeasure, baseline_miou_of
+from messnet.searching.optima import nearest_on
 from messnet.searching.options import SearchOptions
 
-__all__ = ["Alternative", "best_of", "search_all", "search_precisions", "search_run"]
+__all__ = ["JUDGED_DROPS_PP", "Alternative", "best_of", "search_all", "search_precisions", "search_run"]
 
 _BYTES: dict[Precision, int] = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}
 
+JUDGED_DROPS_PP = (
+    -4.0,
+    -2.0,
+    -1.0,
+    -0.5,
+    0.0,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    3.0,
+    4.0,
+    5.0,
+    6.0,
+    8.0,
+    10.0,
+    15.0,
+)
+"""Limits on the mIoU drop whose searches make the cross-fitted front."""
 
-def search_all(tables: ExitTables, costs: CostTable, options: SearchOptions) -> tuple[Front, list[Instance]]:
-    """The best accuracy at no more work than the model, and the least work for each drop, on the selection half."""
-    tables = tables.subset(tables.halves(options.seed)[0])
+
+class _Budget:
+    """Seconds for several searches one after another."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.begun = seconds, time.monotonic()
+
+    def share(self, share: float) -> float | None:
+        """A share in [0, 1] of what is left; None: as long as it takes."""
+        if self.seconds is None:
+            return None
+        return share * max(0.0, self.seconds - (time.monotonic() - self.begun))
+
+
+def search_all(tables: ExitTables, costs: CostTable, options: SearchOptions) -> tuple[Findings, list[Instance]]:
+    """The best accuracy at no more work than the model, and the least work for each drop, by the protocol that the
+    recipe names: on all images with limits tightened by cross-fitting, or on the selection half as they are."""
+    cross_fits = options.protocol == "cross_fitted"
+    selection = _selection(tables, options)
+    # The front of all images and that of each fold have the same time, three quarters of it together: then a fold's
+    # stands for it. What is left is for objectives whose front is not proved by then.
+    budget = _Budget(options.time_limit)
+    each = budget.share(0.75 / (1 + options.folds if cross_fits else 1))
     fronts = {
-        setting: pareto_front(
-            tables, costs, setting=setting, grid=options.grid, time_limit=options.time_limit, progress=True
-        )
+        setting: pareto_front(selection, costs, setting=setting, grid=options.grid, time_limit=each, progress=True)
         for setting in ("budgeted", "input_dependent")
     }
     # The names of the paper's two questions: the best accuracy for the work, the least work for the accuracy.
     objectives = {"max-miou": Objective(maximise="miou", max_cost_ratio=1.0)}
     objectives |= {f"drop-{drop:g}pp": Objective(minimise="macs", max_drop_pp=drop) for drop in options.max_drops_pp}
-    instances, verdicts, skipped = [], [], []
-    for name, objective in objectives.items():
-        try:
-            if fronts["input_dependent"].proof.optimal:
-                result = choose(fronts["input_dependent"], objective, name=name)
+    folds = None
+    if cross_fits:
+        folds = Folds(
+            tables=tables,
+            costs=costs,
+            grid=options.grid,
+            num_folds=options.folds,
+            seed=options.seed,
+            time_limit=each,
+            progress=True,
+        )
+    found, instances = [], []
+    for number, (name, objective) in enumerate(objectives.items()):
+        limit = budget.share(1 / (len(objectives) - number))
+        one, result = _search_one(folds, fronts["input_dependent"], selection, costs, objective, options, name, limit)
+        found.append(one)
+        instances += [result.instance] if result else []
+    findings = Findings(
+        fronts={key: [(point.cost, point.miou) for point in front.points] for key, front in fronts.items()},
+        names=list(objectives),
+        protocol=options.protocol,
+        judged=_judged(folds) if folds else [],
+        found=found,
+    )
+    return findings, instances
+
+
+def _search_one(
+    folds: Folds | None,
+    front: Front,
+    selection: ExitTables,
+    costs: CostTable,
+    objective: Objective,
+    options: SearchOptions,
+    name: str,
+    time_limit: float | None,
+) -> tuple[OneFinding, SearchResult | None]:
+    tightened = folds.tighten(objective) if folds else None
+    searched = objective if tightened is None else tightened.searched
+    result: SearchResult | None = None
+    if searched is not None:
+        with suppress(InfeasibleError):  # below, the front says what is nearest
+            if front.proof.optimal:
+                result = choose(front, searched, name=name)
             else:  # one objective is proved sooner than the whole front
-                limit = options.time_limit
                 result = search_for(
-                    tables, costs, objective, grid=options.grid, name=name, time_limit=limit, progress=True
+                    selection, costs, searched, grid=options.grid, name=name, time_limit=time_limit, progress=True
                 )
-        except InfeasibleError as error:
-            skipped.append(f"{name}: {error}")
-            continue
-        instances.append(result.instance)
-        verdicts.append(f"{name}: {result.verdict}; {result.certificate}")
-    points = {key: [(point.cost, point.miou) for point in front.points] for key, front in fronts.items()}
-    return Front(fronts=points, names=list(objectives), verdicts=verdicts, skipped=skipped), instances
+    if folds is None or tightened is None:
+        why = None if result else nearest_on(front, objective)
+    else:
+        why = None
+        try:
+            result = answer(folds, tightened, result, name)
+            tightened = result.tightened
+        except InfeasibleError:
+            result = None
+    finding = OneFinding(
+        name=name,
+        objective=result.objective if result else objective,
+        proof=result.proof if result and not isinstance(result.proof, AnytimeProof) else None,
+        comparison=result.comparison if result else None,
+        tightened=tightened,
+        is_found=result is not None,
+        infeasible=why,
+    )
+    return finding, result
+
+
+def _judged(folds: Folds) -> list[Judged]:
+    """The cross-fitted front: limits that find what a tighter one found are left out."""
+    points: list[Judged] = []
+    for drop in JUDGED_DROPS_PP:
+        expected = folds.judge(Objective(max_drop_pp=drop))
+        if not points or (expected.miou, expected.cost) != (points[-1].expected.miou, points[-1].expected.cost):
+            points.append(Judged(max_drop_pp=drop, expected=expected))
+    return points
 
 
 def search_run(
@@ -79,32 +185,69 @@ def search_run(
     time_limit: float | None = None,
 ) -> SearchResult:
     """One more instance in the run at ``directory``, beside those of its recipe, whose ``options`` hold for it too. It
-    needs the run's tables, not its network, and so no torch. The half that it is not selected on is what a guarantee
-    calibrates on, all of it: the certificate is then the report. Several cost tables: the least bad over these
-    devices."""
+    needs the run's tables, not its network, and so no torch. Several cost tables: the least bad over these devices.
+
+    A guarantee is calibrated on the half of the images that its instance was not selected on, all of it: the
+    certificate is then the report, and limits are not tightened besides. An anytime instance is selected on all images
+    too, with its terms as they are: it has no thresholds that could flatter themselves, and few choices of exits.
+    """
     devices = [directory.costs(path) for path in costs or (None,)]
     tables = directory.tables_for(devices)
-    selection, calibration = (tables.subset(half) for half in tables.halves(options.seed))
     limit = options.time_limit if time_limit is None else time_limit
-    result = search_for(
-        selection,
-        devices,
-        objective,
-        setting=setting,
-        grid=options.grid,
-        name=name,
-        time_limit=limit,
-        progress=True,
-    )
     if guarantee is not None:
+        options = replace(options, protocol="two_halves")
+    result = _search(tables, devices, objective, options, name=name, setting=setting, time_limit=limit)
+    if guarantee is not None:
+        selection, calibration = (tables.subset(half) for half in tables.halves(options.seed))
         result = certify(result, guarantee, selection=selection, calibration=calibration, costs=devices)
     result = replace(result, instance=replace(result.instance, precision=tables.precision))
     directory.instance(name).write(result.instance)
     return result
 
 
+def _search(
+    tables: ExitTables,
+    devices: Sequence[CostTable],
+    objective: Objective | AnytimeObjective,
+    options: SearchOptions,
+    *,
+    name: str,
+    setting: SearchSetting,
+    time_limit: float | None,
+) -> SearchResult:
+    """One search by the protocol of a recipe."""
+    if options.protocol == "cross_fitted" and isinstance(objective, Objective):
+        return search_tightened(
+            tables,
+            devices,
+            objective,
+            setting=setting,
+            grid=options.grid,
+            num_folds=options.folds,
+            seed=options.seed,
+            name=name,
+            time_limit=time_limit,
+            progress=True,
+        )
+    return search_for(
+        _selection(tables, options),
+        devices,
+        objective,
+        setting=setting,
+        grid=options.grid,
+        name=name,
+        time_limit=time_limit,
+        progress=True,
+    )
+
+
+def _selection(tables: ExitTables, options: SearchOptions) -> ExitTables:
+    """The images that select."""
+    return tables if options.protocol == "cross_fitted" else tables.subset(tables.halves(options.seed)[0])
+
+
 class Alternative(NamedTuple):
-    """One precision in one runtime, with the user's whole model and the best instance in it, on the selection half."""
+    """One precision in one runtime, with the user's whole model and the best instance in it, on the selection images."""
 
     name: str
     """Runtime and precision, as "onnxruntime int8"."""
@@ -139,19 +282,17 @@ def search_precisions(
             "costs in several precisions are compared on one device with as many threads: measure them so"
         )
     every = [directory.tables_for([one]) for one in devices]
-    selected = [tables.subset(tables.halves(options.seed)[0]) for tables in every]
-    asked = _in_absolute_terms(objective, selected[0], devices[0])
+    asked = _in_absolute_terms(objective, _selection(every[0], options), devices[0])
     limit = options.time_limit if time_limit is None else time_limit
     found = []
-    for table, tables in zip(devices, selected, strict=True):
+    for table, tables in zip(devices, every, strict=True):
         kind = f"{str(table.conditions.get('runtime', 'counted')).partition(' ')[0]} {tables.precision}"
-        final = np.full(len(tables.image_names), tables.final)
+        selection = _selection(tables, options)
+        final = np.full(len(selection.image_names), tables.final)
         megabytes = _megabytes(table, [table.final_exit], tables.precision)
-        model = tables.miou(final), table.total(objective.cost_name), megabytes
+        model = selection.miou(final), table.total(objective.cost_name), megabytes
         try:
-            result = search_for(
-                tables, table, asked, setting=setting, grid=options.grid, name=name, time_limit=limit, progress=True
-            )
+            result = _search(tables, [table], asked, options, name=name, setting=setting, time_limit=limit)
         except InfeasibleError as error:
             found.append(Alternative(kind, model, None, why_none=str(error)))
             continue

@@ -1,4 +1,4 @@
-"""The chosen instances on the images that nothing was selected on: what they did, how fast, and pictures of it."""
+"""The chosen instances on validation images: what they did, how fast, and pictures of it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, Instance, whole_model
 from messnet.records.iou import chance_miou, class_iou
-from messnet.records.measurements import Delivered, Front, Gallery, Measurement, Measurements, known
+from messnet.records.measurements import Delivered, Gallery, Measurement, Measurements, known
 from messnet.run.run import Run
-from messnet.searching import cost_of, route
+from messnet.searching import cost_of, route, words
 from messnet.searching.cross_fitting import error_of_drop
+from messnet.searching.findings import Findings
 from messnet.searching.measure import Routed
 
 __all__ = ["measure_instances"]
 
 
-def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | None]:
-    """The baseline and every instance of the recipe on the reported half of the validation images, one image at a time;
-    pictures where there is an instance to show."""
+def measure_instances(run: Run, findings: Findings) -> tuple[Measurements, Gallery | None]:
+    """The baseline and every instance on validation images, one image at a time; pictures where there is an instance
+    to show. All images where what to expect of new ones is cross-fitted, else the half that nothing was selected on."""
     tables, costs, val = run.tables(), run.costs(), run.dataset("val")
     selection, half = tables.halves(run.recipe.search.seed)
+    selections = [tables.subset(selection)]
+    if findings.protocol == "cross_fitted":
+        # A guarantee, and the other protocol, select on the half: such an instance is shown, and said to be so.
+        selection = half = np.arange(len(tables.image_names))
+        selections.append(tables)
     reported, tables_reported = half.tolist(), tables.subset(half)
-    found, left_out = _found(run, front, tables.subset(selection))
+    found, left_out = _found(run, findings, selections)
     instances = [whole_model(tables.exits[tables.final]), *found]
     exits = sorted({choice.exit for instance in instances for choice in instance.exits})
     # Before the sessions take the network over: parts are timed on a copy of it.
@@ -48,7 +54,7 @@ def measure_instances(run: Run, front: Front) -> tuple[Measurements, Gallery | N
         final_exit_error=known(runnings[0].errors),
         num_selection_images=len(selection),
         rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
-        skipped=[*front.skipped, *left_out],
+        skipped=[*findings.skipped, *(words.finding(one) for one in findings.found if not one.is_found), *left_out],
         chance_miou=known([chance_miou(tables_reported.labelled.sum(0, dtype=np.int64))])[0],
         class_names=list(tables.class_names),
         delivered=_delivered(tables_reported, is_kept=not run.recipe.pretrain.iterations),
@@ -64,16 +70,16 @@ def _delivered(tables: ExitTables, *, is_kept: bool) -> Delivered | None:
     return Delivered(miou=float(np.nanmean(iou)), class_iou=known(iou), is_kept=is_kept)
 
 
-def _found(run: Run, front: Front, selection: ExitTables) -> tuple[list[Instance], list[str]]:
+def _found(run: Run, findings: Findings, selections: Sequence[ExitTables]) -> tuple[list[Instance], list[str]]:
     """The instances of the recipe, then those of the user's own searches; and a sentence for each that was searched on
     other images or heads than the run has now: it may have seen the images of the report."""
-    names = dict.fromkeys((*front.names, *run.directory.instance_names()))
+    names = dict.fromkeys((*findings.names, *run.directory.instance_names()))
     found, left_out = [], []
     for file in (run.directory.instance(name) for name in names):
         if not file.exists:
             continue
         instance = file.read()
-        if _was_selected_on(selection, instance):
+        if any(_was_selected_on(selection, instance) for selection in selections):
             found.append(instance)
         else:
             left_out.append(

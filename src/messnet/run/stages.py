@@ -24,6 +24,7 @@ from messnet.run.reporting import measure_instances
 from messnet.run.run import Run
 from messnet.run.shards import Part, discard_parts, expect_whole, join, pack, read_parts, share
 from messnet.run.stage import Stage
+from messnet.searching.findings import Findings
 from messnet.searching.measure import baseline_miou_of
 from messnet.training import distill, pretrain, space_exits
 from messnet.training.journal import say
@@ -200,17 +201,17 @@ def _tables_origin(run: Run) -> str:
 
 
 def search_stage(run: Run) -> None:
-    """Exits, heads and thresholds, on one half of the validation images; nothing is trained again."""
-    front, instances = search_all(run.tables(), run.costs(), run.recipe.search)
+    """Exits, heads and thresholds by the validation tables; nothing is trained again."""
+    findings, instances = search_all(run.tables(), run.costs(), run.recipe.search)
     for instance in instances:
         run.directory.instance(instance.name).write(instance)
-    run.directory.front.write(front)
+    run.directory.front.write(findings.to_json().encode())
 
 
 def report_stage(run: Run) -> None:
-    """Run the chosen instances on the other half of the images, measure them, and write the page."""
-    front = run.directory.front.read()
-    measurements, gallery = measure_instances(run, front)
+    """Run the chosen instances on the validation images, measure them, and write the page."""
+    findings = Findings.from_json(run.directory.front.read())
+    measurements, gallery = measure_instances(run, findings)
     run.directory.measurements.write(measurements)
     if gallery is not None:
         run.directory.gallery.write(gallery)
@@ -220,8 +221,7 @@ def report_stage(run: Run) -> None:
         gallery=gallery,
         tables=run.tables(),
         costs=run.costs(),
-        fronts=front.fronts,
-        verdicts=front.verdicts,
+        findings=findings,
         recipe_yaml=yaml.safe_dump(recipe_to_record(run.recipe), sort_keys=False),
         provenance={
             stage: {key: str(value) for key, value in entry.items() if key != "fingerprint"}

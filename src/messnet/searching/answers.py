@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
 from typing import Literal, NamedTuple
 
 from messnet.records.instance import Instance
@@ -68,20 +67,20 @@ class Proof:
     num_evaluated: int
     """Instances whose mIoU was computed; all others were bounded."""
     stopped: Stopped = ""
-    gap_miou: float = 0.0
-    """No instance of the grid has an mIoU (in [0, 1]) at the answer's cost that is larger by more. 0: optimal;
-    infinite: nothing is proved."""
-    gap_cost: float | None = None
-    """Where cost was minimised: no instance within the limits costs less than (1 - gap) of the answer. Infinite:
+    gap_miou: float | None = 0.0
+    """No instance of the grid has an mIoU (in [0, 1]) at the answer's cost that is larger by more. 0: optimal; None:
     nothing is proved."""
-    exact_from: float = inf
-    """A front that was stopped is proved at this mIoU and above, exactly or to ``precision``; infinite: nowhere."""
+    gap_cost: float | None = None
+    """Where cost was minimised: no instance within the limits costs less than (1 - gap) of the answer. None: nothing is
+    proved of the cost."""
+    exact_from: float | None = None
+    """A front that was stopped is proved at this mIoU and above, exactly or to ``precision``; None: nowhere."""
     precision: float = 0.0
     """What was asked for: mIoU by which a front may be below the best."""
 
     @property
     def optimal(self) -> bool:
-        return not self.gap_miou and not self.gap_cost
+        return self.gap_miou == 0 and not self.gap_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +193,12 @@ class SearchResult:
         """Minimised: no instance costs less than (1 - gap) of this one. None: nothing is proved. 0: optimal."""
         if isinstance(self.proof, AnytimeProof) or self.proof.optimal:
             return 0.0
-        gap = self.proof.gap_cost
-        return gap if gap is not None and isfinite(gap) else None
+        return self.proof.gap_cost
 
     @property
     def gap_miou(self) -> float | None:
         """No instance within the limits has a larger mIoU by more than this. None: nothing is proved. 0: optimal."""
-        if isinstance(self.proof, AnytimeProof):
-            return 0.0
-        return self.proof.gap_miou if isfinite(self.proof.gap_miou) else None
+        return 0.0 if isinstance(self.proof, AnytimeProof) else self.proof.gap_miou
 
 
 class Relaxed(NamedTuple):
@@ -221,12 +217,13 @@ class Infeasible:
 
     objective: Objective
     unit: CostUnit
-    least_miou: float
-    """What the constraints ask for; -inf: any."""
-    largest_cost: float
-    """What they allow; inf: any."""
+    least_miou: float | None
+    """What the constraints ask for; None: any."""
+    largest_cost: float | None
+    """What they allow; None: any."""
     points: Sequence[FrontPoint]
-    """The front within all further limits and floors, by ascending cost."""
+    """Of the front within all further limits and floors, by ascending cost: the cheapest, the most accurate, and the
+    nearest to each limit."""
     further: bool
     """Whether there are limits, floors or devices beyond mIoU and one cost."""
     relaxed: Sequence[Relaxed] = ()

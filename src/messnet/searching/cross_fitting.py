@@ -24,8 +24,9 @@ from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.arrays import FloatArray, IntArray
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
-from messnet.records.instance import ExitChoice, Instance
-from messnet.records.iou import mean_iou
+from messnet.records.instance import Instance, whole_model
+from messnet.records.iou import class_iou, mean_iou
+from messnet.records.measurements import known
 from messnet.records.selection import Expected, ExpectedShare, ReachedCost, ReachedIou, Selection
 from messnet.searching import words
 from messnet.searching.answers import FrontPoint, Proof, SearchResult, SearchSetting, Tightened
@@ -104,8 +105,7 @@ def procedure(front: Front, objective: Objective) -> FrontPoint:
 def model_itself(front: Front) -> FrontPoint:
     """The final exit alone, as a point of the front."""
     final = front.problem.tables.exits[-1]
-    exits = (ExitChoice(exit_index=final.exit_index, head=final.head),)
-    model = Instance(name="model", setting=front.setting, exits=exits, policy=front.problem.policy)
+    model = replace(whole_model(final), name="model", setting=front.setting, policy=front.problem.policy)
     routed = Routed.through(front.problem.tables, model)
     return FrontPoint(miou=routed.miou, cost=front.baseline_cost, instance=model)
 
@@ -190,6 +190,7 @@ class Folds:
                 ExpectedShare(int(index), float((taken == index).mean()), _error_of_mean(tables, taken == index))
                 for index in np.unique(taken)
             ),
+            class_iou=tuple(known(class_iou(*tables.counts(routed.routing)))),
             costs=tuple(one for one in reached if isinstance(one, ReachedCost)),
             ious=tuple(one for one in reached if isinstance(one, ReachedIou)),
         )
@@ -358,8 +359,7 @@ def _further_tightened(objective: Objective, further: Sequence[int], floors: Seq
     return replace(
         objective,
         limits_on=tuple(
-            replace(one, at_most=one.at_most * LEVELS[level].factor)
-            for one, level in zip(limits, further, strict=True)
+            replace(one, at_most=one.at_most * LEVELS[level].factor) for one, level in zip(limits, further, strict=True)
         ),
         min_class_iou=tuple(
             (name, min(1.0, floor + LEVELS[level].pp / 100))

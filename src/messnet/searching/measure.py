@@ -147,9 +147,7 @@ def meets(objective: Objective, measure: CostMeasure, routed: Routed) -> bool:
     return all(iou[name] >= floor for name, floor in objective.min_class_iou)
 
 
-def reached_of(
-    objective: Objective, measure: CostMeasure, routed: Routed
-) -> tuple[ReachedCost | ReachedIou, ...]:
+def reached_of(objective: Objective, measure: CostMeasure, routed: Routed) -> tuple[ReachedCost | ReachedIou, ...]:
     """What becomes of each quantity that an objective is about, beyond mIoU and one mean cost, over all images. Of
     several limits on one quantity the tightest is kept."""
     costs: dict[tuple[CostName, Statistic, bool], float | None] = {}

@@ -31,7 +31,7 @@ from messnet.searching.grid import Grid, route
 from messnet.searching.measure import DECIMALS, CostMeasure, Routed, baseline_miou_of, reached_of
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
-__all__ = ["Front", "choose", "feasible", "front_within", "pareto_front", "search", "search_for"]
+__all__ = ["Front", "choose", "feasible", "front_within", "nearest_on", "pareto_front", "search", "search_for"]
 
 SECONDS_TO_EXPLAIN = 20.0
 """How long an infeasible search looks for the nearest points."""
@@ -176,7 +176,13 @@ def pareto_front(
     objective = Objective(minimise=cost)
     control = Control(time_limit=time_limit, should_stop=should_stop, progress=progress)
     return front_within(
-        tables, CostMeasure.of(objective, costs), objective, setting=setting, grid=grid, control=control, precision=precision
+        tables,
+        CostMeasure.of(objective, costs),
+        objective,
+        setting=setting,
+        grid=grid,
+        control=control,
+        precision=precision,
     )
 
 
@@ -190,18 +196,39 @@ def choose(front: Front, objective: Objective, *, name: str = "instance") -> Sea
         raise RecipeError("a front over several devices knows relative costs only: search for this objective instead")
     points = feasible(front, front.points, objective)
     if not points:
-        least_miou, largest_cost = _limits_at(front, objective)
         # The front itself holds the nearest points: nothing needs to be searched again.
-        why = Infeasible(
-            objective=objective,
-            unit=front.unit,
-            least_miou=least_miou,
-            largest_cost=largest_cost,
-            points=front.points,
-            further=False,
-        )
-        raise InfeasibleError(words.infeasible(why))
+        raise InfeasibleError(words.infeasible(nearest_on(front, objective)))
     return _result_of(front, objective, points, front.proof, name)
+
+
+def nearest_on(front: Front, objective: Objective) -> Infeasible:
+    """Why no point of a front is what an objective asks for."""
+    return _nearest(front, objective, *_limits_at(front, objective))
+
+
+def _nearest(
+    front: Front,
+    objective: Objective,
+    least_miou: float,
+    largest_cost: float,
+    *,
+    further: bool = False,
+    relaxed: Sequence[Relaxed] = (),
+) -> Infeasible:
+    points = front.points
+    affordable = [point for point in points if point.cost <= largest_cost]
+    accurate = [point for point in points if point.miou >= least_miou]
+    # Each point once, by ascending cost.
+    named = [*points[:1], *affordable[-1:], *accurate[:1], *points[-1:]]
+    return Infeasible(
+        objective=objective,
+        unit=front.unit,
+        least_miou=least_miou if least_miou > -np.inf else None,
+        largest_cost=largest_cost if largest_cost < np.inf else None,
+        points=[point for point in points if any(point is one for one in named)],
+        further=further,
+        relaxed=relaxed,
+    )
 
 
 def _expect_setting(setting: str) -> None:
@@ -345,15 +372,8 @@ def _infeasible(
         without, own = front_under(replace(objective, min_class_iou=floors))
         ious = [_class_iou(tables, point.instance, name) for point in without.points]
         relaxed += [Relaxed((name, floor), max(ious), own.unit)] if ious else []
-    return Infeasible(
-        objective=objective,
-        unit=measure.unit,
-        least_miou=least_miou,
-        largest_cost=largest_cost,
-        points=front.points,
-        further=bool(objective.limits_on or objective.min_class_iou or measure.unit.relative),
-        relaxed=relaxed,
-    )
+    further = bool(objective.limits_on or objective.min_class_iou or measure.unit.relative)
+    return _nearest(front, objective, least_miou, largest_cost, further=further, relaxed=relaxed)
 
 
 def _class_iou(tables: ExitTables, instance: Instance, name: str) -> float:

@@ -29,6 +29,7 @@ from messnet.searching.answers import (
     Shortfall,
     Tightened,
 )
+from messnet.searching.findings import OneFinding
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "certificate",
     "describe",
     "expected",
+    "finding",
     "infeasible",
     "not_kept",
     "objective_text",
@@ -141,32 +143,48 @@ def certificate(result: SearchResult) -> str:
     if isinstance(result.proof, AnytimeProof):
         one = result.proof
         return f"optimal: all {one.num_evaluated} choices of {one.min_exits} to {one.max_exits} exits were evaluated"
-    if result.tightened is not None and result.tightened.searched is None:
-        return _model_itself(result.tightened)
-    proved = proof(result.proof)
-    if result.tightened is not None:
-        limits = " and ".join(_text(result.tightened.searched)[1]) if result.tightened.searched else ""
-        proved = f"searched at {limits}: {proved}" if limits else proved
+    proved = _proved(result.proof, result.tightened)
     return f"{_promise(result.promise)}; {proved}" if result.promise else proved
+
+
+def finding(one: OneFinding) -> str:
+    """What came of one objective of a recipe: how it compares and what was proved, or why there is nothing."""
+    if one.infeasible is not None:
+        return f"{one.name}: {infeasible(one.infeasible)}"
+    if not one.is_found and one.tightened is not None:
+        return f"{one.name}: {not_kept(one.tightened)}"
+    compared = [_against(one.comparison)] if one.comparison else []
+    proved = [_proved(one.proof, one.tightened)] if one.proof else []
+    return f"{one.name}: {'; '.join([*compared, *proved])}"
+
+
+def _proved(proved: Proof, tightened: Tightened | None) -> str:
+    """A proof, beside the limits that it is of where they are not those asked for."""
+    if tightened is None:
+        return proof(proved)
+    if tightened.searched is None:
+        return _model_itself(tightened)
+    limits = " and ".join(_text(tightened.searched)[1])
+    return f"searched at {limits}: {proof(proved)}" if limits else proof(proved)
 
 
 def proof(proved: Proof) -> str:
     """What was proved over the declared grid; a front that is proved from some mIoU on says so."""
     grid = f"the declared grid of {_spaced(proved.num_declared)} instances"
-    evaluated, gap = _spaced(proved.num_evaluated), f"{100 * proved.gap_miou:.2g} pp"
+    evaluated, gap = _spaced(proved.num_evaluated), f"{100 * (proved.gap_miou or 0):.2g} pp"
     if proved.optimal:
         return f"optimal over {grid}: {evaluated} were evaluated, all others were bounded"
     if not proved.stopped:
         done = f"{evaluated} were evaluated, all others were bounded"
         return f"no instance of {grid} has a larger mIoU at its cost by more than {gap}: {done}"
     why = f"stopped ({proved.stopped}) after {evaluated} of {grid}"
-    if proved.gap_miou == inf:
+    if proved.gap_miou is None:
         return f"{why}: the best of those, nothing is proved of the others"
     known = f"no other has a larger mIoU at its cost by more than {gap}"
-    if proved.exact_from < inf:
+    if proved.exact_from is not None:
         how = f"to {100 * proved.precision:.2g} pp" if proved.precision else "exact"
         known = f"{how} at mIoU >= {proved.exact_from:.4f}; below, {known}"
-    if proved.gap_cost is not None and proved.gap_cost < inf:
+    if proved.gap_cost is not None:
         known = f"within {100 * proved.gap_cost:.2g} % of the least cost; {known}"
     return f"{why}: {known}"
 
@@ -231,8 +249,12 @@ def verdict(result: SearchResult) -> str:
     if result.retreat is not None:
         return _retreat(result.retreat)
     if result.comparison is not None:
-        return f"{_against_static(result.comparison)}; {_against_uniform(result.comparison)}"
+        return _against(result.comparison)
     return _anytime_verdict(result.selection)
+
+
+def _against(comparison: Comparison) -> str:
+    return f"{_against_static(comparison)}; {_against_uniform(comparison)}"
 
 
 def _against_static(comparison: Comparison) -> str:
@@ -335,16 +357,16 @@ def infeasible(why: Infeasible) -> str:
 
 
 def _asked(why: Infeasible) -> list[str]:
-    asked = [f"mIoU >= {100 * why.least_miou:.2f} %"] if why.least_miou > -inf else []
-    return asked + ([f"<= {amount(why.unit, why.largest_cost)}"] if why.largest_cost < inf else [])
+    asked = [] if why.least_miou is None else [f"mIoU >= {100 * why.least_miou:.2f} %"]
+    return asked + ([] if why.largest_cost is None else [f"<= {amount(why.unit, why.largest_cost)}"])
 
 
 def _nearest(why: Infeasible) -> Iterable[str]:
-    affordable = [point for point in why.points if point.cost <= why.largest_cost]
-    accurate = [point for point in why.points if point.miou >= why.least_miou]
-    if affordable and why.largest_cost < inf:
+    affordable = [point for point in why.points if why.largest_cost is None or point.cost <= why.largest_cost]
+    accurate = [point for point in why.points if why.least_miou is None or point.miou >= why.least_miou]
+    if affordable and why.largest_cost is not None:
         yield f"the best mIoU at that cost is {_point(affordable[-1], why.unit)}"
-    if accurate and why.least_miou > -inf:
+    if accurate and why.least_miou is not None:
         yield f"the least cost at that mIoU is {_point(accurate[0], why.unit)}"
     if not affordable:
         yield f"the cheapest instance has {_point(why.points[0], why.unit)}"
@@ -393,10 +415,10 @@ def describe(instance: Instance) -> list[str]:
 def expected(one: Expected) -> str:
     """Cross-fitted figures, with 1.96 standard errors."""
     change, margin = 100 * (one.miou - one.baseline_miou), 100 * CONFIDENT * one.drop_error
-    spread = "" if one.unit.relative else f" ± {amount(one.unit, CONFIDENT * one.cost_error)}"
+    spread = 100 * CONFIDENT * one.cost_error / one.cost if one.cost else 0.0
     text = (
         f"{100 * one.miou:.2f} % mIoU ({change:+.2f} ± {margin:.2f} pp against the model) at "
-        f"{amount(one.unit, one.cost)}{spread}{_times(one.cost, one.baseline_cost, one.unit)}"
+        f"{amount(one.unit, one.cost)} ± {spread:.0f} %{_times(one.cost, one.baseline_cost, one.unit)}"
     )
     return "; ".join([text, *(_reached(reached) for reached in (*one.costs, *one.ious))])
 

@@ -118,9 +118,9 @@ class Solver:
             num_declared=problem.declared(self.max_exits),
             num_evaluated=self.num_evaluated,
             stopped=self.stopped,
-            gap_miou=gap_miou,
-            gap_cost=gap_cost if self.region.goal == "cost" else None,
-            exact_from=self.exact_from if gap_miou else -1.0,
+            gap_miou=gap_miou if gap_miou < np.inf else None,
+            gap_cost=gap_cost if self.region.goal == "cost" and gap_cost < np.inf else None,
+            exact_from=(self.exact_from if self.exact_from < np.inf else None) if gap_miou else -1.0,
             precision=self.region.precision,
         )
         return Outcome(
