@@ -154,6 +154,7 @@ def test_further_limits_and_floors_are_kept_too() -> None:
     assert found.tightened.searched is not None
     assert found.tightened.searched.min_class_iou[0][1] > 0.75
     assert found.tightened.expected.ious[0].value >= 0.75
+    tables, costs = grouped(98_500)
     limit = Limit.parse("macs.p95<=0.77x")
     found = search_tightened(tables, costs, Objective(max_drop_pp=20, limits_on=(limit,)), grid=GRID)
     assert found.instance.expected is not None

@@ -122,6 +122,28 @@ def promise(epsilon: float, delta: float = 0.1) -> Guarantee:
     return Guarantee(epsilon=epsilon, delta=delta)
 
 
+def test_a_group_is_one_draw() -> None:
+    """Drives of one frame each, filmed three times over: as many draws as drives, not frames."""
+    selection, calibration, _ = split(3)
+    before, costs = searched(selection), population()[1]
+    asked = promise(0.08)
+    alone = certify(before, asked, selection=selection, calibration=calibration, costs=costs)
+    thrice = calibration.subset(np.repeat(np.arange(80), 3))
+    names = tuple(f"{name}_{frame}" for frame, name in enumerate(thrice.image_names))
+    drives = replace(thrice, image_names=names, groups=thrice.image_names)
+    grouped = certify(before, asked, selection=selection, calibration=drives, costs=costs)
+    assert alone.promise is not None
+    assert grouped.promise is not None
+    assert grouped.instance.exits == alone.instance.exits
+    assert grouped.promise.p_value == pytest.approx(alone.promise.p_value)
+    assert (grouped.promise.num_images, grouped.promise.num_groups) == (240, 80)
+    assert "80 groups of 240 calibration images, if these and new groups are drawn" in grouped.certificate
+    # Taken for draws of their own the frames would promise more.
+    frames = certify(before, asked, selection=selection, calibration=replace(drives, groups=()), costs=costs)
+    assert frames.promise is not None
+    assert frames.promise.step > grouped.promise.step
+
+
 @pytest.mark.parametrize("num_images", [1, 2, 7, 50, 333])
 def test_p_values_by_the_gamblers_hand(num_images: int) -> None:
     """Image by image as Bates et al. write it, in Python, the means and variances by NumPy from scratch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple, TypedDict
@@ -377,28 +377,24 @@ def class_columns(measurements: Measurements) -> dict[str, Sequence[float | None
 
 
 def _warnings(measurements: Measurements) -> list[str]:
-    return (
-        [
-            f"{row.instance.name}: the running instance has mIoU {row.miou:.6f}, the tables say "
-            f"{row.miou_from_tables:.6f}; equal they would be on the same device with the same number of threads"
-            for row in measurements.rows
-            if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE
-        ]
-        + [
-            f"{row.instance.name}: the images of this table calibrated its thresholds, so it may look better here than it "
-            f"is; its certificate holds: {row.instance.certificate}"
-            for row in measurements.rows
-            if "loss" in row.instance.selected_on
-        ]
-        + [
-            f"{row.instance.name}: it was chosen on images of this table, with limits as they are and nothing cross-fitted, "
-            f"so it may look better here than it is"
-            for row in measurements.rows[1:]
-            if _is_cross_fitted(measurements)
-            and row.instance.expected is None
-            and "loss" not in row.instance.selected_on
-        ]
-    )
+    return [f"{row.instance.name}: {text}" for row in measurements.rows for text in _doubts(row, measurements)]
+
+
+def _doubts(row: Measurement, measurements: Measurements) -> Iterator[str]:
+    """Why the figures of a row may not be what they seem."""
+    instance = row.instance
+    if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE:
+        yield (
+            f"the running instance has mIoU {row.miou:.6f}, the tables say {row.miou_from_tables:.6f}; equal they "
+            "would be on the same device with the same number of threads"
+        )
+    if "loss" in instance.selected_on:
+        yield (
+            "the images of this table calibrated its thresholds, so it may look better here than it is; its "
+            f"certificate holds: {instance.certificate}"
+        )
+    elif instance.expected is None and row is not measurements.rows[0] and _is_cross_fitted(measurements):
+        yield "it was chosen on images of this table and is not cross-fitted, so it may look better here than it is"
 
 
 def _where(measurements: Measurements) -> str:

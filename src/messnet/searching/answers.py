@@ -112,13 +112,14 @@ class Shortfall:
     """Why a guarantee stopped before the searched thresholds."""
 
     least_images: int | None
-    """Calibration images that would certify epsilon if none lost anything; None: more than MOST_IMAGES."""
+    """Calibration images (groups, where images belong together) that would certify epsilon if none lost anything; None:
+    more than MOST_IMAGES."""
     least_epsilon: float
-    """The smallest epsilon that so many images certify if none loses anything."""
+    """The smallest epsilon that so many of them certify if none loses anything."""
     worst_loss: float
     """Largest mean loss of the steps that were not certified."""
     images_needed: int | None
-    """Calibration images with losses like these that would certify that step; None: more than MOST_IMAGES, or none."""
+    """So many of them with losses like these would certify that step; None: more than MOST_IMAGES, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +129,11 @@ class Promise:
     guarantee: Guarantee
     num_images: int
     """Calibration images."""
+    num_groups: int
+    """Groups of them, which are what is drawn; as many as images where none belong together."""
     p_value: float
     mean_loss: float
-    """Of the calibration images at the certified step."""
+    """Of the calibration images at the certified step, the mean over groups."""
     step: int
     """Of ``num_steps`` from the final exit alone (0) to the searched thresholds."""
     num_steps: int

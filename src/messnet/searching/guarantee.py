@@ -6,7 +6,11 @@ the test of "its expected loss exceeds epsilon", in the order of the path, up to
 fixed-sequence testing: the path is fixed before a calibration image is looked at, so a wrong certificate needs the
 rejection of the path's first wrong step, and that has probability <= delta. However long the path, the steps before
 cost nothing (Angelopoulos et al., "Learn then Test", 2021, section 2.4; for early exits Jazbec et al., "Fast yet Safe:
-Early-Exiting with Risk Control", 2024).
+Early-Exiting with Risk Control", 2024). Images that belong together (``data.group``) are in one half, and a group is
+one draw: its loss is the mean of its images.
+
+Cross-fitting is no way around the two halves: a test is valid for a path that was fixed without the images that it
+looks at, and the path of an instance that is searched on all images leaves none.
 
 The certificate stands in for a report: the mean loss of the certified step on the calibration images flatters, since
 they helped to choose the step. Each certificate holds for itself, not for the best of several.
@@ -70,9 +74,9 @@ def certify(
     measure = CostMeasure.of(objective, costs)
     # The path is fixed by the selection images alone: the test below may then go along it for free.
     path = no_dearer(retreat_path(result.instance, selection, guarantee.num_steps), measure, selection)
-    losses = np.array([loss_of(calibration, route(calibration, step)) for step in path])
-    # p_value bets on one image after the other: a trend in the order of the files is no loss of their source.
-    losses = losses[:, np.random.default_rng(0).permutation(num_images)]
+    losses = np.array([_by_group(calibration, loss_of(calibration, route(calibration, step))) for step in path])
+    # p_value bets on one group after the other: a trend in the order of the files is no loss of their source.
+    losses = losses[:, np.random.default_rng(0).permutation(losses.shape[1])]
     step, p = certified_step(losses, guarantee)
     certified, retreats = path[step], step + 1 < len(path)
 
@@ -82,7 +86,7 @@ def certify(
         result.selection,
         miou=routed.miou,
         cost=measure.measure(routed),
-        loss=float(loss_of(selection, routed.routing).mean()),
+        loss=float(_by_group(selection, loss_of(selection, routed.routing)).mean()),
         reached=reached_of(objective, measure, routed),
     )
     retreat = None
@@ -92,6 +96,7 @@ def certify(
     promise = Promise(
         guarantee=guarantee,
         num_images=num_images,
+        num_groups=losses.shape[1],
         p_value=p,
         mean_loss=float(losses[step].mean()),
         step=step,
@@ -131,6 +136,17 @@ def loss_of(tables: ExitTables, routing: IntArray) -> FloatArray:
     lost = np.maximum(correct_finally - correct, 0)
     loss: FloatArray = lost / np.maximum(tables.labelled.sum(1, dtype=np.int64), 1)
     return loss
+
+
+def _by_group(tables: ExitTables, losses: FloatArray) -> FloatArray:
+    """(G,) mean loss of the images (V,) of each group.
+
+    Images of one drive or patient are no independent draws: groups are what new ones are like, so a group's mean loss
+    is what is tested. Where every image is a group of its own nothing changes.
+    """
+    ids = tables.group_ids()
+    means: FloatArray = np.bincount(ids, weights=losses) / np.bincount(ids)
+    return means
 
 
 def p_value(losses: FloatArray, guarantee: Guarantee) -> float:

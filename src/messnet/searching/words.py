@@ -210,15 +210,21 @@ def _nearest_expected(tightened: Tightened) -> str:
 
 def _promise(promise: Promise) -> str:
     guarantee, steps = promise.guarantee, promise.num_steps
+    # What is drawn: images, or groups of them that belong together.
+    drawn = f"{promise.num_images} calibration images"
+    loss, drawn_from = "an image's expected loss", "these and new images"
+    if promise.num_groups != promise.num_images:
+        drawn = f"{promise.num_groups} groups of {promise.num_images} calibration images"
+        loss, drawn_from = "the expected loss of a new group (the mean of its images)", "these and new groups"
     if promise.step == 0:
         text = "every image runs to the final exit and loses nothing against it"
         if steps:
             text += f": none of {steps} steps from there to the searched thresholds could be certified"
     else:
         text = (
-            f"an image's expected loss of correct pixels against the final exit is <= {guarantee.epsilon:g} with "
-            f"probability >= {1 - guarantee.delta:g} over the draw of {promise.num_images} calibration images, if "
-            f"these and new images are drawn independently from one source: p-value {promise.p_value:.3g} at mean loss "
+            f"{loss} of correct pixels against the final exit is <= {guarantee.epsilon:g} with "
+            f"probability >= {1 - guarantee.delta:g} over the draw of {drawn}, if "
+            f"{drawn_from} are drawn independently from one source: p-value {promise.p_value:.3g} at mean loss "
             f"{promise.mean_loss:.3g}, step {promise.step} of {steps} from the final exit to the searched thresholds, "
             "tested in this order"
         )
@@ -226,19 +232,20 @@ def _promise(promise: Promise) -> str:
 
 
 def _shortfall(promise: Promise, short: Shortfall) -> str:
-    epsilon, num_images = promise.guarantee.epsilon, promise.num_images
-    if short.least_images is None or num_images < short.least_images:
+    epsilon, num_drawn = promise.guarantee.epsilon, promise.num_groups
+    images = "images" if num_drawn == promise.num_images else "groups of images"
+    if short.least_images is None or num_drawn < short.least_images:
         takes = f"more than {MOST_IMAGES}" if short.least_images is None else f"at least {short.least_images}"
         return (
-            f"{num_images} calibration images can certify no epsilon below {short.least_epsilon:.3g}, even without any "
-            f"loss; {epsilon:g} takes {takes}"
+            f"{num_drawn} calibration {images} can certify no epsilon below {short.least_epsilon:.3g}, even without "
+            f"any loss; {epsilon:g} takes {takes}"
         )
     ahead = f"the steps ahead have mean losses up to {short.worst_loss:.3g}"
     if short.worst_loss >= epsilon:
-        return f"{ahead}: more images would not certify the searched thresholds"
+        return f"{ahead}: more {images} would not certify the searched thresholds"
     if short.images_needed is None:
-        return f"{ahead}: more than {MOST_IMAGES} images would be needed to certify the searched thresholds"
-    return f"{ahead}: about {short.images_needed} images like these would certify the searched thresholds"
+        return f"{ahead}: more than {MOST_IMAGES} {images} would be needed to certify the searched thresholds"
+    return f"{ahead}: about {short.images_needed} {images} like these would certify the searched thresholds"
 
 
 # -- how it compares -----------------------------------------------------------------------------------------------
