@@ -75,6 +75,12 @@ def test_front_shows_the_numbers() -> None:
     np.testing.assert_allclose(points(figure, "baseline, other half"), [[4, 75]])
     np.testing.assert_allclose(points(figure, "instances, other half"), [[2, 60]])
     assert [text.get_text() for text in figure.axes[0].texts] == ["", "1"]
+    fronts, rows = {"budgeted": [(1e9, 0.5)]}, [(4e9, 0.75), (2e9, 0.6)]
+    figure = draw_front(fronts, rows, images="all images", judged=[(3e9, 0.6, 0.02), (2e9, 0.55, 0.01)])
+    np.testing.assert_allclose(points(figure, "expected on new images"), [[2, 55], [3, 60]])
+    np.testing.assert_allclose(points(figure, "budgeted, all images"), [[1, 50]])
+    (band,) = figure.axes[0].collections
+    assert band.get_paths()[0].get_extents().get_points().round(9).tolist() == [[2, 54], [3, 62]]
 
 
 def test_depth_has_a_point_per_image_and_a_bar_at_each_mean() -> None:

@@ -74,12 +74,12 @@ def draw_front(
         macs, miou, margin = np.array(sorted(judged)).T
         axes.fill_between(macs / 1e9, 100 * (miou - margin), 100 * (miou + margin), color=PAGE.muted, alpha=0.15, lw=0)
         axes.plot(macs / 1e9, 100 * miou, "-", color=PAGE.muted, lw=1.6, label="expected on new images", zorder=3)
-    other = "expected" if judged else "other half"
+    named = ("baseline", "instances, expected") if judged else ("baseline, other half", "instances, other half")
     for number, row in enumerate(rows):
         marker = "o" if number else "D"
-        named = ("baseline", f"instances, {other}")[number] if number < 2 else None
+        label = named[number] if number < 2 else None
         at, fill = (row[0] / 1e9, 100 * row[1]), PAGE.ink if number else PAGE.paper
-        axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=named, ls="", zorder=4)
+        axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=label, ls="", zorder=4)
         axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=PAGE.ink, fontweight="bold")
     # Above the axes: points of other images may lie anywhere within.
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)

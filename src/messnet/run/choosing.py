@@ -247,7 +247,7 @@ def _selection(tables: ExitTables, options: SearchOptions) -> ExitTables:
 
 
 class Alternative(NamedTuple):
-    """One precision in one runtime, with the user's whole model and the best instance in it, on the selection images."""
+    """One precision in one runtime, with the user's model and the best instance in it, on the images that select."""
 
     name: str
     """Runtime and precision, as "onnxruntime int8"."""
