@@ -161,8 +161,12 @@ def test_nothing_is_imported_that_only_the_bundle_names(
     assert not (tmp_path / "it_ran").exists()
     # With graphs no code is needed at all.
     image = smooth_image(64, 80)
-    graphs = messnet.load(copy, threads=1).predict([image])[0]
-    np.testing.assert_array_equal(graphs.labels, messnet.load(BUNDLE).predict([image])[0].labels)
+    main(["export", str(copy), "--runtime", "onnxruntime", "--no-torch", "--out", "graphs.mess"])
+    assert list(open_bundle("graphs.mess").manifest.runtimes) == ["onnx"]
+    assert not Path("graphs.mess/weights.safetensors").exists()
+    for graphs in (messnet.load(copy, threads=1), messnet.load("graphs.mess", threads=1)):
+        labels = graphs.predict([image])[0].labels
+        np.testing.assert_array_equal(labels, messnet.load(BUNDLE).predict([image])[0].labels)
 
 
 def test_what_the_user_names_is_found_in_the_working_folder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ from messnet.deployment.bundle import (
 )
 from messnet.deployment.graph_runner import OUTPUT, Graph, GraphRunner, graphs_for, load_graph
 from messnet.deployment.graphs import make_graphs
-from messnet.deployment.loading import COSTS, WORKLOAD
+from messnet.deployment.loading import COSTS, WORKLOAD, default_runtime
 from messnet.deployment.quantising import METHOD, EightBits, check_quantised, quantise
 from messnet.deployment.restoring import bundle_tensors, expect_finite, restore_bundle, restore_run
 from messnet.deployment.runner import Runner
@@ -40,7 +41,7 @@ from messnet.policy.policy import Policy
 from messnet.records.codec import from_plain
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, Instance
-from messnet.records.names import Precision
+from messnet.records.names import GRAPH_RUNTIMES, Precision
 from messnet.records.run_directory import RunDirectory
 
 _WEIGHTS = "weights.safetensors"
@@ -74,7 +75,11 @@ def export(
     cut, or graphs that cannot be made, disagree, or lose more than they may.
     """
     if is_bundle(path):
-        source = _from_bundle(open_bundle(path), instance, model)
+        bundle = open_bundle(path)
+        # Graphs need no code, so neither does a bundle of nothing but the graphs that are there.
+        if graphs and not (weights or eight_bits or static) and default_runtime(bundle, model) in GRAPH_RUNTIMES:
+            return _with_its_graphs(bundle, out, instance, tables)
+        source = _from_bundle(bundle, instance, model)
     elif model is None:
         source = _from_run(RunDirectory(path), instance)
     else:
@@ -87,7 +92,7 @@ def export(
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
     expect_finite(bundle_tensors(net), str(path))
-    files, runtimes, provenance = _cost_tables(path, source, exits, tables), {}, source.provenance
+    files, runtimes, provenance = _cost_tables(path, *source.tables, exits, tables), {}, source.provenance
     if weights:
         tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
         files[_WEIGHTS] = safetensors.torch.save(tensors)
@@ -113,7 +118,7 @@ def export(
     network = {name: value for name, value in json.loads(blueprint.to_json()).items() if name not in own}
     manifest = Manifest(
         messnet_version=__version__,
-        created=time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        created=_now(),
         class_names=blueprint.class_names,
         palette=blueprint.palette,
         preprocessing=Preprocessing(mean=MEAN, std=STD, input_size=blueprint.input_size),
@@ -125,14 +130,28 @@ def export(
     return write_bundle(out or Path(f"{source.name}-{chosen.name}.mess"), manifest, files)
 
 
+def _with_its_graphs(bundle: Bundle, out: Path | None, instance: str | None, tables: Sequence[Path] | None) -> Bundle:
+    """A bundle that torch cannot run, with its graphs as they are and without its weights."""
+    chosen, manifest = bundle.choose(instance), bundle.manifest
+    runtimes = {name: runtime for name, runtime in manifest.runtimes.items() if name != "torch"}
+    files = _cost_tables(bundle.path, *_tables_of(bundle), [choice.exit for choice in chosen.exits], tables)
+    for name in (name for runtime in runtimes.values() for name in runtime.files.values()):
+        files[name] = bundle.read(name)
+    made = replace(manifest, messnet_version=__version__, created=_now(), runtimes=runtimes)
+    return write_bundle(out or Path(f"{bundle.path.resolve().stem}-{chosen.name}.mess"), made, files)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S%z")
+
+
 class _Source(NamedTuple):
     name: str
     blueprint: Blueprint
     net: MultiExitNet
     instance: Instance
-    workload: bytes
-    measured: dict[Path, bytes]
-    """Cost tables, the last by file."""
+    tables: tuple[bytes, dict[Path, bytes]]
+    """Of workload, and what was measured by file."""
     provenance: dict[str, Any]
 
 
@@ -140,16 +159,21 @@ def _from_run(run: RunDirectory, instance: str | None) -> _Source:
     restored = restore_run(run.path, instance)
     workload = run.profile.read().to_json().encode()
     measured = {file.path: file.path.read_bytes() for file in run.all_measured()}
-    return _Source(run.path.resolve().name, *restored, workload, measured, run.record().stages)
+    return _Source(run.path.resolve().name, *restored, (workload, measured), run.record().stages)
 
 
 def _from_bundle(bundle: Bundle, instance: str | None, model: str | None) -> _Source:
     restored = restore_bundle(bundle, instance, model=model)
+    return _Source(bundle.path.resolve().stem, *restored, _tables_of(bundle), bundle.manifest.provenance)
+
+
+def _tables_of(bundle: Bundle) -> tuple[bytes, dict[Path, bytes]]:
+    """A bundle's workload, and its measured tables by file."""
     tables = {Path(name): bundle.read(name) for name in bundle.manifest.files if name.startswith(f"{COSTS}/")}
     workload = tables.pop(Path(WORKLOAD), None)
     if workload is None:
         raise RunError(f"{bundle.path} has no {WORKLOAD}; export it from its run")
-    return _Source(bundle.path.resolve().stem, *restored, workload, tables, bundle.manifest.provenance)
+    return workload, tables
 
 
 def _in_eight_bits(
@@ -268,11 +292,12 @@ def _generated_images(size: tuple[int, int], num_images: int = 4) -> list[NDArra
     return images
 
 
-def _cost_tables(path: Path, source: _Source, exits: Sequence[Exit], named: Sequence[Path] | None) -> dict[str, bytes]:
+def _cost_tables(
+    path: Path, workload: bytes, measured: Mapping[Path, bytes], exits: Sequence[Exit], named: Sequence[Path] | None
+) -> dict[str, bytes]:
     """The table that counts work and the ``named`` ones, by default all that there are, as files of a bundle."""
-    files = {WORKLOAD: source.workload}
-    sizes = _sizes(source.workload, exits)
-    tables = source.measured.items() if named is None else [(file, _read_table(file, path)) for file in named]
+    files, sizes = {WORKLOAD: workload}, _sizes(workload, exits)
+    tables = measured.items() if named is None else [(file, _read_table(file, path)) for file in named]
     for file, data in tables:
         if f"{COSTS}/{file.name}" in files:
             raise RunError(f"{file} cannot go into the bundle, which has a {COSTS}/{file.name}: rename it")
