@@ -147,7 +147,7 @@ def test_every_exit_is_that_of_a_session(folder: Path, browser: Any, session: me
 
 
 @in_browser
-def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, tmp_path: Path) -> None:
+def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, session: messnet.Session, tmp_path: Path) -> None:
     with served(folder) as address:
         context = browser.new_context()
         page = opened(context, address.replace("127.0.0.1", "phone.test"))
@@ -162,8 +162,13 @@ def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, tmp_path: P
         page.keyboard.press("Tab")
         page.keyboard.press("Home")  # nothing has to be confident
         expect(page.locator("#detail")).to_contain_text("Stopped: confident enough; 2 of 3", timeout=60_000)
+        for _ in range(5):  # each begins anew before the one before has ended
+            page.keyboard.press("ArrowRight")
         page.keyboard.press("End")
         expect(page.locator("#detail")).to_contain_text("Stopped: the last exit", timeout=60_000)
+        for place, expected in enumerate(session.anytime(read_image(list_images(IMAGES)[0]))):
+            shown = f"{100 * expected.image_confidence:.1f} % confident"
+            expect(page.locator("#exits li").nth(place)).to_contain_text(shown)
         context.close()
 
 

@@ -57,6 +57,7 @@ export async function* refine({ canvas }, rule, signal) {
   if (!canvas) throw new Error("This is no image that the browser can read: expected a JPEG, PNG, WebP or BMP file.");
   const mine = computing, pixels = canvas.width * canvas.height;
   await mine.start(canvas);
+  if (signal.aborted) return; // or the next exit of the picture that came since would be taken for this one's
   let latency_ms = 0;
   for (const [position, exit] of model.exits.entries()) {
     if (position && rule.deadline_ms !== undefined && latency_ms + mine.times[position] * pixels > rule.deadline_ms) {
