@@ -153,7 +153,7 @@ def _search_one(
             result = None
     finding = OneFinding(
         name=name,
-        objective=result.objective if result else objective,
+        objective=objective,
         proof=result.proof if result and not isinstance(result.proof, AnytimeProof) else None,
         comparison=result.comparison if result else None,
         tightened=tightened,

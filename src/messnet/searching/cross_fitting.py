@@ -5,9 +5,9 @@ The best of billions of instances on fifty images is the one that flatters itsel
 at a time; for each fold the search runs on all other folds, and its instance is judged on this one. Every image is
 judged exactly once, by an instance that was chosen without it, and the counts of all folds together give one mIoU and
 one cost for the *procedure* "search with these limits" (Geisser, "The predictive sample reuse method", 1975).
-``Folds.tighten`` walks from very tight limits to the ones asked for and keeps the last before the procedure breaks what
-was asked for; the answer is then searched on all images with those limits. By how much they are tightened is chosen on
-the same figures, a handful of limits instead of billions of instances.
+``Folds.tighten`` tightens what was asked for until the procedure keeps it; the answer is then searched on all images
+with those limits. By how much they are tightened is chosen on the same figures, a handful of limits instead of billions
+of instances.
 """
 
 from __future__ import annotations
@@ -196,11 +196,12 @@ class Folds:
         )
 
     def tighten(self, objective: Objective) -> Tightened:
-        """The laxest limits of ``LEVELS`` up to which what was asked for holds on images not seen.
+        """The laxest limits of ``LEVELS`` with which what was asked for holds on images not seen.
 
-        mIoU and the objective's own cost are tightened together, from the tightest level to the laxest, up to the
-        first that fails: a lax limit that holds by luck is not taken. Each further limit and floor has a level of its
-        own, which rises while the limit is broken: every level takes fronts of its own.
+        mIoU and the objective's own cost are tightened together. Each further limit and floor has a level of its own,
+        which rises while the limit is broken: every level takes fronts of its own. Going on from the tightest level
+        only as far as every level holds, and asking for a standard error more, were measured too: both give work away
+        without need (docs/method.md#limits-that-hold-on-new-images).
         """
         own = replace(objective, limits_on=(), min_class_iou=())
         further, floors = [0] * len(objective.limits_on), [0] * len(objective.min_class_iou)
@@ -209,13 +210,13 @@ class Folds:
             searched = _further_tightened(objective, further, floors)
             kept: tuple[Objective, Routed] | None = None
             failed: Routed | None = None
-            for level in reversed(LEVELS):
+            for level in LEVELS:
                 tried = _tightened(searched, level)
                 routed = self.routed(tried)
-                if not self._holds(own, routed):
-                    failed = routed
+                if self._holds(own, routed):
+                    kept = tried, routed
                     break
-                kept = tried, routed
+                failed = routed
             if failed is not None:
                 nearest = self.expect(objective, failed)
             if kept is None:

@@ -22,7 +22,7 @@ class OneFinding:
 
     name: str
     objective: Objective
-    """As it was searched for: with the tightened limits, where limits are to hold on new images."""
+    """As the recipe asks for it; see ``tightened`` for what was searched."""
     proof: Proof | None = None
     """None where nothing was searched on all images: the answer is the user's model, or nothing."""
     comparison: Comparison | None = None

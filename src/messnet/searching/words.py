@@ -427,7 +427,7 @@ def expected(one: Expected) -> str:
         f"{100 * one.miou:.2f} % mIoU ({change:+.2f} ± {margin:.2f} pp against the model) at "
         f"{amount(one.unit, one.cost)} ± {spread:.0f} %{_times(one.cost, one.baseline_cost, one.unit)}"
     )
-    return "; ".join([text, *(_reached(reached) for reached in (*one.costs, *one.ious))])
+    return "; ".join([text, *map(_reached, one.costs), *map(_reached, one.ious)])
 
 
 def _figures(selection: Selection) -> str:
