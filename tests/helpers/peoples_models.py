@@ -450,6 +450,18 @@ class SqueezeExcite(nn.Module):
         return y * torch.sigmoid(self.fc(y.mean((2, 3))))[:, :, None, None]
 
 
+class SpatialAttention(nn.Module):
+    """CBAM's: reads one of several results by name, and by place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x.max(1, keepdim=True).values, x.min(1, keepdim=True)[0], x.mean(1, keepdim=True)]
+        return x * torch.sigmoid(self.conv(torch.cat(maps, 1)))
+
+
 class Transposed(nn.Module):
     """Learned upsampling at the end."""
 
@@ -592,6 +604,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "sized_unet_encoder_kept_whole": lambda num_classes: SizedUNet(num_classes, drops=True),
     "pyramid": lambda num_classes: Net(num_classes, head=Pyramid),
     "split": lambda num_classes: Net(num_classes, block=Split),
+    "spatial_attention": lambda num_classes: Net(num_classes, block=SpatialAttention),
     "squeeze_excite": lambda num_classes: Net(num_classes, block=SqueezeExcite),
     "transposed": lambda num_classes: Net(num_classes, head=Transposed),
     "half": lambda num_classes: Net(num_classes).half(),
@@ -605,7 +618,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "kept_whole": lambda num_classes: Net(num_classes, block=in_a_row(Noisy, Remembering, Locked)),
     "tied_twice": tied_twice,
     "worked_out": worked_out,
-    "reshaped": lambda num_classes: Net(num_classes, block=in_a_row(SpatialGroups, Shuffle, SqueezeExcite, Split)),
+    "reshaped": lambda num_classes: Net(
+        num_classes, block=in_a_row(SpatialGroups, Shuffle, SqueezeExcite, SpatialAttention, Split)
+    ),
     "normed": lambda num_classes: Net(
         num_classes, block=TokenAttention, norm=in_a_row(LayerNorm2d, groups_of_two, nn.InstanceNorm2d)
     ),

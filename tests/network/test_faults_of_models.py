@@ -26,7 +26,7 @@ EXACT = (
     "hooked_used_before", "locked", "scripted_part", "views", "attention", "unet_wrapped_twice", "data_parallel",
     "sized_unet", "sized_unet_encoder_kept_whole", "pyramid", "split", "in_a_dict", "grey", "instance_norm",
     "shuffle", "squeeze_excite", "net_wrapped", "remembering", "layer_norm", "group_norm", "transposed", "unet",
-    "two_of_one",
+    "two_of_one", "spatial_attention",
 )  # fmt: skip
 
 

@@ -378,6 +378,10 @@ def _with_parts(arguments: Any, node: fx.Node, parts: list[fx.Node]) -> Any:
     return fx.map_arg(arguments, lambda one: parts if one is node else one)
 
 
+def _place_of(part: object, parts: Sequence[object]) -> int | None:
+    return next((i for i, one in enumerate(parts) if one is part), None)
+
+
 class _Graph:
     """A traced model with what every node gives and costs at the example input."""
 
@@ -601,6 +605,12 @@ class _Graph:
                 continue
             if not all(isinstance(one, Tensor) for one in value):
                 continue
+            for user in list(node.users):  # x.max(1).values is x.max(1)[0]
+                if (
+                    user.target is getattr
+                    and (index := _place_of(getattr(value, str(user.args[1])), value)) is not None
+                ):
+                    user.target, user.args = operator.getitem, (node, index)
             taken = [user for user in node.users if user.target is operator.getitem and user.args[0] is node]
             place = node
             for user in taken:
