@@ -6,8 +6,7 @@
 
 ``train`` writes CamVid at half size and trains a small U-Net on it with a plain loop of PyTorch, as a user's own script
 would. ``run`` gives its weights to messnet: with `pretrain.iterations: 0`, and with a short stage 1 at a low learning
-rate and at the rate that a network from scratch wants. ``table`` puts what came of it side by side, class by class, on
-the images that nothing was selected on.
+rate and at the rate that a network from scratch wants. ``table`` puts what came of it side by side, class by class.
 """
 
 from __future__ import annotations
@@ -161,7 +160,7 @@ def run(out: Path, names: list[str]) -> None:
 
 def table(out: Path, names: list[str]) -> None:
     """The delivered model, then of each run the final exit and the cheapest instance within 1 pp of the delivered
-    model, on the reported images."""
+    model, cross-fitted."""
     columns: dict[str, tuple[list[float | None], str]] = {}
     classes: list[str] = []
     for name in names:
@@ -172,7 +171,7 @@ def table(out: Path, names: list[str]) -> None:
         baseline = measured.rows[0]
         for row in measured.rows:
             if row is baseline or row.instance.name == "drop-1pp":
-                work = f"{baseline.macs / row.macs:.2f}x"
+                work = f"{baseline.macs / row.judged_macs:.2f}x"
                 columns[f"{name}: {'final exit' if row is baseline else row.instance.name}"] = (row.class_iou(), work)
         print(f"- {name}: {headline(measured)}")
     lines = [["class", *columns], ["---"] * (1 + len(columns))]
