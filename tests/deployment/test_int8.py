@@ -70,16 +70,19 @@ def test_what_is_in_eight_bits_and_what_is_not(graphs: dict[str, bytes], int8: d
         model = onnx.load_from_string(int8[name])
         made_by = {output: node for node in model.graph.node for output in node.output}
         constants = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+        convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+        in_float = [k for k, node in enumerate(convolutions) if node.input[1] not in made_by]
+        # The stem, which is a convolution and a depth-wise one, and what gives the logits.
+        logits = next(k for k, node in enumerate(convolutions) if node.output[0] == "logits")
+        assert in_float == ([0, 1, logits] if name == "stage0" else [logits])
+        for k, node in enumerate(convolutions):
+            if k not in in_float:
+                values, scales = (constants[read] for read in made_by[node.input[1]].input[:2])
+                assert values.dtype == np.int8
+                assert scales.shape == values.shape[:1]  # one for each channel
         for node in model.graph.node:
             if node.op_type in ("GreaterOrEqual", "ArgMax", "ReduceMax", "AveragePool"):  # the policy's
                 assert not any(made_by[read].op_type == "DequantizeLinear" for read in node.input if read in made_by)
-            if node.op_type == "Conv":
-                weight = made_by.get(node.input[1])
-                assert (weight is None) == (node.output[0] == "logits")
-                if weight is not None:
-                    values, scales = (constants[read] for read in weight.input[:2])
-                    assert values.dtype == np.int8
-                    assert scales.shape == values.shape[:1]  # one for each channel
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
