@@ -86,8 +86,8 @@ def main() -> None:
             hosts = "--host-resolver-rules=MAP phone.test 127.0.0.1"
             browser = p.chromium.launch(executable_path=given.chromium, args=["--no-sandbox", hosts])
             print(f"Chromium {browser.version}, load average {Path('/proc/loadavg').read_text().split()[0]}")
-            for host in ("127.0.0.1", "phone.test"):
-                address = f"http://{host}:{server.server_port}/"
+            for threads, host in {2: "127.0.0.1", 1: "phone.test"}.items():
+                address = f"http://{host}:{server.server_port}/?threads={threads}"
                 opened = []
                 for _ in range(given.rounds):
                     context = browser.new_context()
@@ -95,7 +95,6 @@ def main() -> None:
                     opened.append((*first_result(page, address, files[0]), *first_result(page, address, files[0])))
                     if len(opened) < given.rounds:
                         context.close()
-                threads = page.evaluate("crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 4) : 1")
                 print(f"{threads} thread(s)")
                 names = ("first visit: ready", "first exit", "second visit: ready", "first exit")
                 for name, seconds in zip(names, zip(*opened, strict=True), strict=True):

@@ -113,8 +113,8 @@ def test_every_exit_is_that_of_a_session(folder: Path, browser: Any, session: me
     taken = set()
     with served(folder) as address:
         context = browser.new_context(viewport={"width": 360, "height": 740})
-        page = opened(context, address)
-        assert page.evaluate("crossOriginIsolated"), "no threads"
+        page = opened(context, f"{address}?threads=2")
+        expect(page.locator("#variant option")).to_have_text("f32, WebAssembly, 2 threads")
         for file in list_images(IMAGES)[::35]:
             image = read_image(file)
             page.locator("[value=instance]").check()

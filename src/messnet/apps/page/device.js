@@ -18,7 +18,10 @@ export async function open() {
   } catch {
     throw new Error("The page’s model.json cannot be read: serve the whole folder that `messnet export --web` wrote.");
   }
-  const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
+  // Half of the processors, as onnxruntime-web takes by itself: threads wait by spinning, and more of them than there are
+  // free processors take longer than one.
+  const asked = Number(new URLSearchParams(location.search).get("threads"));
+  const threads = self.crossOriginIsolated ? asked || Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)) : 1;
   const counted = threads === 1 ? "1 thread" : `${threads} threads`;
   variants = Object.keys(model.graphs).map((precision) => ({ precision, threads, name: `${precision}, WebAssembly, ${counted}` }));
   if (model.graphs.f32 && await navigator.gpu?.requestAdapter()) variants.push({ precision: "f32", threads, gpu: true, name: "f32, WebGPU" });
