@@ -77,9 +77,9 @@ def draw_front(
     named = ("baseline", "instances, expected") if judged else ("baseline, other half", "instances, other half")
     for number, row in enumerate(rows):
         marker = "o" if number else "D"
-        label = named[number] if number < 2 else None
+        name = named[number] if number < 2 else None
         at, fill = (row[0] / 1e9, 100 * row[1]), PAGE.ink if number else PAGE.paper
-        axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=label, ls="", zorder=4)
+        axes.plot(*at, marker, ms=7, color=fill, mec=PAGE.ink, mew=1.2, label=name, ls="", zorder=4)
         axes.annotate(str(number or ""), at, (6, -11), textcoords="offset points", color=PAGE.ink, fontweight="bold")
     # Above the axes: points of other images may lie anywhere within.
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
