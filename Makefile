@@ -55,4 +55,4 @@ $(TRAIN) $(DEV) $(DOCS): $(VENV)/.%: pyproject.toml
 	touch $@
 
 $(BROWSER_RUNTIME):
-	-npm install --silent --no-package-lock --prefix $(VENV) onnxruntime-web
+	-npm install --silent --fetch-retries 0 --no-package-lock --prefix $(VENV) onnxruntime-web

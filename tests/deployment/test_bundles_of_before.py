@@ -1,4 +1,4 @@
-"""The bundle of scenes in ``examples/``, made by commit a1570d3, opens and predicts what it predicted there, by torch."""
+"""The bundle of scenes in ``examples/``, made by commit a1570d3, predicts what it predicted there, by torch."""
 
 from __future__ import annotations
 
