@@ -129,7 +129,7 @@ def test_damaged_images_through_the_command(
     said = capsys.readouterr()
     told = [line for line in said.err.splitlines() if line.startswith("messnet: ")]
     lines = [line for line in told if "compiling" not in line]
-    assert "drop-1pp, taken by default, was chosen on 8 images, too few" in lines.pop(0)
+    assert "drop-1pp, taken by default, was chosen on 16 images, too few" in lines.pop(0)
     assert end.value.code == 2
     assert len(lines) == 2
     assert f"cannot read {photos / 'aa.png'} (" in lines[0]
