@@ -95,9 +95,11 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stopped = stop_in_stage_2(options.other.resolve(), folder)
         ends = {}
-        for name, source in (("other", options.other.resolve()), ("here", HERE)):
+        # The one protocol that the other version knows.
+        own = ("--search.protocol", "two_halves")
+        for name, source, words in (("other", options.other.resolve(), ()), ("here", HERE, own)):
             run = shutil.copytree(stopped, folder / name)
-            if messnet(source, "run", run).wait():
+            if messnet(source, "run", run, *words).wait():
                 raise SystemExit(f"{source}: messnet run {run} failed")
             ends[name] = contents(run)
     other, here = ends["other"], ends["here"]

@@ -27,7 +27,7 @@ class SearchOptions:
     folds: int = 5
     """Parts of the validation images, groups whole, that are judged by what is searched on all others."""
     grid: Grid = Grid()
-    time_limit: float | None = 540.0
+    time_limit: float | None = 480.0
     """Seconds for all searches of the recipe together, then the best so far with what is proved of it; null: as long as
     it takes. An instance of your own (`search --name`) has as many."""
     seed: int = 0
