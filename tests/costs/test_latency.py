@@ -70,7 +70,7 @@ def test_conversion() -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
+        ({"dtype": "int4"}, "expected one of float32, bfloat16, float16, int8"),
         ({"batch": 0}, "at least 1"),
         ({"threads": 0}, "at least 1"),
         pytest.param(
@@ -93,3 +93,8 @@ def test_every_node_is_timed() -> None:
     assert all(ms > 0 for ms in latency_ms.values())
     assert all(m.training for m in module.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_torch_computes_nothing_in_int8() -> None:
+    with pytest.raises(RecipeError, match="torch has no precision 'int8': measure it with --runtime onnxruntime"):
+        LatencyOptions(dtype="int8").convert(torch.zeros(1))
