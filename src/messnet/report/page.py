@@ -315,7 +315,8 @@ def _line(measurements: Measurements, mark: int) -> _Line:
     row, baseline = measurements.rows[mark], _baseline(measurements)
     margin_pp = _margin_pp(row, measurements)
     margin = f" ± {margin_pp:.2f}" if margin_pp is not None and math.isfinite(margin_pp) else ""
-    change = f"{100 * (row.judged_miou - measurements.miou_to_keep):+.2f}{margin} pp"
+    # Figures are rounded in their last digits: + 0.0 makes no minus of a zero.
+    change = f"{round(100 * (row.judged_miou - measurements.miou_to_keep), 2) + 0.0:+.2f}{margin} pp"
     if row is baseline:
         # Stage 1 may have changed it, but what a delivered model costs it costs too.
         work, speed = "", ""
