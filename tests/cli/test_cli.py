@@ -214,7 +214,7 @@ def test_bad_input_of_predict(tiny_run: Path, tmp_path: Path, fails: Callable[..
     message = predict(photo, "--instance", "nope")
     assert not [name for name in ("nope", "drop-0.1pp", "drop-1pp", "max-miou") if name not in message]
     assert "missing.png" in predict(tmp_path / "missing.png")
-    assert re.search(r"cannot read .*text\.txt \(", predict(tmp_path / "text.txt"))
+    assert re.search(r"cannot read .*text\.txt \(", predict(tmp_path / "text.txt", "--instance", "drop-1pp"))
     assert "empty holds no image" in predict(tmp_path / "empty")
     assert "photo.bmp" in predict(photo, tmp_path / "photo.bmp")
     assert "no image given" in predict()
