@@ -63,10 +63,13 @@ def make_graphs(
         try:
             part = _exported(stage, live, len(following), static)
         except Exception as error:
-            reason = str(error).strip().splitlines()
+            root: BaseException = error  # the exporter wraps what happened in advice to its developers
+            while root.__cause__ is not None:
+                root = root.__cause__
+            reason = (str(root).strip() or "no reason given").splitlines()[0].partition(". Failure message")[0]
             raise ModelError(
                 f"exit {exit.exit_index} cannot be written as an ONNX graph "
-                f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}); its weights run with torch"
+                f"({type(root).__name__}: {reason}); its weights run with torch"
             ) from error
         _widen_thin_maps(part.graph)
         keep = [output.name for output in part.graph.output]

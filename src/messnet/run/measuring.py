@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from messnet.costs.latency import LatencyOptions, num_threads
-from messnet.costs.workload import copy_module
+from messnet.costs.workload import copy_module, in_eval_mode
 from messnet.deployment.bundle import Bundle, CutPoint, open_bundle
+from messnet.deployment.graphs import make_graphs
 from messnet.deployment.loading import WORKLOAD, default_runtime, load
 from messnet.deployment.measurement import check_additivity, instances_of_all_heads, measure_heads, measure_session
 from messnet.deployment.restoring import graph_runner, restore_bundle
@@ -28,7 +29,7 @@ from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_backbone_weights, load_weights
-from messnet.network.zoo import build_model, build_noted_model
+from messnet.network.zoo import MODELS, build_model, build_noted_model
 from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
@@ -36,6 +37,9 @@ from messnet.records.instance import Exit, Instance
 from messnet.records.names import GRAPH_RUNTIMES, Precision, RuntimeName, precision_of_dtype
 from messnet.run.recipe import ModelOptions
 from messnet.run.run import Run, add_heads
+
+_TRIED_SIZE = 64
+"""Height and width at most of the image that graphs are tried with."""
 
 
 def build_network(
@@ -59,11 +63,26 @@ def build_network(
         head=options.head,
         exit_cost=options.exit_cost,
     ).cpu()
+    is_known = options.name in MODELS or any("can be exported" in note for note in net.notes)
+    if net.backbone.exportable and not is_known:
+        notes = (*notes, *_without_graphs(net, input_size))
     net.backbone.notes = (*notes, *net.notes)
     if net.num_classes != num_classes:
         raise ModelError(f"{options.name} gives {net.num_classes} classes, expected {num_classes}")
     add_heads(net, heads)
     return net
+
+
+def _without_graphs(net: MultiExitNet, input_size: tuple[int, int]) -> tuple[str, ...]:
+    """A sentence where an operator of a user's model has no form in ONNX. Only the exporter knows, so it is asked, on a
+    small image: seconds before a training of hours."""
+    height, width = (min(length, _TRIED_SIZE) for length in input_size)
+    try:
+        with in_eval_mode(net):
+            make_graphs(net, [net.exits[-1]], Policy(), (height, width))
+    except ModelError as error:
+        return (f"no instance of this network can be exported: {error}",)
+    return ()
 
 
 def _load_weights(model: nn.Module, options: ModelOptions) -> list[str]:

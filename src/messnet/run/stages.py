@@ -45,6 +45,8 @@ def profile_stage(run: Run) -> None:
     options, data = run.recipe.model, run.dataset("train")
     height, width = run.dataset("val")[0].mask.shape
     net = build_network(options, run.recipe.heads, len(data.class_names), (height, width), device=run.device)
+    for note in net.notes:
+        say(note)
     blueprint = Blueprint(
         model=options.name,
         model_options=options.build_options,
