@@ -111,7 +111,7 @@ def test_the_network_that_nobody_waits_for_takes_a_place() -> None:
     with running(service) as client:
         session.open.clear()
         assert client.post("/v1/predict", content=grey(1)).status_code == 503
-        assert service.gate.num_in_work == 0
+        until(lambda: service.gate.num_in_work == 0)
         refused = client.post("/v1/predict", content=grey(2))
         assert refused.status_code == 503
         expect_error(refused, "busy: 1 requests are in work")

@@ -421,7 +421,7 @@ def test_bad_videos_are_one_line(tiny_run: Path, clip: Path, tmp_path: Path, cap
     }.items():
         given = [str(tmp_path / token) if "." in token else token for token in tokens]
         with pytest.raises(SystemExit) as end:
-            main(["predict", str(tiny_run), *given, "--out", str(tmp_path / "out")])
+            main(["predict", str(tiny_run), *given, "--instance", "drop-1pp", "--out", str(tmp_path / "out")])
         assert end.value.code == 2
         said = capfd.readouterr().err
         assert message in said

@@ -216,7 +216,7 @@ def test_each_precision_of_a_bundle_goes_along(tmp_path: Path) -> None:
     written = write_web_page(tmp_path / "both.zip", tmp_path / "page", onnxruntime_web=package)
     model = json.loads((tmp_path / "page/model.json").read_text())
     assert model["graphs"] == {
-        precision: [f"{folder}/stage{position}.onnx" for position in range(3)]
+        precision: [f"{folder}/stage{position}.onnx" for position in range(2)]
         for precision, folder in {"f32": "onnx", "int8": "onnx-int8"}.items()
     }
     assert {*model["graphs"]["f32"], *model["graphs"]["int8"], model["output"]} <= written.keys()
