@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from messnet.errors import RecipeError
-from messnet.searching import Grid
+from messnet.searching.grid import Grid
 
 __all__ = ["Protocol", "SearchOptions"]
 
