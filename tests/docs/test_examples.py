@@ -39,6 +39,17 @@ def test_the_run_can_be_searched_again(tmp_path: Path) -> None:
     assert found["macs"] <= 0.5 * found["baseline_macs"]
 
 
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    namespace: dict[str, object] = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), namespace)
+    assert namespace["logits"].shape == (1, 5, 96, 128)  # type: ignore[attr-defined]
+
+
 @pytest.mark.skipif(not CAMVID.exists(), reason="CamVid is not here")
 def test_the_bundle_is_as_good_as_its_card(capsys: pytest.CaptureFixture[str]) -> None:
     stated = re.search(r"\| mIoU \| ([\d.]+) % on all 101", (EXAMPLES / "README.md").read_text())
