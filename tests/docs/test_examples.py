@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,13 +24,15 @@ BUNDLE = EXAMPLES / "camvid_mobilenetv2.mess"
 CAMVID = EXAMPLES.parent.parent / "shared" / "camvid" / "val"
 
 
-def test_the_bundle_runs_alike_in_torch_and_without() -> None:
+@pytest.mark.parametrize("precision", ["f32", "int8"])
+def test_the_bundle_runs_alike_in_both_runtimes(precision: Literal["f32", "int8"]) -> None:
     image = smooth_image(180, 240)
-    torch_result, onnx_result = (
-        messnet.load(BUNDLE, runtime=runtime).predict([image])[0] for runtime in ("torch", "onnxruntime")
+    ours, other = (
+        messnet.load(BUNDLE, runtime=runtime, precision=precision).predict([image])[0]
+        for runtime in ("onnxruntime", "openvino")
     )
-    assert torch_result.exit_index == onnx_result.exit_index
-    assert (torch_result.labels == onnx_result.labels).mean() > 0.999
+    assert ours.exit_index == other.exit_index
+    assert (ours.labels == other.labels).mean() > (0.999 if precision == "f32" else 0.97)
 
 
 def test_the_run_can_be_searched_again(tmp_path: Path) -> None:
