@@ -88,7 +88,7 @@ def export(
     if not net.backbone.exportable:
         raise ModelError(f"{path} cannot be exported: {'; '.join(net.notes)}")
     if not (weights or graphs or eight_bits):
-        raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: leave one of them in")
+        raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: add --runtime onnxruntime")
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
     expect_finite(bundle_tensors(net), str(path))
@@ -180,20 +180,25 @@ def _in_eight_bits(
     net: MultiExitNet, blueprint: Blueprint, instance: Instance, graphs: Mapping[str, bytes], bits: EightBits
 ) -> tuple[dict[str, bytes], dict[str, float]]:
     """The graphs in int8, and how far they agree with torch."""
-    made, multiple = quantise(graphs, bits.calibration), size_multiple(net)
-    runners: list[Runner] = [
-        TorchRunner(net, Policy.parse(instance.policy)),
-        GraphRunner(
-            made,
-            instance.exits,
-            [point.output_stride for point in net.exit_points],
-            runtime="onnxruntime",
-            precision="int8",
-            size_multiple=multiple,
-        ),
-    ]
+    made = quantise(graphs, bits.calibration)
+    runners = _beside_torch(net, instance, made, "onnxruntime", "int8")
     expected, session = (Session(runner, instance, class_names=blueprint.class_names) for runner in runners)
-    return made, {**check_quantised(expected, session, bits), "size_multiple": float(multiple)}
+    return made, {**check_quantised(expected, session, bits), "size_multiple": float(size_multiple(net))}
+
+
+def _beside_torch(
+    net: MultiExitNet,
+    instance: Instance,
+    graphs: Mapping[str, bytes],
+    runtime: Literal["onnxruntime", "openvino"],
+    precision: Literal["f32", "int8"],
+) -> tuple[Runner, Runner]:
+    """The network in torch, and its graphs."""
+    strides = [point.output_stride for point in net.exit_points]
+    of_graphs = GraphRunner(
+        graphs, instance.exits, strides, runtime=runtime, precision=precision, size_multiple=size_multiple(net)
+    )
+    return TorchRunner(net, Policy.parse(instance.policy)), of_graphs
 
 
 def check_graphs(
@@ -208,22 +213,12 @@ def check_graphs(
     ``confidence_max_abs``, the largest differences; ``equal_decisions`` and ``equal_pixels``, shares in [0, 1].
 
     The first image is run once more without its last rows and columns, as no size may be fixed, unless ``odd_size`` is
-    off. Raises ModelError when
-    they disagree, or no runtime is installed.
+    off. Raises ModelError when they disagree, or no runtime is installed.
     """
     multiple = size_multiple(net)
     runtime: Literal["onnxruntime", "openvino"] = "onnxruntime" if find_spec("onnxruntime") else "openvino"
     output = load_graph(graphs[OUTPUT], runtime, "f32", 1)
-    runners: list[Runner] = [
-        TorchRunner(net, Policy.parse(instance.policy)),
-        GraphRunner(
-            graphs,
-            instance.exits,
-            [point.output_stride for point in net.exit_points],
-            runtime=runtime,
-            size_multiple=multiple,
-        ),
-    ]
+    runners = _beside_torch(net, instance, graphs, runtime, "f32")
     cut = max(multiple, 27)
     odd = [image[:-cut, :-cut] for image in images[: int(odd_size)] if min(image.shape[:2]) > 2 * cut]
     agreements = [_compare(runners, output, instance, image) for image in (*images, *odd)]
