@@ -1,9 +1,13 @@
 """messnet: multi-exit semantic segmentation networks (MESS, Kouris et al., ECCV 2022).
 
 net = messnet.convert(model, example_input, num_exits=6)
-costs = messnet.profile(net, input_size=(512, 512))
+messnet.pretrain(net, images_and_masks, messnet.PretrainOptions(iterations=2000))
+messnet.distill(net, images_and_masks, messnet.HeadSpace(), messnet.DistillOptions(iterations=1000))
+tables, costs = messnet.evaluate(net, others), messnet.profile(net, input_size=(512, 512))
 result = messnet.search(tables, costs, setting="input_dependent", minimise="macs", max_drop_pp=1.0)
-session = messnet.load("runs/demo")
+session = messnet.Session(net, result.instance, input_size=(512, 512))
+messnet.export(session, "mine.mess")
+session = messnet.load("mine.mess")
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from messnet.costs.latency import LatencyOptions
+    from messnet.data.transforms import AugmentOptions
+    from messnet.deployment.export import export
     from messnet.deployment.loading import load
     from messnet.deployment.session import Result, Session
     from messnet.errors import MessError
+    from messnet.evaluation import EvaluationOptions
     from messnet.network import zoo
     from messnet.network.exit_head import HeadConfig, HeadSpace
     from messnet.network.multi_exit import MultiExitNet, convert
@@ -23,10 +30,16 @@ if TYPE_CHECKING:
     from messnet.records.costs import CostTable
     from messnet.records.exit_tables import ExitTables
     from messnet.records.instance import Exit, ExitChoice, Instance
+    from messnet.run.calls import distill, evaluate, pretrain
     from messnet.searching import search
+    from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions
 
 __all__ = [
+    "AugmentOptions",
+    "ComputeOptions",
     "CostTable",
+    "DistillOptions",
+    "EvaluationOptions",
     "Exit",
     "ExitChoice",
     "ExitTables",
@@ -36,10 +49,15 @@ __all__ = [
     "LatencyOptions",
     "MessError",
     "MultiExitNet",
+    "PretrainOptions",
     "Result",
     "Session",
     "convert",
+    "distill",
+    "evaluate",
+    "export",
     "load",
+    "pretrain",
     "profile",
     "search",
     "zoo",
@@ -48,7 +66,11 @@ __version__ = "0.2.0"
 
 # Resolved when first used: the command's --help and a search should not wait for torch.
 _HOMES = {
+    "AugmentOptions": "messnet.data.transforms",
+    "ComputeOptions": "messnet.training.options",
     "CostTable": "messnet.records.costs",
+    "DistillOptions": "messnet.training.options",
+    "EvaluationOptions": "messnet.evaluation",
     "Exit": "messnet.records.instance",
     "ExitChoice": "messnet.records.instance",
     "ExitTables": "messnet.records.exit_tables",
@@ -58,10 +80,15 @@ _HOMES = {
     "LatencyOptions": "messnet.costs.latency",
     "MessError": "messnet.errors",
     "MultiExitNet": "messnet.network.multi_exit",
+    "PretrainOptions": "messnet.training.options",
     "Result": "messnet.deployment.session",
     "Session": "messnet.deployment.session",
     "convert": "messnet.network.multi_exit",
+    "distill": "messnet.run.calls",
+    "evaluate": "messnet.run.calls",
+    "export": "messnet.deployment.export",
     "load": "messnet.deployment.loading",
+    "pretrain": "messnet.run.calls",
     "profile": "messnet.profiling",
     "search": "messnet.searching",
     "zoo": "messnet.network.zoo",

@@ -13,12 +13,18 @@ import pytest
 import messnet
 
 PROMISED = {
-    "CostTable", "Exit", "ExitChoice", "ExitTables", "HeadConfig", "HeadSpace", "Instance", "LatencyOptions",
-    "MessError", "MultiExitNet", "Result", "Session", "convert", "load", "profile", "search", "zoo",
+    "AugmentOptions", "ComputeOptions", "CostTable", "DistillOptions", "EvaluationOptions", "Exit", "ExitChoice",
+    "ExitTables", "HeadConfig", "HeadSpace", "Instance", "LatencyOptions", "MessError", "MultiExitNet",
+    "PretrainOptions", "Result", "Session", "convert", "distill", "evaluate", "export", "load", "pretrain", "profile",
+    "search", "zoo",
 }  # fmt: skip
 ARGUMENTS = {
     "convert": ["model", "example_input", "num_exits"],
     "profile": ["net", "input_size"],
+    "pretrain": ["net", "data", "options", "val", "folder", "compute"],
+    "distill": ["net", "data", "heads", "options", "val", "folder", "compute"],
+    "evaluate": ["net", "data", "options", "device"],
+    "export": ["source", "out", "instance", "graphs", "weights", "images", "model"],
     "search": ["tables", "costs", "setting", "minimise", "maximise", "max_drop_pp"],
     "load": ["path", "instance", "device"],
     "MultiExitNet.run_until": ["x", "exit_index"],

@@ -15,6 +15,7 @@ import safetensors.torch
 from numpy.typing import NDArray
 
 from messnet import __version__
+from messnet.costs.workload import copy_module
 from messnet.deployment.bundle import (
     Bundle,
     Manifest,
@@ -34,10 +35,12 @@ from messnet.deployment.runner import Runner
 from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.errors import ModelError, RecipeError, RunError
+from messnet.images.colours import default_palette
 from messnet.images.preprocessing import MEAN, STD
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.policy import Policy
+from messnet.profiling import profile
 from messnet.records.codec import from_plain
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, Instance
@@ -45,46 +48,56 @@ from messnet.records.names import GRAPH_RUNTIMES, Precision
 from messnet.records.run_directory import RunDirectory
 
 _WEIGHTS = "weights.safetensors"
+# The model of a session, which nobody can build again by a name.
+_UNNAMED = "session:model"
 # Of the largest logit: graphs add in another order.
 _TOLERANCE = 1e-3
 
 
 def export(
-    path: Path,
-    out: Path | None = None,
+    source: str | Path | Session,
+    out: str | Path | None = None,
     *,
     instance: str | None = None,
     tables: Sequence[Path] | None = None,
-    graphs: bool = False,
+    graphs: bool | None = None,
     eight_bits: EightBits | None = None,
-    weights: bool = True,
+    weights: bool | None = None,
     images: Sequence[NDArray[np.uint8]] | None = None,
     static: tuple[int, int] | None = None,
     model: str | None = None,
 ) -> Bundle:
-    """Writes an instance of the run or bundle at ``path`` as a bundle: a folder, or a zip where ``out`` ends in .zip;
-    by default RUN-INSTANCE.mess.
+    """Writes an instance of the run or bundle at the path ``source``, or a session in torch, as a bundle: a folder, or
+    a zip where ``out`` ends in .zip; by default RUN-INSTANCE.mess.
 
-    ``instance`` and ``model`` as for ``load``; a bundle has but one instance, which a bundle of another kind is made
-    of. The measured cost ``tables`` go with it, by default all there are. ``weights`` for torch, ``graphs`` in ONNX for
-    other runtimes: they are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones where None are
-    given. ``eight_bits`` says how graphs in int8, alone or beside the others, are made and what they may lose; graphs
-    for one image of the size ``static``, (height, width), take no other.
+    ``instance`` and ``model`` as for ``load``; a bundle and a session have but one instance. The measured cost
+    ``tables`` go with it, by default all there are. ``weights`` for torch, by default of paths; ``graphs`` in ONNX for
+    other runtimes, by default of sessions, whose weights are of use only where ``model`` names the function that builds
+    the network, "module:function". Graphs are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones
+    where None are given. ``eight_bits`` says how graphs in int8, alone or beside the others, are made and what they may
+    lose; graphs for one image of the size ``static``, (height, width), take no other.
 
     Raises RunError when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be
     cut, or graphs that cannot be made, disagree, or lose more than they may.
     """
-    if is_bundle(path):
+    out = None if out is None else Path(out)
+    is_session = isinstance(source, Session)
+    graphs = is_session if graphs is None else graphs
+    weights = not is_session or model is not None if weights is None else weights
+    if isinstance(source, Session):
+        path = Path(source.instance.name)  # what messages call it
+        taken = _from_session(source, model)
+    elif is_bundle(path := Path(source)):
         bundle = open_bundle(path)
         # Graphs need no code, so neither does a bundle of nothing but the graphs that are there.
         if graphs and not (weights or eight_bits or static) and default_runtime(bundle, model) in GRAPH_RUNTIMES:
             return _with_its_graphs(bundle, out, instance, tables)
-        source = _from_bundle(bundle, instance, model)
+        taken = _from_bundle(bundle, instance, model)
     elif model is None:
-        source = _from_run(RunDirectory(path), instance)
+        taken = _from_run(RunDirectory(path), instance)
     else:
         raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
-    blueprint, net, chosen = source.blueprint, source.net, source.instance
+    blueprint, net, chosen = taken.blueprint, taken.net, taken.instance
     if not net.backbone.exportable:
         raise ModelError(f"{path} cannot be exported: {'; '.join(net.notes)}")
     if not (weights or graphs or eight_bits):
@@ -92,7 +105,7 @@ def export(
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
     expect_finite(bundle_tensors(net), str(path))
-    files, runtimes, provenance = _cost_tables(path, *source.tables, exits, tables), {}, source.provenance
+    files, runtimes, provenance = _cost_tables(path, *taken.tables, exits, tables), {}, taken.provenance
     if weights:
         tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
         files[_WEIGHTS] = safetensors.torch.save(tensors)
@@ -127,7 +140,7 @@ def export(
         runtimes=runtimes,
         provenance=provenance,
     )
-    return write_bundle(out or Path(f"{source.name}-{chosen.name}.mess"), manifest, files)
+    return write_bundle(out or Path(f"{taken.name}-{chosen.name}.mess"), manifest, files)
 
 
 def _with_its_graphs(bundle: Bundle, out: Path | None, instance: str | None, tables: Sequence[Path] | None) -> Bundle:
@@ -165,6 +178,23 @@ def _from_run(run: RunDirectory, instance: str | None) -> _Source:
 def _from_bundle(bundle: Bundle, instance: str | None, model: str | None) -> _Source:
     restored = restore_bundle(bundle, instance, model=model)
     return _Source(bundle.path.resolve().stem, *restored, _tables_of(bundle), bundle.manifest.provenance)
+
+
+def _from_session(session: Session, model: str | None) -> _Source:
+    if session.input_size is None:
+        raise RecipeError("a bundle names the size of its images: give the session input_size=(height, width)")
+    name, net = model or _UNNAMED, copy_module(session.net, lambda tensor: tensor.cpu()).float()
+    workload = profile(net, session.input_size, model=name).to_json().encode()
+    palette = default_palette(net.num_classes) if session.palette is None else session.palette
+    blueprint = Blueprint(
+        model=name,
+        model_options={},
+        class_names=session.class_names or tuple(f"class {k}" for k in range(net.num_classes)),
+        palette=tuple((int(r), int(g), int(b)) for r, g, b in palette),
+        input_size=session.input_size,
+        exit_points=net.exit_points,
+    )
+    return _Source("session", blueprint, net, session.instance, (workload, {}), {})
 
 
 def _tables_of(bundle: Bundle) -> tuple[bytes, dict[Path, bytes]]:

@@ -1,0 +1,128 @@
+"""The whole road in Python: a data set object and a model object, no recipe, no run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import messnet
+from helpers.training import CLASSES, DISTILL, HERE, PRETRAIN, SIZE, SPACE, Noise, assert_equal, build, tensors
+from messnet.data.objects import as_dataset
+from messnet.errors import DataError
+from messnet.training import pretrain as stage1
+from messnet.training.checkpoint import Checkpoint
+
+
+class Pairs:
+    """Nothing but a length and (image, mask)."""
+
+    def __init__(self, form: Callable[[np.ndarray, np.ndarray], object] = lambda image, mask: (image, mask)) -> None:
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(Noise())
+
+    def __getitem__(self, index: int) -> object:
+        return self.form(Noise()[index].image, Noise()[index].mask)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda image, mask: (image, mask.astype(np.int64)),
+        lambda image, mask: {"image": torch.tensor(image).permute(2, 0, 1), "mask": torch.tensor(mask), "path": "a"},
+        lambda image, mask: [Image.fromarray(image), Image.fromarray(mask)],
+    ],
+    ids=["arrays", "tensors", "pillow"],
+)
+def test_an_item_is_an_image_with_its_mask(form: Callable[[np.ndarray, np.ndarray], object]) -> None:
+    sample, given = as_dataset(Pairs(form), CLASSES)[-1], Noise()[4]
+    np.testing.assert_array_equal(sample.image, given.image)
+    np.testing.assert_array_equal(sample.mask, given.mask)
+    assert sample.mask.dtype == np.uint8
+    assert as_dataset(Noise(), CLASSES)[1].name == "1"
+    assert as_dataset(Noise(), CLASSES).class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda image, mask: image, r"item 0 of the data set is a ndarray: expected \(image, mask\)"),
+        (lambda image, mask: (image, mask[1:]), r"an image of \(32, 40\) and a mask of \(31, 40\)"),
+        (lambda image, mask: (image, mask + 1), r"a mask holds \d+: expected 0 to 2, or 255"),
+        (lambda image, mask: (image, mask / 2), r"a mask is \(H, W\) of integers, not \(32, 40\) float"),
+        (lambda image, mask: (image[..., 0], mask), r"item 0 of the data set: an array is \(H, W, 3\)"),
+    ],
+)
+def test_what_is_no_pair_is_refused(form: Callable[[np.ndarray, np.ndarray], object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_dataset(Pairs(form), CLASSES)[0]
+
+
+def test_another_number_of_classes_is_refused() -> None:
+    with pytest.raises(DataError, match="names 3 classes, and the network tells 4 apart"):
+        as_dataset(Noise(), 4)
+    with pytest.raises(DataError, match="empty"):
+        as_dataset([], 4)
+
+
+def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    whole, net = build(), build()
+    stage1(whole, Noise(), PRETRAIN, HERE, Checkpoint(tmp_path / "whole"))
+    messnet.pretrain(net, Pairs(), PRETRAIN)
+    assert_equal(tensors(net), tensors(whole))
+    # Stopped, then called again with the same folder.
+    with pytest.raises(RuntimeError):
+        messnet.pretrain(build(), Breaking(), PRETRAIN, folder=tmp_path)
+    assert (tmp_path / "pretrain.checkpoint").exists()
+    with pytest.raises(messnet.MessError, match="made from another recipe"):
+        messnet.pretrain(build(), Pairs(), replace(PRETRAIN, learning_rate=0.2), folder=tmp_path)
+    again = build(seed=7)
+    messnet.pretrain(again, Pairs(), PRETRAIN, folder=tmp_path)
+    assert_equal(tensors(again), tensors(whole))
+    assert not (tmp_path / "pretrain.checkpoint").exists()
+
+
+class Breaking(Pairs):
+    """Fails in the third of three iterations of two images."""
+
+    read = 0
+
+    def __getitem__(self, index: int) -> object:
+        self.read += 1
+        if self.read > 9:
+            raise RuntimeError
+        return super().__getitem__(index)
+
+
+def test_the_whole_road(tmp_path: Path) -> None:
+    net, data = build(), Pairs()
+    messnet.pretrain(net, data, PRETRAIN, val=data, folder=tmp_path)
+    assert (tmp_path / "logs/pretrain.csv").exists()
+    assert not messnet.distill(net, data, SPACE, DISTILL)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not net.training
+    tables = messnet.evaluate(net, data, messnet.EvaluationOptions(pixel_thresholds=(0.3, 0.4, 0.5)))
+    assert tables.exits == net.exits
+    found = messnet.search(tables, messnet.profile(net, SIZE), minimise="macs", max_drop_pp=50.0)
+    session = messnet.Session(net, found.instance, class_names=("a", "b", "c"), input_size=SIZE)
+    images: Sequence[np.ndarray] = [Noise()[v].image for v in range(len(data))]
+    expected = session.predict(images)
+    before = tensors(net)
+    bundle = messnet.export(session, tmp_path / "graphs.mess", images=images)
+    assert_equal(tensors(net), before)  # the bundle is cut, the session's network is not
+    assert set(bundle.manifest.runtimes) == {"onnx"}
+    bundled = messnet.load(tmp_path / "graphs.mess")
+    assert bundled.runtime == "onnxruntime"
+    assert bundled.class_names == ("a", "b", "c")
+    for ours, theirs in zip(expected, bundled.predict(images), strict=True):
+        assert ours.exit_index == theirs.exit_index
+        assert (ours.labels == theirs.labels).mean() > 0.99
+    with pytest.raises(messnet.MessError, match="input_size"):
+        messnet.export(messnet.Session(net, found.instance), tmp_path / "other.mess")
