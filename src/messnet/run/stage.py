@@ -40,9 +40,9 @@ class Stage:
         the runs from before.
         """
         sections = {name: dict(cast("Mapping[str, object]", record.get(name, {}))) for name in self.sections}
-        for option in LATER_OPTIONS:
+        for option, default in LATER_OPTIONS.items():
             section, _, key = option.partition(".")
-            if section in sections and (option in self.without or sections[section].get(key) is None):
+            if section in sections and (option in self.without or sections[section].get(key, default) == default):
                 sections[section].pop(key, None)
         return sections
 
@@ -79,4 +79,12 @@ class Stage:
             self.do(run)
 
 
-LATER_OPTIONS = ("data.group",)
+LATER_OPTIONS: Mapping[str, object] = {
+    "data.group": None,
+    "pretrain.optimizer": "sgd",
+    "pretrain.ema": None,
+    "pretrain.patience": None,
+    "distill.optimizer": "sgd",
+    "distill.ema": None,
+}
+"""With their defaults."""

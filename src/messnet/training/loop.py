@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from messnet.data.transforms import TrainingStream, build_augmentation, stack_sa
 from messnet.errors import DataError, MessError, RecipeError
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import Exit
+from messnet.training.average import WeightAverage
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.journal import Journal, Monitor, Validation, ValidationResult, say
 from messnet.training.losses import automatic_class_weights
@@ -39,6 +40,10 @@ class Saved(TypedDict):
     iteration: int
     best: NotRequired[float]
     """The score of the best state so far; early states lack it."""
+    stale: NotRequired[int]
+    """Looks at validation images since then; where there is a patience."""
+    average: NotRequired[Mapping[str, Tensor]]
+    """As ``WeightAverage.state_dict`` gave it, where there is one."""
 
 
 class Stage(Protocol):
@@ -50,6 +55,15 @@ class Stage(Protocol):
     """Processes that share each batch; 1 where each has all of it."""
     keeps_best: bool
     """True where one state can be the best of all; in stage 2 every head would have a best of its own."""
+    ends_at_best: bool
+    """True where the best state, not the last one, is what the stage ends with."""
+    patience: int | None
+    """Looks without a better state after which the stage ends; None: never."""
+
+    @property
+    def trained(self) -> nn.Module:
+        """The part of the network that learns."""
+        ...
 
     @property
     def columns(self) -> Sequence[str]:
@@ -90,18 +104,27 @@ def train(
     monitor: Monitor | None,
 ) -> None:
     """Goes on from ``checkpoint`` if it holds a state, and leaves it at the last one saved; a second file beside it
-    keeps the best state that was validated, where the stage has one best state."""
+    keeps the best state that was validated, where the stage has one best state. The network then has the weights that
+    the stage hands on: the last or the best ones, or their average.
+
+    Raises RecipeError where validation is to decide and nothing is validated.
+    """
+    if (stage.ends_at_best or stage.patience) and (monitor is None or compute.validate_every == 0):
+        key = f"{name}.keep is 'best'" if stage.ends_at_best else f"{name}.patience is {stage.patience}"
+        raise RecipeError(f"{key} but nothing is validated: set compute.validate_every, or leave it out")
     leads = stage.num_parts == 1 or stage.fabric.global_rank == 0
     if leads:
         checkpoint.expect_writable()
         _warn_of_emulation(stage.fabric.device, compute)
         say(_plan_in_words(name, options))
-    done, best = 0, -math.inf
+    average = WeightAverage(stage.trained, options.ema) if options.ema is not None else None
+    done, best, stale = 0, -math.inf, 0
     if saved := cast(Saved | None, checkpoint.load()):
-        stage.load_state_dict(saved["stage"])
-        done, best = int(saved["iteration"]), float(saved.get("best", -math.inf))
+        _load(saved, stage, average)
+        done, best, stale = int(saved["iteration"]), float(saved.get("best", -math.inf)), int(saved.get("stale", 0))
+    ends = _is_over(stage, stale)
     # Of processes that share each batch only the first writes: all have the same network.
-    recorder = _Recorder(name, stage, options, compute, monitor if leads else None, done)
+    recorder = _Recorder(name, stage, options, compute, monitor if leads else None, average, done)
     batch = options.batch_size
     latest: dict[Exit, Tensor] = {}
     with (
@@ -117,26 +140,56 @@ def train(
         ) as bar,
     ):
         for iteration, (images, labels) in _batches(dataset, options, compute, stage, done):
+            if ends:
+                break
             learning_rate = _learning_rate(options, iteration)
             # Of each exit that had a turn since the last record: one early exit has it in an iteration of stage 1.
             # They stay on the device until they are told, so that it need not be waited for in every iteration.
             latest |= stage.step(iteration, learning_rate, images, labels)
+            if average is not None:
+                average.update()
             bar.update(batch)
-            saves = iteration % options.checkpoint_every == 0
-            if not (saves or recorder.is_due(iteration) or iteration % SHOW_EVERY == 0):
+            saves, looks = iteration % options.checkpoint_every == 0, recorder.is_due(iteration)
+            if not (saves or looks or iteration % SHOW_EVERY == 0):
                 continue
             shown, score = recorder.record(iteration, learning_rate, latest)
             latest = {}
             bar.set_postfix({"iteration": iteration} | {key: f"{value:.3f}" for key, value in shown.items()})
             improves, best = stage.keeps_best and score > best, max(best, score)
+            if looks:
+                stale = 0 if improves else stale + 1
+                ends = _is_over(stage, stale)
+                saves |= ends  # or the stage, called again, would go on
             if leads and (saves or improves):
-                state: Saved = {"stage": stage.state_dict(), "iteration": iteration, "best": best}
+                state: Saved = {"stage": stage.state_dict(), "iteration": iteration, "best": best, "stale": stale}
+                if average is not None:
+                    state["average"] = average.state_dict()
                 # The best one first: a kill between the two leaves a last state that is repeated from, never one whose
                 # "best" speaks of weights that were not written.
                 if improves:
                     checkpoint.save_best(state)
                 if saves:
                     checkpoint.save(state)
+            if ends and leads:
+                say(f"{name}: ended at iteration {iteration}, {stale} looks at validation images after the best one")
+    if stage.ends_at_best and leads and (kept := cast(Saved | None, checkpoint.load_best())):
+        _load(kept, stage, average)
+    if average is not None:
+        average.hand_over()
+
+
+def _load(saved: Saved, stage: Stage, average: WeightAverage | None) -> None:
+    stage.load_state_dict(saved["stage"])
+    if average is not None:
+        average.load_state_dict(saved["average"])
+
+
+def _is_over(stage: Stage, stale: int) -> bool:
+    """Whether the stage's patience is at its end. Only the first of several processes looks at validation images."""
+    if stage.patience is None:
+        return False
+    is_over = stale >= stage.patience
+    return bool(stage.fabric.broadcast(is_over)) if stage.num_parts > 1 else is_over
 
 
 def _warn_of_emulation(device: torch.device, compute: ComputeOptions) -> None:
@@ -158,9 +211,10 @@ class _Recorder:
         options: TrainOptions,
         compute: ComputeOptions,
         monitor: Monitor | None,
+        average: WeightAverage | None,
         done: int,
     ) -> None:
-        self.stage, self.options, self.name = stage, options, name
+        self.stage, self.options, self.name, self.average = stage, options, name, average
         self.every = options.checkpoint_every if compute.validate_every is None else compute.validate_every
         self.validation = Validation(monitor.val, compute.validate_images) if monitor and self.every else None
         self.journal = None
@@ -186,7 +240,8 @@ class _Recorder:
         row = {f"loss.{key}": value for key, value in shown.items()}
         score = -math.inf
         if self.validation is not None and self.is_due(iteration):
-            with self.stage.evaluating(), self.stage.fabric.autocast():
+            shown_weights = self.average.shown() if self.average else nullcontext()
+            with shown_weights, self.stage.evaluating(), self.stage.fabric.autocast():
                 results = self.validation.look(self.stage.net, self.stage.shown_exits, self.stage.fabric.device)
             # No class may occur in the few images, or a head may have diverged: NaN, which would compare with nothing.
             score = float(np.nan_to_num(np.mean([result.miou for result in results.values()]), nan=-math.inf))
@@ -263,25 +318,30 @@ def layout(net: MultiExitNet, device: torch.device) -> torch.memory_format:
     return torch.channels_last if is_depthwise or device.type != "cpu" else torch.contiguous_format
 
 
-def sgd(
+def optimizer_of(
     parameters: Iterable[nn.Parameter] | Sequence[dict[str, object]], options: TrainOptions, *, fused: bool = False
-) -> torch.optim.SGD:
-    """Stochastic gradient descent with the stage's learning rate, momentum and weight decay.
+) -> torch.optim.Optimizer:
+    """The stage's optimiser, with its learning rate, momentum and weight decay.
 
     ``parameters`` may be groups, each with a "scale" by which ``set_learning_rate`` multiplies the rate. ``fused``
     updates all tensors in one pass over memory; it needs a gradient for each of them, so every parameter must have a
     part in every loss.
     """
-    return torch.optim.SGD(
-        parameters, lr=options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused
-    )
+    rate, decay = options.learning_rate, options.weight_decay
+    match options.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=rate, momentum=options.momentum, weight_decay=decay, fused=fused)
+        case "adamw":
+            betas = (options.momentum, 0.999)
+            return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=fused)
 
 
 def _plan_in_words(name: str, options: TrainOptions) -> str:
     """The learning rate that is really meant, which another batch than 16 makes another than the recipe's."""
     scaled = f" ({options.section}.learning_rate {options.learning_rate:g} x batch {options.batch_size} / 16)"
     return (
-        f"{name}: {options.iterations} iterations of {options.batch_size} images; the learning rate falls from "
+        f"{name}: {options.iterations} iterations of {options.batch_size} images; the learning rate "
+        f"{'of AdamW ' if options.optimizer == 'adamw' else ''}falls from "
         f"{_peak(options):g}{scaled if options.batch_size != 16 else ''} to 0"
     )
 

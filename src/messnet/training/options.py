@@ -18,6 +18,7 @@ from messnet.training.losses import DistillationLoss
 
 Schedule = Literal["alternating", "modulo"]
 Scheme = Literal["exit_aware", "baseline", "end_to_end"]
+OptimizerName = Literal["sgd", "adamw"]
 LogKind = Literal["csv", "tensorboard", "both", "none"]
 # What Fabric calls them.
 _FABRIC: dict[Literal["f32", "bf16"], Literal["32-true", "bf16-mixed"]] = {"f32": "32-true", "bf16": "bf16-mixed"}
@@ -111,8 +112,15 @@ class TrainOptions:
     training says so when it begins. Falls to 0 by the poly 0.9 rule."""
     warmup: int = 0
     """First iterations over which the learning rate rises from 0."""
+    optimizer: OptimizerName = "sgd"
+    """"sgd", stochastic gradient descent, or "adamw" (Loshchilov and Hutter 2019), which wants a far smaller
+    ``learning_rate``, such as 0.0005, and a larger ``weight_decay``, such as 0.01."""
     momentum: float = 0.9
+    """In [0, 1): of SGD; of AdamW its beta1, the other one is 0.999."""
     weight_decay: float = 1e-4
+    ema: float | None = None
+    """Decay per iteration, in (0, 1), of a moving average of the weights, which then is what is validated and handed
+    on; 0.999 averages over about the last 1000 iterations. None: the weights themselves."""
     augment: AugmentOptions = AugmentOptions()
     loss_stride: int = 1
     """The loss is taken at every n-th pixel in both directions; 1: all of them. Saves time where heads are light."""
@@ -130,6 +138,12 @@ class TrainOptions:
                 raise RecipeError(f"{self.section}.{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.learning_rate < math.inf:
             raise RecipeError(f"{self.section}.learning_rate must be at least 0 and finite, got {self.learning_rate}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise RecipeError(f"{self.section}.optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"{self.section}.momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RecipeError(f"{self.section}.ema must be above 0 and below 1, such as 0.999, got {self.ema}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +168,15 @@ class PretrainOptions(TrainOptions):
     keep: Literal["last", "best"] = "last"
     """Which weights the stage hands on: the last ones, or of those validated (compute.validate_every) the ones with
     the best mean mIoU over the exits."""
+    patience: int | None = None
+    """Ends the stage after so many looks at validation images (compute.validate_every) in a row without a better mean
+    mIoU over the exits; with ``keep: best``, at the best one. None: never. Stage 2 has none, for no head may depend on
+    the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patience is not None and self.patience < 1:
+            raise RecipeError(f"pretrain.patience must be at least 1, got {self.patience}")
         if self.scheme not in ("exit_aware", "baseline", "end_to_end"):
             raise RecipeError(f"pretrain.scheme must be 'exit_aware', 'baseline' or 'end_to_end', got {self.scheme!r}")
         if self.head_learning_rate is not None and not 0 < self.head_learning_rate < math.inf:

@@ -19,7 +19,7 @@ from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, ValidationResult
-from messnet.training.loop import Saved, class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
+from messnet.training.loop import class_weights, diverged, every, layout, mix, optimizer_of, set_learning_rate, train
 from messnet.training.losses import cross_entropy, pixel_weight
 from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
 
@@ -52,10 +52,6 @@ def pretrain(
     (compute.devices, torchrun), each takes its share of every batch; gradients are averaged, normalisation statistics
     are each process's own. Raises MessError when the loss is not finite.
     """
-    if options.keep == "best" and (monitor is None or compute.validate_every == 0):
-        raise RecipeError(
-            "pretrain.keep is 'best' but nothing is validated: set compute.validate_every, or keep 'last'"
-        )
     fabric = compute.launch()
     weights = class_weights(options, dataset, net.num_classes, fabric.device)
     net.drop_heads()
@@ -63,8 +59,6 @@ def pretrain(
     plain = [net.add_head(i, plain_head_config(), seed=options.seed) for i in early]
     stage = _Pretraining(net, plain, options, fabric, weights)
     train("pretrain", stage, dataset, options, compute, checkpoint, monitor)
-    if options.keep == "best" and fabric.global_rank == 0 and (best := checkpoint.load_best()):
-        stage.load_state_dict(cast(Saved, best)["stage"])
     net.drop_heads()
 
 
@@ -87,10 +81,11 @@ class _Pretraining:
         class_weights: Tensor | None,
     ) -> None:
         self.options, self.fabric, self.net, self.class_weights = options, fabric, net, class_weights
-        self.num_parts = fabric.world_size
+        self.num_parts, self.trained = fabric.world_size, net
+        self.ends_at_best, self.patience = options.keep == "best", options.patience
         self.layout = layout(net, fabric.device)
         module = _ExitAware(net, plain).train().to(memory_format=self.layout)
-        self.module, self.optimizer = fabric.setup(module, sgd(_groups(net, options), options))
+        self.module, self.optimizer = fabric.setup(module, optimizer_of(_groups(net, options), options))
         self.exits = (*plain, net.exits[-1])
 
     @property

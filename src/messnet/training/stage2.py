@@ -19,7 +19,7 @@ from messnet.records.instance import Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, ValidationResult, say
-from messnet.training.loop import class_weights, diverged, every, layout, mix, set_learning_rate, sgd, train
+from messnet.training.loop import class_weights, diverged, every, layout, mix, optimizer_of, set_learning_rate, train
 from messnet.training.losses import Teacher, distillation_loss, teach
 from messnet.training.options import ComputeOptions, DistillOptions
 
@@ -88,7 +88,8 @@ class _Distillation:
     freed before the next head runs."""
 
     num_parts = 1
-    keeps_best = False
+    keeps_best = ends_at_best = False
+    patience: int | None = None
 
     def __init__(
         self,
@@ -106,7 +107,10 @@ class _Distillation:
         net.requires_grad_(False)
         net.heads.train().requires_grad_(True)
         self.wanted = frozenset(wanted)
-        self.optimizers = {exit: sgd(net.head(exit).parameters(), options, fused=True) for exit in net.exits[:-1]}
+        self.trained = net.heads
+        self.optimizers = {
+            exit: optimizer_of(net.head(exit).parameters(), options, fused=True) for exit in net.exits[:-1]
+        }
         self.points = sorted({exit.exit_index for exit in self.optimizers})
         self.stopped: dict[Exit, int] = {}
         self._iteration = 0
