@@ -209,6 +209,16 @@ def test_files_of_ones_own_may_be_large(tmp_path: Path, session: Session, monkey
     assert len(predict_files(session, [folder], tmp_path / "out", options).records) == 1
 
 
+def test_overlays_have_a_legend_on_request(tmp_path: Path, session: Session) -> None:
+    folder = many(tmp_path / "images", [(64, 80)])
+    plain = predict_files(session, [folder], tmp_path / "plain").records[0]["overlay"]
+    shown = predict_files(session, [folder], tmp_path / "shown", PredictOptions(legend=True)).records[0]["overlay"]
+    with Image.open(tmp_path / "plain" / plain) as one, Image.open(tmp_path / "shown" / shown) as other:
+        assert other.width == one.width
+        assert other.height > one.height
+        np.testing.assert_array_equal(np.array(other)[:64], np.array(one))
+
+
 def test_what_is_not_wanted_is_not_written(tmp_path: Path, session: Session) -> None:
     folder = many(tmp_path / "images", [(64, 80)] * 2)
     options = PredictOptions(overlays=False, confidence=False)

@@ -160,6 +160,16 @@ def clip(tmp_path: Path) -> Path:
     return write_video(tmp_path / "clip.mp4", grey(24))
 
 
+def test_frames_have_a_legend_of_all_classes_on_request(clip: Path, tmp_path: Path) -> None:
+    session = StandIn()
+    predict_video(session, clip, tmp_path, VideoOptions(legend=True, max_frames=2))
+    for picture in read_video(tmp_path / "overlay.mp4"):
+        strip = picture[SIZE[0] :]
+        assert len(strip) > 0
+        for colour in session.palette:  # the codec moves colours a little
+            assert (np.abs(strip.astype(int) - colour).max(2) < 40).any()
+
+
 def test_every_frame_of_a_file_in_order(clip: Path, tmp_path: Path) -> None:
     confidences = [0.9, 0.85, 0.79, 0.81, 0.83, 0.9]
     session = StandIn(confidences)

@@ -217,6 +217,10 @@ def test_a_result_tells_and_draws_itself(small_net: MultiExitNet, tmp_path: Path
         np.testing.assert_array_equal(np.array(file.convert("RGB")), palette[result.labels])
     blended = 0.55 * palette[result.labels] + 0.45 * image  # the class's colour over the image
     np.testing.assert_allclose(np.array(result.overlay()), blended, atol=0.51)
+    explained = np.array(result.overlay(legend=True))
+    np.testing.assert_array_equal(explained[:61], np.array(result.overlay()))
+    below = {tuple(pixel) for pixel in explained[61:].reshape(-1, 3).tolist()}
+    assert {k for k in range(1, 5) if tuple(palette[k].tolist()) in below} == {*np.flatnonzero(counts)} - {0}
     with pytest.raises(DataError, match=r"go into a PNG, not 'mask\.jpg'"):
         result.save(tmp_path / "mask.jpg")
 

@@ -20,7 +20,7 @@ from messnet.apps.tiling import TiledResult, predict_tiled
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, PredictionError, RecipeError
 from messnet.images.colours import exit_colour
-from messnet.images.drawing import as_png, confidence_as_grey, mask, overlay
+from messnet.images.drawing import as_png, confidence_as_grey, legend, mask, overlay
 from messnet.images.reading import dimness, large_images, list_images, read_image
 from messnet.records.files import write_atomically
 
@@ -50,6 +50,8 @@ class PredictOptions:
     """The least that neighbouring tiles share, in pixels; None: an eighth of the tile's shorter side."""
     overlays: bool = True
     """Write the image with its classes laid over it."""
+    legend: bool = False
+    """Below each overlay the colours and names of the classes that were found."""
     confidence: bool = True
     """Write the confidence map as a picture."""
     large_images: bool = False
@@ -284,9 +286,14 @@ def _files_of(
     draw: dict[str, Callable[[], bytes]] = {f"masks/{name}": lambda: as_png(mask(result.labels, palette))}
     if options.overlays:
         record["overlay"] = f"overlays/{name}"
-        draw[record["overlay"]] = lambda: as_png(
-            Image.fromarray(overlay(image, result.labels, palette)), compress_level=_FAST
-        )
+
+        def picture() -> bytes:
+            parts = [overlay(image, result.labels, palette)]
+            if options.legend:
+                parts.append(legend(image.shape[1], session.class_names, palette, result.labels))
+            return as_png(Image.fromarray(np.concatenate(parts)), compress_level=_FAST)
+
+        draw[record["overlay"]] = picture
     if options.confidence:
         record["confidence"] = f"confidence/{name}"
         confidence = result.confidence_map

@@ -30,7 +30,7 @@ from messnet.apps.timeline import FrameRecord, Timeline
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, RecipeError
 from messnet.images.colours import exit_colour
-from messnet.images.drawing import as_png, mask, overlay
+from messnet.images.drawing import as_png, legend, mask, overlay
 from messnet.policy.labels import load_compiled
 from messnet.records.files import write_atomically
 
@@ -82,6 +82,8 @@ class VideoOptions:
     lies above the threshold; see ``exit_control``. 0: the instance's own rule."""
     masks: bool = False
     """Write every frame's mask too, masks/000000.png and so on."""
+    legend: bool = False
+    """Below every frame the colours and names of all classes."""
     max_frames: int | None = None
     """Stop after so many, at least 1; None: at the end, or for a camera when interrupted."""
     queue_frames: int = 4
@@ -328,7 +330,11 @@ class _Writer:
         self._out, self._masks, self._rate = out, options.masks, rate
         self._path, self._temporary = out / "overlay.mp4", out / ".overlay.tmp.mp4"
         out.mkdir(parents=True, exist_ok=True)
-        self._video = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*CODEC), rate, size[::-1])
+        height, width = size
+        # Below every picture: all classes, for frames are of one size.
+        self._legend = legend(width, session.class_names, session.palette) if options.legend else None
+        height += 0 if self._legend is None else len(self._legend)
+        self._video = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*CODEC), rate, (width, height))
         if not self._video.isOpened():
             self._temporary.unlink(missing_ok=True)
             raise DataError(f"OpenCV cannot write {self._path} with codec {CODEC}: is there room, may it be written?")
@@ -369,6 +375,8 @@ class _Writer:
                 frame, labels, record = job
                 picture = self._draw(frame.image, labels, self._palette)
                 _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
+                if self._legend is not None:
+                    picture = np.concatenate([picture, self._legend])
                 bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
                 due = round(frame.time_s * self._rate)
                 if held is not None:  # shown until this one is due; not at all where both fall into one frame

@@ -54,6 +54,7 @@ def predict(
     tile: tuple[int, int] | None = None,
     tile_overlap: int | None = None,
     overlay: bool = True,
+    legend: Annotated[bool, Parameter(negative="")] = False,
     confidence: bool = True,
     large_images: Annotated[bool, Parameter(negative="")] = False,
     camera: int | None = None,
@@ -90,6 +91,7 @@ def predict(
         tile_overlap: What neighbouring tiles share at least, in pixels; by default an eighth of the shorter side. Given
             alone: tiles of the size that the network was trained on.
         overlay: Write OUT/overlays.
+        legend: Below overlays and video frames the colours and names of the classes.
         confidence: Write OUT/confidence.
         large_images: Take images of more than 179 million pixels, which a small file made to fill the memory has too:
             for files of your own, best with --tile.
@@ -130,7 +132,7 @@ def predict(
         budget_ms = _budget_ms(frame_budget_ms, fps_budget)
         with needing_extras(cv2="video", matplotlib="video"):
             from messnet.apps.video import VideoOptions
-        how = VideoOptions(frame_budget_ms=budget_ms, max_frames=max_frames, masks=masks)
+        how = VideoOptions(frame_budget_ms=budget_ms, max_frames=max_frames, masks=masks, legend=legend)
         # The record has the default; here None says that the option was not given, for it has no meaning with images.
         how = how if hysteresis is None else replace(how, hysteresis=hysteresis)
         _predict_videos(open_session, sources, out, how, as_json=as_json)
@@ -142,6 +144,7 @@ def predict(
         tile=tile,
         tile_overlap=tile_overlap,
         overlays=overlay,
+        legend=legend,
         confidence=confidence,
         large_images=large_images,
     )

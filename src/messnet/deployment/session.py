@@ -69,8 +69,7 @@ class Result:
         height, width = self.labels.shape
         pixels = np.bincount(self.labels.ravel(), minlength=self.logits.shape[1])
         order = [int(k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
-        names = self.class_names or [f"class {k}" for k in range(len(pixels))]
-        shares = [f"{names[k]} {100 * pixels[k] / self.labels.size:.0f} %" for k in order[:3]]
+        shares = [f"{self._names[k]} {100 * pixels[k] / self.labels.size:.0f} %" for k in order[:3]]
         more = f" and {len(order) - 3} more" if len(order) > 3 else ""
         sure = "" if self.decided_on is None else f" with confidence {self.decided_on:.2f}"
         return (
@@ -78,10 +77,15 @@ class Result:
             f"{self.latency_ms:.1f} ms>"
         )
 
-    def overlay(self) -> Image.Image:
-        """The image with its classes laid over it in their colours, a Pillow picture: ``.show()``, ``.save(path)``."""
+    def overlay(self, *, legend: bool = False) -> Image.Image:
+        """The image with its classes laid over it in their colours, a Pillow picture: ``.show()``, ``.save(path)``.
+        With a ``legend`` it is higher: below are the colours and names of the classes that were found."""
         assert self.image is not None
-        return Image.fromarray(drawing.overlay(self.image, self.labels, self._colours))
+        picture = drawing.overlay(self.image, self.labels, self._colours)
+        if legend:
+            strip = drawing.legend(picture.shape[1], self._names, self._colours, self.labels)
+            picture = np.concatenate([picture, strip])
+        return Image.fromarray(picture)
 
     def save(self, path: str | Path) -> None:
         """The class indices (H, W) as a PNG whose palette colours them, written whole or not at all.
@@ -93,6 +97,10 @@ class Result:
             raise DataError(f"class indices go into a PNG, not {path.name!r}: another form would change them")
         with writing(path):
             write_atomically(path, drawing.as_png(drawing.mask(self.labels, self._colours)))
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return self.class_names or [f"class {k}" for k in range(self.logits.shape[1])]
 
     @property
     def _colours(self) -> NDArray[np.uint8]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from messnet.images.colours import colour_table
 
@@ -35,6 +36,31 @@ def coloured(
     """Labels (H, W) in the colours of ``palette`` (K, 3) -> (H, W, 3); what is no class in the colour ``other``."""
     picture: NDArray[np.uint8] = colour_table(palette, other).take(labels, 0)
     return picture
+
+
+def legend(
+    width: int, class_names: Sequence[str], palette: NDArray[np.uint8], labels: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """A strip (h, ``width``, 3) to go below a picture: each class's colour in ``palette`` (K, 3) and its name, in as
+    many rows as they take; of ``labels`` (H, W) only the classes that occur. h is even, as videos ask for."""
+    shown = range(len(class_names)) if labels is None else np.unique(labels[labels < len(class_names)]).tolist()
+    size = min(28, max(11, width // 36))  # of the letters, in pixels
+    font, draw = ImageFont.load_default(size), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    line, places, x, y = 2 * (3 * size // 4), [], 0, 0
+    for k in shown:
+        length = round(draw.textlength(class_names[k], font)) + 2 * size
+        if x and x + length > width:
+            x, y = 0, y + line
+        places.append((x, y, k))
+        x += length
+    strip = Image.new("RGB", (width, y + line + 2 * (size // 4)), "white")
+    draw = ImageDraw.Draw(strip)
+    for x, y, k in places:
+        left, middle = x + size // 3, y + line // 2 + size // 4
+        box = (left, middle - size // 3, left + 2 * (size // 3), middle + size // 3)
+        draw.rectangle(box, tuple(palette[k].tolist()), outline="grey")
+        draw.text((left + size, middle), class_names[k], "black", font, anchor="lm")
+    return np.array(strip)
 
 
 def mask(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Image.Image:
