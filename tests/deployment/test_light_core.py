@@ -23,8 +23,10 @@ from helpers.images import smooth_image
 from helpers.light import REPOSITORY, LightEnvironment
 from messnet.apps.tiling import predict_tiled
 from messnet.deployment.session import Session
-from messnet.records.instance import Instance
-from messnet.searching import route
+from messnet.records.instance import Instance, whole_model
+from messnet.records.measurements import Measurement, Measurements
+from messnet.records.run_directory import RunDirectory
+from messnet.searching import cost_of, route
 
 BUNDLE = REPOSITORY / "examples/scenes_mobilenetv2.mess"
 RUN = REPOSITORY / "examples/camvid_mobilenetv2"
@@ -166,6 +168,50 @@ def test_the_command_searches_with_a_guarantee(light: LightEnvironment, tmp_path
     correct = calibration.intersection.sum(2) / calibration.labelled.sum(1)[:, None]
     images = np.arange(len(routing))
     assert (correct[images, -1] - correct[images, routing]).mean() <= 0.1
+
+
+def test_it_draws_the_report_of_what_was_measured(tmp_path: Path) -> None:
+    """With the extra ``report``, and where the run's measurements are. They are made up here from the run's tables."""
+    run = shutil.copytree(RUN, tmp_path / "run")
+    light, directory = LightEnvironment(tmp_path, "report"), RunDirectory(run)
+    done = light.messnet("report", run)
+    assert (done.returncode, done.stderr.splitlines()[-1][-24:]) == (2, "install 'messnet[train]'"), done.stderr
+    tables, rows = directory.tables.read(), []
+    for instance in (whole_model(tables.exits[-1]), directory.read_instance("drop-2pp")):
+        routing = route(tables, instance)
+        taken = [tables.exits[position].exit_index for position in routing]
+        miou, macs = tables.miou(routing), float(cost_of(tables, directory.costs(), instance).mean())
+        rows.append(
+            Measurement(
+                instance=instance,
+                miou=miou,
+                miou_from_tables=miou,
+                macs=macs,
+                macs_paper=macs,
+                exit_taken=taken,
+                image_confidence=[0.5] * len(taken),
+                latency_ms=[float(1 + index) for index in taken],
+            )
+        )
+    measurements = Measurements(
+        device="a machine",
+        input_size=directory.costs().input_size,
+        image_names=list(tables.image_names),
+        difficulty=[None] * len(taken),
+        final_exit_error=[0.1] * len(taken),
+        num_selection_images=len(taken),
+        rows=rows,
+        left_out=["stranger"],
+    )
+    directory.measurements.write(measurements)
+    done = light.messnet("report", run, "--markdown", tmp_path / "table.md")
+    assert done.returncode == 0, done.stderr
+    assert f"the page shows what {run} has measured before" in done.stderr
+    page, table = directory.report.path.read_text(), (tmp_path / "table.md").read_text()
+    assert "drop-2pp" in page
+    assert page.count("<svg") >= 2
+    assert f"| {100 * rows[0].miou:.2f}" in table
+    assert "- not in the table: stranger: " in table
 
 
 def test_it_serves_with_its_page(light: LightEnvironment, session: Session, photos: Sequence[Path]) -> None:

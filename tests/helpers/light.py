@@ -1,4 +1,4 @@
-"""An environment with what the package declares for its core and nothing else: no torch, OpenCV or numba."""
+"""An environment with what the package declares for its core, or an extra of it too: no torch, OpenCV or numba."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class LightEnvironment:
-    """A folder of links to the core's dependencies, as ``pyproject.toml`` declares them, and to theirs."""
+    """A folder of links to the dependencies of the core and of ``extras``, as ``pyproject.toml`` declares them, and to
+    theirs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *extras: str) -> None:
         self.folder = folder
         (folder / "messnet").symlink_to(REPOSITORY / "src/messnet")
         project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-        for name in sorted(_closure(project["dependencies"])):
+        declared = [
+            *project["dependencies"],
+            *(one for extra in extras for one in project["optional-dependencies"][extra]),
+        ]
+        for name in sorted(_closure(declared)):
             distribution = metadata.distribution(name)
             root = Path(str(distribution.locate_file("")))
             tops = {file.parts[0] for file in distribution.files or [] if not file.parts[0].startswith("..")}

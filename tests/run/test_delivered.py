@@ -103,7 +103,8 @@ def test_the_report_has_the_delivered_model_and_the_users_own_instances(tiny_run
     assert measured.delivered.miou == 1
     assert set(measured.delivered.class_iou) <= {1.0, None}
     assert [row.instance.name for row in measured.rows] == ["baseline", "max-miou", "drop-0.1pp", "drop-1pp", "own"]
-    assert [line for line in measured.skipped if line.startswith("stranger: ")]
+    assert (measured.left_out, measured.skipped) == (["stranger"], [])
+    assert "- not in the table: stranger: it was chosen on other images" in (tmp_path / "table.md").read_text()
     reported = tables.subset(np.array([tables.image_names.index(name) for name in measured.image_names]))
     confusion = np.array(measured.rows[0].confusion)
     final = reported.final

@@ -138,14 +138,16 @@ def print_table(directory: RunDirectory, as_json: bool) -> None:
     from rich.console import Console
 
     from messnet.report.classes import class_table, class_terminal_table
-    from messnet.report.page import class_columns, headline, terminal_table
+    from messnet.report.page import class_columns, headline, not_in_table, terminal_table
+    from messnet.searching.findings import Findings
 
     measurements = directory.measurements.read()
     if as_json:
         print(measurements.to_json(), end="")
         return
+    missing = not_in_table(measurements, Findings.from_json(directory.front.read()))
     console = Console()
-    console.print(terminal_table(measurements))
+    console.print(terminal_table(measurements, missing))
     if classes := class_table(class_columns(measurements), measurements.class_names):
         console.print(class_terminal_table(classes))
     console.print(headline(measurements))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,7 @@ from messnet.records.files import write_atomically
 from messnet.records.shard import Shard
 
 if TYPE_CHECKING:
+    from messnet.records.run_directory import RunDirectory
     from messnet.run.run import Run
 
 
@@ -130,13 +133,34 @@ def report(
     markdown: Annotated[Path | None, Parameter(help="Write the table as Markdown too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the chosen instances on the reported half of the images and write RUN/report.html."""
-    opened = open_target(target, overrides, out)
-    from messnet.run.stages import run_stage
+    """Measure the chosen instances on the reported images and write RUN/report.html. Where torch is not installed the
+    page is drawn from what was measured before."""
+    directory = _drawn_again(target) if not overrides and out is None and find_spec("torch") is None else None
+    if directory is None:
+        opened = open_target(target, overrides, out)
+        from messnet.run.stages import run_stage
 
-    run_stage(opened, "report", again=True)
+        run_stage(opened, "report", again=True)
+        directory = opened.directory
     if markdown is not None:
-        from messnet.report.page import measurements_markdown
+        from messnet.report.page import measurements_markdown, not_in_table
+        from messnet.searching.findings import Findings
 
-        write_atomically(markdown, measurements_markdown(opened.directory.measurements.read()))
-    print_table(opened.directory, as_json)
+        measurements = directory.measurements.read()
+        missing = not_in_table(measurements, Findings.from_json(directory.front.read()))
+        write_atomically(markdown, measurements_markdown(measurements, missing))
+    print_table(directory, as_json)
+
+
+def _drawn_again(run: Path) -> RunDirectory | None:
+    """A run whose page is drawn from what its report has measured; None where it has measured nothing yet."""
+    from messnet.records.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    if not directory.measurements.exists:
+        return None
+    print(f"messnet: torch is not installed: the page shows what {run} has measured before", file=sys.stderr)
+    from messnet.report.page import read_inputs, render_report
+
+    directory.report.write(render_report(read_inputs(directory)))
+    return directory

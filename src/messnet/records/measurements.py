@@ -112,10 +112,7 @@ class Delivered:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """All rows of the end-to-end table, the baseline (the user's own model, whole, after stage 1) first.
-
-    ``skipped`` holds one sentence for each row that has no instance ("no instance loses at most 0.1 pp: ...").
-    """
+    """All rows of the end-to-end table, the baseline (the user's own model, whole, after stage 1) first."""
 
     device: str
     """In words: processor, threads, runtime, dtype."""
@@ -129,7 +126,11 @@ class Measurements:
     num_selection_images: int
     """Images that the search selected on, disjoint from ``image_names``."""
     rows: list[Measurement]
-    skipped: list[str]
+    left_out: list[str] = field(default_factory=list)
+    """Names of instances that have no row, for they were searched on other images or heads than the run has now: they
+    may have seen the images of the report."""
+    skipped: list[str] = field(default_factory=list)
+    """In files of version 0.2, instead of ``left_out``: a sentence for each row that is missing."""
     chance_miou: float | None = None
     """mIoU in [0, 1] of a guess that does not look at these images (docs/method.md#uncertainty-of-the-report); None in
     files of version 0.1 and where no pixel is labelled."""

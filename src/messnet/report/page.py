@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, cast
 
 import jinja2
 import numpy as np
+import yaml
 from markupsafe import Markup, escape
 from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
@@ -22,6 +23,7 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD, Exit, ExitChoice
 from messnet.records.iou import class_iou, mean_iou
 from messnet.records.measurements import Gallery, Measurement, Measurements, known
+from messnet.records.run_directory import RunDirectory
 from messnet.report.classes import ClassTable, class_markdown, class_table, confusions
 from messnet.report.figures import (
     as_svg,
@@ -47,7 +49,9 @@ __all__ = [
     "exits_table",
     "headline",
     "measurements_markdown",
+    "not_in_table",
     "rank_correlation",
+    "read_inputs",
     "render_report",
     "terminal_table",
 ]
@@ -75,6 +79,26 @@ class ReportInputs:
     recipe_yaml: str
     provenance: dict[str, dict[str, str]]
     """By stage: seconds, versions, devices, in words."""
+
+
+def read_inputs(directory: RunDirectory) -> ReportInputs:
+    """All that a run's page is made of, as its stages have left it. Raises RunError that names the verb which makes
+    what is not there."""
+    record, gallery = directory.record(), directory.gallery
+    recipe = {name: dict(cast("Mapping[str, object]", section)) for name, section in record.recipe.items()}
+    return ReportInputs(
+        title=f"{recipe['model']['name']} on {recipe['data']['source']}",
+        measurements=directory.measurements.read(),
+        gallery=gallery.read() if gallery.exists else None,
+        tables=directory.tables.read(),
+        costs=directory.costs(),
+        findings=Findings.from_json(directory.front.read()),
+        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False),
+        provenance={
+            stage: {key: str(value) for key, value in entry.items() if key != "fingerprint"}
+            for stage, entry in record.stages.items()
+        },
+    )
 
 
 class ExitRow(TypedDict):
@@ -128,10 +152,19 @@ class _Picture(NamedTuple):
     """CSS class: "taken" for the exit where the image stopped, "unseen" for the ones past it."""
 
 
-def terminal_table(measurements: Measurements) -> Table:
-    """The end-to-end table for a terminal of 100 columns."""
+def not_in_table(measurements: Measurements, findings: Findings) -> list[str]:
+    """A sentence for each instance that was asked for and has no row."""
+    if measurements.skipped:
+        return measurements.skipped
+    why = "it was chosen on other images or heads than this run selects on now; search again"
+    missing = [words.finding(one) for one in findings.found if not one.is_found]
+    return [*findings.skipped, *missing, *(f"{name}: {why}" for name in measurements.left_out)]
+
+
+def terminal_table(measurements: Measurements, missing: Sequence[str] = ()) -> Table:
+    """The end-to-end table for a terminal of 100 columns; ``missing`` as ``not_in_table`` gives it."""
     table = Table(title=Text(headline(measurements)), caption_justify="left")
-    notes = [f"not in the table: {sentence}" for sentence in measurements.skipped]
+    notes = [f"not in the table: {sentence}" for sentence in missing]
     if _is_cross_fitted(measurements):
         notes.append(
             "mIoU, work and exits are of images judged by instances chosen without them; latency is what ships"
@@ -147,13 +180,13 @@ def terminal_table(measurements: Measurements) -> Table:
     return table
 
 
-def measurements_markdown(measurements: Measurements) -> str:
-    """The end-to-end table as Markdown, with where it was measured."""
+def measurements_markdown(measurements: Measurements, missing: Sequence[str] = ()) -> str:
+    """The end-to-end table as Markdown, with where it was measured; ``missing`` as ``not_in_table`` gives it."""
     table = ["| instance | mIoU % | GMACs | ms: median [p95] | images per exit |", "| --- | --- | --- | --- | --- |"]
     for line in _lines(measurements):
         cells = [", ".join(filter(None, cell)).replace("|", "\\|") for cell in _cells(line)]
         table.append(f"| {' | '.join(cells)} |")
-    notes = [f"- not in the table: {sentence}" for sentence in measurements.skipped]
+    notes = [f"- not in the table: {sentence}" for sentence in missing]
     notes += [f"- warning: {sentence}" for sentence in _warnings(measurements)]
     paragraphs = [f"{headline(measurements)}.", _where(measurements), "\n".join(table), "\n".join(notes)]
     if classes := class_table(class_columns(measurements), measurements.class_names):
@@ -458,6 +491,7 @@ def render_report(inputs: ReportInputs) -> str:
         headline_kept=row.judged_miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100,
         where=_where(measurements),
         lines=_lines(measurements),
+        not_in_table=not_in_table(measurements, inputs.findings),
         warnings=_warnings(measurements),
         colours=[exit_colour(index, num_exits) for index in range(num_exits)],
         front=_front_figure(measurements, inputs.findings),

@@ -19,7 +19,7 @@ from messnet.records.instance import Exit, Instance, whole_model
 from messnet.records.iou import chance_miou, class_iou
 from messnet.records.measurements import Delivered, Gallery, Measurement, Measurements, known
 from messnet.run.run import Run
-from messnet.searching import cost_of, route, words
+from messnet.searching import cost_of, route
 from messnet.searching.cross_fitting import error_of_drop
 from messnet.searching.findings import Findings
 from messnet.searching.measure import Routed
@@ -54,7 +54,7 @@ def measure_instances(run: Run, findings: Findings) -> tuple[Measurements, Galle
         final_exit_error=known(runnings[0].errors),
         num_selection_images=len(selection),
         rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
-        skipped=[*findings.skipped, *(words.finding(one) for one in findings.found if not one.is_found), *left_out],
+        left_out=left_out,
         chance_miou=known([chance_miou(tables_reported.labelled.sum(0, dtype=np.int64))])[0],
         class_names=list(tables.class_names),
         delivered=_delivered(tables_reported, is_kept=not run.recipe.pretrain.iterations),
@@ -71,8 +71,8 @@ def _delivered(tables: ExitTables, *, is_kept: bool) -> Delivered | None:
 
 
 def _found(run: Run, findings: Findings, selections: Sequence[ExitTables]) -> tuple[list[Instance], list[str]]:
-    """The instances of the recipe, then those of the user's own searches; and a sentence for each that was searched on
-    other images or heads than the run has now: it may have seen the images of the report."""
+    """The instances of the recipe, then those of the user's own searches; and the names of those that are left out,
+    see ``Measurements.left_out``."""
     names = dict.fromkeys((*findings.names, *run.directory.instance_names()))
     found, left_out = [], []
     for file in (run.directory.instance(name) for name in names):
@@ -82,9 +82,7 @@ def _found(run: Run, findings: Findings, selections: Sequence[ExitTables]) -> tu
         if any(_was_selected_on(selection, instance) for selection in selections):
             found.append(instance)
         else:
-            left_out.append(
-                f"{instance.name}: it was chosen on other images or heads than this run selects on now; search again"
-            )
+            left_out.append(instance.name)
     return found, left_out
 
 

@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import replace
 
 import safetensors.torch
-import yaml
 
 from messnet.evaluation import evaluate, merge_shards
 from messnet.network.blueprint import Blueprint
@@ -16,10 +15,9 @@ from messnet.records.costs import COST_TABLE
 from messnet.records.exit_tables import EXIT_TABLES, ExitTables
 from messnet.records.names import Precision, RuntimeName
 from messnet.records.shard import WHOLE, Shard
-from messnet.report.page import STAGE_1_ADVICE, ReportInputs, render_report
+from messnet.report.page import STAGE_1_ADVICE, read_inputs, render_report
 from messnet.run.choosing import search_all
 from messnet.run.measuring import build_network, logits_in, start_from_weights
-from messnet.run.recipe import recipe_to_record
 from messnet.run.reporting import measure_instances
 from messnet.run.run import Run
 from messnet.run.shards import Part, discard_parts, expect_whole, join, pack, read_parts, share
@@ -215,22 +213,11 @@ def report_stage(run: Run) -> None:
     findings = Findings.from_json(run.directory.front.read())
     measurements, gallery = measure_instances(run, findings)
     run.directory.measurements.write(measurements)
-    if gallery is not None:
+    if gallery is None:
+        run.directory.gallery.discard()
+    else:
         run.directory.gallery.write(gallery)
-    inputs = ReportInputs(
-        title=f"{run.recipe.model.name} on {run.recipe.data.source}",
-        measurements=measurements,
-        gallery=gallery,
-        tables=run.tables(),
-        costs=run.costs(),
-        findings=findings,
-        recipe_yaml=yaml.safe_dump(recipe_to_record(run.recipe), sort_keys=False),
-        provenance={
-            stage: {key: str(value) for key, value in entry.items() if key != "fingerprint"}
-            for stage, entry in run.directory.record().stages.items()
-        },
-    )
-    run.directory.report.write(render_report(inputs))
+    run.directory.report.write(render_report(read_inputs(run.directory)))
 
 
 _PRETRAINED = ("data", "model", "pretrain")
