@@ -32,7 +32,7 @@ class LatencyOptions:
     """On what, and how carefully, latency is measured."""
 
     device: str = "cpu"
-    """As torch names it: "cpu", "cuda", "cuda:1"; "mps" and "xpu" are taken where torch has them, though untested."""
+    """As ``torch_device`` takes it."""
     dtype: DType = "float32"
     batch: int = 1
     """Images at a time."""
@@ -46,9 +46,7 @@ class LatencyOptions:
     """Rounds end sooner when the median time of one is known to this share of it, with 95 % confidence; 0: never."""
 
     def __post_init__(self) -> None:
-        kind, here = self.device.partition(":")[0], torch.accelerator.current_accelerator(check_available=True)
-        if kind != "cpu" and (here is None or here.type != kind):
-            raise RecipeError(f"cannot measure on {self.device}: torch finds no {kind} device here; use cpu")
+        torch_device(self.device)
         if self.dtype not in get_args(DType):
             raise RecipeError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(get_args(DType))}")
         if self.batch < 1 or self.repeats < 1 or (self.threads is not None and self.threads < 1):
@@ -189,6 +187,24 @@ def num_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a name as torch has it, such as "cpu" or "cuda:1"; "auto" is CUDA where there is any, else the
+    processor. "mps" and "xpu" are taken where torch has them, though nothing here was tried on them.
+
+    Raises RecipeError where there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"no device is called {name!r}: expected auto, cpu, cuda, mps or xpu") from error
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device.type != "cpu" and (here is None or here.type != device.type):
+        raise RecipeError(f"device {name} was asked for, but torch sees no {device.type} device; use cpu")
+    return device
 
 
 def device_name(device: torch.device) -> str:

@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from messnet.costs.latency import device_name, num_threads
+from messnet.costs.latency import device_name, num_threads, torch_device
 from messnet.costs.workload import dtype_of, shadow
 from messnet.deployment.runner import Live, Runner, Step
-from messnet.errors import RecipeError
 from messnet.images.preprocessing import normalise
 from messnet.network.backbone import Chain
 from messnet.network.multi_exit import MultiExitNet, labels_at
@@ -25,24 +24,6 @@ from messnet.records.names import DTYPES, Precision, RuntimeName
 
 # Networks that do not take every size, for their skip connections would not fit, take multiples of this.
 _STRIDE = 32
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of a name as torch has it; "auto" is CUDA where there is any, else the processor. "mps" and "xpu" are
-    taken where torch has them, though nothing here was tried on them.
-
-    Raises RecipeError where there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"no device is called {name!r}: expected auto, cpu, cuda, mps or xpu") from error
-    here = torch.accelerator.current_accelerator(check_available=True)
-    if device.type != "cpu" and (here is None or here.type != device.type):
-        raise RecipeError(f"device {name} was asked for, but torch sees no {device.type} device; use cpu")
-    return device
 
 
 class TorchRunner(Runner):

@@ -9,9 +9,13 @@ from typing import ClassVar, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.accelerators import CPUAccelerator
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
+from lightning_fabric.strategies import SingleDeviceStrategy
 from lightning_fabric.strategies.ddp import DDPStrategy
 
+from messnet.costs.latency import torch_device
 from messnet.data.transforms import AugmentOptions
 from messnet.errors import RecipeError
 from messnet.training.losses import DistillationLoss
@@ -24,17 +28,32 @@ LogKind = Literal["csv", "tensorboard", "both", "none"]
 _FABRIC: dict[Literal["f32", "bf16"], Literal["32-true", "bf16-mixed"]] = {"f32": "32-true", "bf16": "bf16-mixed"}
 
 
+class _Xpu(CPUAccelerator):
+    """Intel's accelerator, which Fabric does not bring: one device, which the strategy names."""
+
+    def setup_device(self, device: torch.device) -> None:
+        torch.xpu.set_device(device)
+
+    @staticmethod
+    def is_available() -> bool:
+        return torch.xpu.is_available()
+
+    @staticmethod
+    def name() -> str:
+        return "xpu"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
     """The device, the precision and what is shown of a training. No option here changes which images, augmentations or
     weights a training has, so a run that was stopped may go on with others."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """"auto" (CUDA if there is any, else the processor), "cpu", "cuda", or where torch has it "mps", Apple's, which is
-    untested. Fabric, which trains, knows no "xpu"; sessions do."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    """"auto" (CUDA if there is any, else the processor), "cpu", "cuda", or where torch has them "mps", Apple's, and
+    "xpu", Intel's: both untested."""
     precision: Literal["auto", "f32", "bf16"] = "auto"
-    """"bf16" is autocast: weights stay float32. "auto": that on an accelerator, float32 on a CPU, where depthwise
-    backward passes are slower in bf16."""
+    """"bf16" is autocast: weights stay float32. "auto": that on CUDA, else float32; on a CPU depthwise backward passes
+    are slower in bf16."""
     num_workers: int = 1
     """Processes that load and augment images; 0: the training process itself."""
     devices: int = 1
@@ -54,27 +73,27 @@ class ComputeOptions:
 
     def fabric(self) -> Fabric:
         """The device and the precision; no other process is started or waited for."""
-        accelerator = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
-        accelerator = "cpu" if accelerator == "auto" else accelerator
-        if accelerator == "cuda" and not torch.cuda.is_available():
-            raise RecipeError("compute.device is 'cuda' but torch sees no CUDA device; use 'auto' or 'cpu'")
-        if accelerator == "mps" and not torch.backends.mps.is_available():
-            raise RecipeError("compute.device is 'mps' but torch sees no such device; use 'auto' or 'cpu'")
-        if accelerator not in ("cpu", "cuda", "mps"):
-            raise RecipeError(f"compute.device must be 'auto', 'cpu', 'cuda' or 'mps', got {self.device!r}")
-        automatic: Literal["f32", "bf16"] = "bf16" if accelerator == "cuda" else "f32"
-        precision = _FABRIC[automatic if self.precision == "auto" else self.precision]
+        try:
+            kind = torch_device(self.device).type
+        except RecipeError as error:
+            raise RecipeError(f"compute.device: {error}") from error
+        precision = _FABRIC[("bf16" if kind == "cuda" else "f32") if self.precision == "auto" else self.precision]
+        if kind == "xpu":
+            if self.is_parallel:
+                raise RecipeError("compute.device xpu trains in one process: leave compute.devices and torchrun out")
+            plugin = Precision() if precision == "32-true" else MixedPrecision(precision, kind)
+            return Fabric(accelerator=_Xpu(), strategy=SingleDeviceStrategy(kind), plugins=[plugin])
         if not self.is_parallel:
-            return Fabric(accelerator=accelerator, devices=1, precision=precision)
+            return Fabric(accelerator=kind, devices=1, precision=precision)
         # Most plain heads of stage 1 have no part in an iteration's loss.
         strategy = DDPStrategy(find_unused_parameters=True)
         if not TorchElasticEnvironment.detect():
-            return Fabric(accelerator=accelerator, devices=self.devices, strategy=strategy, precision=precision)
+            return Fabric(accelerator=kind, devices=self.devices, strategy=strategy, precision=precision)
         # torchrun has started the processes already, on this machine or on several: Fabric must not start others, and
         # has to be told how many machines there are, which torchrun says only as a quotient.
         world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return Fabric(
-            accelerator=accelerator,
+            accelerator=kind,
             devices=local,
             num_nodes=world // local,
             strategy=strategy,
