@@ -35,8 +35,11 @@ from scipy.stats import binom
 
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
-from messnet.searching import CostMeasure, Grid, Guarantee, Objective, cost_of, pareto_front, route
+from messnet.searching.grid import Grid, cost_of, route
 from messnet.searching.guarantee import certified_step, images_needed, loss_of, no_dearer, retreat_path
+from messnet.searching.measure import CostMeasure
+from messnet.searching.objective import Guarantee, Objective
+from messnet.searching.optima import pareto_front
 
 EPSILONS, DELTA, SELECTIONS = (0.005, 0.01, 0.02, 0.05, 0.1), 0.1, 20
 Figure = tuple[str, float, str, str, float | None]

@@ -34,7 +34,8 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.run.measuring import build_network
 from messnet.run.recipe import recipe_from_record
-from messnet.searching import Grid, cost_of, pareto_front, route
+from messnet.searching.grid import Grid, cost_of, route
+from messnet.searching.optima import pareto_front
 from messnet.training.checkpoint import Checkpoint
 
 BASELINE, RANDOM = "top1+native", "random"

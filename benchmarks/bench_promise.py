@@ -36,8 +36,10 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.groups import halves
 from messnet.records.instance import Instance
-from messnet.searching import Grid, Objective, cost_of, pareto_front, route
 from messnet.searching.cross_fitting import LEVELS, Folds, error_of_drop, model_itself, procedure
+from messnet.searching.grid import Grid, cost_of, route
+from messnet.searching.objective import Objective
+from messnet.searching.optima import pareto_front
 
 LIMITS_PP, MARGIN_PP, SLACK_PP = (0.1, 0.5, 1.0, 2.0), 1.0, 0.05
 PROCEDURES = ("half", "asked", "one_head", "margin", "one_error", "steady", "tightened")

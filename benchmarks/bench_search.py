@@ -24,9 +24,12 @@ from messnet.errors import MessError
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
-from messnet.searching import CostMeasure, Grid, Objective, SearchResult, pareto_front, search_for
+from messnet.searching.answers import SearchResult
 from messnet.searching.exact import Problem
-from messnet.searching.grid import columns_of
+from messnet.searching.grid import Grid, columns_of
+from messnet.searching.measure import CostMeasure
+from messnet.searching.objective import Objective
+from messnet.searching.optima import pareto_front, search_for
 
 
 class Size(NamedTuple):

@@ -40,7 +40,9 @@ from messnet.run.opening import adopt_pretrained, open_run
 from messnet.run.recipe import Recipe, load_recipe
 from messnet.run.run import Run
 from messnet.run.stages import run_stage
-from messnet.searching import FrontPoint, cost_of, pareto_front, route
+from messnet.searching.answers import FrontPoint
+from messnet.searching.grid import cost_of, route
+from messnet.searching.optima import pareto_front
 
 
 class Variant(NamedTuple):

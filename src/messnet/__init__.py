@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from messnet.records.exit_tables import ExitTables
     from messnet.records.instance import Exit, ExitChoice, Instance
     from messnet.run.calls import distill, evaluate, pretrain
-    from messnet.searching import search
+    from messnet.searching.optima import search
     from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions
 
 __all__ = [
@@ -90,7 +90,7 @@ _HOMES = {
     "load": "messnet.deployment.loading",
     "pretrain": "messnet.run.calls",
     "profile": "messnet.profiling",
-    "search": "messnet.searching",
+    "search": "messnet.searching.optima",
     "zoo": "messnet.network.zoo",
 }
 

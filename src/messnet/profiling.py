@@ -34,8 +34,6 @@ from messnet.policy.reference import image_confidence, should_exit
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.run_directory import provenance
 
-__all__ = ["profile", "running_copy"]
-
 _POLICY = Policy()
 _PIXEL_THRESHOLD = 0.9
 

@@ -26,7 +26,7 @@ from messnet.deployment.session import Session
 from messnet.records.instance import Instance, whole_model
 from messnet.records.measurements import Measurement, Measurements
 from messnet.records.run_directory import RunDirectory
-from messnet.searching import cost_of, route
+from messnet.searching.grid import cost_of, route
 
 BUNDLE = REPOSITORY / "examples/scenes_mobilenetv2.mess"
 RUN = REPOSITORY / "examples/camvid_mobilenetv2"

@@ -24,7 +24,7 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.iou import mean_iou
 from messnet.run.opening import open_run
-from messnet.searching import route
+from messnet.searching.grid import route
 
 FINAL = ExitChoice(exit_index=3, head="final")
 

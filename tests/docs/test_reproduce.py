@@ -15,7 +15,8 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD
 from messnet.run.opening import open_run
 from messnet.run.recipe import load_recipe
-from messnet.searching import cost_of, pareto_front, route
+from messnet.searching.grid import cost_of, route
+from messnet.searching.optima import pareto_front
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "reproduce.py"
 

@@ -14,7 +14,7 @@ from messnet.records.costs import CostTable, PartCost
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.names import CostName
-from messnet.searching import Grid
+from messnet.searching.grid import Grid
 
 COST_NAMES: tuple[CostName, ...] = get_args(CostName)
 COMPLETE = Grid(num_image_thresholds=1000)

@@ -25,9 +25,10 @@ from messnet.records.measurements import Gallery, Measurements
 from messnet.records.run_directory import RunDirectory
 from messnet.run.opening import open_run
 from messnet.run.stages import STAGES, run_stage
-from messnet.searching import Objective, cost_of, route
 from messnet.searching.cross_fitting import Folds
 from messnet.searching.findings import Findings
+from messnet.searching.grid import cost_of, route
+from messnet.searching.objective import Objective
 
 ARTEFACTS = {
     "exits.json",

@@ -13,8 +13,10 @@ from helpers.tables import COMPLETE, simulate, tiny
 from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.instance import ExitChoice, Instance
 from messnet.records.selection import AnytimeFigures, CostUnit, ReachedCost, ReachedIou, Selection
-from messnet.searching import AnytimeObjective, Limit, Objective, choose, pareto_front, search, search_for, words
+from messnet.searching import words
 from messnet.searching.answers import Comparison, FrontPoint
+from messnet.searching.objective import AnytimeObjective, Limit, Objective
+from messnet.searching.optima import choose, pareto_front, search, search_for
 
 OLD = """{
   "schema_version": 1, "name": "x", "setting": "input_dependent",

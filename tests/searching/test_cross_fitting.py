@@ -13,8 +13,10 @@ from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
-from messnet.searching import Grid, Limit, Objective, search_for
 from messnet.searching.cross_fitting import LEVELS, Folds, folds_of, search_tightened
+from messnet.searching.grid import Grid
+from messnet.searching.objective import Limit, Objective
+from messnet.searching.optima import search_for
 
 GRID = Grid(num_image_thresholds=5, max_exits=2)
 OBJECTIVES = [Objective(max_drop_pp=drop) for drop in (0.5, 2.0, 8.0)]

@@ -9,8 +9,9 @@ import pytest
 from helpers.tables import larger
 from messnet.errors import RunError
 from messnet.run.choosing import search_all
-from messnet.searching import Grid, words
+from messnet.searching import words
 from messnet.searching.findings import Findings
+from messnet.searching.grid import Grid
 from messnet.searching.options import Protocol, SearchOptions
 
 

@@ -24,20 +24,11 @@ from messnet.records.costs import CostTable, PartCost
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, ExitChoice, Instance
 from messnet.records.selection import CostUnit, Selection
-from messnet.searching import (
-    Grid,
-    Guarantee,
-    Limit,
-    Objective,
-    SearchResult,
-    certify,
-    choose,
-    cost_of,
-    pareto_front,
-    route,
-    search_for,
-)
-from messnet.searching.guarantee import certified_step, images_needed, loss_of, p_value, retreat_path
+from messnet.searching.answers import SearchResult
+from messnet.searching.grid import Grid, cost_of, route
+from messnet.searching.guarantee import certified_step, certify, images_needed, loss_of, p_value, retreat_path
+from messnet.searching.objective import Guarantee, Limit, Objective
+from messnet.searching.optima import choose, pareto_front, search_for
 
 NUM_PIXELS = 200
 BOLD = Objective(minimise="macs", max_drop_pp=12)

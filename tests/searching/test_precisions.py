@@ -16,7 +16,8 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.names import Setting
 from messnet.records.run_directory import RunDirectory
 from messnet.run.choosing import search_precisions, search_run
-from messnet.searching import Objective, search
+from messnet.searching.objective import Objective
+from messnet.searching.optima import search
 from messnet.searching.options import SearchOptions
 
 FAST = Objective(minimise="latency_ms", max_drop_pp=50)

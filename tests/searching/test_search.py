@@ -14,8 +14,9 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
 from messnet.records.names import CostName
-from messnet.searching import Front, Grid, Objective, choose, cost_of, pareto_front, route, search
-from messnet.searching.grid import columns_of
+from messnet.searching.grid import Grid, columns_of, cost_of, route
+from messnet.searching.objective import Objective
+from messnet.searching.optima import Front, choose, pareto_front, search
 
 
 def brute_force(

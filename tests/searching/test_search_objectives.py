@@ -17,17 +17,9 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance
 from messnet.records.names import CostName
-from messnet.searching import (
-    AnytimeObjective,
-    Grid,
-    Limit,
-    Objective,
-    cost_of,
-    pareto_front,
-    route,
-    search,
-    search_for,
-)
+from messnet.searching.grid import Grid, cost_of, route
+from messnet.searching.objective import AnytimeObjective, Limit, Objective
+from messnet.searching.optima import pareto_front, search, search_for
 
 
 def statistic_of(spent: list[float], statistic: str) -> Fraction:

@@ -8,14 +8,18 @@ import sys
 import pytest
 
 from helpers.tables import larger
-from messnet.searching import Grid, Objective, pareto_front, search_for
 from messnet.searching.exact.compiling import COMPILED
+from messnet.searching.grid import Grid
+from messnet.searching.objective import Objective
+from messnet.searching.optima import pareto_front, search_for
 
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = None  # as if it were not installed
 from helpers.tables import larger
-from messnet.searching import Grid, Objective, pareto_front, search_for
+from messnet.searching.grid import Grid
+from messnet.searching.objective import Objective
+from messnet.searching.optima import pareto_front, search_for
 tables, costs = larger(50_000)
 for max_exits in (2, 3):
     grid = Grid(num_image_thresholds=4, max_exits=max_exits)

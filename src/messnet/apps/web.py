@@ -21,8 +21,6 @@ from messnet.errors import RunError
 from messnet.records.files import expect_free, write_folder
 from messnet.records.names import Precision
 
-__all__ = ["find_onnxruntime_web", "write_web_page"]
-
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {name: name for name in ("index.html", "page.css", "page.js", "worker.js", "offline.js")}
 _PAGE_FILES["source.js"] = "device.js"

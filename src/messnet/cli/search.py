@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from messnet.searching.answers import SearchSetting
     from messnet.searching.options import SearchOptions
 
-__all__ = ["search"]
-
 Points = Sequence[tuple[float, float]]
 """Cost and mIoU of the points of a front."""
 

@@ -29,8 +29,6 @@ from messnet.records.names import Precision, RuntimeName
 if TYPE_CHECKING:
     from messnet.network.multi_exit import MultiExitNet
 
-__all__ = ["Result", "Session"]
-
 # For the image confidence of an instance that has no threshold of its own.
 _PIXEL_THRESHOLD = 0.9
 # Calls that a session remembers the times of, where no cost table foretells them.

@@ -13,8 +13,6 @@ from PIL import Image
 from messnet.errors import DataError
 from messnet.images.reading import read_image, rgb_of
 
-__all__ = ["ImageLike", "as_image", "each_image"]
-
 
 @runtime_checkable
 class Tensor(Protocol):

@@ -25,8 +25,6 @@ import numpy as np
 
 from messnet.errors import RunError
 
-__all__ = ["LEFT_OUT", "Format", "MismatchError", "Plain", "field_type", "from_plain", "to_plain", "type_options"]
-
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """The values that JSON and YAML hold."""
 

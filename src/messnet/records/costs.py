@@ -16,8 +16,6 @@ from messnet.records.files import write_atomically
 from messnet.records.instance import Exit
 from messnet.records.names import CostName
 
-__all__ = ["COST_TABLE", "Convention", "CostColumn", "CostName", "CostTable", "PartCost"]
-
 Convention = Literal["conv", "paper"]
 
 

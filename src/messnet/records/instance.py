@@ -9,8 +9,6 @@ from messnet.records.codec import LEFT_OUT, Format
 from messnet.records.names import Precision, Setting
 from messnet.records.selection import Expected
 
-__all__ = ["FINAL_HEAD", "Exit", "ExitChoice", "Instance", "Setting", "whole_model"]
-
 FINAL_HEAD = "final"
 
 

@@ -14,8 +14,6 @@ from messnet.records.instance import Exit, Instance
 from messnet.records.iou import class_iou, counts_of
 from messnet.records.selection import ExpectedShare
 
-__all__ = ["Delivered", "Gallery", "Measurement", "Measurements", "known"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:

@@ -25,8 +25,6 @@ from messnet.records.measurements import Gallery, Measurements
 from messnet.records.names import DTYPES, Precision, precision_of_dtype
 from messnet.records.shard import Shard
 
-__all__ = ["Artefact", "RunDirectory", "RunFile", "RunRecord", "provenance"]
-
 RUN_FILE = "run.json"
 DEFAULT_INSTANCE = "drop-1pp"
 

@@ -8,8 +8,6 @@ from typing import NamedTuple, cast, get_args
 
 from messnet.records.names import CostName, Statistic
 
-__all__ = ["AnytimeFigures", "CostUnit", "Expected", "ExpectedShare", "ReachedCost", "ReachedIou", "Selection"]
-
 _LIMIT, _IOU = "limit:", "iou:"
 
 

@@ -22,19 +22,6 @@ from messnet.images import colours
 from messnet.images.axes import LIGHT, Inks, style
 from messnet.images.drawing import coloured
 
-__all__ = [
-    "as_svg",
-    "confidence_colours",
-    "confidence_picture",
-    "data_uri",
-    "draw_cumulative_cost",
-    "draw_depth",
-    "draw_front",
-    "draw_heads",
-    "exit_colour",
-    "label_picture",
-]
-
 FRONT_COLOURS = ("#8b6cd0", "#2fa08e", "#d08a3c", "#4b86d3")
 MAX_CUT_LABELS = 30
 

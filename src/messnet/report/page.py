@@ -40,22 +40,6 @@ from messnet.searching import words
 from messnet.searching.findings import Findings
 from messnet.searching.words import CONFIDENT
 
-__all__ = [
-    "STAGE_1_ADVICE",
-    "ReportInputs",
-    "class_columns",
-    "exit_classes",
-    "exit_rows",
-    "exits_table",
-    "headline",
-    "measurements_markdown",
-    "not_in_table",
-    "rank_correlation",
-    "read_inputs",
-    "render_report",
-    "terminal_table",
-]
-
 HEADLINE_DROP_PP = 1.0
 STAGE_1_ADVICE = (
     "keep it as it came with pretrain.iterations: 0, which trains heads only, or lower pretrain.learning_rate"

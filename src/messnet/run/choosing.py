@@ -18,26 +18,14 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, Instance
 from messnet.records.names import Precision
 from messnet.records.run_directory import RunDirectory
-from messnet.searching import (
-    AnytimeObjective,
-    Front,
-    Guarantee,
-    Objective,
-    SearchResult,
-    SearchSetting,
-    certify,
-    choose,
-    pareto_front,
-    search_for,
-)
-from messnet.searching.answers import AnytimeProof
+from messnet.searching.answers import AnytimeProof, SearchResult, SearchSetting
 from messnet.searching.cross_fitting import Folds, answer, search_tightened
 from messnet.searching.findings import Findings, Judged, OneFinding
+from messnet.searching.guarantee import certify
 from messnet.searching.measure import CostMeasure, baseline_miou_of
-from messnet.searching.optima import nearest_on
+from messnet.searching.objective import AnytimeObjective, Guarantee, Objective
+from messnet.searching.optima import Front, choose, nearest_on, pareto_front, search_for
 from messnet.searching.options import SearchOptions
-
-__all__ = ["JUDGED_DROPS_PP", "Alternative", "best_of", "search_all", "search_precisions", "search_run"]
 
 _BYTES: dict[Precision, int] = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}
 

@@ -24,8 +24,6 @@ from messnet.records.names import precision_named
 from messnet.searching.options import SearchOptions
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
-__all__ = ["ModelOptions", "Recipe", "SearchOptions", "load_recipe", "recipe_from_record", "recipe_to_record"]
-
 _MOST_NODES = 100_000
 """Values in a recipe, aliases written out; those that come with messnet have fewer than 200."""
 _COLOUR = re.compile(r"(?:0x|#)([0-9a-fA-F]+)")

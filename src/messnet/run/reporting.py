@@ -19,12 +19,10 @@ from messnet.records.instance import Exit, Instance, whole_model
 from messnet.records.iou import chance_miou, class_iou
 from messnet.records.measurements import Delivered, Gallery, Measurement, Measurements, known
 from messnet.run.run import Run
-from messnet.searching import cost_of, route
 from messnet.searching.cross_fitting import error_of_drop
 from messnet.searching.findings import Findings
+from messnet.searching.grid import cost_of, route
 from messnet.searching.measure import Routed
-
-__all__ = ["measure_instances"]
 
 
 def measure_instances(run: Run, findings: Findings) -> tuple[Measurements, Gallery | None]:

@@ -27,16 +27,6 @@ from messnet.searching.measure import baseline_miou_of
 from messnet.training import distill, pretrain, space_exits
 from messnet.training.journal import say
 
-__all__ = [
-    "STAGES",
-    "deployed_tables_stage",
-    "distill_stage",
-    "evaluate_stage",
-    "merge_stage",
-    "merge_tables",
-    "run_stage",
-]
-
 
 def profile_stage(run: Run) -> None:
     """Convert the model: candidate exit points, the workload of every segment and head."""

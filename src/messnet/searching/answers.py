@@ -10,25 +10,6 @@ from messnet.records.instance import Instance
 from messnet.records.selection import CostUnit, Expected, Selection
 from messnet.searching.objective import AnytimeObjective, Guarantee, Limit, Objective
 
-__all__ = [
-    "MOST_IMAGES",
-    "AnytimeProof",
-    "AnytimeReach",
-    "Comparison",
-    "FrontPoint",
-    "Incumbent",
-    "Infeasible",
-    "Promise",
-    "Proof",
-    "Relaxed",
-    "Retreat",
-    "SearchResult",
-    "SearchSetting",
-    "Shortfall",
-    "Stopped",
-    "Tightened",
-]
-
 SearchSetting = Literal["budgeted", "input_dependent"]
 Stopped = Literal["", "time limit", "interrupted"]
 """Why a search ended before it had proved its answer; empty: it did not."""

@@ -36,18 +36,6 @@ from messnet.searching.measure import CostMeasure, Routed, baseline_miou_of, mee
 from messnet.searching.objective import Objective
 from messnet.searching.optima import Front, feasible, front_within, search_for
 
-__all__ = [
-    "LEVELS",
-    "Folds",
-    "Level",
-    "answer",
-    "error_of_drop",
-    "folds_of",
-    "model_itself",
-    "procedure",
-    "search_tightened",
-]
-
 FOLD_PRECISION = 0.001
 """mIoU by which the front of a fold may be below the best: it stands for a search, nothing of it is deployed."""
 

@@ -10,8 +10,6 @@ from messnet.searching.answers import Comparison, Infeasible, Proof, Tightened
 from messnet.searching.objective import Objective
 from messnet.searching.options import Protocol
 
-__all__ = ["Findings", "Judged", "OneFinding"]
-
 Points = list[tuple[float, float]]
 """(MACs per image, mIoU in [0, 1])."""
 

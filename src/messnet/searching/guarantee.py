@@ -36,16 +36,6 @@ from messnet.searching.grid import confidence_at, image_thresholds, route
 from messnet.searching.measure import CostMeasure, Routed, meets, reached_of
 from messnet.searching.objective import Guarantee, Objective
 
-__all__ = [
-    "certified_step",
-    "certify",
-    "images_needed",
-    "loss_of",
-    "no_dearer",
-    "p_value",
-    "retreat_path",
-]
-
 
 def certify(
     result: SearchResult,

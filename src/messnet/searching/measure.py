@@ -19,8 +19,6 @@ from messnet.records.selection import CostUnit, ReachedCost, ReachedIou
 from messnet.searching.grid import cost_of, route
 from messnet.searching.objective import Objective
 
-__all__ = ["DECIMALS", "CostMeasure", "Routed", "baseline_miou_of", "checked_column", "meets", "reached_of"]
-
 DECIMALS = 12
 """Decimals at which mIoU is compared: beyond, float sums of equal ratios differ."""
 

@@ -31,8 +31,6 @@ from messnet.searching.grid import Grid, route
 from messnet.searching.measure import DECIMALS, CostMeasure, Routed, baseline_miou_of, reached_of
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
-__all__ = ["Front", "choose", "feasible", "front_within", "nearest_on", "pareto_front", "search", "search_for"]
-
 SECONDS_TO_EXPLAIN = 20.0
 """How long an infeasible search looks for the nearest points."""
 

@@ -8,8 +8,6 @@ from typing import Literal
 from messnet.errors import RecipeError
 from messnet.searching.grid import Grid
 
-__all__ = ["Protocol", "SearchOptions"]
-
 Protocol = Literal["cross_fitted", "two_halves"]
 
 

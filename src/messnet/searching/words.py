@@ -32,25 +32,6 @@ from messnet.searching.answers import (
 from messnet.searching.findings import OneFinding
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
-__all__ = [
-    "CONFIDENT",
-    "amount",
-    "anytime_infeasible",
-    "axis",
-    "certificate",
-    "describe",
-    "expected",
-    "finding",
-    "infeasible",
-    "not_kept",
-    "objective_text",
-    "proof",
-    "runner_up",
-    "scaled_axis",
-    "verdict",
-    "with_words",
-]
-
 _UNITS: dict[CostName, tuple[float, str]] = {
     "macs": (1e9, "GMACs"),
     "macs_paper": (1e9, "GMACs in the paper's count"),

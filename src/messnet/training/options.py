@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.accelerators import CPUAccelerator
+from lightning_fabric.accelerators.cpu import CPUAccelerator
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
-from lightning_fabric.strategies import SingleDeviceStrategy
 from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
 from messnet.costs.latency import torch_device
 from messnet.data.transforms import AugmentOptions

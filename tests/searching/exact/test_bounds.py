@@ -10,11 +10,14 @@ import pytest
 
 from helpers.tables import COMPLETE, COST_NAMES, larger, tiny
 from messnet.records.arrays import IntArray
-from messnet.searching import CostMeasure, Grid, Objective, pareto_front, search
 from messnet.searching.exact import Control, Problem, Region, Tuning, cells, solve
 from messnet.searching.exact.bounds import MARGIN, remainder
 from messnet.searching.exact.candidates import evaluate_choice
 from messnet.searching.exact.solver import Solver
+from messnet.searching.grid import Grid
+from messnet.searching.measure import CostMeasure
+from messnet.searching.objective import Objective
+from messnet.searching.optima import pareto_front, search
 
 COARSE = Grid(num_image_thresholds=12, max_exits=2)
 

@@ -23,8 +23,6 @@ except ModuleNotFoundError as missing:
 else:
     COMPILED = True
 
-__all__ = ["COMPILED", "compiled", "loops_running"]
-
 F = TypeVar("F", bound=Callable[..., object])
 
 

@@ -45,8 +45,6 @@ from messnet.searching.exact.outcome import Control, Outcome, OutOfTimeError, Re
 from messnet.searching.exact.problem import Problem
 from messnet.searching.exact.tangent import NO_TANGENT, tangent_at
 
-__all__ = ["Solver"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
