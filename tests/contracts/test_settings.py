@@ -14,7 +14,8 @@ from helpers.images import smooth_image
 from messnet.deployment.session import Result, Session
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
-from messnet.records.instance import Exit, ExitChoice, Instance, Setting
+from messnet.records.instance import Exit, ExitChoice, Instance
+from messnet.records.names import Setting
 
 NUM_EXITS = 4
 HEADS = ["crm1-blocks0-fcn"] * (NUM_EXITS - 1) + ["final"]

@@ -8,8 +8,9 @@ import pytest
 
 from messnet.costs.break_even import break_even, verdict
 from messnet.errors import RecipeError, RunError
-from messnet.records.costs import CostName, CostTable, PartCost
+from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit
+from messnet.records.names import CostName
 
 
 def part(macs: float, latency_ms: float | None = None) -> PartCost:

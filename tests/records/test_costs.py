@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from messnet.errors import RunError
-from messnet.records.costs import CostName, CostTable, PartCost
+from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit
+from messnet.records.names import CostName
 from messnet.searching.exact.enumeration import _leaving
 from messnet.searching.exact.problem import MEAN, WHOLE_MAX, WHOLE_SUM
 

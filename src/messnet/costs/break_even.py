@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from messnet.errors import RecipeError
-from messnet.records.costs import CostName, CostTable
+from messnet.records.costs import CostTable
 from messnet.records.instance import Exit
+from messnet.records.names import CostName
 
 _PAID_BY_AN_IMAGE = ("macs", "macs_paper", "latency_ms", "latency_p95_ms")
 _DISAGREEMENT = 0.1  # between workload and latency, relative to the model
