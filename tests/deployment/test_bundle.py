@@ -161,7 +161,7 @@ def test_the_manifest_says_it_all(run: Path, exported: Path) -> None:
     assert (record["format"], record["schema_version"]) == ("messnet bundle", 1)
     assert record["messnet_version"] == messnet.__version__
     assert record["created"].startswith("20")
-    assert record["preprocessing"] == {"mean": list(MEAN), "std": list(STD), "input_size": [64, 80]}
+    assert record["preprocessing"] == {"mean": list(MEAN), "std": list(STD), "input_size": [64, 80], "resize": None}
     instance = json.loads((run / "instances/early.json").read_text())
     del instance["schema_version"]
     assert record["instance"] == {"expected": None, **instance}  # of an instance of one's own nothing is judged

@@ -88,6 +88,10 @@ def predict_tiled(
         raise DataError(f"an image is (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}: convert it")
     if batch_size < 1:
         raise RecipeError(f"a batch holds at least 1 tile, not {batch_size}")
+    if session.resize is not None:
+        raise RecipeError(
+            f"this network sees whole images, resized to {session.resize} pixels on the shorter side: leave tiles out"
+        )
     if tile is None:
         tile = session.input_size
     if tile is None:

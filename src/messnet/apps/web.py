@@ -67,6 +67,10 @@ def write_web_page(path: Path, out: Path, *, onnxruntime_web: Path, instance: st
     session = load(path, instance=instance, runtime="onnxruntime")
     bundle = open_bundle(path)
     manifest, sets = bundle.manifest, bundle.manifest.runtimes
+    if manifest.preprocessing.resize is not None:
+        raise RunError(
+            f"{path} was trained with data.resize, and the page does not resize images: use serve or predict"
+        )
     # That which the instance was made for comes first: the page computes in it until another is chosen.
     precisions = sorted(_PRECISIONS, key=lambda precision: precision != session.precision)
     found = {one: sets[graphs_for(one)].files for one in precisions if graphs_for(one) in sets}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from messnet.images.preprocessing import resize, resize_map
 
 __all__ = ["IGNORE_INDEX", "SegmentationDataset", "SegmentationSample"]
 
@@ -25,6 +27,11 @@ class SegmentationSample:
     mask: NDArray[np.uint8]
     difficulty: float = field(default=float("nan"))
     group: str = ""
+
+    def resized(self, shorter: int) -> SegmentationSample:
+        """With ``shorter`` pixels on the shorter side, as sessions see an image: ``messnet.images.preprocessing``."""
+        image = resize(self.image, shorter)
+        return replace(self, image=image, mask=resize_map(self.mask, (image.shape[0], image.shape[1])))
 
 
 class SegmentationDataset(Protocol):

@@ -63,6 +63,8 @@ class FileDataset(Generic[Label]):
         self._cache: dict[int, SegmentationSample] | None = {} if cache else None
         self.groups: tuple[str, ...] = ()
         """The group of each image, in order; empty where none is known."""
+        self.resize: int | None = None
+        """Pixels of the shorter side that images and masks are brought to; None: as they are."""
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -97,9 +99,11 @@ class FileDataset(Generic[Label]):
             )
         group = self.groups[index] if self.groups else ""
         sample = SegmentationSample(name=composed(path.stem), image=image, mask=mask, group=group)
+        if self.resize is not None:
+            sample = sample.resized(self.resize)
         if self._cache is not None:
             # Whoever changed a kept array would change it for every later epoch.
-            image.flags.writeable = mask.flags.writeable = False
+            sample.image.flags.writeable = sample.mask.flags.writeable = False
             self._cache[index] = sample
         return sample
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from messnet.data import SegmentationDataset
+import numpy as np
+from numpy.typing import NDArray
+
+from messnet.data import SegmentationDataset, SegmentationSample
 from messnet.data.ade20k import open_ade20k
 from messnet.data.camvid import open_camvid
 from messnet.data.cityscapes import open_cityscapes
 from messnet.data.coco import CocoOptions, open_coco
 from messnet.data.folders import open_folder
 from messnet.data.groups import with_groups
-from messnet.data.image_files import expect_class_names
+from messnet.data.image_files import FileDataset, expect_class_names
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.voc import VocOptions, open_voc
 from messnet.errors import DataError, RecipeError
@@ -55,6 +58,10 @@ class DataOptions:
     expression that is searched for in an image's name (its groups in parentheses, else all it matches), such as
     "^([^_]+)_"; "folder" (or "folder:2", the one above) for the folder that holds the image; or a file (.csv, .tsv,
     .txt) of two columns, name and group. None: each image stands for itself."""
+    resize: int | None = None
+    """Pixels of the shorter side that every image, and its mask, is brought to before anything else sees it, in
+    training, evaluation and prediction, as torchvision's Resize; labels come back at the image's own size. None: images
+    are taken as they are. For photographs, whose 12 million pixels would take seconds each."""
     cache: bool = True
     """For "folder" and "camvid": keep decoded images in memory. The other sets do not fit there."""
     scenes: ScenesOptions = ScenesOptions()
@@ -68,6 +75,8 @@ class DataOptions:
         if self.source != "scenes" and self.source not in SOURCES and ":" not in self.source:
             known = ", ".join(f"'{name}'" for name in SOURCES)
             raise RecipeError(f"no data source {self.source!r}: expected {known} or 'module:function'")
+        if self.resize is not None and self.resize < 1:
+            raise RecipeError(f"data.resize must be at least 1 pixel, got {self.resize}")
 
 
 def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> SegmentationDataset:
@@ -88,7 +97,35 @@ def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> Segmen
         expect_class_names(dataset.class_names)
     if len(dataset) == 0:
         raise DataError(f"the {split} split of data source {source!r} holds no image")
-    return dataset if options.group is None else with_groups(dataset, options.group, options.root)
+    if options.group is not None:
+        dataset = with_groups(dataset, options.group, options.root)
+    if isinstance(dataset, FileDataset):
+        dataset.resize = options.resize
+    elif options.resize is not None:
+        dataset = _Resized(dataset, options.resize)
+    return dataset
+
+
+@dataclass(frozen=True)
+class _Resized:
+    """A data set that is not in files, its samples resized."""
+
+    dataset: SegmentationDataset
+    shorter: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.dataset.class_names
+
+    @property
+    def palette(self) -> NDArray[np.uint8]:
+        return self.dataset.palette
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        return self.dataset[index].resized(self.shorter)
 
 
 def _open_files(options: DataOptions, split: Literal["train", "val"]) -> SegmentationDataset:

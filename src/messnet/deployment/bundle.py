@@ -64,13 +64,15 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """An image (H, W, 3) uint8 RGB becomes (image / 255 - mean) / std."""
+    """An image (H, W, 3) uint8 RGB, resized where ``resize`` says so, becomes (image / 255 - mean) / std."""
 
     mean: tuple[float, ...]
     """Per channel, (3,)."""
     std: tuple[float, ...]
     input_size: tuple[int, int]
-    """(height, width) of the training images; others are taken too."""
+    """(height, width) of the training images, resized; others are taken too."""
+    resize: int | None = None
+    """Pixels of the shorter side that an image is brought to; labels have the image's own size again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,6 +361,7 @@ def _expect_sound(manifest: Manifest) -> None:
         "class_names": 0 < len(classes) <= _MAX_CLASSES,
         "palette": len(manifest.palette) == len(classes) and _within(chain(*manifest.palette), 0, 255),
         "input_size": _within((height, width), 1, _MAX_SIDE) and height * width <= _MAX_PIXELS,
+        "resize": _within([manifest.preprocessing.resize or 1], 1, _MAX_SIDE),
         "model_options": _within(network.model_options.values()) and not _is_taken(network.model_options),
         "an exit point": 0 < len(points) <= _MAX_EXITS
         and _within((point.channels for point in points), 1, _MAX_CHANNELS)

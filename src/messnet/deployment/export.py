@@ -36,7 +36,7 @@ from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.colours import default_palette
-from messnet.images.preprocessing import MEAN, STD
+from messnet.images.preprocessing import MEAN, STD, resize
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.policy import Policy
@@ -111,6 +111,9 @@ def export(
         files[_WEIGHTS] = safetensors.torch.save(tensors)
         runtimes["torch"] = Runtime(files={"weights": _WEIGHTS})
     if graphs or eight_bits:
+        if blueprint.resize is not None:  # graphs see what the network sees
+            images = images and [resize(image, blueprint.resize) for image in images]
+            eight_bits = eight_bits and eight_bits.resized(blueprint.resize)
         size, multiple = static or blueprint.input_size, size_multiple(net)
         if size[0] % multiple or size[1] % multiple:
             raise RecipeError(f"--static {size[0]} {size[1]}: this network takes multiples of {multiple} only")
@@ -127,14 +130,14 @@ def export(
             named = {name: f"{graphs_for(precision)}/{name}.onnx" for name in found}
             files |= {named[name]: data for name, data in found.items()}
             runtimes[graphs_for(precision)] = Runtime(files=named, checked=checked)
-    own = ("class_names", "palette", "input_size")  # the manifest's
+    own = ("class_names", "palette", "input_size", "resize")  # the manifest's
     network = {name: value for name, value in json.loads(blueprint.to_json()).items() if name not in own}
     manifest = Manifest(
         messnet_version=__version__,
         created=_now(),
         class_names=blueprint.class_names,
         palette=blueprint.palette,
-        preprocessing=Preprocessing(mean=MEAN, std=STD, input_size=blueprint.input_size),
+        preprocessing=Preprocessing(mean=MEAN, std=STD, input_size=blueprint.input_size, resize=blueprint.resize),
         instance=chosen,
         network=from_plain(network, Network),
         runtimes=runtimes,
@@ -193,6 +196,7 @@ def _from_session(session: Session, model: str | None) -> _Source:
         palette=tuple((int(r), int(g), int(b)) for r, g, b in palette),
         input_size=session.input_size,
         exit_points=net.exit_points,
+        resize=session.resize,
     )
     return _Source("session", blueprint, net, session.instance, (workload, {}), {})
 

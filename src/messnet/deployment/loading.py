@@ -159,6 +159,7 @@ def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How, mod
         palette=np.array(manifest.palette, np.uint8),
         costs=_measured_costs(tables, runner, chosen),
         input_size=manifest.preprocessing.input_size,
+        resize=manifest.preprocessing.resize,
     )
 
 
@@ -191,6 +192,7 @@ def _load_run(path: Path, chosen: Instance, how: _How) -> Session:
         palette=np.array(blueprint.palette, np.uint8),
         costs=_measured_costs((file.path.read_bytes() for file in RunDirectory(path).all_measured()), runner, chosen),
         input_size=blueprint.input_size,
+        resize=blueprint.resize,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from messnet.deployment.graph_runner import OUTPUT, load_graph, stage_name
 from messnet.deployment.session import Session
 from messnet.errors import ModelError, RecipeError, needing_extras
-from messnet.images.preprocessing import normalise
+from messnet.images.preprocessing import normalise, resize, resize_map, resized_size
 from messnet.policy.graph import serialised
 from messnet.records.iou import mean_iou, pixel_counts
 
@@ -59,6 +59,18 @@ class EightBits:
     """What int8 may lose, see ``check_quantised``; None: 1 with labels, 3 without, where changed pixels count."""
     origin: Mapping[str, str | int] = field(default_factory=dict)
     """Where the images to calibrate on come from, for the manifest."""
+
+    def resized(self, shorter: int) -> EightBits:
+        """With ``shorter`` pixels on the shorter side of all images."""
+        calibration = [resize(image, shorter) for image in self.calibration]
+        samples = [
+            (
+                resize(image, shorter),
+                None if mask is None else resize_map(mask, resized_size((mask.shape[0], mask.shape[1]), shorter)),
+            )
+            for image, mask in self.samples
+        ]
+        return replace(self, calibration=calibration, samples=samples)
 
 
 # Operators with integer kernels in both runtimes; what lies between others stays in float.

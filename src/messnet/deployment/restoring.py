@@ -68,7 +68,8 @@ def restore_bundle(
             f"run the bundle's graphs with --runtime onnxruntime"
         )
     own = {"class_names": manifest.class_names, "palette": manifest.palette, "model": model or named}
-    record = {**asdict(manifest.network), **own, "input_size": manifest.preprocessing.input_size}
+    seen = {"input_size": manifest.preprocessing.input_size, "resize": manifest.preprocessing.resize}
+    record = {**asdict(manifest.network), **own, **seen}
     blueprint = Blueprint.from_json(json.dumps(record))
     exits = tuple(choice.exit for choice in manifest.instance.exits)
     net = blueprint.build(exits)

@@ -18,6 +18,7 @@ from messnet.errors import DataError, ModelError, PredictionError, RecipeError
 from messnet.images import drawing
 from messnet.images.colours import default_palette
 from messnet.images.inputs import ImageLike, as_image, each_image
+from messnet.images.preprocessing import resize, resize_map, resized_size
 from messnet.policy.arrays import image_confidence, nearest, refined_confidence_map
 from messnet.policy.labels import load_compiled
 from messnet.policy.policy import Policy
@@ -45,14 +46,16 @@ class Result:
     """Where the image stopped, from 0, shallow to deep."""
     latency_ms: float
     """From the normalised image on the device to the labels, everything before this exit included; of a batch from its
-    beginning."""
+    beginning. Without resizing the image and its labels, where a session does that."""
     logits: NDArray[np.float32]
     """(1, K, h, w) at the exit's own resolution."""
     output_stride: int
     policy: Policy
     pixel_threshold: float
     padded_size: tuple[int, int] | None = None
-    """(H, W) that the network saw, where that is more than the image."""
+    """(H, W) that the network saw, where that is more than the image, resized."""
+    resized_size: tuple[int, int] | None = None
+    """(H, W) that the image was resized to, where it was."""
     decided_on: float | None = None
     """The image confidence that let the image go, where the exit decided."""
     by_torch: bool = False
@@ -123,14 +126,15 @@ class Result:
 
     def confidence_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The confidence map before and after edge refinement, each (H, W) float32 in [0, 1]."""
-        height, width = self.labels.shape
+        height, width = self.resized_size or self.labels.shape
         maps = refined_confidence_map(self.logits, self.output_stride, self._seen, self.policy, by_torch=self.by_torch)
-        before, after = (nearest(one[0], self._seen)[:height, :width] for one in maps)
+        size = (self.labels.shape[0], self.labels.shape[1])
+        before, after = (resize_map(nearest(one[0], self._seen)[:height, :width], size) for one in maps)
         return before, after
 
     @property
     def _seen(self) -> tuple[int, int]:
-        return self.padded_size or (self.labels.shape[0], self.labels.shape[1])
+        return self.padded_size or self.resized_size or (self.labels.shape[0], self.labels.shape[1])
 
 
 class Session:
@@ -151,10 +155,12 @@ class Session:
         device: str = "cpu",
         costs: CostTable | None = None,
         input_size: tuple[int, int] | None = None,
+        resize: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """A network is run by torch on ``device``. ``costs`` are those of this runtime on this device: the time that
-        parts take, for deadlines, which are kept by ``clock`` (seconds)."""
+        parts take, for deadlines, which are kept by ``clock`` (seconds). With ``resize`` the network sees every image
+        with so many pixels on its shorter side, as it was trained on (``data.resize``)."""
         if not instance.exits:
             raise ModelError("the instance has no exits")
 
@@ -171,6 +177,8 @@ class Session:
         """What parts take on this device in this runtime; None where that was not measured."""
         self.input_size = input_size
         """(height, width) that the network was made for; others are taken too."""
+        self.resize = resize
+        """Pixels of the shorter side that images are brought to before the network sees them; None: as they are."""
         self._now = clock
         self._clock = _Clock(costs, instance.exits)
 
@@ -254,7 +262,7 @@ class Session:
         start = self._now()
         exits, pixels = self.instance.exits, as_image(image)
         results = self._results([pixels], exits, every=True)
-        size, before = (pixels.shape[0], pixels.shape[1]), 0.0
+        size, before = self._resized_size(pixels), 0.0
         for position in range(len(exits)):
             if position and deadline_ms is not None:
                 spent = (self._now() - start) * 1000
@@ -292,9 +300,10 @@ class Session:
         Segments and heads run as results are asked for. An exit that is passed costs its head and its confidence, but
         no labels at input resolution.
         """
-        size, seen = (images[0].shape[0], images[0].shape[1]), self._seen_size(images[0])
+        size = self._resized_size(images[0])
+        seen = self._seen_size(size)
         bottom, right = seen[0] - size[0], seen[1] - size[1]
-        batch = np.stack(images)
+        batch = np.stack(images if self.resize is None else [resize(image, self.resize) for image in images])
         if bottom or right:
             batch = np.pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
         live = self.runner.start(batch)
@@ -320,9 +329,8 @@ class Session:
             if labels is not None:
                 for row, found in zip(np.flatnonzero(leaving), labels, strict=True):
                     decided = None if step.confidence is None else float(step.confidence[row])
-                    found = found[: size[0], : size[1]]
                     member = int(members[row])
-                    image = images[member]
+                    image, found = images[member], found[: size[0], : size[1]]
                     yield member, self._result(choice, step.logits, int(row), image, found, spent, seen, decided)
             if last or (leaving.all() and not every):
                 return
@@ -350,7 +358,7 @@ class Session:
         decided_on: float | None,
     ) -> Result:
         return Result(
-            labels=labels,
+            labels=resize_map(labels, (image.shape[0], image.shape[1])),
             exit_index=choice.exit_index,
             latency_ms=seconds * 1000,
             logits=self.runner.array(logits, row),
@@ -358,6 +366,7 @@ class Session:
             policy=self.policy,
             pixel_threshold=self._pixel_threshold if choice.pixel_threshold is None else choice.pixel_threshold,
             padded_size=None if seen == labels.shape else seen,
+            resized_size=None if image.shape[:2] == labels.shape else (labels.shape[0], labels.shape[1]),
             decided_on=decided_on,
             by_torch=self.runtime in ("torch", "torch-compiled"),
             image=image,
@@ -365,9 +374,13 @@ class Session:
             palette=self.palette,
         )
 
-    def _seen_size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
-        """The image's size, or for a network that wants it the next multiple of its stride."""
-        height, width = image.shape[:2]
+    def _resized_size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
+        size = (image.shape[0], image.shape[1])
+        return size if self.resize is None else resized_size(size, self.resize)
+
+    def _seen_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size of an image, or for a network that wants it the next multiple of its stride."""
+        height, width = size
         if height % 32 == 0 and width % 32 == 0:
             return height, width
         multiple = self.runner.size_multiple()

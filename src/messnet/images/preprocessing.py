@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from messnet.errors import DataError
 
@@ -13,6 +16,34 @@ STD = (0.229, 0.224, 0.225)
 
 # Per channel, for pixel values in [0, 255]; float32 throughout, as graphs and networks compute.
 _SCALED_MEAN, _SCALED_STD = (np.array(values, np.float32).reshape(3, 1, 1) * np.float32(255) for values in (MEAN, STD))
+
+
+_Map = TypeVar("_Map", NDArray[np.uint8], NDArray[np.float32])
+
+
+def resized_size(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """(height, width) of an image of ``size`` whose shorter side becomes ``shorter`` pixels, as torchvision's Resize
+    has it: the longer one is rounded down."""
+    least = min(size)
+    height, width = (length * shorter // least for length in size)
+    return height, width
+
+
+def resize(image: NDArray[np.uint8], shorter: int) -> NDArray[np.uint8]:
+    """An image (H, W, 3) uint8 RGB with its shorter side at ``shorter`` pixels, bilinear and antialiased; the image
+    itself where it is so already."""
+    height, width = resized_size((image.shape[0], image.shape[1]), shorter)
+    if (height, width) == image.shape[:2]:
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resize_map(values: _Map, size: tuple[int, int]) -> _Map:
+    """Labels (H, W) uint8, or confidence (H, W) float32, at another ``size`` (height, width): every pixel takes the
+    value at its centre, so that no labels are mixed."""
+    if values.shape == size:
+        return values
+    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def normalise(image: NDArray[np.uint8]) -> NDArray[np.float32]:

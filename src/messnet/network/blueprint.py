@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
-from messnet.records.codec import Format
+from messnet.records.codec import LEFT_OUT, Format
 from messnet.records.instance import FINAL_HEAD, Exit
 
 
@@ -29,6 +29,8 @@ class Blueprint:
     """N - 1 early ones, then the end of the backbone."""
     head: str | None = None
     """The module that is the segmentation head, where it was named."""
+    resize: int | None = field(default=None, metadata=LEFT_OUT)
+    """Pixels of the shorter side that images are brought to before the network sees them; None: as they are."""
 
     def build(self, exits: tuple[Exit, ...] = ()) -> MultiExitNet:
         """The network with the heads of ``exits``, freshly initialised, in eval mode. Raises ModelError when the model

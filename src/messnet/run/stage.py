@@ -81,6 +81,7 @@ class Stage:
 
 LATER_OPTIONS: Mapping[str, object] = {
     "data.group": None,
+    "data.resize": None,
     "pretrain.optimizer": "sgd",
     "pretrain.ema": None,
     "pretrain.patience": None,

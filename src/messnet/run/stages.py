@@ -43,6 +43,7 @@ def profile_stage(run: Run) -> None:
         input_size=(height, width),
         exit_points=net.exit_points,
         head=options.head,
+        resize=run.recipe.data.resize,
     )
     # The blueprint first: what is left of a run that is killed here is done again, for the stage is not recorded.
     run.directory.exits.write(blueprint.to_json().encode())
