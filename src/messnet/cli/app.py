@@ -8,10 +8,11 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
@@ -23,6 +24,7 @@ from messnet.records.names import Precision, RuntimeName, precision_named, runti
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from messnet.deployment.session import Session
     from messnet.records.instance import Instance
     from messnet.records.run_directory import RunDirectory
     from messnet.run.recipe import Recipe
@@ -66,6 +68,37 @@ def named_runtime(_: object, tokens: Sequence[Token]) -> RuntimeName:
 PrecisionOption = Annotated[Precision, Parameter(converter=_precision)]
 RuntimeOption = Annotated[RuntimeName, Parameter(converter=named_runtime)]
 
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How a verb opens what is deployed, as ``load`` takes it. The record is the options: its fields, their defaults
+    and texts are the command's."""
+
+    instance: str | None = None
+    """One of the run's instances; by default the cheapest within 1 pp. A bundle has but one."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    """Where torch computes: auto is CUDA where there is any. mps and xpu are untested."""
+    runtime: RuntimeOption | None = None
+    """What computes; by default torch, or for a bundle with graphs onnxruntime where torch is not installed. A run's
+    graphs are made anew, which takes seconds an exit; a bundle exported for the runtime has them."""
+    precision: PrecisionOption | None = None
+    """The number format of weights and activations, where the runtime has it; by default f32, or the only one that a
+    bundle has graphs in. int8 takes a bundle that was exported with it."""
+    threads: int | None = None
+    """Threads of the processor for the network; by default as many as the runtime takes."""
+    model: str | None = None
+    """module:function that builds the network of a bundle whose model is its maker's own. What a bundle names is not
+    imported unless you name it here."""
+
+    def open(self, target: Path) -> Session:
+        """Raises as ``load`` does."""
+        from messnet.deployment.loading import load
+
+        tell_of_translating(self.runtime)
+        return load(target, **asdict(self))
+
+
+SessionFlags = Annotated[SessionOptions, Parameter(name="*")]
 
 FEW_IMAGES = 50
 """On 54 images instances for 0.1 pp lost 0.5 pp elsewhere (benchmarks/results/promise_cpu_202611.md)."""

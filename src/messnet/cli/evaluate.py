@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from messnet.cli.app import (
-    AsJson,
-    Out,
-    Overrides,
-    PrecisionOption,
-    RuntimeOption,
-    app,
-    do_stage,
-    examples,
-    open_target,
-    quieten,
-    say,
-)
+from messnet.cli.app import AsJson, Out, Overrides, SessionOptions, app, do_stage, examples, open_target, quieten, say
 from messnet.errors import DataError, RecipeError
 from messnet.records.names import Precision, RuntimeName, expect_runtime
 from messnet.records.shard import Shard
@@ -37,6 +25,7 @@ if TYPE_CHECKING:
     from messnet.records.instance import Instance
 
 _OF_DATA = "With --data: "
+_SESSION = SessionOptions()
 
 
 @app.command(
@@ -62,9 +51,6 @@ def evaluate(
         Path | None,
         Parameter(help="Score what is deployed on the images of this folder, which has images/ and masks/ (or val/)."),
     ] = None,
-    instance: Annotated[
-        str | None, Parameter(help=f"{_OF_DATA}one of the run's instances; by default all, and the baseline.")
-    ] = None,
     void_index: Annotated[
         int | None, Parameter(help=f"{_OF_DATA}the mask value to ignore, beside 255; by default the run's.")
     ] = None,
@@ -72,45 +58,30 @@ def evaluate(
         tuple[int, ...] | None,
         Parameter(help=f"{_OF_DATA}the mask value of class 0, 1, ...; by default the run's.", negative=()),
     ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps", "xpu"], Parameter(help=f"{_OF_DATA}where torch computes.")
-    ] = "auto",
-    runtime: Annotated[
-        RuntimeOption | None,
-        Parameter(
-            help="What computes, by default torch. Without --data the tables of another runtime or precision are "
-            "RUN/tables-RUNTIME-PRECISION.npz.",
-            show_default=False,
-        ),
-    ] = None,
-    precision: Annotated[
-        PrecisionOption | None,
-        Parameter(help="Of weights and activations, where the runtime has it; by default f32.", show_default=False),
-    ] = None,
-    threads: Annotated[int | None, Parameter(help=f"{_OF_DATA}of the processor, for the network.")] = None,
-    model: Annotated[
-        str | None, Parameter(help=f"{_OF_DATA}module:function that builds a bundle's network, as for `predict`.")
-    ] = None,
+    session: Annotated[SessionOptions, Parameter(name="*", group="What is deployed, with --data")] = _SESSION,
     as_json: AsJson = False,
 ) -> None:
-    """Tabulate what every exit does to every validation image, and print each exit's mIoU and IoU by class. With
-    --data: score the instances that are deployed on labelled images, with a confusion matrix of each in --json."""
+    """Tabulate what every exit does to every validation image, and print each exit's mIoU and IoU by class.
+
+    With --runtime or --precision the tables are of the network as another runtime computes it, or in another precision:
+    RUN/tables-RUNTIME-PRECISION.npz. With --data all instances of a run, or the one named by --instance, are scored on
+    labelled images beside its baseline, or a bundle's instance is; --json has the confusion matrix of each.
+    """
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")
     if data is not None:
         if overrides or out is not None or shard or merge:
             raise RecipeError("--data scores what is deployed: recipe values, --out, --shard and --merge mean nothing")
         quieten()
-        dataset, names = _labelled(data, target, void_index, mask_values), _names(target, instance)
+        dataset, names = _labelled(data, target, void_index, mask_values), _names(target, session.instance)
 
         def opened(one: str | Instance | None) -> Session:
             from messnet.deployment.bundle import is_bundle
             from messnet.deployment.loading import load
 
             # A run has no graphs in int8: what was searched in it is scored as its weights do.
-            own = precision if is_bundle(target) else precision or "f32"
-            how = {"device": device, "runtime": runtime, "precision": own, "threads": threads, "model": model}
-            return load(target, instance=one, **how)  # type: ignore[arg-type]  # mypy takes them for every option
+            own = session.precision if is_bundle(target) else session.precision or "f32"
+            return load(target, **(asdict(session) | {"instance": one, "precision": own}))
 
         from messnet.apps.scoring import score_sessions
 
@@ -119,9 +90,9 @@ def evaluate(
             score_sessions([opened(one) for one in names], ((one.image, one.mask) for one in samples)), as_json
         )
         return
-    if instance or void_index is not None or mask_values or threads or model:
+    if replace(session, runtime=None, precision=None) != _SESSION or void_index is not None or mask_values:
         raise RecipeError("options of what is deployed need labelled images: add --data FOLDER")
-    kind: tuple[RuntimeName, Precision] = runtime or "torch", precision or "f32"
+    kind: tuple[RuntimeName, Precision] = session.runtime or "torch", session.precision or "f32"
     expect_runtime(*kind)
     deployed = kind != ("torch", "f32")
     if deployed and (shard or merge):

@@ -8,25 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from messnet.cli.app import (
-    AsJson,
-    PrecisionOption,
-    RuntimeOption,
-    app,
-    examples,
-    quieten,
-    tell_of_few_images,
-    tell_of_translating,
-)
+from messnet.cli.app import AsJson, SessionFlags, SessionOptions, app, examples, quieten, tell_of_few_images
 from messnet.errors import DataError, RecipeError, needing_extras
 
 if TYPE_CHECKING:
     from messnet.apps.video import VideoOptions
     from messnet.deployment.session import Session
+
+
+_SESSION = SessionOptions()
 
 
 @app.command(
@@ -43,12 +37,7 @@ def predict(
     target: Path,
     *images: Path,
     out: Path = Path("predictions"),
-    instance: str | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto",
-    runtime: RuntimeOption | None = None,
-    precision: PrecisionOption | None = None,
-    threads: int | None = None,
-    model: str | None = None,
+    session: SessionFlags = _SESSION,
     batch_size: int = 1,
     deadline_ms: float | None = None,
     tile: tuple[int, int] | None = None,
@@ -75,15 +64,6 @@ def predict(
         target: A finished run, or a bundle.
         images: Image files and folders of them, or video files.
         out: Where to write.
-        instance: One of the run's instances; by default the cheapest within 1 pp. A bundle has but one.
-        device: Where torch computes: auto is CUDA where there is any. mps and xpu are untested.
-        runtime: What computes; by default torch, or for a bundle with graphs onnxruntime where torch is not installed.
-            A run's graphs are made anew, which takes seconds an exit; a bundle exported for the runtime has them.
-        precision: Of weights and activations, where the runtime has it; by default f32, or the only one that a bundle
-            has graphs in. int8 is of bundles that were exported with it.
-        threads: Of the processor, for the network; by default as many as the runtime takes.
-        model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
-            is not imported unless you name it here.
         batch_size: Images of one size, or tiles, that go through the network together.
         deadline_ms: Time per image: exit after exit while it lasts, the best result is kept.
         tile: Height and width of overlapping tiles that large images are cut into; each takes its own exit. Adds
@@ -105,20 +85,16 @@ def predict(
     """
     quieten()
     from messnet.apps.predictions import PredictOptions, image_files, predict_files
-    from messnet.deployment.loading import load
 
     # Opened when the arguments are known to be good: a network takes seconds to load, a wrong option should take none.
     def open_session() -> Session:
-        session = load(
-            target, instance=instance, device=device, runtime=runtime, precision=precision, threads=threads, model=model
-        )
-        tell_of_translating(runtime)
-        if runtime is None and session.runtime != "torch":
+        opened = session.open(target)
+        if session.runtime is None and opened.runtime != "torch":
             why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
-            print(f"messnet: {session.runtime} computes, for {why}", file=sys.stderr)
-        if instance is None:
-            tell_of_few_images(session.instance, target)
-        return session
+            print(f"messnet: {opened.runtime} computes, for {why}", file=sys.stderr)
+        if session.instance is None:
+            tell_of_few_images(opened.instance, target)
+        return opened
 
     sources = _videos(images, camera)
     # None where an option was not given: what is left in these belongs to the other kind of input.

@@ -51,7 +51,7 @@ def profile(
     num_classes: int | None = None,
     input_size: tuple[int, int] | None = None,
     measure: Annotated[bool, Parameter(negative="")] = False,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Literal["cpu", "cuda", "mps", "xpu"] | None = None,
     precision: Annotated[PrecisionOption | None, Parameter(name=("--precision", "--dtype"))] = None,
     runtime: RuntimeOption | None = None,
     model: str | None = None,
@@ -68,22 +68,22 @@ def profile(
 
     Args:
         target: A recipe (YAML), a run's directory, a bundle, or a model: of the zoo, or module:function of your own.
-        num_classes: Of a model; by default 21.
+        num_classes: Number of classes, for a model; by default 21.
         input_size: Height and width, for a model; by default 512 512.
         measure: Time every part here as well. A run keeps the table in RUN/costs, beside those of other devices.
-        device: To measure on; by default cpu.
-        precision: To measure in; by default f32. --dtype is its name in version 0.1.
-        runtime: Of a bundle, which needs its graphs (see export), or of a run, whose heads all get some first; by
-            default torch, of a bundle that torch cannot run onnxruntime.
+        device: Where to measure; by default cpu. mps and xpu are untested.
+        precision: The number format to measure in; by default f32. --dtype is the option's name in version 0.1.
+        runtime: What computes, by default torch. A bundle needs graphs for onnxruntime and openvino (see export) and is
+            measured in onnxruntime where torch cannot run it; graphs of all heads of a run are made first.
         model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
             is not imported unless you name it here.
         batch: Images at a time; by default 1.
-        threads: Of the processor; by default torch's choice.
+        threads: Threads of the processor; by default torch's choice.
         repeats: Rounds of measurement at most; by default 50, fewer where they agree to 1 % or take more than 10 s.
         thorough: 50 rounds or two minutes, whatever they agree to; of a model every head of the space, not just a
             plain and a light one for each exit.
-        name: Of a run's measured table; by default it says device, dtype and batch.
-        plot: Draw the cumulative cost and the chosen exit points, as PNG, SVG or PDF.
+        name: Name of a run's measured table; by default made of device, dtype and batch.
+        plot: Draw the cumulative cost and the chosen exit points into this file, PNG, SVG or PDF.
         out: A model's or bundle's table as JSON; for a recipe its run directory, by default runs/NAME.
     """
     given: dict[str, str | int | None] = {

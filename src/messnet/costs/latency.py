@@ -209,7 +209,10 @@ def torch_device(name: str) -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """The processor's or accelerator's own name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    if device.type == "cpu":
+        return processor_name()
+    name_of = getattr(getattr(torch, device.type), "get_device_name", None)
+    return str(name_of(device)) if name_of else f"{processor_name()} ({device.type})"
 
 
 def _slug(words: str) -> str:

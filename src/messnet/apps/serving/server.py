@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import socket
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack
 
 from PIL import Image
 
@@ -18,36 +19,28 @@ from messnet.apps.serving.images import encode_png
 from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.bundle import is_bundle
 from messnet.deployment.loading import load
+from messnet.deployment.session import Session
 from messnet.errors import DataError, MessError
 from messnet.images.reading import list_images
-from messnet.records.names import Precision, RuntimeName
 from messnet.records.run_directory import RunDirectory
 
 MAX_SAMPLES = 12
 
 
-class ModelOptions(TypedDict, total=False):
-    """The model that a service runs, as ``load`` takes it."""
-
-    instance: str | None
-    runtime: RuntimeName | None
-    precision: Precision | None
-    threads: int | None
-    model: str | None
-    device: str
-    """auto (the default), cpu or cuda."""
+OpenSession = Callable[[Path], Session]
+_LOAD: OpenSession = partial(load, device="auto")
 
 
-def serve(path: Path, options: ServeOptions, *, samples: Path | None = None, **model: Unpack[ModelOptions]) -> None:
+def serve(path: Path, options: ServeOptions, *, samples: Path | None = None, open_session: OpenSession = _LOAD) -> None:
     """Serves a run's instance, or a bundle, until SIGTERM or SIGINT; then answers every request that it has accepted.
 
-    ``samples`` is a folder of images that the page offers; None: those of a run's gallery. Raises MessError, one line,
-    when the model cannot be loaded or the address cannot be listened to.
+    ``samples`` is a folder of images that the page offers; None: those of a run's gallery. ``open_session`` loads the
+    model. Raises MessError, one line, when that cannot be done or the address cannot be listened to.
     """
     # Pillow warns of what the service refuses.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     with _listening(options) as sock:  # before the model is loaded: a port that is taken is known at once
-        service = open_service(path, options, samples=samples, **model)
+        service = open_service(path, options, samples=samples, open_session=open_session)
         host, port = sock.getsockname()[:2]
         # An IPv6 address stands in brackets in a URL.
         shown = f"[{host}]" if ":" in host else host
@@ -57,13 +50,12 @@ def serve(path: Path, options: ServeOptions, *, samples: Path | None = None, **m
 
 
 def open_service(
-    path: Path, options: ServeOptions, *, samples: Path | None = None, **model: Unpack[ModelOptions]
+    path: Path, options: ServeOptions, *, samples: Path | None = None, open_session: OpenSession = _LOAD
 ) -> Service:
     """The service that ``serve`` runs. Raises as it does."""
     # Before the model is loaded, which takes longer than to find that a sample cannot be read.
     chosen = None if samples is None else _samples_of(samples, options)
-    model.setdefault("device", "auto")
-    session = load(path, **model)
+    session = open_session(path)
     found = _gallery_of(path) if chosen is None else chosen
     return Service(session, options, samples=found, info=describe(path, session))
 
