@@ -71,10 +71,10 @@ def search_all(tables: ExitTables, costs: CostTable, options: SearchOptions) -> 
     recipe names: on all images with limits tightened by cross-fitting, or on the selection half as they are."""
     cross_fits = options.protocol == "cross_fitted"
     selection = _selection(tables, options)
-    # The front of all images and that of each fold have the same time, three quarters of it together: then a fold's
-    # stands for it. What is left is for objectives whose front is not proved by then.
+    # The front of all images has as long as that of each fold, which share half of what is left by then: so a fold's
+    # stands for it. The rest is for objectives whose front is not proved by then.
     budget = _Budget(options.time_limit)
-    each = budget.share(0.75 / (1 + options.folds if cross_fits else 1))
+    each = budget.share(1 / (1 + 2 * options.folds) if cross_fits else 0.75)
     fronts = {
         setting: pareto_front(selection, costs, setting=setting, grid=options.grid, time_limit=each, progress=True)
         for setting in ("budgeted", "input_dependent")
@@ -90,7 +90,7 @@ def search_all(tables: ExitTables, costs: CostTable, options: SearchOptions) -> 
             grid=options.grid,
             num_folds=options.folds,
             seed=options.seed,
-            time_limit=each,
+            time_limit=budget.share(1.0),
             progress=True,
         )
     found, instances = [], []
@@ -123,13 +123,18 @@ def _search_one(
     searched = objective if tightened is None else tightened.searched
     result: SearchResult | None = None
     if searched is not None:
+        results: list[SearchResult] = []
         with suppress(InfeasibleError):  # below, the front says what is nearest
-            if front.proof.optimal:
-                result = choose(front, searched, name=name)
-            else:  # one objective is proved sooner than the whole front
-                result = search_for(
-                    selection, costs, searched, grid=options.grid, name=name, time_limit=time_limit, progress=True
+            results.append(choose(front, searched, name=name))
+        if not front.proof.optimal:  # one objective is proved sooner than the whole front
+            with suppress(InfeasibleError):
+                results.append(
+                    search_for(
+                        selection, costs, searched, grid=options.grid, name=name, time_limit=time_limit, progress=True
+                    )
                 )
+        # With little time left the front may hold better; of two alike the proved one, which comes first.
+        result = min(results[::-1], key=_rank, default=None)
     if folds is None or tightened is None:
         why = None if result else nearest_on(front, objective)
     else:
@@ -296,12 +301,13 @@ def best_of(alternatives: Sequence[Alternative]) -> SearchResult:
     results = [one.result for one in alternatives if one.result is not None]
     if not results:
         raise InfeasibleError("; ".join(f"{one.name}: {one.why_none}" for one in alternatives))
+    return min(results, key=_rank)
 
-    def key(result: SearchResult) -> tuple[float, float]:
-        miou, cost = result.selection.miou, result.selection.cost
-        return (-miou, cost) if isinstance(result.objective, Objective) and result.objective.maximise else (cost, -miou)
 
-    return min(results, key=key)
+def _rank(result: SearchResult) -> tuple[float, float]:
+    """Smaller is better for the result's objective."""
+    miou, cost = result.selection.miou, result.selection.cost
+    return (-miou, cost) if isinstance(result.objective, Objective) and result.objective.maximise else (cost, -miou)
 
 
 def _in_absolute_terms(objective: Objective, tables: ExitTables, costs: CostTable) -> Objective:

@@ -12,6 +12,7 @@ of instances.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from messnet.records.arrays import FloatArray, IntArray
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Instance, whole_model
-from messnet.records.iou import class_iou, mean_iou
+from messnet.records.iou import class_iou
 from messnet.records.measurements import known
 from messnet.records.selection import Expected, ExpectedShare, ReachedCost, ReachedIou, Selection
 from messnet.searching import words
@@ -110,12 +111,15 @@ class Folds:
     num_folds: int = 5
     seed: int = 0
     time_limit: float | None = None
-    """Seconds for each front; then it is the best so far."""
+    """Seconds, from now on, for all fronts and what comes after them: the fronts of one objective take half of what is
+    left, evenly, and then are the best so far."""
     precision: float = FOLD_PRECISION
     progress: bool = False
     _fronts: dict[Objective, list[Front]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        Control(time_limit=self.time_limit)  # refuses one below 0 in the user's own figure
+        self.deadline = math.inf if self.time_limit is None else time.monotonic() + self.time_limit
         self.folds = folds_of(self.tables.group_ids(), self.num_folds, self.seed)
         kept_out = [np.flatnonzero(self.folds == fold) for fold in range(int(self.folds.max()) + 1)]
         self.kept_out: list[IntArray] = kept_out
@@ -127,7 +131,10 @@ class Folds:
         asked = replace(objective, minimise=measure.name, maximise=None, max_drop_pp=None, min_miou=None)
         asked = replace(asked, max_cost_ratio=None, max_cost=objective.max_cost if measure.unit.relative else None)
         if asked not in self._fronts:
-            control = Control(time_limit=self.time_limit, progress=self.progress)
+            # Half of what is left, so that however many further limits are tightened there is time for what follows.
+            left = self.time_left
+            each = None if left is None else left / (2 * len(self.kept_out))
+            control = Control(time_limit=each, progress=self.progress)
             self._fronts[asked] = [
                 front_within(
                     self.tables.subset(np.flatnonzero(self.folds != fold)),
@@ -141,6 +148,11 @@ class Folds:
                 for fold in range(len(self.kept_out))
             ]
         return self._fronts[asked]
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the time limit, >= 0; None: as long as it takes."""
+        return None if self.time_limit is None else max(0.0, self.deadline - time.monotonic())
 
     def routed(self, objective: Objective) -> Routed:
         """Every image through the instance that a search with this objective chooses without the image's fold."""
@@ -298,10 +310,6 @@ def search_tightened(
 
     Raises InfeasibleError, with the nearest, when no limits hold there and the user's model does not do either.
     """
-    begun = time.monotonic()
-    Control(time_limit=time_limit)  # refuses one below 0 in the user's own figure
-    # Half of the time for the folds, evenly; the search on all images has what is left.
-    each = None if time_limit is None else time_limit / (2 * num_folds)
     folds = Folds(
         tables=tables,
         costs=costs,
@@ -309,14 +317,15 @@ def search_tightened(
         grid=grid,
         num_folds=num_folds,
         seed=seed,
-        time_limit=each,
+        time_limit=time_limit,
         progress=progress,
     )
     tightened = folds.tighten(objective)
 
     def searched_for(one: Objective) -> SearchResult:
-        left = None if time_limit is None else max(0.0, time_limit - (time.monotonic() - begun))
-        return search_for(tables, costs, one, setting=setting, grid=grid, name=name, time_limit=left, progress=progress)
+        return search_for(
+            tables, costs, one, setting=setting, grid=grid, name=name, time_limit=folds.time_left, progress=progress
+        )
 
     found = None
     if tightened.searched is not None:
@@ -362,8 +371,10 @@ def error_of_drop(tables: ExitTables, routing: IntArray) -> float:
 
     def without_each(intersection: NDArray[np.int32], predicted: NDArray[np.int32]) -> FloatArray:
         """(G,) mIoU without each group, of counts (V, K)."""
-        summed = [_sums_without_each(tables, counts) for counts in (intersection, predicted, tables.labelled)]
-        return np.array([mean_iou(*(one[g] for one in summed)) for g in range(len(summed[0]))])
+        iou = class_iou(*(_sums_without_each(tables, one) for one in (intersection, predicted, tables.labelled)))
+        occurs = np.isfinite(iou)
+        with np.errstate(invalid="ignore"):  # 0 / 0: NaN where no class is left
+            return np.asarray(np.where(occurs, iou, 0).sum(1) / occurs.sum(1))
 
     routed = without_each(tables.intersection[images, routing], tables.predicted[images, routing])
     return _jackknife(without_each(*tables.baseline.swapaxes(0, 1)) - routed)
