@@ -18,9 +18,9 @@ asked. They differ in what they expect, and the last two in what is within:
 
 tightened   cross-fitted in five folds: searching.cross_fitting, what messnet does
 folds_3     the same in 3 folds, folds_10 in 10, folds_20 in 20
-fine        five folds, and limits in steps of 0.1 pp
 one_head_5  five folds, with one head at each exit point as above
 repeated    the mean of three deals into five folds (Burman 1989)
+fine_5      five folds and a list in steps of 0.1 pp, not 0.25; fine_10 in 10, fine_repeated with three deals
 optimism    the drop on the images searched on, plus its mean optimism in 10 bootstrap samples of groups (Efron 1983)
 out_of_bag  each sample's search judged on the groups that are not in the sample, counts of all samples together
 steady      five folds: the laxest up to which, from the tightest on, all expected drops are within what was asked
@@ -57,8 +57,9 @@ from messnet.searching.optima import Front, pareto_front
 
 LIMITS_PP, MARGIN_PP, SLACK_PP = (0.1, 0.5, 1.0, 2.0), 1.0, 0.05
 SEARCHED = ("half", "asked", "one_head", "margin")
-FITTED = ("folds_3", "folds_10", "folds_20", "fine", "one_head_5", "repeated", "optimism", "out_of_bag")
-PROCEDURES = (*SEARCHED, *FITTED, "steady", "one_error", "tightened")
+FITTED = ("folds_3", "folds_10", "folds_20", "repeated", "optimism", "out_of_bag", "one_head_5")
+FINE = ("fine_5", "fine_10", "fine_repeated")
+PROCEDURES = (*SEARCHED, *FITTED, *FINE, "steady", "one_error", "tightened")
 FINE_PP = tuple(np.arange(0, 6.01, 0.1))
 NUM_SAMPLES, NUM_DEALS = 10, 3
 
@@ -181,11 +182,16 @@ def one_split(
     def fitted(some: Folds) -> Callable[[Objective], float]:
         return lambda one: 100 * (baseline_miou_of(seen) - some.routed(one).miou)
 
+    def repeated(one: Objective) -> float:
+        return float(np.mean([fitted(some)(one) for some in deals]))
+
     expects: dict[str, Callable[[Objective], float]] = {
         **{f"folds_{number}": fitted(folds[number]) for number in (3, 10, 20)},
-        "fine": fitted(folds[5]),
+        "fine_5": fitted(folds[5]),
+        "fine_10": fitted(folds[10]),
         "one_head_5": fitted(of_few),
-        "repeated": lambda one: float(np.mean([fitted(some)(one) for some in deals])),
+        "repeated": repeated,
+        "fine_repeated": repeated,
         "optimism": samples.optimism,
         "out_of_bag": samples.out_of_bag,
     }
@@ -207,7 +213,7 @@ def one_split(
             if name not in expects:
                 continue
             expect = expects[name]
-            some = [Objective(max_drop_pp=limit - pp) for pp in FINE_PP] if name == "fine" else tried
+            some = [Objective(max_drop_pp=limit - pp) for pp in FINE_PP] if name in FINE else tried
             chosen[name] = next((one for one in some if expect(one) <= limit + 1e-9), None)
         found = folds[5].tighten(asked)
         chosen["tightened"] = found.searched
