@@ -23,7 +23,7 @@ from messnet.errors import MessError
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.run.choosing import search_all
-from messnet.searching import Grid
+from messnet.searching.grid import Grid
 from messnet.searching.options import Protocol, SearchOptions
 from messnet.searching.words import proof
 
