@@ -50,10 +50,11 @@ app = App(
 )
 
 Target = Annotated[Path, Parameter(help="A recipe (YAML), or the directory of a run, which remembers its recipe.")]
-Out = Annotated[Path | None, Parameter(help="Run directory; by default runs/NAME of the recipe.")]
+Out = Annotated[Path | None, Parameter(help="The run's directory; by default runs/NAME, after the file of the recipe.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as JSON.")]
 Overrides = Annotated[
-    str, Parameter(allow_leading_hyphen=True, help="Recipe values over the file's: --pretrain.iterations 500 ...")
+    str,
+    Parameter(allow_leading_hyphen=True, help="Values over those of the recipe: --pretrain.iterations 500 ..."),
 ]
 
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from messnet.data.sources import DataOptions
     from messnet.run.recipe import Recipe
 
-Data = Annotated[
-    Path, Parameter(help="A recipe (YAML), a run's directory, or the folder of a data set, with --data.source.")
-]
 UNNAMED = tuple(str(k) for k in range(255))
 """Class names of a folder that none were given for; those that no mask has are left out of the report."""
 
@@ -39,16 +36,20 @@ UNNAMED = tuple(str(k) for k in range(255))
     ),
 )
 def check_data(
-    target: Data,
+    target: Path,
     *overrides: Overrides,
-    plot: Annotated[Path | None, Parameter(help="Draw class shares and a few labelled images: PNG, SVG, PDF.")] = None,
-    groups: Annotated[
-        Path | None, Parameter(help="Write which images are nearly the same, a file (.csv) for data.group.")
-    ] = None,
+    plot: Path | None = None,
+    groups: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every image and mask of a data set and say what is in them, what is wrong, and what to do about it. Of a
-    recipe also what a run would refuse."""
+    """Read every image and mask of a data set and say what is in them, what is wrong, and what to do about it. For a
+    recipe also say what a run would refuse.
+
+    Args:
+        target: A recipe (YAML), a run's directory, or the folder of a data set, with --data.source.
+        plot: Draw class shares and a few labelled images into this file, PNG, SVG or PDF.
+        groups: Write which images are nearly the same into this file, a .csv for data.group.
+    """
     from messnet.data.listings import some
     from messnet.data.splits import compare_splits
     from messnet.run.checks import recipe_notes, recipe_problems
@@ -188,8 +189,8 @@ def init(
     *,
     out: Annotated[Path, Parameter(help="Where the recipe goes.")] = Path("recipe.yaml"),
 ) -> None:
-    """Look at a folder of images and masks, and write a commented recipe for it: classes, void, groups, sizes, class
-    weights."""
+    """Look at a folder of images and masks and write a commented recipe for it, with the classes, void, groups, sizes
+    and class weights that were found."""
     from tqdm import tqdm
 
     from messnet.run.proposal import propose_recipe

@@ -74,7 +74,7 @@ def export(
         out: A new folder, or a zip if it ends in .zip; by default RUN-INSTANCE.mess.
         runtime: onnxruntime adds graphs, which ONNX Runtime and OpenVINO run; each is checked against torch on some
             images.
-        precision: Of the graphs, one or both; by default what the instance was searched in, mostly f32. int8 takes the
+        precision: Number formats of the graphs, one or both; by default the instance's own, mostly f32. int8 takes the
             ranges of activations from 32 training images, and is compared with float on up to 100 validation images.
         max_loss_pp: What int8 may lose at most: percentage points of mIoU at any exit, by default 1; on images without
             labels the percentage of pixels that change, by default 3.

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from messnet.deployment.session import Session
     from messnet.records.instance import Instance
 
-_OF_DATA = "With --data: "
 _SESSION = SessionOptions()
 
 
@@ -40,24 +39,14 @@ _SESSION = SessionOptions()
     )
 )
 def evaluate(
-    target: Annotated[Path, Parameter(help="A recipe (YAML) or a run's directory; with --data a run or a bundle.")],
+    target: Path,
     *overrides: Overrides,
     out: Out = None,
-    shard: Annotated[
-        str | None, Parameter(help="Only this part of the images, K/N, into RUN/tables.KofN.npz.", show_default=False)
-    ] = None,
-    merge: Annotated[bool, Parameter(negative="", help="Put the parts that shards left together.")] = False,
-    data: Annotated[
-        Path | None,
-        Parameter(help="Score what is deployed on the images of this folder, which has images/ and masks/ (or val/)."),
-    ] = None,
-    void_index: Annotated[
-        int | None, Parameter(help=f"{_OF_DATA}the mask value to ignore, beside 255; by default the run's.")
-    ] = None,
-    mask_values: Annotated[
-        tuple[int, ...] | None,
-        Parameter(help=f"{_OF_DATA}the mask value of class 0, 1, ...; by default the run's.", negative=()),
-    ] = None,
+    shard: str | None = None,
+    merge: Annotated[bool, Parameter(negative="")] = False,
+    data: Path | None = None,
+    void_index: int | None = None,
+    mask_values: Annotated[tuple[int, ...] | None, Parameter(negative=())] = None,
     session: Annotated[SessionOptions, Parameter(name="*", group="What is deployed, with --data")] = _SESSION,
     as_json: AsJson = False,
 ) -> None:
@@ -66,6 +55,14 @@ def evaluate(
     With --runtime or --precision the tables are of the network as another runtime computes it, or in another precision:
     RUN/tables-RUNTIME-PRECISION.npz. With --data all instances of a run, or the one named by --instance, are scored on
     labelled images beside its baseline, or a bundle's instance is; --json has the confusion matrix of each.
+
+    Args:
+        target: A recipe (YAML) or a run's directory; with --data a run or a bundle.
+        shard: Only this part of the images, K/N, into RUN/tables.KofN.npz.
+        merge: Put the parts that shards left together.
+        data: Score what is deployed on the images of this folder, which has images/ and masks/ (or val/).
+        void_index: With --data: the mask value to ignore, beside 255; by default the run's.
+        mask_values: With --data: the mask value of class 0, 1, ...; by default the run's.
     """
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")

@@ -56,8 +56,8 @@ def predict(
 ) -> None:
     """Segment images, folders of images, videos or a camera, each image stopping at the first exit that is confident.
 
-    Of images: OUT/masks (class indices, PNG), OUT/overlays, OUT/confidence (0 to 255 for 0 to 1, PNG) and
-    OUT/predictions.json (exit taken, image confidence, latency). Of a video: OUT/NAME with overlay.mp4 and
+    From images it writes OUT/masks (class indices, PNG), OUT/overlays, OUT/confidence (0 to 255 for 0 to 1, PNG) and
+    OUT/predictions.json (exit taken, image confidence, latency). From a video it writes OUT/NAME with overlay.mp4 and
     timeline.json, .csv and .png; a camera's is OUT/camera0 and ends with Ctrl-C.
 
     Args:
@@ -77,9 +77,9 @@ def predict(
             for files of your own, best with --tile.
         camera: Number of a camera, in place of files.
         frame_budget_ms: Time per frame of a video: the next exit is begun only if it fits.
-        fps_budget: The same as frames per second.
-        hysteresis: Of a video, [0, 1): how much surer than its threshold a frame must be to leave earlier than the one
-            before, as a share of what is above the threshold; by default 0.1, 0 is off.
+        fps_budget: The same time, given as frames per second.
+        hysteresis: For videos, in [0, 1): how much surer than its threshold a frame must be to leave earlier than the
+            one before, as a share of what is above the threshold; by default 0.1, and 0 is off.
         masks: Write a mask of every frame of a video too.
         max_frames: Stop a video or a camera after so many frames.
     """

@@ -64,7 +64,7 @@ def profile(
     out: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert the model: candidate exit points, what every part costs, and whether early exits can pay.
+    """Convert the model, and say where it can exit, what every part costs and whether early exits can pay.
 
     Args:
         target: A recipe (YAML), a run's directory, a bundle, or a model: of the zoo, or module:function of your own.
@@ -77,14 +77,15 @@ def profile(
             measured in onnxruntime where torch cannot run it; graphs of all heads of a run are made first.
         model: module:function that builds the network of a bundle whose model is its maker's own. What a bundle names
             is not imported unless you name it here.
-        batch: Images at a time; by default 1.
+        batch: How many images are run at a time; by default 1.
         threads: Threads of the processor; by default torch's choice.
-        repeats: Rounds of measurement at most; by default 50, fewer where they agree to 1 % or take more than 10 s.
-        thorough: 50 rounds or two minutes, whatever they agree to; of a model every head of the space, not just a
-            plain and a light one for each exit.
+        repeats: The most rounds of measurement; by default 50, and fewer where they agree to 1 % or take 10 s.
+        thorough: Measure 50 rounds or for two minutes, even where rounds agree sooner; and for a model every head of
+            the space, not only a plain and a light one for each exit.
         name: Name of a run's measured table; by default made of device, dtype and batch.
         plot: Draw the cumulative cost and the chosen exit points into this file, PNG, SVG or PDF.
-        out: A model's or bundle's table as JSON; for a recipe its run directory, by default runs/NAME.
+        out: Where the table of a model or a bundle goes, as JSON; for a recipe the run's directory, by default
+            runs/NAME.
     """
     given: dict[str, str | int | None] = {
         "device": device,

@@ -112,43 +112,44 @@ _OBJECTIVE, _ANYTIME = _ObjectiveOptions(), _AnytimeOptions()
 def search(
     target: Target,
     *overrides: Overrides,
-    name: Annotated[str | None, Parameter(help="Search once more, for this objective; the instance's name.")] = None,
+    name: str | None = None,
     setting: Setting = "input_dependent",
     objective: Annotated[_ObjectiveOptions, Parameter(name="*")] = _OBJECTIVE,
     anytime: Annotated[_AnytimeOptions, Parameter(name="*")] = _ANYTIME,
     guarantee: Annotated[
         Guarantee | None,
-        Parameter(
-            converter=_guarantee,
-            n_tokens=2,
-            accepts_keys=False,
-            metavar="EPSILON DELTA",
-            help="Promise an expected loss <= EPSILON, certified on the other images, wrong with probability <= DELTA.",
-        ),
+        Parameter(converter=_guarantee, n_tokens=2, accepts_keys=False, metavar="EPSILON DELTA"),
     ] = None,
-    costs: Annotated[
-        list[Path] | None,
-        Parameter(
-            help="Tables of `profile --measure`; several: the least bad over all devices, or, where one is in int8 or "
-            "half precision, the best of all precisions. By default the run's profile.json, without latency.",
-            negative=(),
-        ),
-    ] = None,
-    time_limit: Annotated[
-        float | None, Parameter(help="Seconds; then, or at Ctrl-C, the best so far with its proved gap.")
-    ] = None,
-    plot: Annotated[Path | None, Parameter(help="Draw the front: FILE.png.")] = None,
-    front: Annotated[Path | None, Parameter(help="Write the front of this objective: FILE.json; with --name.")] = None,
+    costs: Annotated[list[Path] | None, Parameter(negative=())] = None,
+    time_limit: float | None = None,
+    plot: Path | None = None,
+    front: Path | None = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose exits, heads and thresholds; nothing is trained again.
 
-    Without --name: the recipe's instances (most accurate at <= 1x, cheapest at each allowed drop). With --name: one
-    instance for the objective given, beside the others in RUN/instances. Limits are tightened until they hold on images
-    that an instance was not chosen on, cross-fitted (search.protocol). With --guarantee half of the images select with
-    the limits as they are, and image thresholds then retreat until the promise holds: the share of correct pixels that
-    an image loses, expected, against the final exit.
+    Without --name the recipe's instances are searched: the most accurate one at no more work than the model's, and the
+    cheapest one at each drop that is allowed. With --name one instance is searched for the objective given, and kept
+    beside the others in RUN/instances.
+
+    Limits are tightened until they hold on images that the instance was not chosen on (search.protocol of the recipe:
+    cross_fitted). With --guarantee one half of the images selects, with the limits as they are, and image thresholds
+    then rise until the other half certifies the promise. A loss is the drop of an image's share of correct pixels
+    against the final exit.
+
+    Args:
+        name: Search for an objective of your own; this is the name of its instance.
+        setting: How the instance uses its exits. budgeted: it has but one; input_dependent: it takes the first that is
+            confident; anytime: it runs all in turn.
+        guarantee: Certify on the other half of the images that the expected loss is at most EPSILON. The certificate is
+            wrong with probability at most DELTA.
+        costs: Tables of `profile --measure`. Several are of several devices, of which the worst counts; or, where one
+            is in int8 or half precision, of several precisions, of which the best is taken. By default the run's
+            profile.json, which knows no latency.
+        time_limit: Seconds after which the search answers, as at Ctrl-C, with the best so far and its proved gap.
+        plot: Draw the front into this file, such as front.png.
+        front: Write the front of this objective into this file, as JSON; goes with --name.
     """
     # cyclopts gives the default record itself where no option was named, so to differ from it is to ask for something.
     own = objective != _OBJECTIVE or anytime != _ANYTIME or setting != "input_dependent"

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     )
 )
 def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
-    """Do all of it, from where it stopped: profile, pretrain, distill, evaluate, search, report."""
+    """Do all stages, or those that are left of a run that was stopped: profile, pretrain, distill, evaluate, search and
+    report."""
     opened = open_target(target, overrides, out)
     from messnet.run.stages import STAGES, run_stage
 
@@ -75,15 +76,18 @@ def distill(
     target: Target,
     *overrides: Overrides,
     out: Out = None,
-    shard: Annotated[str | None, Parameter(help="Train this part of the heads, K/N, into RUN/stage2.KofN.")] = None,
-    merge: Annotated[bool, Parameter(negative="", help="Put the parts that shards left together.")] = False,
-    pretrained: Annotated[
-        Path | None, Parameter(help="Take stage 1 from this run; data, model and pretrain sections must agree.")
-    ] = None,
+    shard: str | None = None,
+    merge: Annotated[bool, Parameter(negative="")] = False,
+    pretrained: Path | None = None,
 ) -> None:
     """Stage 2: train every head of the space on the frozen backbone, by default by positive filtering distillation.
 
     Under torchrun, or with --compute.devices, the processes divide the heads.
+
+    Args:
+        shard: Train this part of the heads, K/N, into RUN/stage2.KofN.safetensors.
+        merge: Put the parts that shards left together.
+        pretrained: Take stage 1 from this run; data, model and pretrain sections must agree.
     """
     if merge and (shard or pretrained):
         raise RecipeError("--merge puts together what is there: give it without --shard and --pretrained")

@@ -12,18 +12,17 @@ import json
 import math
 import re
 import zipfile
-import zlib
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
-from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
 
 from messnet.errors import RunError
+from messnet.records.files import UNREADABLE
 
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """The values that JSON and YAML hold."""
@@ -32,11 +31,6 @@ LEFT_OUT = MappingProxyType({"left_out": True})
 """Metadata of a field that is not written where it is None: files then are those of before there was the field."""
 
 _Record = TypeVar("_Record")
-
-# What json, zipfile and numpy raise for bytes that are not theirs: RuntimeError for JSON that is too deep and for a zip
-# that is encrypted or of a kind of its own, KeyError for an array that is not there.
-_UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error, MemoryError)
-
 
 # Tables of pixel counts compress 20 to 100 times, deflate at most a thousand times.
 _MOST_COMPRESSED = 300
@@ -122,7 +116,7 @@ class Format(Generic[_Record]):
         """Raises RunError, one line, when ``text`` is damaged, something else, or of another version."""
         try:
             record: object = json.loads(text)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._refused(error) from error
         return self._built(record)
 
@@ -141,7 +135,7 @@ class Format(Generic[_Record]):
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             meta: object = json.loads(str(arrays.pop("meta")))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._refused(error) from error
         return self._built({**meta, **arrays} if isinstance(meta, dict) else meta)
 

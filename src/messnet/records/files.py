@@ -12,9 +12,10 @@ from zipfile import BadZipFile
 
 from messnet.errors import RunError
 
-# What json, zipfile and the codec raise: KeyError for a member or a key that is not there, RuntimeError for an
-# encrypted zip and for JSON too deep. No TypeError and no AttributeError: those are faults of our own.
-_DAMAGED = (KeyError, ValueError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)
+# What json, zipfile, NumPy and the codec raise for bytes that are not theirs: KeyError for a member, an array or a key
+# that is not there, RuntimeError for an encrypted zip and for JSON too deep. No TypeError and no AttributeError: those
+# are faults of our own.
+UNREADABLE = (KeyError, ValueError, OSError, EOFError, RuntimeError, MemoryError, BadZipFile, zlib.error)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -61,7 +62,7 @@ def reading(what: str, *, made_by: str) -> Iterator[None]:
     the verb that makes it."""
     try:
         yield
-    except _DAMAGED as error:
+    except UNREADABLE as error:
         raise RunError(f"not {what} ({error}); make it again with `messnet {made_by}`") from error
 
 

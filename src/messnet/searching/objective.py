@@ -57,10 +57,10 @@ class Terms:
     """What every objective can name, whatever the setting."""
 
     max_drop_pp: float | None = None
-    """Largest mIoU drop against your model on the same images, percentage points (anytime: of the last result): as it
-    was delivered where model.weights were given, else the final exit."""
+    """Largest drop of mIoU, in percentage points, against your model on the same images: as it was delivered where
+    model.weights were given, else as its final exit is now. In the anytime setting it holds for the last result."""
     min_miou: float | None = None
-    """Least mIoU, in [0, 1] (anytime: of the last result)."""
+    """Least mIoU, in [0, 1]; in the anytime setting that of the last result."""
     cost: CostName = "macs"
     """The cost that is constrained when mIoU is maximised, or the cost of anytime results."""
 
@@ -84,17 +84,17 @@ class Objective(Terms):
     """The least cost, or the best mIoU, subject to every constraint that is not None."""
 
     minimise: CostName | None = None
-    """Look for the instance that costs least. Give minimise or maximise; neither: minimise macs."""
+    """Look for the instance that costs least. Give minimise or maximise; without either, macs are minimised."""
     maximise: Literal["miou"] | None = None
     """Look for the most accurate instance."""
     statistic: Statistic = "mean"
-    """How that cost is counted over the images: their mean, the costliest one's, or what 95 % of them do not exceed."""
+    """How the cost is counted over the images: their mean, the costliest one's, or what 95 % of them do not exceed."""
     max_cost: float | None = None
-    """Largest cost per image, in the unit of the cost; with several cost tables on each device."""
+    """Largest cost per image, in the unit of the cost; with several cost tables it holds on each device."""
     max_cost_ratio: float | None = None
-    """Largest cost per image, relative to your whole model; with several cost tables on each device."""
+    """Largest cost per image, relative to your whole model; with several cost tables it holds on each device."""
     limits_on: tuple[Limit, ...] = ()
-    """A further cost that must hold: parameters<=3e6, latency_ms.p95<=40, macs<=0.5x (the model's). May be repeated."""
+    """A limit on a further cost: parameters<=3e6, latency_ms.p95<=40, macs<=0.5x (of the model's). May be repeated."""
     min_class_iou: tuple[tuple[str, float], ...] = ()
     """Least IoU of a class, such as car=0.6. May be repeated."""
 

@@ -28,7 +28,7 @@ from messnet.searching.answers import (
 from messnet.searching.anytime import search_anytime
 from messnet.searching.exact import Control, Outcome, Problem, Region, solve
 from messnet.searching.grid import Grid, route
-from messnet.searching.measure import DECIMALS, CostMeasure, Routed, baseline_miou_of, reached_of
+from messnet.searching.measure import CostMeasure, Routed, reached_of
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 
 SECONDS_TO_EXPLAIN = 20.0
@@ -44,14 +44,27 @@ class Front:
     static: tuple[FrontPoint, ...]
     """The front of the budgeted setting: static truncated models."""
     setting: SearchSetting
-    unit: CostUnit
-    baseline_miou: float
-    """mIoU of the model that drops are counted against, on the same images."""
-    baseline_cost: float
-    """Cost of the user's whole model; 1 where costs are relative to it."""
-    num_images: int
     proof: Proof
     problem: Problem = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, problem: Problem, outcome: Outcome, setting: SearchSetting) -> Front:
+        return cls(points=outcome.front, static=outcome.static, setting=setting, proof=outcome.proof, problem=problem)
+
+    @property
+    def unit(self) -> CostUnit:
+        """Of the points' costs."""
+        return self.problem.measure.unit
+
+    @property
+    def baseline_miou(self) -> float:
+        """mIoU of the model that drops are counted against, on the same images."""
+        return self.problem.baseline_miou
+
+    @property
+    def baseline_cost(self) -> float:
+        """Cost of the user's whole model; 1 where costs are relative to it."""
+        return self.problem.measure.baseline
 
     @property
     def certificate(self) -> str:
@@ -61,7 +74,7 @@ class Front:
     def select(self, point: FrontPoint) -> Selection:
         """A point's figures, beside those of the user's model."""
         return Selection(
-            num_images=self.num_images,
+            num_images=self.problem.num_images,
             unit=self.unit,
             miou=point.miou,
             cost=point.cost,
@@ -143,14 +156,13 @@ def search_for(
     measure = CostMeasure.of(objective, costs)
     # The region is what the solver exploits; further limits and floors are the problem's own.
     problem = Problem(tables, measure, objective, grid)
-    least_miou, largest_cost = _limits(tables, measure, objective)
-    region = Region(objective.goal, max(-1.0, least_miou), largest_cost)
+    region = _region(problem, objective)
     control = Control(time_limit=time_limit, should_stop=should_stop, progress=progress)
     outcome = solve(problem, region, setting=setting, control=control)
     # Nothing within the constraints: what would be, if one of them were relaxed.
     if not outcome.best:
-        raise InfeasibleError(words.infeasible(_infeasible(tables, measure, objective, setting, grid)))
-    front = _front_of(problem, measure, outcome, setting)
+        raise InfeasibleError(words.infeasible(_infeasible(problem, objective, setting)))
+    front = Front.of(problem, outcome, setting)
     reached = reached_of(objective, measure, Routed.through(tables, outcome.best[0].instance))
     result = _result_of(front, objective, outcome.best, outcome.proof, name, reached)
     return replace(result, incumbents=outcome.incumbents)
@@ -199,21 +211,11 @@ def choose(front: Front, objective: Objective, *, name: str = "instance") -> Sea
     return _result_of(front, objective, points, front.proof, name)
 
 
-def nearest_on(front: Front, objective: Objective) -> Infeasible:
-    """Why no point of a front is what an objective asks for."""
-    return _nearest(front, objective, *_limits_at(front, objective))
-
-
-def _nearest(
-    front: Front,
-    objective: Objective,
-    least_miou: float,
-    largest_cost: float,
-    *,
-    further: bool = False,
-    relaxed: Sequence[Relaxed] = (),
+def nearest_on(
+    front: Front, objective: Objective, *, further: bool = False, relaxed: Sequence[Relaxed] = ()
 ) -> Infeasible:
-    points = front.points
+    """Why no point of a front is what an objective asks for; ``further`` and ``relaxed`` as Infeasible has them."""
+    points, (least_miou, largest_cost) = front.points, front.problem.limits(objective)
     affordable = [point for point in points if point.cost <= largest_cost]
     accurate = [point for point in points if point.miou >= least_miou]
     # Each point once, by ascending cost.
@@ -250,38 +252,17 @@ def front_within(
     _expect_setting(setting)
     problem = Problem(tables, measure, objective, grid or Grid())
     outcome = solve(problem, Region("front", precision=precision), setting=setting, control=control)
-    return _front_of(problem, measure, outcome, setting)
+    return Front.of(problem, outcome, setting)
 
 
-def _front_of(problem: Problem, measure: CostMeasure, outcome: Outcome, setting: SearchSetting) -> Front:
-    return Front(
-        points=outcome.front,
-        static=outcome.static,
-        setting=setting,
-        unit=measure.unit,
-        baseline_miou=baseline_miou_of(problem.tables),
-        baseline_cost=measure.baseline,
-        num_images=problem.num_images,
-        proof=outcome.proof,
-        problem=problem,
-    )
-
-
-def _limits(tables: ExitTables, measure: CostMeasure, objective: Objective) -> tuple[float, float]:
-    """Least mIoU, -inf for any, and largest cost, in the measure's unit."""
-    return round(objective.least_miou(baseline_miou_of(tables)), DECIMALS), measure.largest(objective)
-
-
-def _limits_at(front: Front, objective: Objective) -> tuple[float, float]:
-    """The same of a front, whose problem knows no cost tables any more."""
-    ratio = np.inf if objective.max_cost_ratio is None else objective.max_cost_ratio * front.baseline_cost
-    absolute = np.inf if objective.max_cost is None or front.unit.relative else objective.max_cost
-    return round(objective.least_miou(front.baseline_miou), DECIMALS), min(ratio, absolute)
+def _region(problem: Problem, objective: Objective) -> Region:
+    least_miou, largest_cost = problem.limits(objective)
+    return Region(objective.goal, max(-1.0, least_miou), largest_cost)
 
 
 def feasible(front: Front, points: Sequence[FrontPoint], objective: Objective) -> list[FrontPoint]:
     """The points (by ascending cost) that meet the constraints, best first."""
-    least_miou, largest_cost = _limits_at(front, objective)
+    least_miou, largest_cost = front.problem.limits(objective)
     met = [p for p in points if p.miou >= least_miou and p.cost <= largest_cost]
     return met[::-1] if objective.maximise else met
 
@@ -325,9 +306,8 @@ def _compare(front: Front, objective: Objective, chosen: FrontPoint) -> Comparis
         if not all(one in tables.exits for one in exits):
             continue
         exits += [final] if len(indices) < len(chosen.instance.exits) else []
-        least_miou, largest_cost = _limits_at(front, objective)
         # Its thresholds are free: all of them are evaluated.
-        region = Region(objective.goal, max(-1.0, least_miou), largest_cost)
+        region = _region(front.problem, objective)
         positions = [tables.exits.index(one) for one in exits]
         rivals += solve(front.problem, region, setting=front.setting, choice=positions).best[:1]
 
@@ -343,17 +323,16 @@ def _compare(front: Front, objective: Objective, chosen: FrontPoint) -> Comparis
     )
 
 
-def _infeasible(
-    tables: ExitTables, measure: CostMeasure, objective: Objective, setting: SearchSetting, grid: Grid
-) -> Infeasible:
+def _infeasible(problem: Problem, objective: Objective, setting: SearchSetting) -> Infeasible:
     """The nearest feasible points in each constraint: what is possible when the others hold."""
+    tables, measure = problem.tables, problem.measure
 
     def front_under(other: Objective) -> tuple[Front, CostMeasure]:
         own = CostMeasure.of(other, measure.devices)
         control = Control(time_limit=SECONDS_TO_EXPLAIN)
-        return front_within(tables, own, other, setting=setting, grid=grid, control=control), own
+        return front_within(tables, own, other, setting=setting, grid=problem.grid, control=control), own
 
-    least_miou, largest_cost = _limits(tables, measure, objective)
+    least_miou, _ = problem.limits(objective)
     front, _ = front_under(objective)
     relaxed: list[Relaxed] = []
     # Without one limit: the least of its cost that all other constraints take.
@@ -371,7 +350,7 @@ def _infeasible(
         ious = [_class_iou(tables, point.instance, name) for point in without.points]
         relaxed += [Relaxed((name, floor), max(ious), own.unit)] if ious else []
     further = bool(objective.limits_on or objective.min_class_iou or measure.unit.relative)
-    return _nearest(front, objective, least_miou, largest_cost, further=further, relaxed=relaxed)
+    return nearest_on(front, objective, further=further, relaxed=relaxed)
 
 
 def _class_iou(tables: ExitTables, instance: Instance, name: str) -> float:

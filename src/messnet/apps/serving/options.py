@@ -27,11 +27,11 @@ class ServeOptions:
     max_concurrency: int = 32
     """Requests in work from one address, of IPv6 from one network of 64 bits; one more is 429."""
     max_connections: int = 256
-    """Open at once; then the one that has waited longest for a request is closed."""
+    """Connections that may be open at once; beyond, the one that has waited longest for a request is closed."""
     timeout_s: float = 30.0
-    """For a request, from its first byte to its answer; then it is 408 while its body comes in, else 503."""
+    """Time for a request, from its first byte to its answer; after it 408 while the body comes in, else 503."""
     header_s: float = 10.0
-    """For the head of a request, from the beginning of its connection or the end of the answer before."""
+    """Time for the head of a request, from the beginning of its connection or the end of the answer before."""
     decode_s: float = 2.0
     """Processor time to decode one image; more is 422."""
     batch_size: int = 8

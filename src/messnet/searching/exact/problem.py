@@ -16,7 +16,7 @@ from messnet.records.names import Setting, Statistic
 from messnet.searching.answers import FrontPoint
 from messnet.searching.exact.arrays import MEAN, P95, WHOLE_MAX, WHOLE_SUM, WORST, Arrays, Counts, Frontier
 from messnet.searching.grid import Column, Grid, columns_of
-from messnet.searching.measure import CostMeasure, checked_column
+from messnet.searching.measure import DECIMALS, CostMeasure, baseline_miou_of, checked_column
 from messnet.searching.objective import Objective
 
 _KINDS: dict[Statistic, int] = {"mean": MEAN, "worst": WORST, "p95": P95}
@@ -42,7 +42,8 @@ class Problem:
     def __init__(self, tables: ExitTables, measure: CostMeasure, objective: Objective, grid: Grid):
         # Input that no search can answer for is refused before anything is computed.
         _check(tables, grid)
-        self.tables, self.grid, self.policy = tables, grid, grid.policy_of(tables)
+        self.tables, self.measure, self.grid, self.policy = tables, measure, grid, grid.policy_of(tables)
+        self.baseline_miou = baseline_miou_of(tables)
         self.columns: list[list[Column]] = []
         self.num_declared: list[int] = []
         for position in range(tables.final):
@@ -76,6 +77,11 @@ class Problem:
     @property
     def num_images(self) -> int:
         return len(self.tables.image_names)
+
+    def limits(self, objective: Objective) -> tuple[float, float]:
+        """What an objective over the same cost allows: the least mIoU, -inf for any, and the largest cost, in the
+        measure's unit."""
+        return round(objective.least_miou(self.baseline_miou), DECIMALS), self.measure.largest(objective)
 
     def num_before(self, position: int) -> int:
         """The number of exits at shallower exit points than that of ``position``; they come first in the tables."""
