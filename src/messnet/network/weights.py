@@ -35,10 +35,10 @@ def load_weights(model: nn.Module, source: str | Path) -> list[str]:
     """Loads ``source`` into ``model`` and returns what was not as expected but harmless, a sentence each.
 
     ``source`` is a .safetensors file, a torch state dict (.pt, .pth, alone or in a checkpoint; read as weights only: no
-    code in it is run), or torchvision's name of weights, which are downloaded once. Names may begin with whatever the model was wrapped in; what a file holds besides, such as a
-    criterion, is left out then. So are tensors of an auxiliary classifier that the model does not have. Where only the
-    last layer (of the model, and of its auxiliary classifier) differs, and only in the number of classes, that layer
-    keeps its initial weights and the rest is loaded.
+    code in it is run), or torchvision's name of weights, which are downloaded once. Names may begin with whatever the
+    model was wrapped in; what a file holds besides, such as a criterion, is left out then. So are tensors of an
+    auxiliary classifier that the model does not have. Where only the last layer (of the model, and of its auxiliary
+    classifier) differs, and only in the number of classes, that layer keeps its initial weights and the rest is loaded.
 
     Raises ModelError when it cannot be read, or a tensor is missing, unexpected, of another shape, no floating-point
     one or not finite; nothing is loaded then.
