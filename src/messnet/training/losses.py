@@ -75,7 +75,7 @@ def teach(
 ) -> Teacher:
     """Folds a distillation loss of the final exit y_N and the labels t into one target distribution.
 
-    pfd (positive filtering distillation, the ECCV poster):
+    pfd (positive filtering distillation, the paper's):
         L_i = alpha * 1(argmax y_N = t) * CE(y_i, t) + (1 - alpha) * KL(y_N || y_i)
     kd (knowledge distillation):
         L_i = alpha * CE(y_i, t) + (1 - alpha) * KL(y_N || y_i)

@@ -180,7 +180,7 @@ class PretrainOptions(TrainOptions):
     "end_to_end", all, in every iteration."""
     schedule: Schedule = "alternating"
     """Which early exits are active under "exit_aware". "alternating": one per iteration, in turn. "modulo": exit i when
-    i divides the iteration. The paper's two posters have one each (docs/method.md#training)."""
+    i divides the iteration. The paper describes both (docs/method.md#training)."""
     head_learning_rate: float | None = None
     """The learning rate of the final head and the early ones, scaled alike; None: ``learning_rate``. Ten times that
     where the backbone is trained and the head is new, as in DeepLab's recipes (Chen et al., TPAMI 2018)."""

@@ -9,9 +9,8 @@
     description.py  what it says of the model
     decoders.py     bytes to image, in processes that can be ended; decoding.py runs in them
     batching.py     the one thread that owns the session; batches of requests, refinements one by one
-    images.py       labels to PNG
     options.py      the limits
-    page.html       the page at /
 
-Nothing is imported here, so that a process that decodes is soon ready: ``server.serve`` starts a service.
+The page at / is in ``apps/page``. Nothing is imported here, so that a process that decodes is soon ready:
+``server.serve`` starts a service.
 """

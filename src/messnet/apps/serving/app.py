@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
@@ -32,11 +33,11 @@ from messnet.apps.serving.decoders import Decoders
 from messnet.apps.serving.decoding import RequestError
 from messnet.apps.serving.description import ModelInfo
 from messnet.apps.serving.gate import BUSY, Gate, Metrics, client_of, drain
-from messnet.apps.serving.images import encode_mask, encode_overlay
 from messnet.apps.serving.openapi import FORMAT_NAMES, NDJSON, STOP_NAMES, specification
 from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.session import Session
 from messnet.errors import MessError, one_line
+from messnet.images.drawing import as_png, mask, overlay
 
 _T = TypeVar("_T")
 _PAGE = Path(__file__).parents[1] / "page"
@@ -59,6 +60,8 @@ _NUM_DECODERS = _NUM_ENCODERS = 2
 # For so long after a request that was given up for time, and none answered since, the service says it is overloaded.
 _OVERLOADED_S = 5.0
 _LONGEST_ERROR = 500
+# In half the time of Pillow's default, for a few per cent more bytes.
+_png = partial(as_png, compress_level=3)
 _ANSWERED = (RequestError, HTTPException, MessError, ClientDisconnect, Exception)
 
 
@@ -258,8 +261,10 @@ class Service:
         }
         if format == "json":
             return JSONResponse(await self._encoded(partial(self._record, answer)), headers=headers)
-        encode = partial(encode_overlay, image) if format == "overlay" else encode_mask
-        png = await self._encoded(lambda: encode(answer.labels, self._palette))
+        if format == "overlay":
+            png = await self._encoded(lambda: _png(Image.fromarray(overlay(image, answer.labels, self._palette))))
+        else:
+            png = await self._encoded(lambda: _png(mask(answer.labels, self._palette)))
         return Response(png, media_type="image/png", headers=headers)
 
     async def _anytime(self, request: Request) -> Response:
@@ -306,7 +311,7 @@ class Service:
             "width": width,
             "height": height,
             "class_shares": [round(count / answer.labels.size, 6) for count in counts.tolist()],
-            "mask": base64.b64encode(encode_mask(answer.labels, self._palette)).decode(),
+            "mask": base64.b64encode(_png(mask(answer.labels, self._palette))).decode(),
         }
 
     async def _image(self, request: Request, limit: _TimeLimit) -> NDArray[np.uint8]:

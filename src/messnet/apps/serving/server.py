@@ -15,12 +15,12 @@ from messnet.apps.serving.app import Sample, Service
 from messnet.apps.serving.decoding import FORMATS, RequestError, decode_image
 from messnet.apps.serving.description import describe
 from messnet.apps.serving.draining import run_until_stopped
-from messnet.apps.serving.images import encode_png
 from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.bundle import is_bundle
 from messnet.deployment.loading import load
 from messnet.deployment.session import Session
 from messnet.errors import DataError, MessError
+from messnet.images.drawing import as_png
 from messnet.images.reading import list_images
 from messnet.records.run_directory import RunDirectory
 
@@ -103,4 +103,4 @@ def _gallery_of(path: Path) -> list[Sample]:
         return []
     gallery = file.read()
     pairs = zip(gallery.image_names, gallery.images, strict=True)
-    return [Sample(name=name, media_type="image/png", data=encode_png(Image.fromarray(image))) for name, image in pairs]
+    return [Sample(name=name, media_type="image/png", data=as_png(Image.fromarray(image))) for name, image in pairs]
