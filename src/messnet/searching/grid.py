@@ -127,6 +127,7 @@ def cost_of(tables: ExitTables, costs: CostTable, instance: Instance, name: Cost
     """(V,) cost of every image, see ``CostColumn.leaving``. Parameters and memory are those of everything the instance
     keeps, whichever exit the image takes."""
     positions = _positions(tables, instance)
+    # What leaving costs at each exit of the instance, looked up by the exit where each image leaves.
     leaving = costs.column(name, [choice.exit for choice in instance.exits]).leaving()
     return np.array(leaving[[positions.index(int(position)) for position in route(tables, instance)]], np.float64)
 

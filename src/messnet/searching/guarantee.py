@@ -55,6 +55,7 @@ def certify(
     objective = result.objective
     if result.instance.setting != "input_dependent" or not isinstance(objective, Objective):
         raise RecipeError("a guarantee moves image thresholds, a budgeted instance has none: search input_dependent")
+    # An image that chose the instance cannot testify for it.
     num_images, shared = len(calibration.image_names), {*selection.image_names} & {*calibration.image_names}
     if not num_images or shared:
         raise RecipeError(
@@ -197,6 +198,7 @@ def retreat_path(instance: Instance, selection: ExitTables, num_steps: int = 100
     early = [_with_thresholds(choice, instance, selection) for choice in instance.exits if choice.exit != last]
     path = [replace(instance, exits=(final,))]
     for k in range(1, num_steps):
+        # Every exit keeps k / num_steps of the images that it keeps at the end: each step is bolder than the last.
         kept = [_keep(choice, instance.policy, selection, k, num_steps) for choice in early]
         step = replace(instance, exits=(*(choice for choice in kept if choice), final))
         if step != path[-1]:
@@ -235,6 +237,7 @@ def _keep(choice: ExitChoice, policy: str, selection: ExitTables, k: int, num_st
     num_kept = int((observed >= np.float64(choice.image_threshold)).sum()) * k // num_steps
     if not num_kept:
         return None
+    # Just below the least confident image that is kept, and above the next one.
     (threshold,) = image_thresholds(observed, observed[[-num_kept]])
     return replace(choice, image_threshold=float(threshold))
 
@@ -254,6 +257,7 @@ def _shortfall(guarantee: Guarantee, ahead: FloatArray) -> Shortfall:
 
 def _least_epsilon(num_images: int, guarantee: Guarantee) -> float:
     """The smallest epsilon, to 6 decimals, that so many images without any loss certify; at most 1."""
+    # Whoever is certified for an epsilon is so for a larger one: bisection over the six decimals.
     millionths, none = range(1, 1_000_000), np.zeros(num_images)
     place = bisect_left(
         millionths,

@@ -33,6 +33,7 @@ class Routed:
         self.tables = tables
         self.parts = [(images, tables.subset(images), instance) for images, instance in parts]
         self.routing: IntArray = np.full(len(tables.image_names), -1, np.int64)
+        # Each image by the instance of its own part; -1 would be left where no part has it.
         for images, judged, instance in self.parts:
             self.routing[images] = route(judged, instance)
 
@@ -178,10 +179,12 @@ def _asked_costs(
     tell all, then the further limits."""
     name, statistic, relative = objective.cost_name, objective.statistic, measure.unit.relative
     ratio, most = objective.max_cost_ratio, objective.max_cost
+    # A mean on one device is told already, as the cost of the selection.
     if statistic != "mean":
         yield (name, statistic, relative), ratio if relative else most
         if ratio is not None and not relative:
             yield (name, statistic, True), ratio
+    # Costs are relative on several devices, and a limit in their own unit is another figure.
     if most is not None and relative:
         yield (name, statistic, False), most
     for limit in objective.limits_on:

@@ -200,6 +200,7 @@ def choose(front: Front, objective: Objective, *, name: str = "instance") -> Sea
     """The point of ``front`` that ``objective`` asks for. Raises InfeasibleError when there is none."""
     if objective.cost_name != front.unit.name:
         raise RecipeError(f"the front is over {front.unit.name}, the objective asks for {objective.cost_name}")
+    # Points hold nothing but what is on the axes: any other constraint would have to be searched for.
     if objective.limits_on or objective.min_class_iou or objective.statistic != "mean":
         raise RecipeError("a front knows its own mean cost and mIoU only: search for this objective instead")
     if objective.max_cost is not None and front.unit.relative:

@@ -153,6 +153,7 @@ def proof(proved: Proof) -> str:
     """What was proved over the declared grid; a front that is proved from some mIoU on says so."""
     grid = f"the declared grid of {_spaced(proved.num_declared)} instances"
     evaluated, gap = _spaced(proved.num_evaluated), f"{100 * (proved.gap_miou or 0):.2g} pp"
+    # From the strongest statement to the weakest.
     if proved.optimal:
         return f"optimal over {grid}: {evaluated} were evaluated, all others were bounded"
     if not proved.stopped:

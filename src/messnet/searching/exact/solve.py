@@ -32,6 +32,7 @@ def solve(
         if choice is None:
             solver = FrontSolver if region.goal == "front" else Solver
             return solver(problem, region, setting, control, tuning).run()
+        # Thresholds of one choice of exits alone are few enough to evaluate all: nothing needs to be bounded.
         points = problem.points_of(evaluate_choice(problem, tuple(choice), region.max_cost, region.least_miou), setting)
     front = tuple(one for one in points if one.cost <= region.max_cost and one.miou >= region.least_miou)
     best = (front[::-1] if region.goal == "miou" else front)[: tuning.num_best]

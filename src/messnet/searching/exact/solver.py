@@ -299,6 +299,7 @@ class Solver:
         feasible = np.flatnonzero((costs <= self.region.max_cost) & (mious >= self.region.least_miou))
         if not len(feasible):
             return None
+        # A front ascends in both: of what is feasible the first point is the cheapest, the last the most accurate.
         i = feasible[-1 if self.region.goal == "miou" else 0]
         return float(costs[i]), float(mious[i]), int(self.front.key[i])
 

@@ -78,10 +78,8 @@ class FrontSolver(Solver):
         if not (size and self.priced):
             return [-np.inf, np.inf]
         costs, mious = self.front.cost[:size], self.front.miou[:size]
-        edges, start = (
-            [-np.inf],
-            0,
-        )  # from the cheapest on: what is left over is at the dear end, where strips take least
+        # From the cheapest point on: what is left over is at the dear end, where strips take least.
+        edges, start = [-np.inf], 0
         while start < size - 1:
             stop = start + 1
             # A strip grows until the front within it bends or rises too much for one tangent and one price.
