@@ -192,7 +192,7 @@ def serve_fake() -> None:
     _, service = fake(**options)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         print(sock.getsockname()[1], flush=True)
-        run_until_stopped(service, sock)
+        run_until_stopped(service, [sock])
     print(f"accepted {service.gate.accepted}, answered {service.gate.answered}", flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,7 @@ _LIMITS, _SESSION = ServeOptions(), SessionOptions()
         "serve runs/demo",
         "serve demo.mess --port 9000 --samples photos/",
         "serve demo.mess --host 0.0.0.0 --max-body-mb 4 --max-queue 32",
+        "serve demo.mess --workers 4",
         "serve demo.mess --proxy 10.0.0.7 --cors https://example.org",
     )
 )
@@ -43,4 +46,6 @@ def serve(
     quieten()
     from messnet.apps.serving.server import serve as serve_until_stopped
 
+    if options.workers > 1 and session.threads is None:  # a part of the processors each
+        session = replace(session, threads=max(1, (os.cpu_count() or 1) // options.workers))
     serve_until_stopped(target, options, samples=samples, open_session=session.open)

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -115,10 +115,10 @@ def _connections_that_fit(wanted: int) -> int:
     return left
 
 
-def run_until_stopped(service: Service, sock: socket.socket) -> None:
-    """Serves on ``sock``, which is bound; returns after SIGTERM or SIGINT, when every request has been answered."""
+def run_until_stopped(service: Service, sockets: Sequence[socket.socket]) -> None:
+    """Serves on ``sockets``, which are bound; returns after SIGTERM or SIGINT, when every request has been answered."""
     with _calm(), _limited_log():
-        Server(service).run(sockets=[sock])
+        Server(service).run(sockets=[*sockets])
 
 
 @contextmanager

@@ -34,6 +34,9 @@ class ServeOptions:
     """Time for the head of a request, from the beginning of its connection or the end of the answer before."""
     decode_s: float = 2.0
     """Processor time to decode one image; more is 422."""
+    workers: int = 1
+    """Processes that serve the port together, each with a session, a queue and limits of its own. With more than 1,
+    worker k, from 1, listens on the port + k too, where its own /metrics and /ready are."""
     batch_size: int = 8
     """Requests run together at most."""
     batch_wait_ms: float = 5.0
@@ -48,15 +51,16 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         least = {"port": 0, "max_pixels": 1, "max_queue": 1, "max_concurrency": 1, "max_connections": 1}
-        least |= {"batch_size": 1, "batch_wait_ms": 0, "drain_s": 0}
+        least |= {"workers": 1, "batch_size": 1, "batch_wait_ms": 0, "drain_s": 0}
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise RecipeError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
         for name in ("max_body_mb", "timeout_s", "header_s", "decode_s"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(self, name)}")
-        if self.port > 65535:
-            raise RecipeError(f"--port must be at most 65535, got {self.port}")
+        highest = self.port if self.workers == 1 or not self.port else self.port + self.workers
+        if highest > 65535:
+            raise RecipeError(f"--port must be at most {65535 - (highest - self.port)}, got {self.port}")
         for origin in self.cors:
             # Browsers send scheme, host and port; with a path or a slash at its end it would never be equal.
             parts = urlsplit(origin)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from messnet.apps.serving.decoding import FORMATS, RequestError, decode_image
 from messnet.apps.serving.description import describe
 from messnet.apps.serving.draining import run_until_stopped
 from messnet.apps.serving.options import ServeOptions
+from messnet.apps.serving.workers import run_workers
 from messnet.deployment.bundle import is_bundle
 from messnet.deployment.loading import load
 from messnet.deployment.session import Session
@@ -35,18 +37,56 @@ def serve(path: Path, options: ServeOptions, *, samples: Path | None = None, ope
     """Serves a run's instance, or a bundle, until SIGTERM or SIGINT; then answers every request that it has accepted.
 
     ``samples`` is a folder of images that the page offers; None: those of a run's gallery. ``open_session`` loads the
-    model. Raises MessError, one line, when that cannot be done or the address cannot be listened to.
+    model; with several workers it is pickled for them. Raises MessError, one line, when that cannot be done or the address cannot be listened to.
     """
     # Pillow warns of what the service refuses.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    with _listening(options) as sock:  # before the model is loaded: a port that is taken is known at once
-        service = open_service(path, options, samples=samples, open_session=open_session)
-        host, port = sock.getsockname()[:2]
-        # An IPv6 address stands in brackets in a URL.
-        shown = f"[{host}]" if ":" in host else host
-        print(f"{service.session.instance.name} of {path}: http://{shown}:{port}/ (ctrl-c stops it)", flush=True)
-        run_until_stopped(service, sock)
-    print(f"stopped: {service.gate.accepted} requests accepted, {service.gate.answered} answered", flush=True)
+    with _listening(options.host, options.port) as sock:  # before the model is loaded: a port that is taken is known
+        if options.workers == 1:
+            _serve([sock], path, options, samples, open_session)
+            return
+        number, shown = options.workers, _address(sock)
+        with ExitStack() as stack:
+            own = [
+                stack.enter_context(_listening(options.host, options.port and options.port + k))
+                for k in range(1, number + 1)
+            ]
+            print(f"{path}: http://{shown}/ by {number} workers (ctrl-c stops them)", flush=True)
+            run_workers(partial(_serve_as_worker, path, options, samples, open_session), sock, own)
+
+
+def _serve(
+    sockets: Sequence[socket.socket],
+    path: Path,
+    options: ServeOptions,
+    samples: Path | None,
+    open_session: OpenSession,
+    name: str = "",
+) -> None:
+    service = open_service(path, options, samples=samples, open_session=open_session)
+    instance, shown = service.session.instance.name, _address(sockets[-1])
+    print(f"{name}{instance} of {path}: http://{shown}/{'' if name else ' (ctrl-c stops it)'}", flush=True)
+    run_until_stopped(service, sockets)
+    gate = service.gate
+    print(f"{name}stopped: {gate.accepted} requests accepted, {gate.answered} answered", flush=True)
+
+
+def _serve_as_worker(
+    path: Path,
+    options: ServeOptions,
+    samples: Path | None,
+    open_session: OpenSession,
+    number: int,
+    sockets: Sequence[socket.socket],
+) -> None:
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    _serve(sockets, path, options, samples, open_session, f"worker {number}: ")
+
+
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    # An IPv6 address stands in brackets in a URL.
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def open_service(
@@ -60,10 +100,10 @@ def open_service(
     return Service(session, options, samples=found, info=describe(path, session))
 
 
-def _listening(options: ServeOptions) -> socket.socket:
+def _listening(host: str, port: int) -> socket.socket:
     """A socket that listens on the address: who asks before the model is loaded waits for it."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
         try:
             # Or else a service that is started again would wait for the connections of the one before to time out.
@@ -74,8 +114,9 @@ def _listening(options: ServeOptions) -> socket.socket:
             sock.close()
             raise
     except OSError as error:
-        where = f"{options.host}:{options.port}"
-        raise MessError(f"cannot listen on {where} ({error.strerror}); choose another --host or --port") from error
+        raise MessError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from error
     return sock
 
 
