@@ -36,7 +36,8 @@ class ServeOptions:
     """Processor time to decode one image; more is 422."""
     workers: int = 1
     """Processes that serve the port together, each with a session, a queue and limits of its own. With more than 1,
-    worker k, from 1, listens on the port + k too, where its own /metrics and /ready are."""
+    worker k, from 1, listens on the port + k too, where its own /metrics and /ready are, and takes an equal part of
+    the processors unless --threads says otherwise."""
     batch_size: int = 8
     """Requests run together at most."""
     batch_wait_ms: float = 5.0

@@ -37,7 +37,8 @@ def serve(path: Path, options: ServeOptions, *, samples: Path | None = None, ope
     """Serves a run's instance, or a bundle, until SIGTERM or SIGINT; then answers every request that it has accepted.
 
     ``samples`` is a folder of images that the page offers; None: those of a run's gallery. ``open_session`` loads the
-    model; with several workers it is pickled for them. Raises MessError, one line, when that cannot be done or the address cannot be listened to.
+    model; it is pickled where there are several workers. Raises MessError, one line, when that cannot be done or the
+    address cannot be listened to.
     """
     # Pillow warns of what the service refuses.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
