@@ -41,6 +41,7 @@ ARTEFACTS = {
     "report.html",
     "run.json",
     "stage1.safetensors",
+    "stage1_heads.safetensors",
     "stage2.safetensors",
     "tables.npz",
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.training import DISTILL, HERE, SPACE, Noise, assert_equal, build
@@ -236,6 +237,17 @@ def test_stage_1_is_shared_by_runs_that_agree(
         main(["distill", recipe, "--pretrain.scheme", "baseline", *rest])
     assert "was pretrained with pretrain.scheme = exit_aware, this recipe says baseline" in capsys.readouterr().err
     assert not (tmp_path / "other/stage1.safetensors").exists()
+
+
+def test_the_heads_that_stage_1_trained_are_kept(pretrained_run: Path, tmp_path: Path) -> None:
+    """What end-to-end training means in the paper: every exit as it was trained with the backbone."""
+    own = ["--distill.plain_heads", "stage1", "--distill.iterations", "0", "--heads.segmentation_head", "fcn"]
+    own += ["--heads.channel_reduction", "[1]", "--heads.extra_blocks", "[0]", "--heads.rapid_dilation", "[false]"]
+    recipe, out = str(pretrained_run.parent / "tiny.yaml"), tmp_path / "kept"
+    main(["distill", recipe, *own, "--out", str(out), "--pretrained", str(pretrained_run)])
+    kept, stage1 = (load_file(out / f"{name}.safetensors") for name in ("stage2", "stage1_heads"))
+    assert kept.keys() == stage1.keys()
+    assert all(torch.equal(kept[name], stage1[name]) for name in kept)
 
 
 def test_two_processes_share_batches_in_stage_1_and_heads_in_stage_2(pretrained_run: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from helpers.training import (
 from messnet.data import IGNORE_INDEX
 from messnet.data.transforms import TrainingStream, build_augmentation
 from messnet.errors import DataError, MessError, RecipeError
-from messnet.network.exit_head import plain_head_config
+from messnet.network.exit_head import HeadSpace, plain_head_config
 from messnet.training import (
     ComputeOptions,
     DistillOptions,
@@ -103,6 +103,28 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(tmp_path: Path, schedule: s
     pretrain(net, Noise(), options, WORKER, Checkpoint(tmp_path / "c"))
     assert_equal(tensors(net), whole)
     assert not any(torch.equal(whole[name], p) for name, p in build().named_parameters())  # it did train
+
+
+def test_plain_heads_go_on_from_stage_1(tmp_path: Path) -> None:
+    net, plain, checkpoint = build(), plain_head_config().name, Checkpoint(tmp_path / "c")
+    pretrain(net, Noise(), PRETRAIN, HERE, checkpoint)
+    checkpoint.discard()
+    stage1 = tensors(net)
+    alone = HeadSpace(channel_reduction=(1,), extra_blocks=(0,), rapid_dilation=(True,), segmentation_head=("fcn",))
+    kept = replace(DISTILL, plain_heads="stage1", iterations=0)
+    distill(net, Noise(), alone, kept, HERE, checkpoint)
+    assert_equal(tensors(net), stage1)
+    # Without a rate parameters stay as they begin; others than plain ones begin anew.
+    still = replace(DISTILL, plain_heads="stage1", iterations=1, learning_rate=0.0, weight_decay=0.0)
+    distill(net, Noise(), SPACE, still, HERE, checkpoint)
+    checkpoint.discard()
+    parameters = {name for name, _ in net.heads.named_parameters(prefix="heads") if f".{plain}." in name}
+    assert parameters
+    assert_equal({name: tensors(net)[name] for name in parameters}, {name: stage1[name] for name in parameters})
+    distill(net, Noise(), alone, replace(still, plain_heads="new"), HERE, checkpoint)
+    assert not all(torch.equal(tensors(net)[name], stage1[name]) for name in parameters)
+    with pytest.raises(RecipeError, match=r"leaves \d+ heads as they are drawn.*only plain heads"):
+        distill(net, Noise(), SPACE, kept, HERE, checkpoint)
 
 
 def test_interrupted_distillation_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -241,8 +263,8 @@ def test_class_weights_are_one_per_class(tmp_path: Path) -> None:
     [("iterations", 0, 1), ("batch_size", 1, 2), ("loss_stride", 0, 1), ("checkpoint_every", 0, 1)],
 )
 def test_options_out_of_range_are_told(name: str, value: int, least: int) -> None:
-    # Stage 1 may have no iteration: it then keeps the model as it was delivered.
-    for kind in (TrainOptions, *((PretrainOptions,) if name != "iterations" else ()), DistillOptions):
+    # The stages may have no iteration: stage 1 then keeps the model as it was delivered, stage 2 the heads of stage 1.
+    for kind in (TrainOptions, *((PretrainOptions, DistillOptions) if name != "iterations" else ())):
         kind(**{name: least})
         with pytest.raises(RecipeError, match=f"{name} must be at least {least}, got {value}"):
             kind(**{name: value})

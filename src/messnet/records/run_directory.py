@@ -111,6 +111,11 @@ class RunDirectory:
         return self._bytes("stage1.safetensors", "pretrain")
 
     @property
+    def stage1_heads(self) -> Artefact[bytes]:
+        """The plain heads that stage 1 trained with the backbone: where its scheme has early exits."""
+        return self._bytes("stage1_heads.safetensors", "pretrain")
+
+    @property
     def stage2(self) -> Artefact[bytes]:
         return self._bytes("stage2.safetensors", "distill")
 

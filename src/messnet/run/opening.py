@@ -116,4 +116,6 @@ def adopt_pretrained(run: Run, source: Path) -> None:
         raise RunError(f"{source} was pretrained with other exit points than {run.directory.path} has (exits.json)")
     if other.delivered.exists:
         run.directory.delivered.write(other.delivered.read())
+    if other.stage1_heads.exists:
+        run.directory.stage1_heads.write(other.stage1_heads.read())
     pretrained.record(run, lambda run: run.directory.stage1.write(weights))

@@ -88,6 +88,13 @@ class Recipe:
                 "pretrain.iterations: 0 keeps the network as it comes, and without model.weights that is an untrained "
                 "one: name the weights, or let stage 1 train"
             )
+        if self.distill.plain_heads == "stage1" and (
+            not self.pretrain.iterations or self.pretrain.scheme == "baseline"
+        ):
+            reason = "pretrain.scheme: baseline" if self.pretrain.iterations else "pretrain.iterations: 0"
+            raise RecipeError(
+                f"distill.plain_heads: stage1 needs heads from stage 1, and {reason} trains none: leave it at 'new'"
+            )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -18,7 +18,7 @@ from messnet.data.sources import open_dataset
 from messnet.deployment.quantising import CALIBRATION
 from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
-from messnet.network.exit_head import HeadConfig, HeadSpace
+from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import MultiExitNet
 from messnet.network.zoo import build_model
 from messnet.records.costs import CostTable
@@ -111,11 +111,15 @@ class Run:
         net.load_model_state_dict({name: drawn[name] for name in names})
         return net
 
-    def pretrained(self) -> MultiExitNet:
-        """The network after stage 1, without heads."""
+    def pretrained(self, *, with_heads: bool = False) -> MultiExitNet:
+        """The network after stage 1, without heads or with the plain ones that the stage trained."""
         weights = self.directory.stage1.read()
         net = self.network()
         net.load_model_state_dict(_tensors(weights, self.directory.stage1.path))
+        if with_heads:
+            plain = _tensors(self.directory.stage1_heads.read(), self.directory.stage1_heads.path)
+            _add_exits(net, [Exit(i, plain_head_config().name) for i in range(net.num_exits - 1)])
+            net.heads.load_state_dict(plain)
         return net
 
     def trained(self, exits: Sequence[Exit] | None = None) -> MultiExitNet:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 import safetensors.torch
+from torch import Tensor
 
 from messnet.evaluation import evaluate, merge_shards
 from messnet.network.blueprint import Blueprint
@@ -62,11 +64,17 @@ def pretrain_stage(run: Run) -> None:
     if recipe.pretrain.iterations:
         pretrain(net, run.dataset("train"), recipe.pretrain, recipe.compute, checkpoint, run.monitor("pretrain"))
     if leads:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.model_state_dict().items()}
-        run.directory.stage1.write(safetensors.torch.save(tensors))
+        if plain := net.heads.state_dict():
+            run.directory.stage1_heads.write(_saved(plain))
+        run.directory.stage1.write(_saved(net.model_state_dict()))
         checkpoint.discard()
+    net.drop_heads()
     if before is not None:
         _tell_of_stage1(run, net, before)
+
+
+def _saved(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _evaluate_delivered(run: Run, net: MultiExitNet) -> ExitTables:
@@ -96,7 +104,7 @@ def distill_stage(run: Run, shard: Shard | None = None) -> None:
     own. Heads that such a part holds already are not trained again; processes that train together (torchrun) divide
     the heads among them."""
     recipe, made_from = run.recipe, _made_from(run)
-    net, fabric = run.pretrained(), recipe.compute.launch()
+    net, fabric = run.pretrained(with_heads=recipe.distill.plain_heads == "stage1"), recipe.compute.launch()
     heads, finished = space_exits(net, recipe.heads), read_parts(run.directory, made_from)
     # A process of several trains its part of the part that the command asks for.
     own = (shard or WHOLE).divided(fabric.global_rank, fabric.world_size) if fabric.world_size > 1 else shard
@@ -137,7 +145,10 @@ def _merge_heads(run: Run) -> None:
 
 def _made_from(run: Run) -> str:
     """A name for the recipe and the bits of stage 1, which parts of stage 2 that belong together have in common."""
-    return f"{STAGES['distill'].made_from(run)}-{hashlib.sha256(run.directory.stage1.read()).hexdigest()[:16]}"
+    stage1 = hashlib.sha256(run.directory.stage1.read())
+    if run.recipe.distill.plain_heads == "stage1":
+        stage1.update(run.directory.stage1_heads.read())
+    return f"{STAGES['distill'].made_from(run)}-{stage1.hexdigest()[:16]}"
 
 
 def evaluate_stage(run: Run, shard: Shard | None = None) -> None:

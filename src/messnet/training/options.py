@@ -211,7 +211,13 @@ class DistillOptions(TrainOptions):
     """Stage 2, frozen-backbone distillation."""
 
     section = "distill"
+    least_iterations = 0
 
+    iterations: int = 10_000
+    """0 keeps the heads that stage 1 trained as they are: with ``plain_heads: stage1`` and no heads but plain ones."""
+    plain_heads: Literal["new", "stage1"] = "new"
+    """How the plain head of an exit (channel_reduction 1, no extra block, fcn) begins: "new", as all others and as in
+    the paper; "stage1", with the weights that stage 1 trained it to."""
     loss: DistillationLoss = "pfd"
     """"pfd": positive filtering distillation; "kd": unfiltered; "self_distillation": from the next deeper exit too;
     "ce": labels alone. (The paper's "exits only" is "ce" after pretrain.scheme "baseline".)"""
@@ -224,3 +230,10 @@ class DistillOptions(TrainOptions):
         super().__post_init__()
         if self.loss not in ("pfd", "kd", "self_distillation", "ce"):
             raise RecipeError(f"distill.loss must be 'pfd', 'kd', 'self_distillation' or 'ce', got {self.loss!r}")
+        if self.plain_heads not in ("new", "stage1"):
+            raise RecipeError(f"distill.plain_heads must be 'new' or 'stage1', got {self.plain_heads!r}")
+        if not self.iterations and self.plain_heads == "new":
+            raise RecipeError(
+                "distill.iterations: 0 trains no head: it goes with distill.plain_heads: stage1, which keeps those of "
+                "stage 1"
+            )

@@ -47,8 +47,8 @@ def pretrain(
     """Stage 1: ``L = CE(y_N) + sum_i a_i(j) CE(y_i)`` in iteration j (docs/method.md#training). Changes ``net``.
 
     ``options.scheme`` says what a_i(j) is: "exit_aware", that of the schedule (``active_exits``); "baseline", 0, so
-    that the backbone never sees an early exit; "end_to_end", 1. Every early exit of the scheme gets a plain FCN head
-    for the time of the stage. Goes on from ``checkpoint`` if it holds a state. Where several processes train together
+    that the backbone never sees an early exit; "end_to_end", 1. Every early exit of the scheme gets a plain FCN head,
+    which stays with ``net``. Goes on from ``checkpoint`` if it holds a state. Where several processes train together
     (compute.devices, torchrun), each takes its share of every batch; gradients are averaged, normalisation statistics
     are each process's own. Raises MessError when the loss is not finite.
     """
@@ -59,7 +59,6 @@ def pretrain(
     plain = [net.add_head(i, plain_head_config(), seed=options.seed) for i in early]
     stage = _Pretraining(net, plain, options, fabric, weights)
     train("pretrain", stage, dataset, options, compute, checkpoint, monitor)
-    net.drop_heads()
 
 
 class _State(TypedDict):

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from messnet.data import SegmentationDataset
-from messnet.errors import RunError
+from messnet.errors import RecipeError, RunError
 from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import Exit
@@ -43,7 +43,8 @@ def distill(
 ) -> dict[Exit, int]:
     """Stage 2: attaches every head of ``space`` at every exit point, or ``exits`` of them, and trains them on the
     frozen backbone, each on its own (docs/method.md#training; the losses: ``messnet.training.losses.teach``). Changes
-    ``net`` in place; backbone, final head and their statistics stay as they are.
+    ``net`` in place; backbone, final head and their statistics stay as they are. ``options.plain_heads`` "stage1":
+    plain heads begin as ``net`` has them; without iterations they stay so.
 
     The weights of a head are the same to the bit whichever heads are trained beside it, here or elsewhere (same kind of
     device, same number of threads). "self_distillation" keeps that too: the next deeper exit that teaches exit i is the
@@ -51,16 +52,24 @@ def distill(
     dropped, N - 2 heads at most.
 
     A head whose loss is no longer finite is stopped, told on stderr, and dropped; the answer says which and in which
-    iteration it was found. Goes on from ``checkpoint`` if it holds a state. Raises MessError when all heads diverge.
+    iteration it was found. Goes on from ``checkpoint`` if it holds a state.
+
+    Raises MessError when all heads diverge, RecipeError where heads would have no training at all.
     """
     fabric = compute.launch()
     weights = class_weights(options, dataset, net.num_classes, fabric.device)
     wanted = space_exits(net, space) if exits is None else tuple(exits)
     teachers = _teachers(net, wanted) if options.loss == "self_distillation" else ()
+    begun = {exit: net.head(exit).state_dict() for exit in net.exits[:-1]} if options.plain_heads == "stage1" else {}
     net.drop_heads()
     # Seeded by the recipe and its own name, a head begins with the same weights in whichever shard it is trained.
     for exit in (*wanted, *(exit for exit in teachers if exit not in wanted)):
         net.add_head(exit.exit_index, HeadConfig.parse(exit.head), seed=options.seed)
+        if exit in begun:
+            net.head(exit).load_state_dict(begun[exit])
+    if not options.iterations:
+        _expect_trained(wanted, begun)
+        return {}
     stage = _Distillation(net, wanted, options, fabric, weights)
     train("distill", stage, dataset, options, compute, checkpoint, monitor)
     stage.stop_broken_heads()
@@ -72,6 +81,14 @@ def _teachers(net: MultiExitNet, wanted: Sequence[Exit]) -> tuple[Exit, ...]:
     """The plain heads that teach the exits before them, from the shallowest of ``wanted`` on."""
     shallowest = min((exit.exit_index for exit in wanted), default=net.num_exits)
     return tuple(Exit(i, plain_head_config().name) for i in range(shallowest + 1, net.num_exits - 1))
+
+
+def _expect_trained(wanted: Sequence[Exit], begun: Mapping[Exit, object]) -> None:
+    if untrained := [exit for exit in wanted if exit not in begun]:
+        raise RecipeError(
+            f"distill.iterations: 0 leaves {len(untrained)} heads as they are drawn, such as {untrained[0].head} at "
+            f"exit {untrained[0].exit_index}: only plain heads ({plain_head_config().name}) come trained from stage 1"
+        )
 
 
 class _State(TypedDict):
