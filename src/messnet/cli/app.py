@@ -96,7 +96,10 @@ class SessionOptions:
         from messnet.deployment.loading import load
 
         tell_of_translating(self.runtime)
-        return load(target, **asdict(self))
+        session = load(target, **asdict(self))
+        if self.instance is None:
+            tell_of_few_images(session.instance, target)
+        return session
 
 
 SessionFlags = Annotated[SessionOptions, Parameter(name="*")]

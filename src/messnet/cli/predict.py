@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from messnet.cli.app import AsJson, SessionFlags, SessionOptions, app, examples, quieten, tell_of_few_images
+from messnet.cli.app import AsJson, SessionFlags, SessionOptions, app, examples, quieten
 from messnet.errors import DataError, RecipeError, needing_extras
 
 if TYPE_CHECKING:
@@ -92,8 +92,6 @@ def predict(
         if session.runtime is None and opened.runtime != "torch":
             why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
             print(f"messnet: {opened.runtime} computes, for {why}", file=sys.stderr)
-        if session.instance is None:
-            tell_of_few_images(opened.instance, target)
         return opened
 
     sources = _videos(images, camera)
