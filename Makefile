@@ -28,9 +28,10 @@ help:
 demo: $(TRAIN)
 	$(BIN)/messnet run configs/demo.yaml
 
-# Two processes of one thread each: half the time of one process of two threads.
+# Two processes of one thread each: half the time of one process of two threads. When one dies its test fails and the
+# rest of its tests are left out; started anew it would get the same file again, and the run would never end.
 test: $(DEV) $(BROWSER_RUNTIME)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

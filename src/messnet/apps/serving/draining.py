@@ -30,10 +30,10 @@ class Server(uvicorn.Server):
 
     Here listening ends first; for ``drain_s`` connections that stand are served and each answer closes its own; what
     has not arrived whole by then is refused. The rest is answered within ``timeout_s``, the limit of every request,
-    and then the process ends, whatever hangs. SIGINT once more ends it sooner.
+    and then, where ``ends_process`` allows it, the process ends, whatever hangs. SIGINT once more ends it sooner.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, ends_process: bool = False) -> None:
         options = service.options
         self._connections = connections_within(options)
         config = uvicorn.Config(
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
             forwarded_allow_ips=options.proxy or "",
         )
         super().__init__(config)
-        self._service = service
+        self._service, self._ends_process = service, ends_process
         self._overdue: threading.Timer | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
@@ -69,9 +69,10 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         gate.draining = True
-        self._overdue = threading.Timer(options.drain_s + options.timeout_s + _END_S, self._end_now)
-        self._overdue.daemon = True
-        self._overdue.start()
+        if self._ends_process:
+            self._overdue = threading.Timer(options.drain_s + options.timeout_s + _END_S, self._end_now)
+            self._overdue.daemon = True
+            self._overdue.start()
         # A signal comes between any two instructions of the loop, where its methods may not be called.
         self._loop.call_soon_threadsafe(self._drain)
 
@@ -118,7 +119,7 @@ def _connections_that_fit(wanted: int) -> int:
 def run_until_stopped(service: Service, sockets: Sequence[socket.socket]) -> None:
     """Serves on ``sockets``, which are bound; returns after SIGTERM or SIGINT, when every request has been answered."""
     with _calm(), _limited_log():
-        Server(service).run(sockets=[*sockets])
+        Server(service, ends_process=True).run(sockets=[*sockets])
 
 
 @contextmanager
