@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NotRequired, TypedDict, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from messnet.network.multi_exit import MultiExitNet, labels_at
 from messnet.policy.policy import Policy
 from messnet.policy.reference import image_confidence
 from messnet.records.arrays import IntArray
+from messnet.records.codec import from_plain, to_plain
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
 from messnet.records.iou import counts_of, pixel_counts
@@ -215,58 +216,17 @@ def _empty(
     )
 
 
-class _Fixed(TypedDict):
-    class_names: list[str]
-    exits: list[tuple[int, str]]
-    policies: list[str]
-    pixel_thresholds: list[float]
-    origin: str
-
-
-class _State(TypedDict):
-    """A saved state as it is read: tuples come back as lists."""
-
-    key: str
-    image_names: list[str]
-    groups: NotRequired[list[str]]
-    fixed: _Fixed
-    arrays: dict[str, Tensor]
-
-
 def _save(checkpoint: Checkpoint, key: str, tables: ExitTables) -> None:
-    arrays = {name: torch.from_numpy(getattr(tables, name)) for name in _ARRAYS}
-    fixed = {
-        "class_names": list(tables.class_names),
-        "exits": [list(exit) for exit in tables.exits],
-        "policies": list(tables.policies),
-        "pixel_thresholds": tables.pixel_thresholds.tolist(),
-        "origin": tables.origin,
-    }
-    checkpoint.save(
-        {
-            "key": key,
-            "image_names": list(tables.image_names),
-            "groups": list(tables.groups),
-            "fixed": fixed,
-            "arrays": arrays,
-        }
-    )
+    arrays = {name: value for name, value in vars(tables).items() if isinstance(value, np.ndarray)}
+    rest = {name: to_plain(value) for name, value in vars(tables).items() if name not in arrays}
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    checkpoint.save({"key": key, "rest": rest, "arrays": tensors})
 
 
 def _resumed(checkpoint: Checkpoint | None, key: str) -> ExitTables | None:
     """The tables as they were last saved; None where nothing was, or something else."""
-    state = cast(_State | None, checkpoint.load() if checkpoint else None)
-    if state is None or state.get("key") != key:
+    state = checkpoint.load() if checkpoint else None
+    if state is None or state.get("key") != key or "rest" not in state:  # of before
         return None
-    fixed = state["fixed"]
-    return ExitTables(
-        image_names=tuple(state["image_names"]),
-        # A checkpoint from before there were groups has none.
-        groups=tuple(state.get("groups", [""] * len(state["image_names"]))),
-        class_names=tuple(fixed["class_names"]),
-        exits=tuple(Exit(*exit) for exit in fixed["exits"]),
-        policies=tuple(fixed["policies"]),
-        pixel_thresholds=np.array(fixed["pixel_thresholds"], np.float64),
-        origin=fixed["origin"],
-        **{name: array.numpy() for name, array in state["arrays"].items()},  # type: ignore[arg-type]  # as above
-    )
+    rest, tensors = cast("dict[str, object]", state["rest"]), cast("dict[str, Tensor]", state["arrays"])
+    return from_plain({**rest, **{name: tensor.numpy() for name, tensor in tensors.items()}}, ExitTables)
