@@ -30,6 +30,7 @@ from typing import IO, Any
 from messnet.errors import RunError
 from messnet.images.preprocessing import MEAN, STD
 from messnet.records.codec import from_plain
+from messnet.records.exit_point import ExitPoint
 from messnet.records.files import expect_free, reading, write_atomically, write_folder
 from messnet.records.instance import FINAL_HEAD, Instance
 
@@ -86,19 +87,6 @@ class Runtime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutPoint:
-    """An exit point as ``network.backbone.ExitPoint`` has it, read without torch."""
-
-    node: str
-    module: str
-    channels: int
-    output_stride: int
-    dilation: int
-    macs: float
-    latency_ms: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Network:
     """What rebuilds the network: the record of its Blueprint, less what the manifest has of its own."""
 
@@ -106,7 +94,7 @@ class Network:
     model: str
     """A zoo name, or "module:function" of the maker's own."""
     model_options: dict[str, float]
-    exit_points: tuple[CutPoint, ...]
+    exit_points: tuple[ExitPoint, ...]
     head: str | None = None
 
 

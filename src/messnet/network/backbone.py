@@ -11,7 +11,6 @@ import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +34,7 @@ from messnet.network.tracing import (
     trace,
     writes_in_place,
 )
+from messnet.records.exit_point import ExitPoint
 
 ExitCost = Literal["workload", "latency"]
 
@@ -57,25 +57,6 @@ _FINISHING = (
     nn.Dropout,
     nn.Dropout2d,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitPoint:
-    """A place in the model where a feature map (N, ``channels``, h, w) can be tapped."""
-
-    node: str
-    """Name of the traced node whose output is tapped; identifies the place."""
-    module: str
-    """The module whose output it is, in the user's names."""
-    channels: int
-    output_stride: int
-    """Input pixels per feature pixel."""
-    dilation: int
-    """The dilation of the backbone's last spatial convolution before this point."""
-    macs: float
-    """Workload of the backbone up to here, at the example input's size."""
-    latency_ms: float | None = None
-    """Time of the backbone up to here, where exits are placed by latency."""
 
 
 class State(NamedTuple):

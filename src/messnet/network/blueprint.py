@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.records.codec import LEFT_OUT, Format
+from messnet.records.exit_point import ExitPoint
 from messnet.records.instance import FINAL_HEAD, Exit
 
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from messnet.errors import ModelError
-from messnet.network.backbone import Backbone, ExitCost, ExitPoint, State, cut_model
+from messnet.network.backbone import Backbone, ExitCost, State, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
 from messnet.network.memory_layout import find_memory_format
 from messnet.network.tracing import UntraceableError, unwrapped
 from messnet.network.weights import expect_fit
 from messnet.policy.labels import upsampled_labels
 from messnet.policy.reference import on_processor
+from messnet.records.exit_point import ExitPoint
 from messnet.records.instance import FINAL_HEAD, Exit
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from messnet.costs.workload import in_eval_mode, metering
 from messnet.errors import ModelError
-from messnet.network.backbone import Backbone, ExitPoint, State, block_kind, closest, distinct, find_head
+from messnet.network.backbone import Backbone, State, block_kind, closest, distinct, find_head
 from messnet.network.tracing import logits_of, run_error
+from messnet.records.exit_point import ExitPoint
 
 
 class TappedModel(Backbone):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from messnet.costs.latency import LatencyOptions, num_threads
 from messnet.costs.workload import copy_module, in_eval_mode
-from messnet.deployment.bundle import Bundle, CutPoint, open_bundle
+from messnet.deployment.bundle import Bundle, open_bundle
 from messnet.deployment.graphs import make_graphs
 from messnet.deployment.loading import WORKLOAD, default_runtime, load
 from messnet.deployment.measurement import check_additivity, instances_of_all_heads, measure_heads, measure_session
@@ -25,7 +25,6 @@ from messnet.deployment.runner import Live, Runner
 from messnet.deployment.torch_runner import TorchRunner
 from messnet.errors import MessError, ModelError, RunError
 from messnet.evaluation import LogitsOf
-from messnet.network.backbone import ExitPoint
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_backbone_weights, load_weights
@@ -33,6 +32,7 @@ from messnet.network.zoo import MODELS, build_model, build_noted_model
 from messnet.policy.policy import Policy
 from messnet.profiling import profile
 from messnet.records.costs import CostTable
+from messnet.records.exit_point import ExitPoint
 from messnet.records.instance import Exit, Instance
 from messnet.records.names import GRAPH_RUNTIMES, Precision, RuntimeName, precision_of_dtype
 from messnet.run.recipe import ModelOptions
@@ -110,8 +110,8 @@ class Profile(NamedTuple):
     """What a network costs, and where it can be cut."""
 
     costs: CostTable
-    exit_points: Sequence[ExitPoint | CutPoint]
-    cuts: Sequence[ExitPoint | CutPoint]
+    exit_points: Sequence[ExitPoint]
+    cuts: Sequence[ExitPoint]
     notes: Sequence[str] = ()
 
     @classmethod
