@@ -14,13 +14,15 @@ one_head    the same with one head at each exit point, the best of its own on th
 margin      the same as asked, with a limit that is 1 pp tighter
 
 The others search on all images it sees too, with the laxest limit of a list whose expected drop is within what was
-asked. They differ in what they expect, and the last two in what is within:
+asked. They differ in what they expect, in the list, and the last two in what is within:
 
-tightened   cross-fitted in five folds: searching.cross_fitting, what messnet does
-folds_3     the same in 3 folds, folds_10 in 10, folds_20 in 20
+tightened   cross-fitted in five folds, a list in steps of 0.1 pp, of which the next tighter limit has to hold as well:
+            searching.cross_fitting, what messnet does
+coarse      five folds and a list in steps of 0.25 pp and more, as for all that follow
+folds_3     3 folds, folds_10 10, folds_20 20
 one_head_5  five folds, with one head at each exit point as above
 repeated    the mean of three deals into five folds (Burman 1989)
-fine_5      five folds and a list in steps of 0.1 pp, not 0.25; fine_10 in 10, fine_repeated with three deals
+fine_5      five folds and a list in steps of 0.1 pp; fine_10 in 10, fine_repeated with three deals
 optimism    the drop on the images searched on, plus its mean optimism in 10 bootstrap samples of groups (Efron 1983)
 out_of_bag  each sample's search judged on the groups that are not in the sample, counts of all samples together
 steady      five folds: the laxest up to which, from the tightest on, all expected drops are within what was asked
@@ -49,7 +51,15 @@ from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.groups import halves
 from messnet.records.instance import Instance
-from messnet.searching.cross_fitting import FOLD_PRECISION, LEVELS, Folds, error_of_drop, model_itself, procedure
+from messnet.searching.cross_fitting import (
+    FOLD_PRECISION,
+    FURTHER_LEVELS,
+    LEVELS,
+    Folds,
+    error_of_drop,
+    model_itself,
+    procedure,
+)
 from messnet.searching.grid import Grid, cost_of, route
 from messnet.searching.measure import baseline_miou_of
 from messnet.searching.objective import Objective
@@ -57,10 +67,9 @@ from messnet.searching.optima import Front, pareto_front
 
 LIMITS_PP, MARGIN_PP, SLACK_PP = (0.1, 0.5, 1.0, 2.0), 1.0, 0.05
 SEARCHED = ("half", "asked", "one_head", "margin")
-FITTED = ("folds_3", "folds_10", "folds_20", "repeated", "optimism", "out_of_bag", "one_head_5")
+FITTED = ("coarse", "folds_3", "folds_10", "folds_20", "repeated", "optimism", "out_of_bag", "one_head_5")
 FINE = ("fine_5", "fine_10", "fine_repeated")
 PROCEDURES = (*SEARCHED, *FITTED, *FINE, "steady", "one_error", "tightened")
-FINE_PP = tuple(np.arange(0, 6.01, 0.1))
 NUM_SAMPLES, NUM_DEALS = 10, 3
 
 
@@ -187,6 +196,7 @@ def one_split(
 
     expects: dict[str, Callable[[Objective], float]] = {
         **{f"folds_{number}": fitted(folds[number]) for number in (3, 10, 20)},
+        "coarse": fitted(folds[5]),
         "fine_5": fitted(folds[5]),
         "fine_10": fitted(folds[10]),
         "one_head_5": fitted(of_few),
@@ -198,7 +208,7 @@ def one_split(
     done = {}
     for limit in LIMITS_PP:
         asked = Objective(max_drop_pp=limit)
-        tried = [Objective(max_drop_pp=limit - level.pp) for level in LEVELS]
+        tried = [Objective(max_drop_pp=limit - level.pp) for level in FURTHER_LEVELS]
         expected = [folds[5].judge(one) for one in tried]
         kept = [one.drop_pp <= limit + 1e-9 for one in expected]
         chosen: dict[str, Objective | None] = {
@@ -213,7 +223,7 @@ def one_split(
             if name not in expects:
                 continue
             expect = expects[name]
-            some = [Objective(max_drop_pp=limit - pp) for pp in FINE_PP] if name in FINE else tried
+            some = [Objective(max_drop_pp=limit - level.pp) for level in LEVELS] if name in FINE else tried
             chosen[name] = next((one for one in some if expect(one) <= limit + 1e-9), None)
         found = folds[5].tighten(asked)
         chosen["tightened"] = found.searched

@@ -114,8 +114,9 @@ def test_a_tightened_limit_is_kept_where_images_were_not_seen(seed: int, drop: f
     tried = [Objective(max_drop_pp=drop - level.pp) for level in LEVELS]
     fitted = [folds.judge(one) for one in tried]
     kept = [one.drop_pp <= drop + 1e-9 for one in fitted]
-    # The laxest limit that is kept.
-    place = kept.index(True) if True in kept else None
+    # The laxest limit that is kept together with the next tighter one; the tightest has none.
+    twice = [this and then for this, then in zip(kept, [*kept[1:], True], strict=True)]
+    place = twice.index(True) if True in twice else None
     assert found.tightened is not None
     if place is not None and fitted[place].cost < costs.total("macs"):
         assert found.tightened.searched is not None

@@ -6,7 +6,7 @@ at a time; for each fold the search runs on all other folds, and its instance is
 judged exactly once, by an instance that was chosen without it, and the counts of all folds together give one mIoU and
 one cost for the *procedure* "search with these limits" (Geisser, "The predictive sample reuse method", 1975).
 ``Folds.tighten`` tightens what was asked for until the procedure keeps it; the answer is then searched on all images
-with those limits. By how much they are tightened is chosen on the same figures, a handful of limits instead of billions
+with those limits. By how much they are tightened is chosen on the same figures, among sixty limits instead of billions
 of instances.
 """
 
@@ -51,15 +51,14 @@ class Level:
     """Of a cost."""
 
 
-LEVELS = tuple(
-    Level(pp, factor)
-    for pp, factor in zip(
-        (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0),
-        (1.0, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.75, 0.65, 0.5),
-        strict=True,
-    )
-)
-"""What is tried, from the limits as asked for to very tight ones."""
+_PP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+_FACTORS = (1.0, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.75, 0.65, 0.5)
+
+FURTHER_LEVELS = tuple(Level(pp, factor) for pp, factor in zip(_PP, _FACTORS, strict=True))
+"""What is tried of further limits and floors, from as asked for to very tight: each takes fronts of its own."""
+
+LEVELS = tuple(Level(step / 10, round(float(np.interp(step / 10, _PP, _FACTORS)), 4)) for step in range(61))
+"""What is tried of mIoU and of the objective's own cost, which a front at hand answers: steps of 0.1 pp."""
 
 
 def folds_of(groups: IntArray, num_folds: int, seed: int = 0) -> IntArray:
@@ -196,27 +195,29 @@ class Folds:
         )
 
     def tighten(self, objective: Objective) -> Tightened:
-        """The laxest limits of ``LEVELS`` with which what was asked for holds on images not seen.
+        """The laxest limits of ``LEVELS`` with which what was asked for holds on images not seen, and with the next
+        tighter ones too: a single one of so many may hold by luck.
 
         mIoU and the objective's own cost are tightened together. Each further limit and floor has a level of its own,
-        which rises while the limit is broken: every level takes fronts of its own. Going on from the tightest level
-        only as far as every level holds, and asking for a standard error more, were measured too: both give work away
-        without need (docs/method.md#limits-that-hold-on-new-images).
+        which rises while the limit is broken. Other rules were measured too: they break limits, or give work away
+        (docs/method.md#limits-that-hold-on-new-images).
         """
         own = replace(objective, limits_on=(), min_class_iou=())
         further, floors = [0] * len(objective.limits_on), [0] * len(objective.min_class_iou)
         nearest: Expected | None = None
-        while max([*further, *floors], default=0) < len(LEVELS):
+        while max([*further, *floors], default=0) < len(FURTHER_LEVELS):
             searched = _further_tightened(objective, further, floors)
             kept: tuple[Objective, Routed] | None = None
             failed: Routed | None = None
             for level in LEVELS:
                 tried = _tightened(searched, level)
                 routed = self.routed(tried)
-                if self._holds(own, routed):
+                if not self._holds(own, routed):
+                    kept, failed = None, routed
+                elif kept is not None:
+                    break  # two in a row: the laxer one is it
+                else:
                     kept = tried, routed
-                    break
-                failed = routed
             if failed is not None:
                 nearest = self.expect(objective, failed)
             if kept is None:
@@ -355,10 +356,11 @@ def _further_tightened(objective: Objective, further: Sequence[int], floors: Seq
     return replace(
         objective,
         limits_on=tuple(
-            replace(one, at_most=one.at_most * LEVELS[level].factor) for one, level in zip(limits, further, strict=True)
+            replace(one, at_most=one.at_most * FURTHER_LEVELS[level].factor)
+            for one, level in zip(limits, further, strict=True)
         ),
         min_class_iou=tuple(
-            (name, min(1.0, floor + LEVELS[level].pp / 100))
+            (name, min(1.0, floor + FURTHER_LEVELS[level].pp / 100))
             for (name, floor), level in zip(classes, floors, strict=True)
         ),
     )
