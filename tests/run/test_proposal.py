@@ -21,14 +21,21 @@ from messnet.run.recipe import Recipe, load_recipe
 SIZE = (64, 80)
 
 
-def folder(root: Path, values: list[object], *, splits: tuple[str, str] = ("train", "val"), count: int = 6) -> Path:
+def folder(
+    root: Path,
+    values: list[object],
+    *,
+    splits: tuple[str, str] = ("train", "val"),
+    count: int = 6,
+    size: tuple[int, int] = SIZE,
+) -> Path:
     """Images of two views each, with masks whose pixels take ``values``: indices or RGB colours."""
     table = np.array(values, np.uint8)
     for split in splits:
         for k in range(count):
             rng = np.random.default_rng([k, split == splits[0]])
-            image = smooth_image(*SIZE, seed=int(rng.integers(1 << 30)))
-            mask = table[rng.integers(0, len(table), SIZE)]
+            image = smooth_image(*size, seed=int(rng.integers(1 << 30)))
+            mask = table[rng.integers(0, len(table), size)]
             for kind, pixels in (("images", image), ("masks", mask)):
                 (root / split / kind).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(root / split / kind / f"{split[0]}{k}.png")
@@ -44,6 +51,12 @@ def proposed(root: Path) -> Recipe:
     assert [report.problems for report in reports] == [(), ()]
     assert recipe_problems(recipe, *reports) == ()
     return recipe
+
+
+def test_photographs_are_resized(tmp_path: Path) -> None:
+    data = proposed(folder(tmp_path / "data", [0, 1], count=2, size=(1104, 1200))).data
+    assert data.resize == 720
+    assert open_dataset(data, "val")[0].mask.shape == (720, 782)
 
 
 @pytest.mark.parametrize(

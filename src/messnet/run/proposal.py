@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,8 @@ MAX_CROP = 384
 """Pixels of a side of the crop: what trains in an hour or two on a processor."""
 RARE = 0.02
 """Classes with a smaller share of the labelled pixels are learnt late without weights."""
+LARGE, RESIZED = 1100, 720
+"""Pixels of the shorter side above which images are resized, and to what; frames of 1080 are left as they are."""
 VOID = 255
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -168,14 +171,25 @@ def _data_lines(
         lines.append(
             "  # What is in no outline is background; without a class of that name it is void, and counts nowhere."
         )
-        return lines + _group_lines(compare_splits(train, val), val)
+        return lines + _size_lines(train) + _group_lines(compare_splits(train, val), val)
     values_shown = ", ".join(f"0x{value:06x}" if classes.is_colour else str(value) for value in classes.values)
     lines.append(f"  mask_values: [{values_shown}] # of each class, in order")
     if classes.has_void:
         share = f"{train.void_share:.2%} of the training pixels"
         lines.append(f"  # Mask value 255 is void, it counts nowhere: {share}.")
     lines.append("  # If one of them is no class but void, take out its name and its value, and say void_index: VALUE.")
-    return lines + _group_lines(compare_splits(train, val), val)
+    return lines + _size_lines(train) + _group_lines(compare_splits(train, val), val)
+
+
+def _size_lines(train: DatasetReport) -> list[str]:
+    """Photographs are resized: whole, each would take seconds in any network."""
+    shorter = [min(map(int, size.split("x"))) for size, count in train.sizes.items() for _ in range(count)]
+    if not shorter or statistics.median(shorter) <= LARGE:
+        return []
+    most = next(iter(train.sizes))
+    return [
+        f"  resize: {RESIZED} # pixels of the shorter side, for most images are {most}; masks come back at full size"
+    ]
 
 
 def _group_lines(both: SplitComparison, val: DatasetReport) -> list[str]:
