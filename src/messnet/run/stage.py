@@ -87,5 +87,6 @@ LATER_OPTIONS: Mapping[str, object] = {
     "pretrain.patience": None,
     "distill.optimizer": "sgd",
     "distill.ema": None,
+    "distill.plain_heads": "new",
 }
 """With their defaults."""
