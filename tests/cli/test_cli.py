@@ -27,8 +27,8 @@ from messnet.report.costs import cost_notes
 from messnet.run.recipe import recipe_from_record
 
 VERBS = [
-    "check-data", "distill", "evaluate", "export", "init", "predict", "pretrain", "profile", "recipe", "report", "run",
-    "search", "serve",
+    "check-data", "deploy", "distill", "evaluate", "export", "init", "predict", "pretrain", "profile", "recipe",
+    "report", "run", "search", "serve",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shlex
 import sys
@@ -108,7 +109,7 @@ FEW_IMAGES = 50
 """On 54 images instances for 0.1 pp lost 0.5 pp elsewhere (benchmarks/results/promise_cpu_202611.md)."""
 
 # The verbs that go on where they were stopped when they are given once more.
-_RESUMED = {"run", "pretrain", "distill", "evaluate", "search", "report"}
+_RESUMED = {"run", "pretrain", "distill", "evaluate", "search", "deploy", "report"}
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -172,23 +173,43 @@ def say(stage: str, did: bool, quiet: bool) -> None:
 
 
 def print_table(directory: RunDirectory, as_json: bool) -> None:
+    """What came of a run: first the sentence to remember, then the tables, then where the page lies."""
     from rich.console import Console
 
     from messnet.report.classes import class_table, class_terminal_table
-    from messnet.report.page import class_columns, headline, not_in_table, terminal_table
+    from messnet.report.page import class_columns, not_in_table, opening, terminal_table
     from messnet.searching.findings import Findings
 
-    measurements = directory.measurements.read()
+    measurements, deployed = directory.measurements.read(), directory.read_deployed()
     if as_json:
-        print(measurements.to_json(), end="")
+        # The record of the report as it always was; that of a deployment beside it.
+        more = {"deployed": json.loads(deployed.to_json())} if deployed else {}
+        print(json.dumps({**json.loads(measurements.to_json()), **more}, indent=1))
         return
     missing = not_in_table(measurements, Findings.from_json(directory.front.read()))
     console = Console()
+    sentence = opening(measurements, deployed)
+    console.print(f"\n{sentence}.\n", style="bold", markup=False, highlight=False)
     console.print(terminal_table(measurements, missing))
     if classes := class_table(class_columns(measurements), measurements.class_names):
         console.print(class_terminal_table(classes))
-    console.print(headline(measurements))
+    if deployed:
+        print_deployed(directory, False)
     print(f"report: {directory.report.path}")
+
+
+def print_deployed(directory: RunDirectory, as_json: bool) -> None:
+    from rich.console import Console
+
+    from messnet.report.deployed import deployed_terminal_table
+
+    deployed, bundle = directory.deployed.read(), directory.bundle
+    if as_json:
+        print(deployed.to_json(), end="")
+        return
+    Console().print(deployed_terminal_table(deployed))
+    if bundle.exists():
+        print(f"bundle: {bundle}; try it with `messnet predict {bundle} PHOTO`")
 
 
 def plain_name(name: str) -> str:

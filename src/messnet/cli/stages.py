@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +21,7 @@ from messnet.cli.app import (
     app,
     examples,
     open_target,
+    print_deployed,
     print_table,
     quieten,
     recipe_of,
@@ -41,12 +44,12 @@ if TYPE_CHECKING:
     )
 )
 def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
-    """Do all stages, or those that are left of a run that was stopped: profile, pretrain, distill, evaluate, search and
-    report."""
+    """Do all stages, or those that are left of a run that was stopped: profile, pretrain, distill, evaluate, search,
+    deploy (where the recipe has deploy.precisions) and report."""
     opened = open_target(target, overrides, out)
     from messnet.run.stages import STAGES, run_stage
 
-    for stage in STAGES:
+    for stage in (name for name, one in STAGES.items() if one.is_wanted(opened.recipe)):
         say(stage, run_stage(opened, stage), as_json)
     print_table(opened.directory, as_json)
 
@@ -129,16 +132,40 @@ def _train_stage(stage: str, opened: Run) -> None:
         say(stage, STAGES[stage].ensure(opened), False)
 
 
-@app.command(help_epilogue=examples("report runs/demo", "report runs/demo --markdown table.md"))
+@app.command(help_epilogue=examples("deploy runs/demo", "deploy runs/camvid --deploy.precisions f32 int8"))
+def deploy(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson = False) -> None:
+    """Find the fastest instance in each precision of a runtime (deploy.precisions), measure all of them beside the
+    model, and write the fastest as a bundle: RUN/deployed.mess."""
+    opened = open_target(target, overrides, out)
+    from messnet.run.stages import run_stage
+
+    if not opened.recipe.deploy.precisions:
+        raise RecipeError("the recipe names no precision to deploy in: add --deploy.precisions f32 int8")
+    run_stage(opened, "deploy", again=True)
+    print_deployed(opened.directory, as_json)
+
+
+@app.command(
+    help_epilogue=examples(
+        "report runs/demo", "report runs/demo --markdown table.md", "report runs/demo runs/camvid --out comparison.html"
+    )
+)
 def report(
     target: Target,
     *overrides: Overrides,
-    out: Out = None,
+    out: Annotated[Path | None, Parameter(help="Run directory of a recipe, or the page that compares runs.")] = None,
     markdown: Annotated[Path | None, Parameter(help="Write the table as Markdown too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the chosen instances on the reported images and write RUN/report.html. Where torch is not installed the
-    page is drawn from what was measured before."""
+    page is drawn from what was measured before. Of two or more runs: compare their reports in a table and on one page,
+    by default comparison.html; nothing is measured again."""
+    others = [Path(word) for word in takewhile(lambda word: not word.startswith("--"), overrides)]
+    if others:
+        if len(others) < len(overrides) or markdown is not None:
+            raise RecipeError("runs are compared as they are: recipe values and --markdown are for a report of one")
+        _compare([target, *others], out or Path("comparison.html"), as_json)
+        return
     directory = _drawn_again(target) if not overrides and out is None and find_spec("torch") is None else None
     if directory is None:
         opened = open_target(target, overrides, out)
@@ -152,7 +179,7 @@ def report(
 
         measurements = directory.measurements.read()
         missing = not_in_table(measurements, Findings.from_json(directory.front.read()))
-        write_atomically(markdown, measurements_markdown(measurements, missing))
+        write_atomically(markdown, measurements_markdown(measurements, missing, directory.read_deployed()))
     print_table(directory, as_json)
 
 
@@ -168,3 +195,29 @@ def _drawn_again(run: Path) -> RunDirectory | None:
 
     directory.report.write(render_report(read_inputs(directory)))
     return directory
+
+
+def _compare(paths: Sequence[Path], page: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from messnet.report.classes import class_terminal_table
+    from messnet.report.comparison import (
+        comparison_classes,
+        comparison_table,
+        figures,
+        read_compared,
+        render_comparison,
+    )
+
+    if page.is_dir():
+        raise RecipeError(f"--out {page} is a folder: name the page, such as comparison.html")
+    runs = read_compared(paths)
+    write_atomically(page, render_comparison(runs))
+    if as_json:
+        print(json.dumps([figures(run) for run in runs], indent=1))
+        return
+    console = Console()
+    console.print(comparison_table(runs))
+    if classes := comparison_classes(runs):
+        console.print(class_terminal_table(classes))
+    print(f"comparison: {page}")

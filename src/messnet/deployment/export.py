@@ -27,7 +27,7 @@ from messnet.deployment.bundle import (
     write_bundle,
 )
 from messnet.deployment.graph_runner import OUTPUT, Graph, GraphRunner, graphs_for, load_graph
-from messnet.deployment.graphs import make_graphs
+from messnet.deployment.graphs import MadeStages, make_graphs
 from messnet.deployment.loading import COSTS, WORKLOAD, default_runtime
 from messnet.deployment.quantising import METHOD, EightBits, check_quantised, quantise
 from messnet.deployment.restoring import bundle_tensors, expect_finite, restore_bundle, restore_run
@@ -66,6 +66,7 @@ def export(
     images: Sequence[NDArray[np.uint8]] | None = None,
     static: tuple[int, int] | None = None,
     model: str | None = None,
+    made: MadeStages | None = None,
 ) -> Bundle:
     """Writes an instance of the run or bundle at the path ``source``, or a session in torch, as a bundle: a folder, or
     a zip where ``out`` ends in .zip; by default RUN-INSTANCE.mess.
@@ -75,7 +76,8 @@ def export(
     other runtimes, by default of sessions, whose weights are of use only where ``model`` names the function that builds
     the network, "module:function". Graphs are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones
     where None are given. ``eight_bits`` says how graphs in int8, alone or beside the others, are made and what they may
-    lose; graphs for one image of the size ``static``, (height, width), take no other.
+    lose; graphs for one image of the size ``static``, (height, width), take no other. ``made`` is what ``make_graphs``
+    has made of the same network already.
 
     Raises RunError when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be
     cut, or graphs that cannot be made, disagree, or lose more than they may.
@@ -117,13 +119,13 @@ def export(
         size, multiple = static or blueprint.input_size, size_multiple(net)
         if size[0] % multiple or size[1] % multiple:
             raise RecipeError(f"--static {size[0]} {size[1]}: this network takes multiples of {multiple} only")
-        made = make_graphs(net, exits, Policy.parse(chosen.policy), size, static=static is not None)
+        written = make_graphs(net, exits, Policy.parse(chosen.policy), size, static=static is not None, made=made)
         sets: dict[Precision, tuple[dict[str, bytes], dict[str, float]]] = {}
         if graphs:
-            checked = check_graphs(net, chosen, made, images or _generated_images(size), odd_size=static is None)
-            sets["f32"] = made, {**checked, "real_images": float(images is not None)}
+            checked = check_graphs(net, chosen, written, images or _generated_images(size), odd_size=static is None)
+            sets["f32"] = written, {**checked, "real_images": float(images is not None)}
         if eight_bits:
-            sets["int8"] = _in_eight_bits(net, blueprint, chosen, made, eight_bits)
+            sets["int8"] = _in_eight_bits(net, blueprint, chosen, written, eight_bits)
             calibration = {"method": METHOD, "images": len(eight_bits.calibration), **eight_bits.origin}
             provenance = {**provenance, "int8": calibration}
         for precision, (found, checked) in sets.items():

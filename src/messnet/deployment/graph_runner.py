@@ -69,6 +69,7 @@ class GraphRunner(Runner):
         self.precision = precision
         self._threads = threads or default_threads()
         self._exits = tuple(choice.exit for choice in choices)
+        self.num_bytes = sum(map(len, graphs.values()))
         self._strides, self._multiple, self._policy = tuple(output_strides), size_multiple, policy
         missing = {*map(stage_name, range(len(choices)))} - graphs.keys()
         if missing:

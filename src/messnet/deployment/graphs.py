@@ -37,15 +37,26 @@ from messnet.records.instance import FINAL_HEAD, Exit
 _BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others have
 
 
+MadeStages = dict[tuple[int, Exit, bool], bytes]
+"""Graphs by the segment that they begin with, their exit, and whether it is the last one."""
+
+
 def make_graphs(
-    net: MultiExitNet, exits: Sequence[Exit], policy: Policy, input_size: tuple[int, int], *, static: bool = False
+    net: MultiExitNet,
+    exits: Sequence[Exit],
+    policy: Policy,
+    input_size: tuple[int, int],
+    *,
+    static: bool = False,
+    made: MadeStages | None = None,
 ) -> dict[str, bytes]:
     """The graphs by name, "stage0" ... and "output", of ``exits``, shallow to deep, of a network on the CPU. They
     compute in float32, as a copy of ``net`` does that is in another precision.
 
     ``input_size`` is that of the example which is traced; ``static`` graphs take one image of that size and no other,
-    as some compilers for devices want it. Raises ModelError for a network that has no graphs of its
-    own, a policy that cannot be a graph, or without the packages that write graphs.
+    as some compilers for devices want it. A stage takes seconds: those that ``made`` holds, of the same network, policy
+    and size, are taken from there, and the others are added to it. Raises ModelError for a network that has no graphs
+    of its own, a policy that cannot be a graph, or without the packages that write graphs.
     """
     onnx, compose = _packages()
     if not isinstance(net.backbone, Chain):
@@ -56,12 +67,17 @@ def make_graphs(
     decide = onnx.load_from_string(policy_graph(policy, net.num_classes))
     graphs, start = {}, 0
     for position, exit in enumerate(exits):
-        stage = _Stage(net, start, exit, last=position == len(exits) - 1).eval()
+        key = (start, exit, position == len(exits) - 1)
+        stage = _Stage(net, start, exit, last=key[2]).eval()
         with torch.no_grad():
             following = stage(*live)[:-1]
+        given, live, start = live, following, exit.exit_index + 1
+        if made is not None and key in made:
+            graphs[stage_name(position)] = made[key]
+            continue
         _expect_tensors(following, exit)
         try:
-            part = _exported(stage, live, len(following), static)
+            part = _exported(stage, given, len(following), static)
         except Exception as error:
             root: BaseException = error  # the exporter wraps what happened in advice to its developers
             while root.__cause__ is not None:
@@ -81,7 +97,8 @@ def make_graphs(
         )
         del whole.opset_import[1:]  # both parts' set, which is the same: twice, the checker and quantisers refuse it
         graphs[stage_name(position)] = serialised(whole)
-        live, start = following, exit.exit_index + 1
+        if made is not None:
+            made[key] = graphs[stage_name(position)]
     return {**graphs, OUTPUT: output_graph()}
 
 

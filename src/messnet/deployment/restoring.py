@@ -16,7 +16,7 @@ from torch import Tensor
 
 from messnet.deployment.bundle import Bundle
 from messnet.deployment.graph_runner import GraphRunner
-from messnet.deployment.graphs import make_graphs
+from messnet.deployment.graphs import MadeStages, make_graphs
 from messnet.deployment.quantising import quantise
 from messnet.deployment.torch_runner import size_multiple
 from messnet.errors import RunError
@@ -115,12 +115,13 @@ def graph_runner(
     precision: Precision = "f32",
     threads: int | None = None,
     calibration: Sequence[NDArray[np.uint8]] = (),
+    made: MadeStages | None = None,
 ) -> GraphRunner:
     """The graphs of an instance, made of a network on the CPU, in a runtime that runs graphs; for int8 with images to
-    calibrate on, see ``quantise``."""
+    calibrate on, see ``quantise``; ``made`` as for ``make_graphs``."""
     expect_runtime(runtime, precision)
     exits = tuple(choice.exit for choice in instance.exits)
-    graphs = make_graphs(net, exits, Policy.parse(instance.policy), input_size)
+    graphs = make_graphs(net, exits, Policy.parse(instance.policy), input_size, made=made)
     if precision == "int8":
         graphs = quantise(graphs, calibration)
     return GraphRunner(

@@ -61,9 +61,13 @@ def run_side_by_side(
 
 
 def make_gallery(
-    session: Session, samples: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]], exit_taken: Sequence[int]
+    session: Session,
+    samples: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
+    exit_taken: Sequence[int],
+    worst: Sequence[str] = (),
 ) -> Gallery:
-    """Each (name, image, mask), all of one size, through every exit of the session's instance."""
+    """Each (name, image, mask), all of one size, through every exit of the session's instance; ``worst`` are the names
+    of those that it gets most wrong."""
     results = [list(session.anytime(image)) for _, image, _ in samples]
     maps = [[result.confidence_maps() for result in row] for row in results]
     assert session.palette is not None
@@ -79,4 +83,5 @@ def make_gallery(
         refined=np.stack([[after for _, after in row] for row in maps]).astype(np.float16),
         image_confidence=np.array([[result.image_confidence for result in row] for row in results], np.float32),
         exit_taken=np.array(exit_taken, np.int64),
+        worst=tuple(worst),
     )

@@ -175,6 +175,8 @@ class Gallery:
     """(G, E): c_img."""
     exit_taken: NDArray[np.int64]
     """(G,): exit_index where the instance stopped."""
+    worst: tuple[str, ...] = ()
+    """Names of the images that the instance gets most wrong of all, the worst first; empty in files of before."""
 
     def to_bytes(self) -> bytes:
         return _GALLERY.to_npz(self)

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from messnet.errors import RunError
 from messnet.records.codec import Format
 from messnet.records.costs import COST_TABLE, CostTable
+from messnet.records.deployed import Deployed
 from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically, writing
 from messnet.records.instance import Instance
@@ -27,6 +28,8 @@ from messnet.records.shard import Shard
 
 RUN_FILE = "run.json"
 DEFAULT_INSTANCE = "drop-1pp"
+DEPLOYED = "deployed"
+"""The instance that the deploy stage chooses."""
 
 _T = TypeVar("_T")
 
@@ -166,6 +169,20 @@ class RunDirectory:
     @property
     def gallery(self) -> Artefact[Gallery]:
         return Artefact(self.path, "gallery.npz", "report", Gallery.from_bytes, Gallery.to_bytes)
+
+    @property
+    def deployed(self) -> Artefact[Deployed]:
+        return Artefact(self.path, "deployed.json", "deploy", Deployed.from_json, Deployed.to_json)
+
+    def read_deployed(self) -> Deployed | None:
+        """None where the recipe deploys nothing."""
+        asked = self.record().recipe.get("deploy", {})
+        return self.deployed.read() if isinstance(asked, dict) and asked.get("precisions") else None
+
+    @property
+    def bundle(self) -> Path:
+        """Of the instance that the deploy stage chooses."""
+        return self.path / f"{DEPLOYED}.mess"
 
     @property
     def report(self) -> Artefact[str]:

@@ -19,12 +19,14 @@ from rich.text import Text
 
 from messnet.errors import RunError
 from messnet.records.costs import CostTable
+from messnet.records.deployed import Deployed
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import FINAL_HEAD, Exit, ExitChoice
 from messnet.records.iou import class_iou, mean_iou
 from messnet.records.measurements import Gallery, Measurement, Measurements, known
 from messnet.records.run_directory import RunDirectory
 from messnet.report.classes import ClassTable, class_markdown, class_table, confusions
+from messnet.report.deployed import deployed_headline, deployed_markdown, deployed_notes, side_by_side
 from messnet.report.figures import (
     as_svg,
     confidence_colours,
@@ -36,6 +38,7 @@ from messnet.report.figures import (
     exit_colour,
     label_picture,
 )
+from messnet.report.wording import accuracy, duration, fold, significant, verdict
 from messnet.searching import words
 from messnet.searching.findings import Findings
 from messnet.searching.words import CONFIDENT
@@ -60,6 +63,8 @@ class ReportInputs:
     costs: CostTable
     findings: Findings
     """What the search found."""
+    deployed: Deployed | None = None
+    """None where the recipe deploys nothing."""
     recipe_yaml: str
     provenance: dict[str, dict[str, str]]
     """By stage: seconds, versions, devices, in words."""
@@ -77,6 +82,7 @@ def read_inputs(directory: RunDirectory) -> ReportInputs:
         tables=directory.tables.read(),
         costs=directory.costs(),
         findings=Findings.from_json(directory.front.read()),
+        deployed=directory.read_deployed(),
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False),
         provenance={
             stage: {key: str(value) for key, value in entry.items() if key != "fingerprint"}
@@ -164,7 +170,9 @@ def terminal_table(measurements: Measurements, missing: Sequence[str] = ()) -> T
     return table
 
 
-def measurements_markdown(measurements: Measurements, missing: Sequence[str] = ()) -> str:
+def measurements_markdown(
+    measurements: Measurements, missing: Sequence[str] = (), deployed: Deployed | None = None
+) -> str:
     """The end-to-end table as Markdown, with where it was measured; ``missing`` as ``not_in_table`` gives it."""
     table = ["| instance | mIoU % | GMACs | ms: median [p95] | images per exit |", "| --- | --- | --- | --- | --- |"]
     for line in _lines(measurements):
@@ -172,7 +180,9 @@ def measurements_markdown(measurements: Measurements, missing: Sequence[str] = (
         table.append(f"| {' | '.join(cells)} |")
     notes = [f"- not in the table: {sentence}" for sentence in missing]
     notes += [f"- warning: {sentence}" for sentence in _warnings(measurements)]
-    paragraphs = [f"{headline(measurements)}.", _where(measurements), "\n".join(table), "\n".join(notes)]
+    paragraphs = [f"{opening(measurements, deployed)}.", _where(measurements), "\n".join(table), "\n".join(notes)]
+    if deployed is not None:
+        paragraphs.append(deployed_markdown(deployed))
     if classes := class_table(class_columns(measurements), measurements.class_names):
         paragraphs.append(class_markdown(classes))
     return "\n\n".join(filter(None, paragraphs)) + "\n"
@@ -230,7 +240,7 @@ def exits_table(tables: ExitTables, costs: CostTable) -> Table:
 def headline(measurements: Measurements) -> str:
     """The gain in words, of the cheapest row that lost at most 1 pp; honest where there is none, where the network has
     learnt too little to compare anything, and where the images are too few to tell mIoU apart."""
-    row, baseline = _headline_row(measurements), _baseline(measurements)
+    row, baseline = headline_row(measurements), _baseline(measurements)
     if _is_spoilt(measurements):
         return (
             f"Stage 1 made your model worse: {100 * measurements.miou_to_keep:.1f} % mIoU as delivered, "
@@ -238,35 +248,35 @@ def headline(measurements: Measurements) -> str:
         )
     if row is baseline:
         return "No instance met what was asked: only the baseline was measured"
-    work, speed = baseline.macs / row.judged_macs, _median_ms(baseline) / _median_ms(row)
+    work, speed = baseline.macs / row.judged_macs, median_ms(baseline) / median_ms(row)
     if _is_near_chance(measurements):
         return (
             f"Too little was learnt to compare exits: the final exit's mIoU of {100 * baseline.miou:.1f} % is near "
             f"chance ({100 * (measurements.chance_miou or 0):.1f} %)"
         )
-    change_pp, margin_pp = 100 * (row.judged_miou - measurements.miou_to_keep), _margin_pp(row, measurements)
-    # Below 5 % and 0.05 pp a change is within what rounding and a measurement's noise make of none.
-    if abs(change_pp) < 0.05:
-        accuracy = "the same mIoU"
-    elif margin_pp is not None and abs(change_pp) <= margin_pp:
-        accuracy = "no clear change of mIoU"
-    else:
-        accuracy = f"{abs(change_pp):.1f} pp {'more' if change_pp > 0 else 'less'} mIoU"
-    is_more = change_pp >= 0.05 and (margin_pp is None or change_pp > margin_pp)
+    change_pp, within_pp = 100 * (row.judged_miou - measurements.miou_to_keep), margin_pp(row, measurements)
+    # Below 5 % a change is within a measurement's noise.
+    is_more = change_pp >= 0.05 and (within_pp is None or change_pp > within_pp)
     is_gain = max(work, speed) >= 1.05 or is_more
-    if margin_pp is not None and math.isfinite(margin_pp):
-        accuracy += f" ({change_pp:+.1f} ± {margin_pp:.1f} pp)"
-    workload = "about as much" if 0.95 < work < 1.05 else _times(work, "less", "more", digits=1)
-    tempo = "no faster" if 0.95 < speed < 1.05 else _times(speed, "faster", "slower", digits=1)
+    workload = "about as much" if 0.95 < work < 1.05 else fold(work, "less", "more", digits=1)
+    tempo = "no faster" if 0.95 < speed < 1.05 else fold(speed, "faster", "slower", digits=1)
     but = "but " if work >= 1.05 and speed < 1.05 else ""
-    return f"{'' if is_gain else 'Nothing gained: '}{workload} work at {accuracy}; {but}{tempo} on this machine"
+    gained = "" if is_gain else "Nothing gained: "
+    return f"{gained}{workload} work at {accuracy(change_pp, within_pp)}; {but}{tempo} on this machine"
+
+
+def opening(measurements: Measurements, deployed: Deployed | None) -> str:
+    """The sentence to remember: what was gained where the model is deployed, else in torch."""
+    if deployed is None or _is_spoilt(measurements) or _is_near_chance(measurements):
+        return headline(measurements)
+    return deployed_headline(deployed)
 
 
 def _is_spoilt(measurements: Measurements) -> bool:
     """Whether stage 1 made the delivered model worse, by more than what other images could make of it."""
     baseline = _baseline(measurements)
-    margin_pp = _margin_pp(baseline, measurements) or 0.0
-    return 100 * (measurements.miou_to_keep - baseline.miou) > max(margin_pp, 0.05)
+    within_pp = margin_pp(baseline, measurements) or 0.0
+    return 100 * (measurements.miou_to_keep - baseline.miou) > max(within_pp, 0.05)
 
 
 def _is_near_chance(measurements: Measurements) -> bool:
@@ -283,7 +293,7 @@ def _is_cross_fitted(measurements: Measurements) -> bool:
     return any(row.instance.expected is not None for row in measurements.rows)
 
 
-def _margin_pp(row: Measurement, measurements: Measurements) -> float | None:
+def margin_pp(row: Measurement, measurements: Measurements) -> float | None:
     """How far, in percentage points, a row's change of mIoU may lie from what more images would show: 1.96 standard
     errors. Infinite where one image or group is all there is, None where a file of before does not say."""
     if row.judged_error is not None:
@@ -299,7 +309,7 @@ def _baseline(measurements: Measurements) -> Measurement:
     return measurements.rows[0]
 
 
-def _headline_row(measurements: Measurements) -> Measurement:
+def headline_row(measurements: Measurements) -> Measurement:
     baseline, *others = _baseline(measurements), *measurements.rows[1:]
     # Where nothing stays within the drop, the most accurate row: its loss is named, not hidden behind a cheaper one.
     kept = [row for row in others if row.judged_miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100]
@@ -330,8 +340,8 @@ def _lines(measurements: Measurements) -> list[_Line]:
 
 def _line(measurements: Measurements, mark: int) -> _Line:
     row, baseline = measurements.rows[mark], _baseline(measurements)
-    margin_pp = _margin_pp(row, measurements)
-    margin = f" ± {margin_pp:.2f}" if margin_pp is not None and math.isfinite(margin_pp) else ""
+    within_pp = margin_pp(row, measurements)
+    margin = f" ± {within_pp:.2f}" if within_pp is not None and math.isfinite(within_pp) else ""
     # Figures are rounded in their last digits: + 0.0 makes no minus of a zero.
     change = f"{round(100 * (row.judged_miou - measurements.miou_to_keep), 2) + 0.0:+.2f}{margin} pp"
     if row is baseline:
@@ -339,8 +349,8 @@ def _line(measurements: Measurements, mark: int) -> _Line:
         work, speed = "", ""
         change = "" if measurements.delivered is None or measurements.delivered.is_kept else change
     else:
-        work = _times(baseline.macs / row.judged_macs, "less", "more")
-        speed = _times(_median_ms(baseline) / _median_ms(row), "faster", "slower")
+        work = fold(baseline.macs / row.judged_macs, "less", "more")
+        speed = fold(median_ms(baseline) / median_ms(row), "faster", "slower")
     # The baseline is the final exit.
     last, final = baseline.instance.exits[-1].exit_index, _exit_name(baseline.instance.exits[-1].exit)
     return _Line(
@@ -350,10 +360,10 @@ def _line(measurements: Measurements, mark: int) -> _Line:
         miou_change=change,
         gmacs=_gmacs(row),
         work=work,
-        gmacs_paper=_significant(row.judged_macs_paper / 1e9, 4),
-        latency=_significant(_median_ms(row)),
-        latency_p95=_significant(float(np.percentile(row.latency_ms, 95))),
-        predicted=f"{_significant(float(np.median(row.predicted_ms)))} predicted" if row.predicted_ms else "",
+        gmacs_paper=significant(row.judged_macs_paper / 1e9, 4),
+        latency=significant(median_ms(row)),
+        latency_p95=significant(float(np.percentile(row.latency_ms, 95))),
+        predicted=f"{significant(float(np.median(row.predicted_ms)))} predicted" if row.predicted_ms else "",
         speed=speed,
         exits=[
             _ExitShare(
@@ -371,7 +381,7 @@ def _line(measurements: Measurements, mark: int) -> _Line:
 
 def _gmacs(row: Measurement) -> str:
     """Work, with 1.96 standard errors where they are known."""
-    text = _significant(row.judged_macs / 1e9, 4)
+    text = significant(row.judged_macs / 1e9, 4)
     if row.instance.expected is None:
         return text
     decimals = len(text.partition(".")[2])
@@ -437,7 +447,7 @@ def _where(measurements: Measurements) -> str:
     return text
 
 
-def _median_ms(row: Measurement) -> float:
+def median_ms(row: Measurement) -> float:
     return float(np.median(row.latency_ms))
 
 
@@ -445,49 +455,62 @@ def _exit_name(of: Exit) -> str:
     return "final exit" if of.head == FINAL_HEAD else f"exit {of.exit_index}"
 
 
-def _significant(value: float, digits: int = 3) -> str:
-    """``value`` with so many significant digits, never in powers of ten."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:.0f}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
-
-
-def _times(ratio: float, gained: str, lost: str, digits: int = 2) -> str:
-    """A ratio in words, at least 1: "2.40x less", "1.10x more"."""
-    return f"{ratio:.{digits}f}x {gained}" if ratio >= 1 else f"{1 / ratio:.{digits}f}x {lost}"
-
-
 def render_report(inputs: ReportInputs) -> str:
     """One HTML page without outside assets."""
     measurements = inputs.measurements
-    # Names come from data sets and recipes: autoescape keeps markup in them from becoming the page's, and
-    # StrictUndefined makes a name that the template has and the code has not an error instead of a gap.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["typeset"] = _typeset
-    source = resources.files("messnet.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    baseline, row = _baseline(measurements), _headline_row(measurements)
-    silent = row is baseline or _is_near_chance(measurements) or _is_spoilt(measurements)
+    baseline, row = _baseline(measurements), headline_row(measurements)
+    silent = inputs.deployed is not None or row is baseline or _is_near_chance(measurements) or _is_spoilt(measurements)
     num_exits = len(inputs.costs.segments)
-    return environment.from_string(source).render(
+    return page_of(
+        "report.html.jinja",
         inputs=inputs,
-        headline=headline(measurements),
+        headline=opening(measurements, inputs.deployed),
         headline_row="" if silent else _title(row, measurements),
         headline_kept=row.judged_miou >= measurements.miou_to_keep - HEADLINE_DROP_PP / 100,
         where=_where(measurements),
         lines=_lines(measurements),
         not_in_table=not_in_table(measurements, inputs.findings),
+        deployed_rows=side_by_side(inputs.deployed) if inputs.deployed else [],
+        deployed_notes=[*deployed_notes(inputs.deployed)] if inputs.deployed else [],
         warnings=_warnings(measurements),
         colours=[exit_colour(index, num_exits) for index in range(num_exits)],
         front=_front_figure(measurements, inputs.findings),
-        verdicts=[*inputs.findings.verdicts, *(words.finding(one) for one in inputs.findings.found if one.is_found)],
+        verdicts=[(one.name, verdict(one), words.finding(one)) for one in inputs.findings.found if one.is_found],
         strips=_strips(inputs.gallery, measurements) if inputs.gallery else [],
-        legend=_class_legend(inputs.gallery, _shown(inputs.gallery, measurements)) if inputs.gallery else [],
+        worst=_worst(inputs.gallery) if inputs.gallery else [],
+        legend=_class_legend(inputs.gallery) if inputs.gallery else [],
         confidence=_confidence_pictures(inputs.gallery, measurements) if inputs.gallery else None,
         depth=_depth_figure(measurements, inputs.costs),
         heads=_heads_figure(inputs),
         classes=class_table(class_columns(measurements), measurements.class_names),
         confusions=confusions(measurements),
+        stages={name: _stage_facts(facts) for name, facts in inputs.provenance.items()},
     )
+
+
+def _stage_facts(facts: Mapping[str, object]) -> list[str]:
+    """What is recorded of a stage, in words."""
+    told = dict(facts)
+    words_of = []
+    for key, text in (("seconds", "took {}"), ("cpu_seconds", "{} of processor time")):
+        if key in told:
+            words_of.append(text.format(duration(float(str(told.pop(key))))))
+    return [*words_of, *(f"{key} {value}" for key, value in told.items())]
+
+
+def page_of(template: str, **values: object) -> str:
+    """A template of this package, filled in."""
+    folder = resources.files("messnet.report")
+    # Names come from data sets and recipes: autoescape keeps markup in them from becoming the page's, and
+    # StrictUndefined makes a name that the template has and the code has not an error instead of a gap.
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+    )
+    environment.filters["typeset"] = _typeset
+    return environment.get_template(template).render(values)
 
 
 def _typeset(text: str) -> Markup:
@@ -500,11 +523,13 @@ def _typeset(text: str) -> Markup:
 
 
 def _shown(gallery: Gallery, measurements: Measurements) -> list[int]:
-    """Positions of at most two pictures: the one that left first and is easiest, the one that went furthest."""
+    """Positions of at most two pictures: the one that left first and is easiest, the one that went furthest. The worst
+    images are shown elsewhere."""
     ease = dict(zip(measurements.image_names, _difficulty(measurements)[0], strict=True))
     # Sorted by the exit taken, and among images of one exit by difficulty.
     keys = [(int(gallery.exit_taken[g]), ease.get(name, 0.0)) for g, name in enumerate(gallery.image_names)]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    first = [g for g, name in enumerate(gallery.image_names) if name not in gallery.worst] or range(len(keys))
+    order = sorted(first, key=keys.__getitem__)
     return sorted({order[0], order[-1]}, key=order.index) if order else []
 
 
@@ -538,6 +563,43 @@ def _strips(gallery: Gallery, measurements: Measurements) -> list[_Strip]:
     return strips
 
 
+class _Worst(NamedTuple):
+    """One of the images that an instance gets most wrong."""
+
+    name: str
+    sentence: str
+    pictures: list[_Picture]
+
+
+def _worst(gallery: Gallery) -> list[_Worst]:
+    found = []
+    for name in gallery.worst:
+        g = gallery.image_names.index(name)
+        e = next(e for e, place in enumerate(gallery.exits) if place.exit_index == gallery.exit_taken[g])
+        mask, labels = gallery.masks[g], gallery.predictions[g, e]
+        valid = mask < len(gallery.class_names)
+        wrong = valid & (labels != mask)
+        # The most frequent confusion of this image, as one number for each pair of classes.
+        pairs, counts = np.unique(mask[wrong].astype(np.int64) * 256 + labels[wrong], return_counts=True)
+        of, taken_for = divmod(int(pairs[counts.argmax()]), 256)
+        share, most = 100 * wrong.sum() / valid.sum(), 100 * counts.max() / valid.sum()
+        left = _exit_name(gallery.exits[e])
+        names = gallery.class_names
+        sentence = f"{share:.0f} % of the pixels wrong, {most:.0f} % {names[of]} taken for {names[taken_for]}"
+        pictures = [
+            _Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input"),
+            _Picture(label_picture(mask, gallery.palette), f"{name}, the true labels", "label"),
+            _Picture(label_picture(labels, gallery.palette), f"{name}, prediction of {left}", "prediction", f"{left}"),
+        ]
+        if e < len(gallery.exits) - 1:
+            last, right = _exit_name(gallery.exits[-1]), _share_right(gallery, g, len(gallery.exits) - 1)
+            deepest = label_picture(gallery.predictions[g, -1], gallery.palette)
+            note = f"{last}, {right} right"
+            pictures.append(_Picture(deepest, f"{name}, prediction of {last}", "had it gone on", note))
+        found.append(_Worst(name, sentence, pictures))
+    return found
+
+
 def _share_right(gallery: Gallery, g: int, e: int) -> str:
     # Ignored pixels carry an id past the classes.
     valid = gallery.masks[g] < len(gallery.class_names)
@@ -545,9 +607,9 @@ def _share_right(gallery: Gallery, g: int, e: int) -> str:
     return f"{100 * right.sum() / max(1, valid.sum()):.1f} %"
 
 
-def _class_legend(gallery: Gallery, shown: list[int]) -> list[tuple[str, str]]:
-    """(class, colour) of the classes that occur in the pictures shown."""
-    occurring = np.unique(np.concatenate([gallery.masks[shown].ravel(), gallery.predictions[shown].ravel()]))
+def _class_legend(gallery: Gallery) -> list[tuple[str, str]]:
+    """(class, colour) of the classes that occur in the pictures."""
+    occurring = np.unique(np.concatenate([gallery.masks.ravel(), gallery.predictions.ravel()]))
     known = [int(k) for k in occurring if k < len(gallery.class_names)]
     return [(gallery.class_names[k], f"#{gallery.palette[k].tobytes().hex()}") for k in known]
 
@@ -692,7 +754,7 @@ def _heads_figure(inputs: ReportInputs) -> _HeadsFigure:
         here = np.flatnonzero(exit_indices == exit_index)
         # A head without an mIoU (no class occurs) is the last choice, not the first, as NaN would make it.
         top = max(here, key=lambda h: np.nan_to_num(miou[h], nan=-1.0))
-        best.append((name, len(here), tables.exits[top].head, f"{100 * miou[top]:.2f}", _significant(gmacs[top], 4)))
+        best.append((name, len(here), tables.exits[top].head, f"{100 * miou[top]:.2f}", significant(gmacs[top], 4)))
     figure = draw_heads(gmacs, miou, exit_indices, names, len(inputs.costs.segments))
     alt = "mIoU of every exit head on the reported images against its GMACs, one colour per exit"
     return _HeadsFigure(as_svg(figure, "heads", alt), best, len(tables.exits))

@@ -22,7 +22,7 @@ from messnet.searching.answers import AnytimeProof, SearchResult, SearchSetting
 from messnet.searching.cross_fitting import Folds, answer, search_tightened
 from messnet.searching.findings import Findings, Judged, OneFinding
 from messnet.searching.guarantee import certify
-from messnet.searching.measure import CostMeasure, baseline_miou_of
+from messnet.searching.measure import CostMeasure
 from messnet.searching.objective import AnytimeObjective, Guarantee, Objective
 from messnet.searching.optima import Front, choose, nearest_on, pareto_front, search_for
 from messnet.searching.options import SearchOptions
@@ -266,7 +266,8 @@ def search_precisions(
     """The search of ``search_run`` where the precision is one more choice: one cost table for each precision and
     runtime, all of one device. Drops and ratios are against the model of the first table.
 
-    The best instance of all is written into the run. Raises InfeasibleError where no precision has one, RecipeError for
+    Those of mIoU are counted image by image, so that they cross-fit as in one precision. The best instance of all is
+    written into the run. Raises InfeasibleError where no precision has one, RecipeError for
     tables of several devices.
     """
     devices = [directory.costs(path) for path in costs]
@@ -274,8 +275,10 @@ def search_precisions(
         raise RecipeError(
             "costs in several precisions are compared on one device with as many threads: measure them so"
         )
-    every = [directory.tables_for([one]) for one in devices]
-    asked = _in_absolute_terms(objective, _selection(every[0], options), devices[0])
+    first, *others = (directory.tables_for([one]) for one in devices)
+    # A model that was delivered is in all of them.
+    every = [first, *(one if one.delivered is not None else one.with_delivered(first) for one in others)]
+    asked = _in_absolute_terms(objective, devices[0])
     limit = options.time_limit if time_limit is None else time_limit
     found = []
     for table, tables in zip(devices, every, strict=True):
@@ -310,9 +313,8 @@ def _rank(result: SearchResult) -> tuple[float, float]:
     return (-miou, cost) if isinstance(result.objective, Objective) and result.objective.maximise else (cost, -miou)
 
 
-def _in_absolute_terms(objective: Objective, tables: ExitTables, costs: CostTable) -> Objective:
-    """The objective without drops and ratios, which would be another model's in another precision."""
-    least = objective.least_miou(baseline_miou_of(tables))
+def _in_absolute_terms(objective: Objective, costs: CostTable) -> Objective:
+    """The objective without ratios of costs, which would be another model's in another precision."""
     largest = CostMeasure.of(objective, costs).largest(objective)
     limits = [
         replace(limit, relative=False, at_most=limit.at_most * costs.total(limit.cost)) if limit.relative else limit
@@ -320,8 +322,6 @@ def _in_absolute_terms(objective: Objective, tables: ExitTables, costs: CostTabl
     ]
     return replace(
         objective,
-        max_drop_pp=None,
-        min_miou=max(least, 0.0) if math.isfinite(least) else None,
         max_cost_ratio=None,
         max_cost=largest if math.isfinite(largest) else None,
         limits_on=tuple(limits),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from messnet.costs.latency import LatencyOptions, num_threads
 from messnet.costs.workload import copy_module, in_eval_mode
 from messnet.deployment.bundle import Bundle, open_bundle
-from messnet.deployment.graphs import make_graphs
+from messnet.deployment.graphs import MadeStages, make_graphs
 from messnet.deployment.loading import WORKLOAD, default_runtime, load
 from messnet.deployment.measurement import check_additivity, instances_of_all_heads, measure_heads, measure_session
 from messnet.deployment.restoring import graph_runner, restore_bundle
@@ -213,17 +213,19 @@ def measure_run(run: Run, latency: LatencyOptions, name: str, runtime: RuntimeNa
     return costs
 
 
-def logits_in(run: Run, net: MultiExitNet, runtime: RuntimeName, precision: Precision) -> LogitsOf:
+def logits_in(
+    run: Run, net: MultiExitNet, runtime: RuntimeName, precision: Precision, *, made: MadeStages | None = None
+) -> LogitsOf:
     """The logits of every exit of ``net`` as a runtime computes them in a precision. Graphs are made of all heads,
-    which takes seconds an exit."""
+    which takes seconds an exit; ``made`` as for ``graph_runner``."""
     policy, size = run.recipe.evaluate.policies[0], run.blueprint().input_size
     runners: list[tuple[Instance, Runner]] = []
     calibration = run.calibration() if precision == "int8" else []
     copied = None if runtime in GRAPH_RUNTIMES else copy_module(net, lambda tensor: tensor)
     for instance in instances_of_all_heads(net, policy):
         if runtime in GRAPH_RUNTIMES:
-            made = graph_runner(net, instance, size, runtime=runtime, precision=precision, calibration=calibration)
-            runners.append((instance, made))
+            how = partial(graph_runner, runtime=runtime, precision=precision, calibration=calibration, made=made)
+            runners.append((instance, how(net, instance, size)))
         else:
             assert copied is not None
             by_torch = TorchRunner(copied, Policy.parse(policy), device=str(run.device), precision=precision)

@@ -20,7 +20,7 @@ from messnet.evaluation import EvaluationOptions
 from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
 from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain, type_options
-from messnet.records.names import precision_named
+from messnet.records.names import GraphRuntime, Precision, expect_runtime, precision_named
 from messnet.searching.options import SearchOptions
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
@@ -70,6 +70,29 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeployOptions:
+    """What the run ends in: the fastest instance in each precision of a runtime, measured there beside the model."""
+
+    precisions: tuple[Precision, ...] = ()
+    """Such as [f32, int8]; gains and losses are against the model in the first. Empty: nothing is deployed."""
+    runtime: GraphRuntime = "onnxruntime"
+    max_drop_pp: float = 1.0
+    """mIoU that the instances may lose, percentage points."""
+    threads: int | None = None
+    """Of the processor; None: as many as torch takes."""
+
+    def __post_init__(self) -> None:
+        for precision in self.precisions:
+            expect_runtime(self.runtime, precision)
+        if len({*self.precisions}) < len(self.precisions):
+            raise RecipeError(f"deploy.precisions names one of {', '.join(self.precisions)} twice")
+        if not math.isfinite(self.max_drop_pp):
+            raise RecipeError(f"deploy.max_drop_pp is a number of percentage points, got {self.max_drop_pp}")
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"deploy.threads must be at least 1, got {self.threads}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All that makes a run, stage by stage."""
 
@@ -80,6 +103,7 @@ class Recipe:
     distill: DistillOptions = DistillOptions()
     evaluate: EvaluationOptions = EvaluationOptions()
     search: SearchOptions = SearchOptions()
+    deploy: DeployOptions = DeployOptions()
     compute: ComputeOptions = ComputeOptions()
 
     def __post_init__(self) -> None:

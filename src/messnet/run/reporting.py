@@ -18,11 +18,14 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit, Instance, whole_model
 from messnet.records.iou import chance_miou, class_iou
 from messnet.records.measurements import Delivered, Gallery, Measurement, Measurements, known
+from messnet.records.run_directory import DEPLOYED
 from messnet.run.run import Run
 from messnet.searching.cross_fitting import error_of_drop
 from messnet.searching.findings import Findings
 from messnet.searching.grid import cost_of, route
 from messnet.searching.measure import Routed
+
+_NUM_WORST = 3
 
 
 def measure_instances(run: Run, findings: Findings) -> tuple[Measurements, Gallery | None]:
@@ -51,13 +54,14 @@ def measure_instances(run: Run, findings: Findings) -> tuple[Measurements, Galle
         difficulty=known(tables_reported.difficulty),
         final_exit_error=known(runnings[0].errors),
         num_selection_images=len(selection),
-        rows=[_measurement(*pair, tables_reported, costs, predicted) for pair in zip(instances, runnings, strict=True)],
+        rows=[measurement_of(*one, tables_reported, costs, predicted) for one in zip(instances, runnings, strict=True)],
         left_out=left_out,
         chance_miou=known([chance_miou(tables_reported.labelled.sum(0, dtype=np.int64))])[0],
         class_names=list(tables.class_names),
         delivered=_delivered(tables_reported, is_kept=not run.recipe.pretrain.iterations),
     )
-    return measurements, _gallery(val, reported, sessions, measurements.rows)
+    errors = [running.errors for running in runnings]
+    return measurements, _gallery(val, reported, sessions, measurements.rows, errors)
 
 
 def _delivered(tables: ExitTables, *, is_kept: bool) -> Delivered | None:
@@ -73,10 +77,13 @@ def _found(run: Run, findings: Findings, selections: Sequence[ExitTables]) -> tu
     see ``Measurements.left_out``."""
     names = dict.fromkeys((*findings.names, *run.directory.instance_names()))
     found, left_out = [], []
-    for file in (run.directory.instance(name) for name in names):
+    for name in names:
+        file = run.directory.instance(name)
         if not file.exists:
             continue
         instance = file.read()
+        if name == DEPLOYED and instance.precision != selections[0].precision:
+            continue  # it has a table of its own
         if any(_was_selected_on(selection, instance) for selection in selections):
             found.append(instance)
         else:
@@ -116,9 +123,10 @@ def _predict_latency(run: Run, exits: Sequence[Exit], input_size: tuple[int, int
     return profile(run.network(exits), input_size, latency=latency)
 
 
-def _measurement(
+def measurement_of(
     instance: Instance, running: Running, tables: ExitTables, costs: CostTable, predicted: CostTable
 ) -> Measurement:
+    """One row: an instance, what it did on the images of ``tables``, the workload, and the times of its parts."""
     routing = route(tables, instance)
     return Measurement(
         instance=instance,
@@ -136,19 +144,32 @@ def _measurement(
 
 
 def _gallery(
-    val: SegmentationDataset, reported: Sequence[int], sessions: Sequence[Session], rows: Sequence[Measurement]
+    val: SegmentationDataset,
+    reported: Sequence[int],
+    sessions: Sequence[Session],
+    rows: Sequence[Measurement],
+    errors: Sequence[Sequence[float]],
 ) -> Gallery | None:
-    """An image that stopped early and one that went deep, through the instance whose images spread most."""
+    """An image that stopped early and one that went deep, through the instance whose images spread most, and those that
+    it gets most wrong by its ``errors``, shares of pixels of each image by row."""
     if len(sessions) < 2:
         return None
-    session, row = max(zip(sessions[1:], rows[1:], strict=True), key=lambda pair: pair[1].spread())
+    chosen = max(range(1, len(sessions)), key=lambda i: rows[i].spread())
+    session, row = sessions[chosen], rows[chosen]
     # From shallow to deep, and from unsure to sure among those that left together; the tenth from either end.
     order = np.lexsort((row.image_confidence, row.exit_taken))
     first, last = int(order[len(order) // 10]), int(order[-1 - len(order) // 10])
-    samples = [val[reported[v]] for v in dict.fromkeys((first, last))]
-    samples = [sample for sample in samples if sample.mask.shape == samples[0].mask.shape]
-    taken = [row.exit_taken[v] for v in dict.fromkeys((first, last))][: len(samples)]
-    return make_gallery(session, [(sample.name, sample.image, sample.mask) for sample in samples], taken)
+    wrong = np.nan_to_num(np.array(errors[chosen], np.float64), nan=-1.0)  # nothing is known without a labelled pixel
+    worst = [int(v) for v in np.argsort(-wrong, kind="stable")[:_NUM_WORST] if wrong[v] > 0]
+    samples = {v: val[reported[v]] for v in dict.fromkeys((first, last, *worst))}
+    size = samples[first].mask.shape
+    shown = {v: sample for v, sample in samples.items() if sample.mask.shape == size}
+    return make_gallery(
+        session,
+        [(sample.name, sample.image, sample.mask) for sample in shown.values()],
+        [row.exit_taken[v] for v in shown],
+        [shown[v].name for v in worst if v in shown],
+    )
 
 
 def _device_in_words(device: torch.device) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+from messnet.records.codec import to_plain
 from messnet.records.run_directory import RunDirectory, RunFile
-from messnet.run.recipe import recipe_to_record
+from messnet.run.recipe import DeployOptions, Recipe, recipe_to_record
 from messnet.run.run import Run
 
 
@@ -30,6 +31,8 @@ class Stage:
     """Versions of the files that it reads and writes: where they were others, it is done again."""
     is_training: bool = False
     """Takes hours: another recipe is refused once it has begun. All else is just done again."""
+    is_wanted: Callable[[Recipe], bool] = lambda recipe: True
+    """Whether a recipe asks for it; where it does not, there is nothing to do."""
     is_repeatable: bool = False
     """Done again whenever its verb is called."""
 
@@ -44,7 +47,7 @@ class Stage:
             section, _, key = option.partition(".")
             if section in sections and (option in self.without or sections[section].get(key, default) == default):
                 sections[section].pop(key, None)
-        return sections
+        return {name: section for name, section in sections.items() if section or name not in LATER_SECTIONS}
 
     def fingerprint(self, record: Mapping[str, object]) -> str:
         """A name for what the artefact is made from: ``inputs`` and the formats."""
@@ -58,12 +61,14 @@ class Stage:
         return self.fingerprint(recipe_to_record(run.recipe))
 
     def is_done(self, run: Run) -> bool:
+        if not self.is_wanted(run.recipe):
+            return True
         is_same = run.directory.fingerprint(self.name) == self.made_from(run)
         return is_same and self.artefact(run.directory).exists
 
     def ensure(self, run: Run, *, again: bool = False) -> bool:
         """Does the stage unless it is done; ``again`` repeats it where that is cheap. Tells whether it did."""
-        if self.is_done(run) and not (again and self.is_repeatable):
+        if self.is_done(run) and not (again and self.is_repeatable and self.is_wanted(run.recipe)):
             return False
         self.record(run, self.do)
         return True
@@ -79,6 +84,8 @@ class Stage:
             self.do(run)
 
 
+LATER_SECTIONS = ("deploy",)
+"""Left out where all of their options are."""
 LATER_OPTIONS: Mapping[str, object] = {
     "data.group": None,
     "data.resize": None,
@@ -88,5 +95,6 @@ LATER_OPTIONS: Mapping[str, object] = {
     "distill.optimizer": "sgd",
     "distill.ema": None,
     "distill.plain_heads": "new",
+    **{f"deploy.{name}": value for name, value in cast("Mapping[str, object]", to_plain(DeployOptions())).items()},
 }
 """With their defaults."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 import safetensors.torch
 from torch import Tensor
 
+from messnet.deployment.graphs import MadeStages
 from messnet.evaluation import evaluate, merge_shards
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
@@ -19,6 +20,7 @@ from messnet.records.names import Precision, RuntimeName
 from messnet.records.shard import WHOLE, Shard
 from messnet.report.page import STAGE_1_ADVICE, read_inputs, render_report
 from messnet.run.choosing import search_all
+from messnet.run.deploying import deploy
 from messnet.run.measuring import build_network, logits_in, start_from_weights
 from messnet.run.reporting import measure_instances
 from messnet.run.run import Run
@@ -162,15 +164,15 @@ def evaluate_stage(run: Run, shard: Shard | None = None) -> None:
     checkpoint.discard()
 
 
-def deployed_tables_stage(run: Run, runtime: RuntimeName, precision: Precision) -> bool:
-    """``evaluate_stage`` of the network as ``runtime`` computes it in ``precision``, in a file of its own. Tells
-    whether there was anything to do."""
+def deployed_tables_stage(run: Run, runtime: RuntimeName, precision: Precision, made: MadeStages | None = None) -> bool:
+    """``evaluate_stage`` of the network as ``runtime`` computes it in ``precision``, in a file of its own; ``made``
+    as for ``graph_runner``. Tells whether there was anything to do."""
     origin = f"{_tables_origin(run)} {runtime} {precision}"
     file = run.directory.deployed_tables(runtime, precision)
     if file.exists and file.read().origin == origin:
         return False
     net, val, checkpoint = run.trained(), run.dataset("val"), run.checkpoint(f"tables-{runtime}-{precision}")
-    logits_of = logits_in(run, net, runtime, precision)
+    logits_of = logits_in(run, net, runtime, precision, made=made)
     tables = evaluate(net, val, run.recipe.evaluate, origin=origin, logits_of=logits_of, checkpoint=checkpoint)
     file.write(_beside_delivered(run, replace(tables, precision=precision)))
     checkpoint.discard()
@@ -210,6 +212,15 @@ def search_stage(run: Run) -> None:
     run.directory.front.write(findings.to_json().encode())
 
 
+def deploy_stage(run: Run) -> None:
+    """The fastest instance in each precision that the recipe names, as a bundle, and what it gains over the model."""
+    options, made = run.recipe.deploy, MadeStages()
+    for precision in options.precisions:
+        if precision != "f32":  # the run's own tables hold for f32, which every runtime computes alike
+            deployed_tables_stage(run, options.runtime, precision, made)
+    run.directory.deployed.write(deploy(run, made))
+
+
 def report_stage(run: Run) -> None:
     """Run the chosen instances on the validation images, measure them, and write the page."""
     findings = Findings.from_json(run.directory.front.read())
@@ -226,6 +237,7 @@ _PRETRAINED = ("data", "model", "pretrain")
 _DISTILLED = (*_PRETRAINED, "heads", "distill")
 _EVALUATED = (*_DISTILLED, "evaluate")
 _SEARCHED = (*_EVALUATED, "search")
+_DEPLOYED = (*_SEARCHED, "deploy")
 # Which images belong together splits validation images and nothing else.
 _NO_GROUP = frozenset({"data.group"})
 _COSTS, _TABLES = {"costs": COST_TABLE.version}, {"tables": EXIT_TABLES.version}
@@ -273,9 +285,18 @@ STAGES = {
             is_repeatable=True,
         ),
         Stage(
+            name="deploy",
+            do=deploy_stage,
+            sections=_DEPLOYED,
+            artefact=lambda directory: directory.deployed,
+            formats=_COSTS | _TABLES,
+            is_wanted=lambda recipe: bool(recipe.deploy.precisions),
+            is_repeatable=True,
+        ),
+        Stage(
             name="report",
             do=report_stage,
-            sections=_SEARCHED,
+            sections=_DEPLOYED,
             artefact=lambda directory: directory.report,
             formats=_COSTS | _TABLES,
             is_repeatable=True,

@@ -1,0 +1,64 @@
+"""The record of a deployment: the user's model and the fastest instances, in each precision, side by side. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from messnet.records.codec import Format
+from messnet.records.measurements import Measurement
+from messnet.records.names import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployedRow:
+    """One network in one runtime and precision, on every validation image, one at a time."""
+
+    runtime: str
+    """"onnxruntime", "torch"."""
+    precision: Precision
+    megabytes: float
+    """What its files hold, millions of bytes."""
+    is_model: bool
+    """The user's whole model, not an instance with early exits."""
+    row: Measurement
+
+    @property
+    def mean_ms(self) -> float:
+        """Milliseconds an image takes on average: early stops count with their share."""
+        return float(np.mean(self.row.latency_ms))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """All rows, measured in turns; the model in the first precision, which others are compared with, comes first."""
+
+    device: str
+    """In words: processor, threads, runtime."""
+    threads: int
+    max_drop_pp: float
+    """What was asked: percentage points of mIoU that may be lost against the first row."""
+    rows: list[DeployedRow]
+    missing: list[str]
+    """A sentence for each precision that no instance was found in."""
+
+    @property
+    def model(self) -> DeployedRow:
+        return self.rows[0]
+
+    @property
+    def best(self) -> DeployedRow:
+        """The fastest instance; the model itself where none was found."""
+        return min((row for row in self.rows if not row.is_model), key=lambda row: row.mean_ms, default=self.model)
+
+    def to_json(self) -> str:
+        return _DEPLOYED.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Deployed:
+        """Raises RunError when ``text`` is no such file of this schema version."""
+        return _DEPLOYED.from_json(text)
+
+
+_DEPLOYED = Format(Deployed, "a record of a deployment", version=1, made_by="deploy")
