@@ -172,6 +172,31 @@ def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, session: me
         context.close()
 
 
+@in_browser
+def test_a_bundle_in_int8_alone(browser: Any, tmp_path: Path) -> None:
+    whole = open_bundle(BUNDLE)
+    runtimes = {"onnx-int8": whole.manifest.runtimes["onnx-int8"]}
+    names = [
+        *runtimes["onnx-int8"].files.values(),
+        *(name for name in whole.manifest.files if name.startswith("costs/")),
+    ]
+    write_bundle(tmp_path / "b.mess", replace(whole.manifest, runtimes=runtimes), {n: whole.read(n) for n in names})
+    main(["export", str(tmp_path / "b.mess"), "--web", str(tmp_path / "page"), "--onnxruntime-web", str(PACKAGE)])
+    session, file = messnet.load(tmp_path / "b.mess"), list_images(IMAGES)[0]
+    assert (session.precision, session.palette is None) == ("int8", False)
+    with served(tmp_path / "page") as address:
+        context = browser.new_context()
+        page = opened(context, f"{address}?threads=2")
+        expect(page.locator("#variant option")).to_have_text(["int8, WebAssembly, 2 threads"])
+        page.locator("[value=last]").check()
+        page.set_input_files("#file", file)
+        expect(page.locator("#detail")).to_contain_text("Stopped: the last exit", timeout=60_000)
+        expected = [*session.anytime(read_image(file))][-1]
+        assert session.palette is not None
+        assert (shown_labels(page, session.palette) == expected.labels).mean() >= 0.98
+        context.close()
+
+
 def stand_in_for_onnxruntime_web(folder: Path) -> None:
     """Empty files of the names that a page needs."""
     (folder / "dist").mkdir(parents=True, exist_ok=True)

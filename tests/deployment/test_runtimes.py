@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import messnet
 from helpers.images import smooth_image
+from messnet.apps.tiling import predict_tiled
+from messnet.cli import main
 from messnet.deployment.bundle import open_bundle
 from messnet.deployment.export import check_graphs, export
 from messnet.deployment.graph_file import leading_to
@@ -138,6 +142,82 @@ def test_the_output_graph_gives_the_labels(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(
         graph.run({"logits": logits.numpy(), "size": np.array(size)}, ["labels"])[0], expected
     )
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_labels_at_the_resolution_of_the_logits(bundle: Path, runtime: Any) -> None:
+    """They are the classes of the logits; torch's own upsampling of those gives the labels at the image's size."""
+    small, large = (load(bundle, runtime=runtime, labels=size) for size in ("logits", "input"))
+    for image in IMAGES[:3]:
+        for one, other in zip(small.anytime(image), large.anytime(image), strict=True):
+            np.testing.assert_array_equal(one.labels, one.logits[0].argmax(0))
+            scores = torch.nn.functional.interpolate(torch.from_numpy(one.logits), image.shape[:2], mode="bilinear")
+            assert (other.labels == scores.argmax(1)[0].numpy()).mean() > 0.999
+            assert one.image_confidence == other.image_confidence
+            np.testing.assert_array_equal(one.confidence_map, other.confidence_map)
+            assert one.overlay().size == other.overlay().size == image.shape[1::-1]
+
+
+def test_a_graph_of_labels_without_upsampling(bundle: Path, tmp_path: Path) -> None:
+    words = ["export", str(bundle), "--runtime", "onnxruntime", "--labels", "logits", "--out", str(tmp_path / "b.mess")]
+    main(words)
+    checked = open_bundle(tmp_path / "b.mess").manifest.runtimes["onnx"].checked
+    assert checked["equal_pixels"] == 1
+    graph = load_graph((tmp_path / "b.mess/onnx/output.onnx").read_bytes(), "onnxruntime", "f32", 1)
+    assert graph.inputs == ("logits",)
+    logits = np.random.default_rng(0).normal(size=(2, 5, 7, 9)).astype(np.float32)
+    np.testing.assert_array_equal(graph.run({"logits": logits}, ["labels"])[0], logits.argmax(1))
+    predict = ["predict", str(bundle), str(tmp_path / "a.png"), "--labels", "logits", "--out", str(tmp_path / "out")]
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    main(predict)
+    result = load(bundle, labels="logits").predict(IMAGES[0])[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/masks/a.png")), result.labels)
+    assert Image.open(tmp_path / "out/overlays/a.png").size == IMAGES[0].shape[1::-1]
+    with pytest.raises(RecipeError, match="tiles are joined pixel by pixel"):
+        predict_tiled(load(bundle, labels="logits"), IMAGES[0], tile=(32, 32))
+
+
+def test_the_loops_of_a_host_do_what_a_session_does(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs/runtimes.md that can run here: ONNX Runtime's, and programs of torch.export."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bundle, "demo.mess")
+    page = (Path(__file__).parents[2] / "docs/runtimes.md").read_text()
+    graphs, programs = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    left = set()
+    for seed in (0, 3, 6):
+        Image.fromarray(smooth_image(64, 80, seed)).save("photo.jpg")
+        photo = np.asarray(Image.open("photo.jpg"))
+        host: dict[str, Any] = {"__name__": "host"}
+        exec(compile(graphs, "runtimes.md", "exec"), host)
+        expected = load(bundle, precision="int8").predict(photo)[0]
+        assert host["manifest"]["instance"]["exits"][host["k"]]["exit_index"] == expected.exit_index
+        np.testing.assert_array_equal(host["labels"], expected.labels)
+        exec(compile(programs, "runtimes.md", "exec"), host)
+        expected = load(bundle).predict(photo)[0]
+        assert host["choice"].exit_index == expected.exit_index
+        np.testing.assert_allclose(host["logits"].detach().numpy(), expected.logits, atol=1e-4)
+        left.add(expected.exit_index)
+    assert len(left) == 2, "images that tell exits apart"
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_nothing_is_copied_between_stages(bundle: Path, runtime: Any) -> None:
+    """What a stage gives is a view of the runtime's own memory, which a later call leaves alone."""
+    stages = [load_graph((bundle / f"onnx/stage{k}.onnx").read_bytes(), runtime, "f32", 1) for k in (0, 1)]
+    images = [normalise(IMAGES[i][None]) for i in (0, 3)]
+    wanted = [*(name for name in stages[0].outputs if name.startswith("next")), "logits"]
+    threshold = np.array([0.5], np.float32)
+    before = [stages[0].run({"live0": image, "pixel_threshold": threshold}, wanted) for image in images]
+    assert not any(one.flags.owndata for found in before for one in found)
+    assert len({one.ctypes.data for found in before for one in found}) == 2 * len(wanted)
+    kept = [[one.copy() for one in found] for found in before]
+    for *live, _ in before:  # both go on, in turn, and give what each gives alone
+        stages[1].run({f"live{k}": one for k, one in enumerate(live)} | {"pixel_threshold": threshold}, ["logits"])
+    for found, copies in zip(before, kept, strict=True):
+        for one, copied in zip(found, copies, strict=True):
+            np.testing.assert_array_equal(one, copied)
 
 
 def test_a_batch_gives_what_single_images_give(small_net: MultiExitNet) -> None:

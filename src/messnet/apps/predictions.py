@@ -21,6 +21,7 @@ from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, PredictionError, RecipeError
 from messnet.images.colours import exit_colour
 from messnet.images.drawing import as_png, confidence_as_grey, legend, mask, overlay
+from messnet.images.preprocessing import resize_map
 from messnet.images.reading import dimness, large_images, list_images, read_image
 from messnet.records.files import write_atomically
 
@@ -288,7 +289,7 @@ def _files_of(
         record["overlay"] = f"overlays/{name}"
 
         def picture() -> bytes:
-            parts = [overlay(image, result.labels, palette)]
+            parts = [overlay(image, resize_map(result.labels, image.shape[:2]), palette)]
             if options.legend:
                 parts.append(legend(image.shape[1], session.class_names, palette, result.labels))
             return as_png(Image.fromarray(np.concatenate(parts)), compress_level=_FAST)

@@ -88,6 +88,8 @@ def predict_tiled(
         raise DataError(f"an image is (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}: convert it")
     if batch_size < 1:
         raise RecipeError(f"a batch holds at least 1 tile, not {batch_size}")
+    if session.labels != "input":
+        raise RecipeError("tiles are joined pixel by pixel: leave them out, or labels at the logits' resolution")
     if session.resize is not None:
         raise RecipeError(
             f"this network sees whole images, resized to {session.resize} pixels on the shorter side: leave tiles out"

@@ -119,6 +119,8 @@ def predict_video(
     for count, what in ((options.max_frames, "max_frames"), (options.queue_frames, "queue_frames")):
         if count is not None and count < 1:
             raise RecipeError(f"{what} is at least 1, not {count}")
+    if session.labels != "input":
+        raise RecipeError("frames of a video are drawn pixel by pixel: leave labels at the logits' resolution out")
     choices = session.instance.exits
     control = ExitControl(choices, frame_budget_ms=options.frame_budget_ms, hysteresis=options.hysteresis)
     closest = 0.0 if isinstance(source, int) else _closest_frames(source, open_capture)

@@ -20,7 +20,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 from messnet import __version__
 from messnet.errors import MessError, needing_extras, one_line
 from messnet.records.files import write_atomically
-from messnet.records.names import Precision, RuntimeName, precision_named, runtime_named
+from messnet.records.names import LabelSize, Precision, RuntimeName, precision_named, runtime_named
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,12 +92,12 @@ class SessionOptions:
     """module:function that builds the network of a bundle whose model is its maker's own. What a bundle names is not
     imported unless you name it here."""
 
-    def open(self, target: Path) -> Session:
+    def open(self, target: Path, labels: LabelSize = "input") -> Session:
         """Raises as ``load`` does."""
         from messnet.deployment.loading import load
 
         tell_of_translating(self.runtime)
-        session = load(target, **asdict(self))
+        session = load(target, labels=labels, **asdict(self))
         if self.instance is None:
             tell_of_few_images(session.instance, target)
         return session

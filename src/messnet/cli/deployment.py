@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from messnet.cli.app import AsJson, app, examples, named_runtime, quieten, tell_of_few_images
 from messnet.errors import MessError, RecipeError
 from messnet.records.files import expect_free
-from messnet.records.names import expect_runtime
+from messnet.records.names import LabelSize, expect_runtime
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,7 @@ def export(
     ] = None,
     max_loss_pp: float | None = None,
     static: tuple[int, int] | None = None,
+    labels: LabelSize = "input",
     torch: bool = True,
     images: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
     device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
@@ -79,6 +80,8 @@ def export(
         max_loss_pp: What int8 may lose at most: percentage points of mIoU at any exit, by default 1; on images without
             labels the percentage of pixels that change, by default 3.
         static: Height and width of the one image that graphs take, for compilers that want fixed shapes.
+        labels: The size of what the graph of labels gives: that of the image, or that of the logits, a stride coarser
+            and not upsampled.
         torch: Whether the bundle holds weights for torch.
         images: Files or folders of images to check graphs on; by default a run's validation images, and generated ones
             where its data set is not here, or for a bundle. Of a bundle, int8 calibrates on every other of them.
@@ -97,7 +100,7 @@ def export(
     precisions = precision or _own_precisions(target, instance, runs_in)
     for one in precisions:
         expect_runtime(runs_in, one)
-    for option, given in {"images": images, "static": static}.items():
+    for option, given in {"images": images, "static": static, "labels": labels != "input"}.items():
         if given and not graphs:
             raise RecipeError(f"--{option} is for graphs: leave it out, or add --runtime onnxruntime")
     if onnxruntime_web is not None and web is None:
@@ -117,6 +120,7 @@ def export(
             weights=weights,
             images=_images(target, images, static) if in_float else None,
             static=static,
+            labels=labels,
             model=model,
         )
 

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from messnet.cli.app import AsJson, SessionFlags, SessionOptions, app, examples, quieten
 from messnet.errors import DataError, RecipeError, needing_extras
+from messnet.records.names import LabelSize
 
 if TYPE_CHECKING:
     from messnet.apps.video import VideoOptions
@@ -45,6 +46,7 @@ def predict(
     overlay: bool = True,
     legend: Annotated[bool, Parameter(negative="")] = False,
     confidence: bool = True,
+    labels: LabelSize = "input",
     large_images: Annotated[bool, Parameter(negative="")] = False,
     camera: int | None = None,
     frame_budget_ms: float | None = None,
@@ -73,6 +75,7 @@ def predict(
         overlay: Write OUT/overlays.
         legend: Below overlays and video frames the colours and names of the classes.
         confidence: Write OUT/confidence.
+        labels: The size of OUT/masks: that of the image, or that of the logits, a stride coarser and not upsampled.
         large_images: Take images of more than 179 million pixels, which a small file made to fill the memory has too:
             for files of your own, best with --tile.
         camera: Number of a camera, in place of files.
@@ -88,7 +91,7 @@ def predict(
 
     # Opened when the arguments are known to be good: a network takes seconds to load, a wrong option should take none.
     def open_session() -> Session:
-        opened = session.open(target)
+        opened = session.open(target, labels)
         if session.runtime is None and opened.runtime != "torch":
             why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
             print(f"messnet: {opened.runtime} computes, for {why}", file=sys.stderr)
@@ -96,7 +99,12 @@ def predict(
 
     sources = _videos(images, camera)
     # None where an option was not given: what is left in these belongs to the other kind of input.
-    of_images = {"--batch-size": batch_size if batch_size != 1 else None, "--deadline-ms": deadline_ms, "--tile": tile}
+    of_images: dict[str, object] = {
+        "--batch-size": batch_size if batch_size != 1 else None,
+        "--deadline-ms": deadline_ms,
+        "--tile": tile,
+        "--labels": labels if labels != "input" else None,
+    }
     of_videos = {"--frame-budget-ms": frame_budget_ms, "--fps-budget": fps_budget, "--hysteresis": hysteresis}
     if sources:
         of_images |= {"--no-overlay": None if overlay else True, "--no-confidence": None if confidence else True}

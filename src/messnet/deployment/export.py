@@ -44,7 +44,7 @@ from messnet.profiling import profile
 from messnet.records.codec import from_plain
 from messnet.records.costs import CostTable
 from messnet.records.instance import Exit, Instance
-from messnet.records.names import GRAPH_RUNTIMES, Precision
+from messnet.records.names import GRAPH_RUNTIMES, LabelSize, Precision
 from messnet.records.run_directory import RunDirectory
 
 _WEIGHTS = "weights.safetensors"
@@ -65,6 +65,7 @@ def export(
     weights: bool | None = None,
     images: Sequence[NDArray[np.uint8]] | None = None,
     static: tuple[int, int] | None = None,
+    labels: LabelSize = "input",
     model: str | None = None,
     made: MadeStages | None = None,
 ) -> Bundle:
@@ -77,7 +78,8 @@ def export(
     the network, "module:function". Graphs are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones
     where None are given. ``eight_bits`` says how graphs in int8, alone or beside the others, are made and what they may
     lose; graphs for one image of the size ``static``, (height, width), take no other. ``made`` is what ``make_graphs``
-    has made of the same network already.
+    has made of the same network already. The graph of ``labels`` makes them at the image's size, or at that of the
+    "logits".
 
     Raises RunError when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be
     cut, or graphs that cannot be made, disagree, or lose more than they may.
@@ -92,7 +94,11 @@ def export(
     elif is_bundle(path := Path(source)):
         bundle = open_bundle(path)
         # Graphs need no code, so neither does a bundle of nothing but the graphs that are there.
-        if graphs and not (weights or eight_bits or static) and default_runtime(bundle, model) in GRAPH_RUNTIMES:
+        if (
+            graphs
+            and not (weights or eight_bits or static or labels != "input")
+            and default_runtime(bundle, model) in GRAPH_RUNTIMES
+        ):
             return _with_its_graphs(bundle, out, instance, tables)
         taken = _from_bundle(bundle, instance, model)
     elif model is None:
@@ -119,7 +125,9 @@ def export(
         size, multiple = static or blueprint.input_size, size_multiple(net)
         if size[0] % multiple or size[1] % multiple:
             raise RecipeError(f"--static {size[0]} {size[1]}: this network takes multiples of {multiple} only")
-        written = make_graphs(net, exits, Policy.parse(chosen.policy), size, static=static is not None, made=made)
+        written = make_graphs(
+            net, exits, Policy.parse(chosen.policy), size, static=static is not None, labels=labels, made=made
+        )
         sets: dict[Precision, tuple[dict[str, bytes], dict[str, float]]] = {}
         if graphs:
             checked = check_graphs(net, chosen, written, images or _generated_images(size), odd_size=static is None)
@@ -295,12 +303,12 @@ def _compare(
         )
         shares = [float(step.confidence[0]) for step in steps if step.confidence is not None]
         decisions = [share >= choice.image_threshold for share in shares if choice.image_threshold is not None]
-        expected, found = (
-            runner.labels(step.logits, np.ones(1, bool), (height, width))
-            for runner, step in zip(runners, steps, strict=True)
-        )
         feeds = {"logits": steps[1].logits, "size": np.array([height, width], np.int64)}
         drawn = output.run(feeds, ["labels"])[0]
+        expected, found = (
+            runner.labels(step.logits, np.ones(1, bool), drawn.shape[1:])
+            for runner, step in zip(runners, steps, strict=True)
+        )
         rows.append(
             [
                 np.abs(ours - theirs).max(),

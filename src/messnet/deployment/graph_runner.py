@@ -240,7 +240,7 @@ class _OpenVinoGraph:
         openvino = _package("openvino", "messnet[openvino]")
         self.version: str = openvino.__version__.partition("-")[0]
         self.inputs, self.outputs = expect_self_contained(data, name)
-        self._core, self._name = openvino.Core(), name
+        self._core, self._tensor, self._name = openvino.Core(), openvino.Tensor, name
         self._config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,  # of what is not in int8
@@ -272,11 +272,18 @@ class _OpenVinoGraph:
         with self._lock:  # a request runs once at a time
             request = self.prepare(wanted)
             given = {name: feeds[name] for port in request.model_inputs for name in port.get_names() if name in feeds}
+            found: dict[str, Any] = {}
             try:
-                results = request.infer(given, share_inputs=True)
+                # What it computes goes into memory that is made for this call, so that neither the next stage nor the
+                # caller needs a copy before the request runs again.
+                for port in request.model_outputs:
+                    made = self._tensor(port.get_element_type(), port.get_partial_shape().get_min_shape())
+                    request.set_tensor(port, made)
+                    found |= dict.fromkeys(port.get_names(), made)
+                request.infer(given, share_inputs=True, share_outputs=True)
             except Exception as error:
                 raise _run_error("OpenVINO", error, given) from error
-            return [results[name] for name in wanted]
+            return [found[name].data for name in wanted]
 
 
 def _expect_stage(graph: Graph, position: int, before: Sequence[Graph]) -> None:

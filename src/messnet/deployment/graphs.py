@@ -33,6 +33,7 @@ from messnet.network.zoo import other_precision
 from messnet.policy.graph import IR_VERSION, OPSET, output_graph, policy_graph, serialised
 from messnet.policy.policy import Policy
 from messnet.records.instance import FINAL_HEAD, Exit
+from messnet.records.names import LabelSize
 
 _BLOCK = 16  # channels, of processors with AVX-512; a multiple of what others have
 
@@ -49,12 +50,14 @@ def make_graphs(
     *,
     static: bool = False,
     made: MadeStages | None = None,
+    labels: LabelSize = "input",
 ) -> dict[str, bytes]:
     """The graphs by name, "stage0" ... and "output", of ``exits``, shallow to deep, of a network on the CPU. They
     compute in float32, as a copy of ``net`` does that is in another precision.
 
     ``input_size`` is that of the example which is traced; ``static`` graphs take one image of that size and no other,
-    as some compilers for devices want it. A stage takes seconds: those that ``made`` holds, of the same network, policy
+    as some compilers for devices want it; ``labels`` at the size of the "logits" are their argmax alone. A stage
+    takes seconds: those that ``made`` holds, of the same network, policy
     and size, are taken from there, and the others are added to it. Raises ModelError for a network that has no graphs
     of its own, a policy that cannot be a graph, or without the packages that write graphs.
     """
@@ -99,7 +102,7 @@ def make_graphs(
         graphs[stage_name(position)] = serialised(whole)
         if made is not None:
             made[key] = graphs[stage_name(position)]
-    return {**graphs, OUTPUT: output_graph()}
+    return {**graphs, OUTPUT: output_graph(labels)}
 
 
 class _Stage(nn.Module):

@@ -18,7 +18,7 @@ from messnet.errors import RecipeError, RunError, needing_extras
 from messnet.policy.policy import Policy
 from messnet.records.costs import CostTable
 from messnet.records.instance import Instance
-from messnet.records.names import GRAPH_RUNTIMES, GraphRuntime, Precision, RuntimeName, expect_runtime
+from messnet.records.names import GRAPH_RUNTIMES, GraphRuntime, LabelSize, Precision, RuntimeName, expect_runtime
 from messnet.records.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def load(
     precision: Precision | None = None,
     threads: int | None = None,
     model: str | None = None,
+    labels: LabelSize = "input",
 ) -> Session:
     """A session for an instance of the run, or for the bundle (a folder or a zip), at ``path``.
 
@@ -57,6 +58,8 @@ def load(
     ``model`` names the function that builds the network of a bundle whose model is not of the zoo, "module:function":
     nothing is imported only because a bundle names it. Graphs need no such function.
 
+    ``labels`` "logits" are made at the resolution of the logits, a stride coarser than the image, and not upsampled.
+
     Raises RunError when something is missing, damaged or newer, ModelError when the network cannot be built here,
     MessError that names the extra to install when a runtime is not installed, RecipeError for a device, runtime or
     precision that there is not, or fewer than 1 thread.
@@ -67,14 +70,14 @@ def load(
     if is_bundle(path):
         bundle = open_bundle(path)
         how = _How(device, *_defaults(bundle, runtime, precision, model), threads)
-        return _load_bundle(bundle, instance, how, model)
+        return _load_bundle(bundle, instance, how, model, labels)
     if model is not None:
         raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
     if RunDirectory(path).exists:
         chosen = instance if isinstance(instance, Instance) else RunDirectory(path).read_instance(instance)
         precision = precision or chosen.precision
         runs_in = runtime or ("onnxruntime" if precision == "int8" else "torch")
-        return _load_run(path, chosen, _How(device, runs_in, precision, threads))
+        return _load_run(path, chosen, _How(device, runs_in, precision, threads), labels)
     raise RunError(
         f"{path} is no run directory (no run.json) and no bundle (no manifest.json, no zip); start a run with "
         f"`messnet run RECIPE`, make a bundle of it with `messnet export RUN`"
@@ -139,7 +142,9 @@ class _How:
         )
 
 
-def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How, model: str | None) -> Session:
+def _load_bundle(
+    bundle: Bundle, instance: str | Instance | None, how: _How, model: str | None, labels: LabelSize
+) -> Session:
     manifest = bundle.manifest
     runner: Runner
     if how.graph_runtime:
@@ -160,10 +165,11 @@ def _load_bundle(bundle: Bundle, instance: str | Instance | None, how: _How, mod
         costs=_measured_costs(tables, runner, chosen),
         input_size=manifest.preprocessing.input_size,
         resize=manifest.preprocessing.resize,
+        labels=labels,
     )
 
 
-def _load_run(path: Path, chosen: Instance, how: _How) -> Session:
+def _load_run(path: Path, chosen: Instance, how: _How, labels: LabelSize) -> Session:
     if how.precision == "int8":
         raise RunError(
             f"{path} has no graphs in int8, which training images calibrate: make a bundle of {chosen.name} with "
@@ -193,6 +199,7 @@ def _load_run(path: Path, chosen: Instance, how: _How) -> Session:
         costs=_measured_costs((file.path.read_bytes() for file in RunDirectory(path).all_measured()), runner, chosen),
         input_size=blueprint.input_size,
         resize=blueprint.resize,
+        labels=labels,
     )
 
 

@@ -25,7 +25,7 @@ from messnet.policy.policy import Policy
 from messnet.records.costs import CostTable
 from messnet.records.files import write_atomically, writing
 from messnet.records.instance import ExitChoice, Instance
-from messnet.records.names import Precision, RuntimeName
+from messnet.records.names import LabelSize, Precision, RuntimeName
 
 if TYPE_CHECKING:
     from messnet.network.multi_exit import MultiExitNet
@@ -41,7 +41,7 @@ class Result:
     """The prediction for one image (H, W)."""
 
     labels: NDArray[np.uint8]
-    """(H, W) class indices."""
+    """(H, W) class indices; (h, w) of a session that makes them at the logits' resolution."""
     exit_index: int
     """Where the image stopped, from 0, shallow to deep."""
     latency_ms: float
@@ -82,7 +82,7 @@ class Result:
         """The image with its classes laid over it in their colours, a Pillow picture: ``.show()``, ``.save(path)``.
         With a ``legend`` it is higher: below are the colours and names of the classes that were found."""
         assert self.image is not None
-        picture = drawing.overlay(self.image, self.labels, self._colours)
+        picture = drawing.overlay(self.image, resize_map(self.labels, self._size), self._colours)
         if legend:
             strip = drawing.legend(picture.shape[1], self._names, self._colours, self.labels)
             picture = np.concatenate([picture, strip])
@@ -126,15 +126,19 @@ class Result:
 
     def confidence_maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The confidence map before and after edge refinement, each (H, W) float32 in [0, 1]."""
-        height, width = self.resized_size or self.labels.shape
+        height, width = self.resized_size or self._size
         maps = refined_confidence_map(self.logits, self.output_stride, self._seen, self.policy, by_torch=self.by_torch)
-        size = (self.labels.shape[0], self.labels.shape[1])
-        before, after = (resize_map(nearest(one[0], self._seen)[:height, :width], size) for one in maps)
+        before, after = (resize_map(nearest(one[0], self._seen)[:height, :width], self._size) for one in maps)
         return before, after
 
     @property
     def _seen(self) -> tuple[int, int]:
-        return self.padded_size or self.resized_size or (self.labels.shape[0], self.labels.shape[1])
+        return self.padded_size or self.resized_size or self._size
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        of = self.labels if self.image is None else self.image
+        return of.shape[0], of.shape[1]
 
 
 class Session:
@@ -156,11 +160,13 @@ class Session:
         costs: CostTable | None = None,
         input_size: tuple[int, int] | None = None,
         resize: int | None = None,
+        labels: LabelSize = "input",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """A network is run by torch on ``device``. ``costs`` are those of this runtime on this device: the time that
         parts take, for deadlines, which are kept by ``clock`` (seconds). With ``resize`` the network sees every image
-        with so many pixels on its shorter side, as it was trained on (``data.resize``)."""
+        with so many pixels on its shorter side, as it was trained on (``data.resize``). ``labels`` "logits" are made
+        at the resolution of the logits, which is a stride coarser than the image, and are not upsampled."""
         if not instance.exits:
             raise ModelError("the instance has no exits")
 
@@ -179,6 +185,8 @@ class Session:
         """(height, width) that the network was made for; others are taken too."""
         self.resize = resize
         """Pixels of the shorter side that images are brought to before the network sees them; None: as they are."""
+        self.labels = labels
+        """The size that labels are made at."""
         self._now = clock
         self._clock = _Clock(costs, instance.exits)
 
@@ -323,14 +331,18 @@ class Session:
                     f"the logits at exit {choice.exit_index} are not finite for this image, or one of its batch: the "
                     f"network computes NaN or infinite values, which are no labels; try --precision f32"
                 )
-            labels = self.runner.labels(step.logits, leaving, seen) if leaving.any() else None
+            # At the size of the logits, upsampling is the identity.
+            where = seen if self.labels == "input" else (int(step.logits.shape[2]), int(step.logits.shape[3]))
+            labels = self.runner.labels(step.logits, leaving, where) if leaving.any() else None
             self.runner.synchronise()
             spent += self._now() - start
             if labels is not None:
                 for row, found in zip(np.flatnonzero(leaving), labels, strict=True):
                     decided = None if step.confidence is None else float(step.confidence[row])
                     member = int(members[row])
-                    image, found = images[member], found[: size[0], : size[1]]
+                    image = images[member]
+                    # What was added to the image has labels, too: those of its own pixels are kept, in whole cells.
+                    found = found[: -(-size[0] * where[0] // seen[0]), : -(-size[1] * where[1] // seen[1])]
                     yield member, self._result(choice, step.logits, int(row), image, found, spent, seen, decided)
             if last or (leaving.all() and not every):
                 return
@@ -357,16 +369,17 @@ class Session:
         seen: tuple[int, int],
         decided_on: float | None,
     ) -> Result:
+        size = self._resized_size(image)
         return Result(
-            labels=resize_map(labels, (image.shape[0], image.shape[1])),
+            labels=labels if self.labels == "logits" else resize_map(labels, (image.shape[0], image.shape[1])),
             exit_index=choice.exit_index,
             latency_ms=seconds * 1000,
             logits=self.runner.array(logits, row),
             output_stride=self.runner.output_stride(choice.exit),
             policy=self.policy,
             pixel_threshold=self._pixel_threshold if choice.pixel_threshold is None else choice.pixel_threshold,
-            padded_size=None if seen == labels.shape else seen,
-            resized_size=None if image.shape[:2] == labels.shape else (labels.shape[0], labels.shape[1]),
+            padded_size=None if seen == size else seen,
+            resized_size=None if image.shape[:2] == size else size,
             decided_on=decided_on,
             by_torch=self.runtime in ("torch", "torch-compiled"),
             image=image,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from messnet.errors import ModelError
 from messnet.policy.policy import Policy
+from messnet.records.names import LabelSize
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
@@ -65,8 +66,9 @@ def policy_graph(policy: Policy, num_classes: int) -> bytes:
     return graph.serialised("policy", inputs, [_value("confidence", ["N"])])
 
 
-def output_graph() -> bytes:
-    """logits (N, K, h, w), size (2,) int64 -> labels (N, H, W) uint8.
+def output_graph(labels: LabelSize = "input") -> bytes:
+    """logits (N, K, h, w), size (2,) int64 -> labels (N, H, W) uint8; at the size of the "logits", which then are the
+    only input, (N, h, w).
 
     Bilinear upsampling is a product with one matrix per axis, the unit matrix upsampled along it: 4 times faster in
     ONNX Runtime than to resize all classes.
@@ -84,12 +86,13 @@ def output_graph() -> bytes:
         resized = op("Resize", unit, "", "", to, mode="linear", coordinate_transformation_mode="half_pixel")
         return op("Squeeze", resized, graph.integers(0, 1))
 
-    across = op("Transpose", matrix(3), perm=[1, 0])
-    upsampled = op("MatMul", matrix(2), op("MatMul", "logits", across))
-    indices = op("ArgMax", upsampled, axis=1, keepdims=0)
-    op("Cast", indices, output="labels", to=_UINT8)
-    inputs = [_value("logits", ["N", "K", "h", "w"]), _value("size", [2], _INT64)]
-    return graph.serialised("output", inputs, [_value("labels", ["N", "H", "W"], _UINT8)])
+    inputs, shape, scores = [_value("logits", ["N", "K", "h", "w"])], ["N", "h", "w"], "logits"
+    if labels == "input":
+        inputs, shape = [*inputs, _value("size", [2], _INT64)], ["N", "H", "W"]
+        across = op("Transpose", matrix(3), perm=[1, 0])
+        scores = op("MatMul", matrix(2), op("MatMul", "logits", across))
+    op("Cast", op("ArgMax", scores, axis=1, keepdims=0), output="labels", to=_UINT8)
+    return graph.serialised("output", inputs, [_value("labels", shape, _UINT8)])
 
 
 def serialised(model: ModelProto) -> bytes:

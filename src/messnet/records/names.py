@@ -23,6 +23,9 @@ Statistic = Literal["mean", "worst", "p95"]
 Setting = Literal["budgeted", "anytime", "input_dependent"]
 """How an instance uses its exits: one, all in turn, or the first that is confident."""
 
+LabelSize = Literal["input", "logits"]
+"""Where labels are made: at the image's size, or as many as there are logits, without upsampling."""
+
 GRAPH_RUNTIMES: tuple[GraphRuntime, ...] = get_args(GraphRuntime)
 
 DTYPES: dict[Precision, str] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "int8": "int8"}

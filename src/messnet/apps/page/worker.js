@@ -2,7 +2,7 @@
 //
 //   stage i    the tensors that the stage before left (normalised pixels at first), pixel_threshold
 //              -> the next stage's tensors, logits, confidence: the image confidence at that pixel threshold
-//   output     logits, size -> labels
+//   output     logits, and size where labels are upsampled -> labels
 //
 // Messages are answered in the order in which they come, each with one: what was found, or {error}.
 
@@ -67,11 +67,12 @@ async function advance() {
   const found = await stage.run(Object.fromEntries(stage.inputNames.map((name) => [name, feeds[name]])));
   if (!found.logits.data.every(Number.isFinite)) throw new Error("it computes NaN or infinite values for this image.");
   const sides = BigInt64Array.of(BigInt(size.rows), BigInt(size.columns));
-  const { labels } = await output.run({ logits: found.logits, size: new ort.Tensor("int64", sides, [2]) });
+  const asked = { logits: found.logits, size: new ort.Tensor("int64", sides, [2]) };
+  const { labels } = await output.run(Object.fromEntries(output.inputNames.map((name) => [name, asked[name]])));
   const took_ms = performance.now() - begun;
   live = stage.outputNames.filter((name) => name.startsWith("next")).map((name) => found[name]);
   position++;
-  return { took_ms, image_confidence: found.confidence.data[0], width: size.width, height: size.height, ...drawn(labels.data) };
+  return { took_ms, image_confidence: found.confidence.data[0], width: size.width, height: size.height, ...drawn(labels) };
 }
 
 // An exit that decides nothing is looked at with the threshold of the last one that does, as in messnet's Result.
@@ -80,13 +81,14 @@ function pixelThreshold() {
   return model.exits[position].pixel_threshold ?? known.at(-1) ?? 0.9;
 }
 
-function drawn(labels) {
-  const { width, height, columns } = size;
+function drawn({ data, dims: [, high, wide] }) {
+  const { width, height, rows, columns } = size;
   const colours = Uint32Array.from(model.palette, ([red, green, blue]) => (0xff000000 | blue << 16 | green << 8 | red) >>> 0);
   const pixels = new Uint32Array(width * height), counts = colours.map(() => 0);
   for (let y = 0, to = 0; y < height; y++) {
+    const row = wide * Math.floor(y * high / rows);
     for (let x = 0; x < width; x++, to++) {
-      const label = labels[y * columns + x];
+      const label = data[row + Math.floor(x * wide / columns)];
       pixels[to] = colours[label];
       counts[label]++;
     }
