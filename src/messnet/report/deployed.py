@@ -115,4 +115,4 @@ def _margin_pp(row: DeployedRow) -> float | None:
 
 def _change(row: DeployedRow, model: DeployedRow) -> str:
     margin = _margin_pp(row)
-    return f"{_change_pp(row, model) + 0.0:+.2f}{'' if not margin else f' ± {margin:.2f}'} pp"
+    return f"{round(_change_pp(row, model), 2) + 0.0:+.2f}{'' if not margin else f' ± {margin:.2f}'} pp"
