@@ -171,8 +171,9 @@ def test_a_graph_of_labels_without_upsampling(bundle: Path, tmp_path: Path) -> N
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
     main(predict)
     result = load(bundle, labels="logits").predict(IMAGES[0])[0]
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/masks/a.png")), result.labels)
-    assert Image.open(tmp_path / "out/overlays/a.png").size == IMAGES[0].shape[1::-1]
+    with Image.open(tmp_path / "out/masks/a.png") as mask, Image.open(tmp_path / "out/overlays/a.png") as overlay:
+        np.testing.assert_array_equal(np.asarray(mask), result.labels)
+        assert overlay.size == IMAGES[0].shape[1::-1]
     with pytest.raises(RecipeError, match="tiles are joined pixel by pixel"):
         predict_tiled(load(bundle, labels="logits"), IMAGES[0], tile=(32, 32))
 
@@ -188,7 +189,8 @@ def test_the_loops_of_a_host_do_what_a_session_does(
     left = set()
     for seed in (0, 3, 6):
         Image.fromarray(smooth_image(64, 80, seed)).save("photo.jpg")
-        photo = np.asarray(Image.open("photo.jpg"))
+        with Image.open("photo.jpg") as file:
+            photo = np.asarray(file)
         host: dict[str, Any] = {"__name__": "host"}
         exec(compile(graphs, "runtimes.md", "exec"), host)
         expected = load(bundle, precision="int8").predict(photo)[0]
