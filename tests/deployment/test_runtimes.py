@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from messnet.records.instance import Exit, ExitChoice, Instance
 
 FCN = "crm1-blocks0-fcn"
 SIZES = [(64, 80), (61, 83), (90, 35)]
+EXAMPLE = Path(__file__).parents[2] / "examples/scenes_mobilenetv2.mess"
 IMAGES = [smooth_image(*SIZES[i % 3], seed=i) for i in range(9)] + [np.full((64, 80, 3), 90, np.uint8)] * 2
 
 
@@ -202,6 +205,27 @@ def test_the_loops_of_a_host_do_what_a_session_does(
         np.testing.assert_allclose(host["logits"].detach().numpy(), expected.logits, atol=1e-4)
         left.add(expected.exit_index)
     assert len(left) == 2, "images that tell exits apart"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_signals_are_handled_after_openvino_graphs_are_gone() -> None:
+    """Two that end in the order of their making left a signal stack that was unmapped: ctrl-c was a crash."""
+    code = f"""
+import gc, os, signal
+from messnet.deployment.graph_runner import load_graph
+data = open({str(EXAMPLE / "onnx/output.onnx")!r}, "rb").read()
+first, second = (load_graph(data, "openvino", "f32", 1) for _ in range(2))
+first.prepare(first.outputs)
+second.prepare(second.outputs)
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("received", flush=True))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "received\n"), done.stderr
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

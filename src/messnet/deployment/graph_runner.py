@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -232,6 +233,14 @@ class _OnnxRuntimeGraph:
         return found
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """One for the process, which keeps it. Each core gives its thread a stack for signal handlers and puts back, at its
+    end, the one it found: of two that end in the order of their making, the first unmaps what the second puts back,
+    and the next signal that Python handles ends the process (OpenVINO 2026.4; openvinotoolkit/openvino#11894)."""
+    return _package("openvino", "messnet[openvino]").Core()
+
+
 class _OpenVinoGraph:
     """Compiled once for each set of outputs that is asked for: what leads to no other is left out."""
 
@@ -240,7 +249,7 @@ class _OpenVinoGraph:
         openvino = _package("openvino", "messnet[openvino]")
         self.version: str = openvino.__version__.partition("-")[0]
         self.inputs, self.outputs = expect_self_contained(data, name)
-        self._core, self._tensor, self._name = openvino.Core(), openvino.Tensor, name
+        self._core, self._tensor, self._name = _openvino_core(), openvino.Tensor, name
         self._config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,  # of what is not in int8
