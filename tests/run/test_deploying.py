@@ -94,7 +94,7 @@ def test_the_sentence_counts_early_stops_with_their_share(tiny_run: Path) -> Non
     found = Deployed(device="here", threads=2, max_drop_pp=1.0, rows=rows, missing=[])
     assert deployed_headline(found) == (
         "Your model needs 20.0 ms an image. With early exits and int8 it needs 5.00 ms, 4.0x faster, at 1.0 pp less "
-        "mIoU (ONNX Runtime, 2 threads)"
+        "mIoU; ONNX Runtime, 2 threads"
     )
     assert "4.00x faster" in deployed_markdown(found)
     alone = replace(found, rows=rows[:1])

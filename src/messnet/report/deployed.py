@@ -42,14 +42,14 @@ def deployed_headline(deployed: Deployed) -> str:
     means = "early exits and int8" if best.precision == "int8" != model.precision else "early exits"
     return (
         f"Your model needs {_ms(model)} ms an image. With {means} it needs {_ms(best)} ms, "
-        f"{fold(model.mean_ms / best.mean_ms, 'faster', 'slower', digits=1)}, at {accuracy(change, margin)} ({where})"
+        f"{fold(model.mean_ms / best.mean_ms, 'faster', 'slower', digits=1)}, at {accuracy(change, margin)}; {where}"
     )
 
 
 def side_by_side(deployed: Deployed) -> list[SideRow]:
     return [
         SideRow(
-            network="your model" if one.is_model else f"early exits, {one.row.instance.objective}",
+            network="your model" if one.is_model else f"early exits, at most {deployed.max_drop_pp:g} pp less mIoU",
             runtime=f"{RUNTIMES[one.runtime]} {one.precision}",
             miou=f"{100 * one.row.judged_miou:.2f}",
             change="" if one is deployed.model else _change(one, deployed.model),
