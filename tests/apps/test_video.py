@@ -46,7 +46,7 @@ class StandIn:
 
     instance = Instance(name="stand-in", setting="input_dependent", exits=EXITS)
     palette = PALETTE
-    class_names = ("a", "b")
+    class_names, labels = ("a", "b"), "input"
 
     def __init__(self, confidences: Any = (0.9,), before: Callable[[int], None] = lambda call: None) -> None:
         self.confidences, self.before = confidences, before
