@@ -133,7 +133,8 @@ def test_sigterm_ends_it_whatever_is_in_work(tmp_path: Path) -> None:
         until(lambda: "messnet_requests_in_work 10.0" in served.client.get("/metrics").text)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(120) == 0  # SLOW alone takes longer
-        assert [answer.result().status_code for answer in slow] == [503] * 4
+        # 408: on a busy machine a body may not have arrived whole when draining ended arrivals.
+        assert {answer.result().status_code for answer in slow} <= {503, 408}
         for kept in sockets:
             kept.close()
 
