@@ -21,7 +21,7 @@ from messnet.errors import RunError
 from messnet.records.costs import CostTable
 from messnet.records.deployed import Deployed
 from messnet.records.exit_tables import ExitTables
-from messnet.records.instance import FINAL_HEAD, Exit, ExitChoice
+from messnet.records.instance import ExitChoice
 from messnet.records.iou import class_iou, mean_iou
 from messnet.records.measurements import Gallery, Measurement, Measurements, known
 from messnet.records.run_directory import RunDirectory
@@ -29,15 +29,12 @@ from messnet.report.classes import ClassTable, class_markdown, class_table, conf
 from messnet.report.deployed import deployed_headline, deployed_markdown, deployed_notes, side_by_side
 from messnet.report.figures import (
     as_svg,
-    confidence_colours,
-    confidence_picture,
-    data_uri,
     draw_depth,
     draw_front,
     draw_heads,
     exit_colour,
-    label_picture,
 )
+from messnet.report.gallery import class_legend, confidence_pictures, difficulty_of, exit_name, strips_of, worst_of
 from messnet.report.wording import accuracy, duration, fold, significant, verdict
 from messnet.searching import words
 from messnet.searching.findings import Findings
@@ -131,15 +128,6 @@ class _Line(NamedTuple):
     """The exits of the instance that ships, with their names."""
     mark: int = 0
     """Its number in the picture of the front; 0 for the models that instances are compared with."""
-
-
-class _Picture(NamedTuple):
-    source: str
-    alt: str
-    caption: str
-    note: str = ""
-    state: str = ""
-    """CSS class: "taken" for the exit where the image stopped, "unseen" for the ones past it."""
 
 
 def not_in_table(measurements: Measurements, findings: Findings) -> list[str]:
@@ -352,7 +340,7 @@ def _line(measurements: Measurements, mark: int) -> _Line:
         work = fold(baseline.macs / row.judged_macs, "less", "more")
         speed = fold(median_ms(baseline) / median_ms(row), "faster", "slower")
     # The baseline is the final exit.
-    last, final = baseline.instance.exits[-1].exit_index, _exit_name(baseline.instance.exits[-1].exit)
+    last, final = baseline.instance.exits[-1].exit_index, exit_name(baseline.instance.exits[-1].exit)
     return _Line(
         title=_title(row, measurements),
         name=row.instance.name,
@@ -374,7 +362,7 @@ def _line(measurements: Measurements, mark: int) -> _Line:
             )
             for place in row.judged_shares()
         ],
-        choices=[(_exit_name(choice.exit), choice) for choice in row.instance.exits],
+        choices=[(exit_name(choice.exit), choice) for choice in row.instance.exits],
         mark=mark,
     )
 
@@ -451,10 +439,6 @@ def median_ms(row: Measurement) -> float:
     return float(np.median(row.latency_ms))
 
 
-def _exit_name(of: Exit) -> str:
-    return "final exit" if of.head == FINAL_HEAD else f"exit {of.exit_index}"
-
-
 def render_report(inputs: ReportInputs) -> str:
     """One HTML page without outside assets."""
     measurements = inputs.measurements
@@ -476,10 +460,10 @@ def render_report(inputs: ReportInputs) -> str:
         colours=[exit_colour(index, num_exits) for index in range(num_exits)],
         front=_front_figure(measurements, inputs.findings),
         verdicts=[(one.name, verdict(one), words.finding(one)) for one in inputs.findings.found if one.is_found],
-        strips=_strips(inputs.gallery, measurements) if inputs.gallery else [],
-        worst=_worst(inputs.gallery) if inputs.gallery else [],
-        legend=_class_legend(inputs.gallery) if inputs.gallery else [],
-        confidence=_confidence_pictures(inputs.gallery, measurements) if inputs.gallery else None,
+        strips=strips_of(inputs.gallery, measurements) if inputs.gallery else [],
+        worst=worst_of(inputs.gallery) if inputs.gallery else [],
+        legend=class_legend(inputs.gallery) if inputs.gallery else [],
+        confidence=confidence_pictures(inputs.gallery, measurements) if inputs.gallery else None,
         depth=_depth_figure(measurements, inputs.costs),
         heads=_heads_figure(inputs),
         classes=class_table(class_columns(measurements), measurements.class_names),
@@ -522,140 +506,6 @@ def _typeset(text: str) -> Markup:
     return escape(text.replace("<=", "\N{LESS-THAN OR EQUAL TO}"))
 
 
-def _shown(gallery: Gallery, measurements: Measurements) -> list[int]:
-    """Positions of at most two pictures: the one that left first and is easiest, the one that went furthest. The worst
-    images are shown elsewhere."""
-    ease = dict(zip(measurements.image_names, _difficulty(measurements)[0], strict=True))
-    # Sorted by the exit taken, and among images of one exit by difficulty.
-    keys = [(int(gallery.exit_taken[g]), ease.get(name, 0.0)) for g, name in enumerate(gallery.image_names)]
-    first = [g for g, name in enumerate(gallery.image_names) if name not in gallery.worst] or range(len(keys))
-    order = sorted(first, key=keys.__getitem__)
-    return sorted({order[0], order[-1]}, key=order.index) if order else []
-
-
-class _Strip(NamedTuple):
-    """One image through every exit."""
-
-    name: str
-    left: str
-    """The exit where it stopped."""
-    pictures: list[_Picture]
-
-
-def _strips(gallery: Gallery, measurements: Measurements) -> list[_Strip]:
-    """For each picture shown: its name, in words where it left, and the pictures from input to final exit."""
-    strips = []
-    for g in _shown(gallery, measurements):
-        name, taken = gallery.image_names[g], int(gallery.exit_taken[g])
-        pictures = [
-            _Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input"),
-            _Picture(label_picture(gallery.masks[g], gallery.palette), f"{name}, the true labels", "label"),
-        ]
-        for e, place in enumerate(gallery.exits):
-            state = "taken" if place.exit_index == taken else "unseen" if place.exit_index > taken else ""
-            right, c_img = _share_right(gallery, g, e), float(gallery.image_confidence[g, e])
-            alt = f"{name}, prediction of {_exit_name(place)}: {right} of the pixels right"
-            note = f"{right} right" + ("" if math.isnan(c_img) else f", confidence {c_img:.2f}")
-            source = label_picture(gallery.predictions[g, e], gallery.palette)
-            pictures.append(_Picture(source, alt, _exit_name(place), note, state))
-        left = next((_exit_name(place) for place in gallery.exits if place.exit_index == taken), f"exit {taken}")
-        strips.append(_Strip(name, left, pictures))
-    return strips
-
-
-class _Worst(NamedTuple):
-    """One of the images that an instance gets most wrong."""
-
-    name: str
-    sentence: str
-    pictures: list[_Picture]
-
-
-def _worst(gallery: Gallery) -> list[_Worst]:
-    found = []
-    for name in gallery.worst:
-        g = gallery.image_names.index(name)
-        e = next(e for e, place in enumerate(gallery.exits) if place.exit_index == gallery.exit_taken[g])
-        mask, labels = gallery.masks[g], gallery.predictions[g, e]
-        valid = mask < len(gallery.class_names)
-        wrong = valid & (labels != mask)
-        # The most frequent confusion of this image, as one number for each pair of classes.
-        pairs, counts = np.unique(mask[wrong].astype(np.int64) * 256 + labels[wrong], return_counts=True)
-        of, taken_for = divmod(int(pairs[counts.argmax()]), 256)
-        share, most = 100 * wrong.sum() / valid.sum(), 100 * counts.max() / valid.sum()
-        left = _exit_name(gallery.exits[e])
-        names = gallery.class_names
-        sentence = f"{share:.0f} % of the pixels wrong, {most:.0f} % {names[of]} taken for {names[taken_for]}"
-        pictures = [
-            _Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input"),
-            _Picture(label_picture(mask, gallery.palette), f"{name}, the true labels", "label"),
-            _Picture(label_picture(labels, gallery.palette), f"{name}, prediction of {left}", "prediction", f"{left}"),
-        ]
-        if e < len(gallery.exits) - 1:
-            last, right = _exit_name(gallery.exits[-1]), _share_right(gallery, g, len(gallery.exits) - 1)
-            deepest = label_picture(gallery.predictions[g, -1], gallery.palette)
-            note = f"{last}, {right} right"
-            pictures.append(_Picture(deepest, f"{name}, prediction of {last}", "had it gone on", note))
-        found.append(_Worst(name, sentence, pictures))
-    return found
-
-
-def _share_right(gallery: Gallery, g: int, e: int) -> str:
-    # Ignored pixels carry an id past the classes.
-    valid = gallery.masks[g] < len(gallery.class_names)
-    right = (gallery.predictions[g, e] == gallery.masks[g]) & valid
-    return f"{100 * right.sum() / max(1, valid.sum()):.1f} %"
-
-
-def _class_legend(gallery: Gallery) -> list[tuple[str, str]]:
-    """(class, colour) of the classes that occur in the pictures."""
-    occurring = np.unique(np.concatenate([gallery.masks.ravel(), gallery.predictions.ravel()]))
-    known = [int(k) for k in occurring if k < len(gallery.class_names)]
-    return [(gallery.class_names[k], f"#{gallery.palette[k].tobytes().hex()}") for k in known]
-
-
-class _ConfidenceExample(NamedTuple):
-    """A confidence map before and after edge refinement."""
-
-    exit: str
-    name: str
-    c_img: float
-    choice: ExitChoice | None
-    pictures: list[_Picture]
-    gradient: str
-
-
-def _confidence_pictures(gallery: Gallery, measurements: Measurements) -> _ConfidenceExample | None:
-    """The confidence map of one image before and after edge refinement, at the first exit that decides something on
-    the image that went furthest. None where no exit decides anything."""
-    shown = _shown(gallery, measurements)
-    deciding = [e for e in range(len(gallery.exits)) if shown and np.isfinite(gallery.image_confidence[shown[-1], e])]
-    if not deciding:
-        return None
-    g, e = shown[-1], deciding[0]
-    name = gallery.image_names[g]
-    pictures = [_Picture(data_uri(gallery.images[g], "jpeg"), f"{name}, the input", "input")]
-    for caption, values in (("before", gallery.confidence[g, e]), ("after", gallery.refined[g, e])):
-        source = confidence_picture(values)
-        alt, note = f"{name}, confidence map {caption} edge refinement", f"mean {values.mean(dtype=np.float64):.3f}"
-        pictures.append(_Picture(source, alt, f"{caption} edge refinement", note))
-    return _ConfidenceExample(
-        exit=_exit_name(gallery.exits[e]),
-        name=name,
-        c_img=float(gallery.image_confidence[g, e]),
-        choice=_choice_behind(gallery, e, measurements),
-        pictures=pictures,
-        gradient=", ".join(confidence_colours()),
-    )
-
-
-def _choice_behind(gallery: Gallery, e: int, measurements: Measurements) -> ExitChoice | None:
-    """The thresholds of the gallery's exit, where exactly one measured instance has its exits."""
-    # Two instances may share their exits and differ in thresholds: then the picture cannot say whose they are.
-    rows = [row for row in measurements.rows if tuple(c.exit for c in row.instance.exits) == gallery.exits]
-    return rows[0].instance.exits[e] if len(rows) == 1 else None
-
-
 def _front_figure(measurements: Measurements, findings: Findings) -> Markup:
     judged = [(one.expected.macs, one.expected.miou, CONFIDENT * one.expected.drop_error) for one in findings.judged]
     rows = [(row.judged_macs, row.judged_miou) for row in measurements.rows]
@@ -681,10 +531,10 @@ def _depth_figure(measurements: Measurements, costs: CostTable) -> _DepthFigure 
     row = max(rows, key=Measurement.spread, default=None)
     if row is None or len(row.instance.exits) < 2:
         return None
-    difficulty, measure = _difficulty(measurements)
+    difficulty, measure = difficulty_of(measurements)
     known = np.isfinite(difficulty)
     difficulty, taken = difficulty[known], np.array(row.exit_taken)[known]
-    names = {choice.exit_index: _exit_name(choice.exit) for choice in row.instance.exits}
+    names = {choice.exit_index: exit_name(choice.exit) for choice in row.instance.exits}
     by_exit = [(name, difficulty[taken == exit_index]) for exit_index, name in names.items()]
     figure = draw_depth(difficulty, taken, names, len(costs.segments), measure)
     alt = f"exit taken against {measure}, one point per image, a bar at each exit's mean"
@@ -695,15 +545,6 @@ def _depth_figure(measurements: Measurements, costs: CostTable) -> _DepthFigure 
         groups=[(name, len(here), float(here.mean()) if len(here) else float("nan")) for name, here in by_exit],
         sentence=_correlation_in_words(rank_correlation(difficulty, taken), len(taken)),
     )
-
-
-def _difficulty(measurements: Measurements) -> tuple[NDArray[np.float64], str]:
-    """Per image, and what it is in words: the error of the final exit stands in where no difficulty is recorded."""
-    difficulty = np.array(measurements.difficulty, np.float64)
-    if np.isfinite(difficulty).any():
-        return difficulty, "difficulty"
-    error = np.array(measurements.final_exit_error, np.float64)
-    return error, "share of pixels the final exit gets wrong (no difficulty recorded)"
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
@@ -748,7 +589,7 @@ def _heads_figure(inputs: ReportInputs) -> _HeadsFigure:
     num_images = len(tables.image_names)
     miou = np.array([tables.miou(np.full(num_images, h)) for h in range(len(tables.exits))])
     exit_indices = np.array([place.exit_index for place in tables.exits])
-    names = {place.exit_index: _exit_name(place) for place in tables.exits}
+    names = {place.exit_index: exit_name(place) for place in tables.exits}
     best = []
     for exit_index, name in names.items():
         here = np.flatnonzero(exit_indices == exit_index)
