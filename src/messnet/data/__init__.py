@@ -48,3 +48,21 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> SegmentationSample: ...
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """What stays as it is where only the samples of a data set change."""
+
+    dataset: SegmentationDataset
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.dataset.class_names
+
+    @property
+    def palette(self) -> NDArray[np.uint8]:
+        return self.dataset.palette
+
+    def __len__(self) -> int:
+        return len(self.dataset)

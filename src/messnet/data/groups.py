@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.data import SegmentationDataset, SegmentationSample
+from messnet.data import SegmentationDataset, SegmentationSample, Wrapped
 from messnet.data.image_files import FileDataset
 from messnet.data.listings import bare_name, composed, read_text, some
 from messnet.errors import DataError
@@ -40,23 +40,11 @@ Rule = Callable[[str, PurePath], str | None]
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Wrapped):
     """A data set whose samples get their groups from their names."""
 
-    dataset: SegmentationDataset
     rule: Rule
     text: str
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.dataset.class_names
-
-    @property
-    def palette(self) -> NDArray[np.uint8]:
-        return self.dataset.palette
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> SegmentationSample:
         sample = self.dataset[index]

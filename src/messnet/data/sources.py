@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from messnet.data import SegmentationDataset, SegmentationSample
+from messnet.data import SegmentationDataset, SegmentationSample, Wrapped
 from messnet.data.ade20k import open_ade20k
 from messnet.data.camvid import open_camvid
 from messnet.data.cityscapes import open_cityscapes
@@ -109,22 +106,10 @@ def open_dataset(options: DataOptions, split: Literal["train", "val"]) -> Segmen
 
 
 @dataclass(frozen=True)
-class _Resized:
+class _Resized(Wrapped):
     """A data set that is not in files, its samples resized."""
 
-    dataset: SegmentationDataset
     shorter: int
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.dataset.class_names
-
-    @property
-    def palette(self) -> NDArray[np.uint8]:
-        return self.dataset.palette
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> SegmentationSample:
         return self.dataset[index].resized(self.shorter)
