@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from messnet.errors import RunError
-from messnet.records.codec import Format, MismatchError, from_plain, to_plain
+from messnet.records.codec import MismatchError, Stored, from_plain, to_plain
 from messnet.records.instance import Exit
 
 
@@ -26,7 +26,7 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outer:
+class Outer(Stored, what="an outer file", made_by="search", version=3):
     name: str
     inner: Inner = Inner()
     weights: tuple[float, ...] | Literal["auto"] | None = None
@@ -97,7 +97,7 @@ def test_numbers_as_text() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faulty:
+class Faulty(Stored, what="a file", made_by="run"):
     length: int = 0
 
     def __post_init__(self) -> None:
@@ -106,10 +106,7 @@ class Faulty:
 
 def test_a_fault_of_our_own_is_no_damage() -> None:
     with pytest.raises(TypeError, match=r"object of type 'int' has no len\(\)"):
-        Format(Faulty, "a file", version=1, made_by="run").from_json('{"schema_version": 1}')
-
-
-OUTER = Format(Outer, "an outer file", version=3, made_by="search")
+        Faulty.from_json('{"schema_version": 1}')
 
 
 @pytest.mark.parametrize(
@@ -128,7 +125,7 @@ OUTER = Format(Outer, "an outer file", version=3, made_by="search")
 )
 def test_other_files_are_refused_in_one_line(text: str | bytes, words: str) -> None:
     with pytest.raises(RunError) as error:
-        OUTER.from_json(text)
+        Outer.from_json(text)
     message = str(error.value)
     assert words in message
     assert message.endswith("make it again with `messnet search`")
@@ -136,12 +133,12 @@ def test_other_files_are_refused_in_one_line(text: str | bytes, words: str) -> N
 
 
 def test_json_is_written_with_its_version_first() -> None:
-    assert json.loads(OUTER.to_json(FULL)) == {"schema_version": 3} | to_plain(FULL)  # type: ignore[operator]
-    assert OUTER.from_json(OUTER.to_json(FULL)) == FULL
+    assert json.loads(FULL.to_json()) == {"schema_version": 3} | to_plain(FULL)  # type: ignore[operator]
+    assert Outer.from_json(FULL.to_json()) == FULL
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Arrays:
+class Arrays(Stored, what="arrays", made_by="evaluate"):
     names: tuple[str, ...]
     exits: tuple[Exit, ...]
     values: NDArray[np.float16]
@@ -149,16 +146,15 @@ class Arrays:
 
 
 def test_arrays_are_kept_as_they_are() -> None:
-    form = Format(Arrays, "arrays", version=1, made_by="evaluate")
     record = Arrays(names=("ä",), exits=(Exit(0, "x"),), values=np.array([[0.1, np.nan]], np.float16), origin="o")
-    again = form.from_npz(form.to_npz(record))
+    again = Arrays.from_bytes(record.to_bytes())
     assert (again.names, again.exits, again.origin) == (record.names, record.exits, record.origin)
     np.testing.assert_array_equal(again.values, record.values)
     assert again.values.dtype == np.float16
-    data = form.to_npz(record)
+    data = record.to_bytes()
     for damaged in (b"", data[:20], data[:-30], json.dumps(to_plain({"schema_version": 1})).encode()):
         with pytest.raises(RunError, match=r"not arrays .*messnet evaluate"):
-            form.from_npz(damaged)
+            Arrays.from_bytes(damaged)
 
 
 def test_an_array_that_claims_more_than_it_has_is_refused_before_room_is_made() -> None:
@@ -168,6 +164,5 @@ def test_an_array_that_claims_more_than_it_has_is_refused_before_room_is_made() 
         claim = {"descr": "<f8", "fortran_order": False, "shape": (2**37,)}  # a terabyte
         np.lib.format.write_array_header_1_0(header, claim)
         archive.writestr("values.npy", header.getvalue() + bytes(64))
-    form = Format(Arrays, "arrays", version=1, made_by="evaluate")
     with pytest.raises(RunError, match=r"values.npy claims 1,099,511,627,776 bytes and has \d+"):
-        form.from_npz(buffer.getvalue())
+        Arrays.from_bytes(buffer.getvalue())

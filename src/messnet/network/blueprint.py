@@ -8,13 +8,13 @@ import torch
 
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
-from messnet.records.codec import LEFT_OUT, Format
+from messnet.records.codec import LEFT_OUT, Stored
 from messnet.records.exit_point import ExitPoint
 from messnet.records.instance import FINAL_HEAD, Exit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blueprint:
+class Blueprint(Stored, what="a network's exits.json", made_by="profile"):
     """A model by name, where it is cut, and what it tells apart."""
 
     model: str
@@ -45,14 +45,3 @@ class Blueprint:
             if exit.head != FINAL_HEAD:
                 net.add_head(exit.exit_index, HeadConfig.parse(exit.head))
         return net.eval()
-
-    def to_json(self) -> str:
-        return _FORMAT.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Blueprint:
-        """Raises RunError when ``text`` is no blueprint of this schema version."""
-        return _FORMAT.from_json(text)
-
-
-_FORMAT = Format(Blueprint, "a network's exits.json", version=1, made_by="profile")

@@ -12,11 +12,11 @@ import json
 import math
 import re
 import zipfile
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, UnionType
-from typing import Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -61,7 +61,7 @@ class _OtherTypeError(ValueError):
 
 
 def to_plain(value: object) -> Plain:
-    """Plain values of a record, its fields in their order. Arrays are none: see ``Format.to_npz``."""
+    """Plain values of a record, its fields in their order. Arrays are none: see ``Stored.to_bytes``."""
     if is_dataclass(value) and not isinstance(value, type):
         # Not dataclasses.asdict: that copies what it does not know, such as arrays.
         given = ((field, getattr(value, field.name)) for field in fields(value))
@@ -96,68 +96,73 @@ def from_plain(value: object, kind: type[_Record], *, texts: bool = False) -> _R
         raise _mismatch(error, value, kind) from None
 
 
-@dataclass(frozen=True)
-class Format(Generic[_Record]):
-    """A kind of file that holds one record, and its version."""
+class Stored:
+    """A dataclass that is a file of its own. The class says what the file is called in errors, which verb makes it and
+    its version (None: the file names none): ``class Instance(Stored, what="an instance file", made_by="search")``.
 
-    kind: type[_Record]
-    what: str
-    """In words, for errors: "a cost table"."""
-    version: int | None
-    """None: the file names none."""
-    made_by: str
-    """The verb that makes such a file."""
-    indent: int = 1
+    All that reads raises RunError, one line, for what is damaged, something else, or of another version.
+    """
 
-    def to_json(self, record: _Record) -> str:
-        return json.dumps(self._stamped(to_plain(record)), indent=self.indent) + "\n"
+    what: ClassVar[str]
+    made_by: ClassVar[str]
+    version: ClassVar[int | None]
+    indent: ClassVar[int]
 
-    def from_json(self, text: str | bytes) -> _Record:
-        """Raises RunError, one line, when ``text`` is damaged, something else, or of another version."""
+    def __init_subclass__(cls, *, what: str, made_by: str, version: int | None = 1, indent: int = 1) -> None:
+        cls.what, cls.made_by, cls.version, cls.indent = what, made_by, version, indent
+
+    def to_json(self) -> str:
+        return json.dumps(self._stamped(to_plain(self)), indent=self.indent) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
         try:
             record: object = json.loads(text)
         except UNREADABLE as error:
-            raise self._refused(error) from error
-        return self._built(record)
+            raise cls._refused(error) from error
+        return cls._built(record)
 
-    def to_npz(self, record: _Record) -> bytes:
-        """Arrays as they are, all other fields as JSON in the array ``meta``."""
-        arrays = {name: value for name, value in vars(record).items() if isinstance(value, np.ndarray)}
-        meta = self._stamped({name: to_plain(value) for name, value in vars(record).items() if name not in arrays})
+    def to_bytes(self) -> bytes:
+        """A .npz file: arrays as they are, all other fields as JSON in the array ``meta``."""
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        meta = self._stamped({name: to_plain(value) for name, value in vars(self).items() if name not in arrays})
         buffer = io.BytesIO()
         np.savez_compressed(buffer, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
 
-    def from_npz(self, data: bytes) -> _Record:
-        """Raises RunError as ``from_json`` does."""
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
         try:
             _expect_honest(data)
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             meta: object = json.loads(str(arrays.pop("meta")))
         except UNREADABLE as error:
-            raise self._refused(error) from error
-        return self._built({**meta, **arrays} if isinstance(meta, dict) else meta)
+            raise cls._refused(error) from error
+        return cls._built({**meta, **arrays} if isinstance(meta, dict) else meta)
 
     def _stamped(self, record: Plain) -> dict[str, Plain]:
         assert isinstance(record, dict)
         return record if self.version is None else {"schema_version": self.version, **record}
 
-    def _built(self, record: object) -> _Record:
-        if not isinstance(record, dict) or (self.version is not None and "schema_version" not in record):
-            raise self._refused("it names no schema_version")
-        if (found := record.get("schema_version")) != self.version:
+    @classmethod
+    def _built(cls, record: object) -> Self:
+        if not isinstance(record, dict) or (cls.version is not None and "schema_version" not in record):
+            raise cls._refused("it names no schema_version")
+        if (found := record.pop("schema_version", None)) != cls.version:
             raise RunError(
-                f"{self.what} of schema version {found}: this messnet reads {self.version}; make it again with "
-                f"`messnet {self.made_by}`"
+                f"{cls.what} of schema version {found}: this messnet reads {cls.version}; make it again with "
+                f"`messnet {cls.made_by}`"
             )
         try:
-            return from_plain({key: value for key, value in record.items() if key != "schema_version"}, self.kind)
+            return from_plain(record, cls)
+        # What else a record's own checks raise is a fault of ours and no damage: it keeps its traceback.
         except MismatchError as error:
-            raise self._refused(error) from error
+            raise cls._refused(error) from error
 
-    def _refused(self, reason: object) -> RunError:
-        return RunError(f"not {self.what} ({reason}); make it again with `messnet {self.made_by}`")
+    @classmethod
+    def _refused(cls, reason: object) -> RunError:
+        return RunError(f"not {cls.what} ({reason}); make it again with `messnet {cls.made_by}`")
 
 
 def _expect_honest(data: bytes) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from messnet.errors import RunError
 from messnet.records.arrays import FloatArray, IntArray
-from messnet.records.codec import Format
+from messnet.records.codec import Stored
 from messnet.records.files import write_atomically
 from messnet.records.instance import Exit
 from messnet.records.names import CostName
@@ -95,7 +95,7 @@ class CostColumn(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostTable:
+class CostTable(Stored, what="a cost table", made_by="profile", version=2):
     """Costs of the overprovisioned network's parts on one device, complete in itself.
 
     ``segments[k]`` is the backbone between exit points k-1 and k; ``heads`` holds every head of every exit point, the
@@ -164,15 +164,7 @@ class CostTable:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The table as JSON, written to ``path`` too if one is given."""
-        text = COST_TABLE.to_json(self)
+        text = super().to_json()
         if path is not None:
             write_atomically(Path(path), text)
         return text
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> CostTable:
-        """Raises RunError when ``text`` is not a cost table of this schema version."""
-        return COST_TABLE.from_json(text)
-
-
-COST_TABLE = Format(CostTable, "a cost table", version=2, made_by="profile")

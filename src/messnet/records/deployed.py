@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from messnet.records.codec import Format
+from messnet.records.codec import Stored
 from messnet.records.measurements import Measurement
 from messnet.records.names import Precision
 
@@ -31,7 +31,7 @@ class DeployedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployed:
+class Deployed(Stored, what="a record of a deployment", made_by="deploy"):
     """All rows, measured in turns; the model in the first precision, which others are compared with, comes first."""
 
     device: str
@@ -51,14 +51,3 @@ class Deployed:
     def best(self) -> DeployedRow:
         """The fastest instance; the model itself where none was found."""
         return min((row for row in self.rows if not row.is_model), key=lambda row: row.mean_ms, default=self.model)
-
-    def to_json(self) -> str:
-        return _DEPLOYED.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Deployed:
-        """Raises RunError when ``text`` is no such file of this schema version."""
-        return _DEPLOYED.from_json(text)
-
-
-_DEPLOYED = Format(Deployed, "a record of a deployment", version=1, made_by="deploy")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from messnet.errors import RunError
 from messnet.records.arrays import FloatArray, IntArray
-from messnet.records.codec import Format
+from messnet.records.codec import Stored
 from messnet.records.groups import group_ids, halves
 from messnet.records.instance import Exit
 from messnet.records.iou import mean_iou
@@ -17,7 +18,7 @@ from messnet.records.names import Precision
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExitTables:
+class ExitTables(Stored, what="exit tables", made_by="evaluate"):
     """Pixel counts and confidences of every exit on every image of a labelled split (docs/method.md#validation-tables).
 
     V images, H exits (every head of every exit point, the final one last), K classes, P policies, T thresholds.
@@ -117,24 +118,15 @@ class ExitTables:
         """mIoU in [0, 1] of a routing (V,) of positions in ``exits``."""
         return mean_iou(*self.counts(routing))
 
-    def to_bytes(self) -> bytes:
-        return EXIT_TABLES.to_npz(self)
-
     @classmethod
-    def from_bytes(cls, data: bytes) -> ExitTables:
-        """Raises RunError when ``data`` is not exit tables of this schema version."""
-        tables = EXIT_TABLES.from_npz(data)
-        tables._expect_finite()
-        return tables
-
-    def _expect_finite(self) -> None:
-        broken = np.argwhere(~np.isfinite(self.image_confidence))
+    def from_bytes(cls, data: bytes) -> Self:
+        tables = super().from_bytes(data)
+        # A comparison with NaN is false, so that an image would go on without a word.
+        broken = np.argwhere(~np.isfinite(tables.image_confidence))
         if len(broken):
             v, h = broken[0, :2]
             raise RunError(
-                f"exit tables with NaN or infinite confidences, first at exit {self.exits[h].exit_index}, head "
-                f"{self.exits[h].head}, image {self.image_names[v]!r}; make them again with `messnet evaluate`"
+                f"exit tables with NaN or infinite confidences, first at exit {tables.exits[h].exit_index}, head "
+                f"{tables.exits[h].head}, image {tables.image_names[v]!r}; make them again with `messnet evaluate`"
             )
-
-
-EXIT_TABLES = Format(ExitTables, "exit tables", version=1, made_by="evaluate")
+        return tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from messnet.records.codec import LEFT_OUT, Format
+from messnet.records.codec import LEFT_OUT, Stored
 from messnet.records.names import Precision, Setting
 from messnet.records.selection import Expected
 
@@ -38,7 +38,7 @@ class ExitChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Instance:
+class Instance(Stored, what="an instance file", made_by="search", indent=2):
     """A network as it is deployed: a setting, the chosen exits with one head each, their thresholds.
 
     ``exits`` is ordered shallow to deep. ``policy`` names the confidence and the edge refinement
@@ -58,19 +58,7 @@ class Instance:
     expected: Expected | None = field(default=None, metadata=LEFT_OUT)
     """What to expect on new images; None where it was not cross-fitted, and in files of version 0.2."""
 
-    def to_json(self) -> str:
-        return _FORMAT.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Instance:
-        """Raises RunError when ``text`` is not an instance of this schema version."""
-        return _FORMAT.from_json(text)
-
-
 def whole_model(final: Exit) -> Instance:
     """The user's model as an instance, "baseline": its final exit alone."""
     exits = (ExitChoice(exit_index=final.exit_index, head=final.head),)
     return Instance(name="baseline", setting="budgeted", exits=exits)
-
-
-_FORMAT = Format(Instance, "an instance file", version=1, made_by="search", indent=2)

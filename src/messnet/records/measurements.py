@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.records.codec import Format
+from messnet.records.codec import Stored
 from messnet.records.instance import Exit, Instance
 from messnet.records.iou import class_iou, counts_of
 from messnet.records.selection import ExpectedShare
@@ -109,7 +109,7 @@ class Delivered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurements:
+class Measurements(Stored, what="a measurements file", made_by="report"):
     """All rows of the end-to-end table, the baseline (the user's own model, whole, after stage 1) first."""
 
     device: str
@@ -142,17 +142,8 @@ class Measurements:
         """mIoU in [0, 1] that changes are counted against: the delivered model's, else the baseline's."""
         return self.rows[0].miou if self.delivered is None or self.delivered.is_kept else self.delivered.miou
 
-    def to_json(self) -> str:
-        return _MEASUREMENTS.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Measurements:
-        """Raises RunError when ``text`` is not a measurements file of this schema version."""
-        return _MEASUREMENTS.from_json(text)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Gallery:
+class Gallery(Stored, what="a gallery", made_by="report"):
     """Some reported images, each through every exit of one instance, for the pictures. G images, E exits, K classes."""
 
     image_names: tuple[str, ...]
@@ -178,19 +169,7 @@ class Gallery:
     worst: tuple[str, ...] = ()
     """Names of the images that the instance gets most wrong of all, the worst first; empty in files of before."""
 
-    def to_bytes(self) -> bytes:
-        return _GALLERY.to_npz(self)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Gallery:
-        """Raises RunError when ``data`` is not a gallery of this schema version."""
-        return _GALLERY.from_npz(data)
-
 
 def known(values: Iterable[float]) -> list[float | None]:
     """The values with None in the place of NaN, which JSON has not."""
     return [None if math.isnan(value) else float(value) for value in values]
-
-
-_MEASUREMENTS = Format(Measurements, "a measurements file", version=1, made_by="report")
-_GALLERY = Format(Gallery, "a gallery", version=1, made_by="report")

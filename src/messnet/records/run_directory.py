@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from messnet.errors import RunError
-from messnet.records.codec import Format
-from messnet.records.costs import COST_TABLE, CostTable
+from messnet.records.codec import Stored
+from messnet.records.costs import CostTable
 from messnet.records.deployed import Deployed
 from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically, writing
@@ -65,12 +65,15 @@ class Artefact(RunFile, Generic[_T]):
     encode: Callable[[_T], bytes | str]
 
     def read(self) -> _T:
-        """Raises RunError that names the verb which makes the file when it is not there, or is damaged."""
+        """Raises RunError that names the file and the verb which makes it when it is not there, or is damaged."""
         if not self.exists:
             raise RunError(
                 f"{self.run} has no {self.name} yet; make it with `messnet {self.made_by} {self.run}{self.options}`"
             )
-        return self.decode(self.path.read_bytes())
+        try:
+            return self.decode(self.path.read_bytes())
+        except RunError as error:
+            raise RunError(f"{self.path}: {error}") from error
 
     def write(self, value: _T) -> None:
         """Whole or not at all. Raises RunError when the disk is full or read-only."""
@@ -79,7 +82,7 @@ class Artefact(RunFile, Generic[_T]):
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(Stored, what="a run's record", made_by="run"):
     """``run.json``: the recipe, and of each finished stage its fingerprint, times and provenance."""
 
     recipe: dict[str, object]
@@ -246,7 +249,7 @@ class RunDirectory:
         return Artefact(self.path, name, made_by, bytes, bytes)
 
     def _costs(self, name: str) -> Artefact[CostTable]:
-        return Artefact(self.path, name, "profile", COST_TABLE.from_json, COST_TABLE.to_json)
+        return Artefact(self.path, name, "profile", CostTable.from_json, CostTable.to_json)
 
     def _tables(self, name: str, options: str = "") -> Artefact[ExitTables]:
         return Artefact(self.path, name, "evaluate", ExitTables.from_bytes, ExitTables.to_bytes, options=options)
@@ -304,9 +307,7 @@ class RunDirectory:
 
     @property
     def _record(self) -> Artefact[RunRecord]:
-        file = self.path / RUN_FILE
-        form = Format(RunRecord, f"a run's record: {file}", version=1, made_by="run")
-        return Artefact(self.path, RUN_FILE, "run", form.from_json, form.to_json)
+        return Artefact(self.path, RUN_FILE, "run", RunRecord.from_json, RunRecord.to_json)
 
 
 def provenance() -> dict[str, str]:

@@ -14,8 +14,8 @@ from messnet.evaluation import evaluate, merge_shards
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.profiling import profile
-from messnet.records.costs import COST_TABLE
-from messnet.records.exit_tables import EXIT_TABLES, ExitTables
+from messnet.records.costs import CostTable
+from messnet.records.exit_tables import ExitTables
 from messnet.records.names import Precision, RuntimeName
 from messnet.records.shard import WHOLE, Shard
 from messnet.report.page import STAGE_1_ADVICE, read_inputs, render_report
@@ -240,7 +240,7 @@ _SEARCHED = (*_EVALUATED, "search")
 _DEPLOYED = (*_SEARCHED, "deploy")
 # Which images belong together splits validation images and nothing else.
 _NO_GROUP = frozenset({"data.group"})
-_COSTS, _TABLES = {"costs": COST_TABLE.version}, {"tables": EXIT_TABLES.version}
+_COSTS, _TABLES = {"costs": CostTable.version}, {"tables": ExitTables.version}
 
 STAGES = {
     stage.name: stage

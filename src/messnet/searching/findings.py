@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from messnet.records.codec import Format
+from messnet.records.codec import Stored
 from messnet.records.selection import Expected
 from messnet.searching.answers import Comparison, Infeasible, Proof, Tightened
 from messnet.searching.objective import Objective
@@ -42,7 +42,7 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class Findings(Stored, what="what a search found", made_by="search", version=None):
     """The results of the search stage."""
 
     fronts: dict[str, Points]
@@ -58,14 +58,3 @@ class Findings:
     """In files of version 0.2, instead of ``found``: a sentence for each instance."""
     skipped: list[str] = field(default_factory=list)
     """In files of version 0.2: why others were not found."""
-
-    def to_json(self) -> str:
-        return _FINDINGS.to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Findings:
-        """Raises RunError when ``text`` is no such file."""
-        return _FINDINGS.from_json(text)
-
-
-_FINDINGS = Format(Findings, "what a search found", version=None, made_by="search")
