@@ -14,7 +14,7 @@ from messnet.errors import RunError
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit
 from messnet.records.names import CostName
-from messnet.searching.exact.enumeration import _leaving
+from messnet.searching.exact.enumeration import leaving_costs
 from messnet.searching.exact.problem import MEAN, WHOLE_MAX, WHOLE_SUM
 
 
@@ -158,6 +158,5 @@ def test_the_searchs_compiled_form_is_the_same_rule(name: CostName, seed: int) -
     parts = np.array([[column.reached(), column.heads, column.policies, column.outputs]])
     kind = MEAN if column.per_image else WHOLE_SUM if column.combine == "sum" else WHOLE_MAX
     for chosen in ([0], [4], [0, 2], [0, 1, 3], [1, 3, 4]):
-        out = np.empty(len(chosen))
-        _leaving(Compiled(parts, np.array([kind])), 0, np.array(chosen), out)
-        assert out.tolist() == costs.column(name, [exits[p] for p in chosen]).leaving().tolist()
+        out = leaving_costs(Compiled(parts, np.array([kind])), np.array(chosen))
+        assert out[0].tolist() == costs.column(name, [exits[p] for p in chosen]).leaving().tolist()

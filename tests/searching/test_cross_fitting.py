@@ -106,7 +106,7 @@ def test_folds_keep_groups_whole_and_are_even(seed: int) -> None:
 @pytest.mark.parametrize("drop", [0.5, 3.0])
 def test_a_tightened_limit_is_kept_where_images_were_not_seen(seed: int, drop: float) -> None:
     tables, costs = grouped(96_000 + seed)
-    found = search_tightened(tables, costs, Objective(max_drop_pp=drop), grid=GRID, seed=seed)
+    found = search_tightened(Folds(tables=tables, costs=costs, grid=GRID, seed=seed), Objective(max_drop_pp=drop))
     expected = found.instance.expected
     assert expected is not None
     assert expected.drop_pp <= drop + 1e-9
@@ -135,7 +135,9 @@ def test_a_tightened_limit_is_kept_where_images_were_not_seen(seed: int, drop: f
 @pytest.mark.parametrize("ratio", [0.4, 0.7])
 def test_a_largest_cost_is_kept_where_images_were_not_seen(ratio: float) -> None:
     tables, costs = grouped(98_000)
-    found = search_tightened(tables, costs, Objective(maximise="miou", max_cost_ratio=ratio), grid=GRID)
+    found = search_tightened(
+        Folds(tables=tables, costs=costs, grid=GRID), Objective(maximise="miou", max_cost_ratio=ratio)
+    )
     assert found.instance.expected is not None
     assert found.instance.expected.cost <= ratio * costs.total("macs")
     # What is answered is the most accurate on all images at the tightened cost.
@@ -152,14 +154,16 @@ def test_further_limits_and_floors_are_kept_too() -> None:
     asked = Objective(max_drop_pp=8, min_class_iou=(("a", 0.75),))
     # As it stands the floor is broken on images not seen: a tighter one holds it.
     assert Folds(tables=tables, costs=costs, grid=GRID).judge(asked).ious[0].value < 0.75
-    found = search_tightened(tables, costs, asked, grid=GRID)
+    found = search_tightened(Folds(tables=tables, costs=costs, grid=GRID), asked)
     assert found.tightened is not None
     assert found.tightened.searched is not None
     assert found.tightened.searched.min_class_iou[0][1] > 0.75
     assert found.tightened.expected.ious[0].value >= 0.75
     tables, costs = grouped(98_500)
     limit = Limit.parse("macs.p95<=0.77x")
-    found = search_tightened(tables, costs, Objective(max_drop_pp=20, limits_on=(limit,)), grid=GRID)
+    found = search_tightened(
+        Folds(tables=tables, costs=costs, grid=GRID), Objective(max_drop_pp=20, limits_on=(limit,))
+    )
     assert found.instance.expected is not None
     assert [one.value <= 0.77 for one in found.instance.expected.costs] == [True]
 
@@ -167,8 +171,8 @@ def test_further_limits_and_floors_are_kept_too() -> None:
 def test_what_cannot_be_kept_is_said_with_the_nearest() -> None:
     tables, costs = grouped(97_500)
     with pytest.raises(InfeasibleError, match=r"no instance has mIoU >= 99.00 %: the most accurate instance has mIoU"):
-        search_tightened(tables, costs, Objective(min_miou=0.99), grid=GRID)  # on no images at all
-    model = search_tightened(tables, costs, Objective(max_drop_pp=0), grid=GRID)
+        search_tightened(Folds(tables=tables, costs=costs, grid=GRID), Objective(min_miou=0.99))  # on no images at all
+    model = search_tightened(Folds(tables=tables, costs=costs, grid=GRID), Objective(max_drop_pp=0))
     if model.tightened is not None and model.tightened.searched is None:
         assert model.certificate.startswith("your model itself")
         assert "the nearest has" in model.certificate
@@ -176,7 +180,7 @@ def test_what_cannot_be_kept_is_said_with_the_nearest() -> None:
 
 def test_a_time_limit_gives_a_usable_answer() -> None:
     tables, costs = grouped(97_600)
-    found = search_tightened(tables, costs, Objective(max_drop_pp=8), grid=Grid(), time_limit=0.0)
+    found = search_tightened(Folds(tables=tables, costs=costs, grid=Grid(), time_limit=0.0), Objective(max_drop_pp=8))
     assert found.instance.exits[-1].exit_index <= tables.exits[-1].exit_index
     assert found.instance.expected is not None
 
@@ -185,4 +189,4 @@ def test_one_group_is_refused() -> None:
     tables, costs = grouped(97_000)
     one_group = replace(tables, groups=("x",) * 60)
     with pytest.raises(RecipeError, match="two groups of images, got 5 and 1"):
-        search_tightened(one_group, costs, Objective(max_drop_pp=1), grid=GRID)
+        search_tightened(Folds(tables=one_group, costs=costs, grid=GRID), Objective(max_drop_pp=1))

@@ -58,6 +58,7 @@ class Instance(Stored, what="an instance file", made_by="search", indent=2):
     expected: Expected | None = field(default=None, metadata=LEFT_OUT)
     """What to expect on new images; None where it was not cross-fitted, and in files of version 0.2."""
 
+
 def whole_model(final: Exit) -> Instance:
     """The user's model as an instance, "baseline": its final exit alone."""
     exits = (ExitChoice(exit_index=final.exit_index, head=final.head),)

@@ -142,6 +142,7 @@ class Measurements(Stored, what="a measurements file", made_by="report"):
         """mIoU in [0, 1] that changes are counted against: the delivered model's, else the baseline's."""
         return self.rows[0].miou if self.delivered is None or self.delivered.is_kept else self.delivered.miou
 
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gallery(Stored, what="a gallery", made_by="report"):
     """Some reported images, each through every exit of one instance, for the pictures. G images, E exits, K classes."""

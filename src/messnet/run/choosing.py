@@ -210,18 +210,17 @@ def _search(
 ) -> SearchResult:
     """One search by the protocol of a recipe."""
     if options.protocol == "cross_fitted" and isinstance(objective, Objective):
-        return search_tightened(
-            tables,
-            devices,
-            objective,
+        folds = Folds(
+            tables=tables,
+            costs=devices,
             setting=setting,
             grid=options.grid,
             num_folds=options.folds,
             seed=options.seed,
-            name=name,
             time_limit=time_limit,
             progress=True,
         )
+        return search_tightened(folds, objective, name=name)
     return search_for(
         _selection(tables, options),
         devices,

@@ -1,14 +1,5 @@
-"""What a search loses on images that it did not see, and limits tightened until that is within what was asked for.
-
-The best of billions of instances on fifty images is the one that flatters itself most there: found at a drop of at most
-1 pp, it loses more on new images. Cross-fitting measures how much more. The images are dealt into folds, whole groups
-at a time; for each fold the search runs on all other folds, and its instance is judged on this one. Every image is
-judged exactly once, by an instance that was chosen without it, and the counts of all folds together give one mIoU and
-one cost for the *procedure* "search with these limits" (Geisser, "The predictive sample reuse method", 1975).
-``Folds.tighten`` tightens what was asked for until the procedure keeps it; the answer is then searched on all images
-with those limits. By how much they are tightened is chosen on the same figures, among sixty limits instead of billions
-of instances.
-"""
+"""What a search loses on images that it did not see, and limits tightened until that is within what was asked for:
+cross-fitting, step by step in docs/method.md#limits-that-hold-on-new-images."""
 
 from __future__ import annotations
 
@@ -153,6 +144,19 @@ class Folds:
         """Seconds until the time limit, >= 0; None: as long as it takes."""
         return None if self.time_limit is None else max(0.0, self.deadline - time.monotonic())
 
+    def search_all(self, objective: Objective, name: str) -> SearchResult:
+        """``search_for`` on the images of all folds, in the time that is left."""
+        return search_for(
+            self.tables,
+            self.costs,
+            objective,
+            setting=self.setting,
+            grid=self.grid,
+            name=name,
+            time_limit=self.time_left,
+            progress=self.progress,
+        )
+
     def routed(self, objective: Objective) -> Routed:
         """Every image through the instance that a search with this objective chooses without the image's fold."""
         chosen = [procedure(front, objective).instance for front in self.fronts(objective)]
@@ -212,7 +216,7 @@ class Folds:
             for level in LEVELS:
                 tried = _tightened(searched, level)
                 routed = self.routed(tried)
-                if not self._holds(own, routed):
+                if not self.holds(own, routed):
                     kept, failed = None, routed
                 elif kept is not None:
                     break  # two in a row: the laxer one is it
@@ -222,8 +226,8 @@ class Folds:
                 nearest = self.expect(objective, failed)
             if kept is None:
                 break
-            broken = [not self._holds(replace(own, limits_on=(limit,)), kept[1]) for limit in objective.limits_on]
-            missed = [not self._holds(replace(own, min_class_iou=(pair,)), kept[1]) for pair in objective.min_class_iou]
+            broken = [not self.holds(replace(own, limits_on=(limit,)), kept[1]) for limit in objective.limits_on]
+            missed = [not self.holds(replace(own, min_class_iou=(pair,)), kept[1]) for pair in objective.min_class_iou]
             expected = self.expect(objective, kept[1])
             if not any([*broken, *missed]):
                 if self._is_worth_it(objective, expected):
@@ -237,13 +241,14 @@ class Folds:
             floors = [level + is_missed for level, is_missed in zip(floors, missed, strict=True)]
         return Tightened(asked=objective, searched=None, expected=nearest or self.judge(objective))
 
-    def _holds(self, objective: Objective, routed: Routed) -> bool:
+    def holds(self, objective: Objective, routed: Routed) -> bool:
+        """Whether images that are routed so are within every constraint of an objective."""
         return meets(objective, CostMeasure.of(objective, self.costs), routed)
 
     def _is_worth_it(self, asked: Objective, expected: Expected) -> bool:
         """Whether it is better on images not seen than the user's model itself, where that does what was asked for."""
         model = self.through_model(asked)
-        if not self._holds(asked, model):
+        if not self.holds(asked, model):
             return True
         if asked.maximise:
             return expected.miou > model.miou
@@ -267,7 +272,7 @@ def answer(folds: Folds, tightened: Tightened, found: SearchResult | None, name:
         instance = replace(found.instance, name=name, expected=tightened.expected)
         return words.with_words(replace(found, instance=instance, tightened=tightened))
     measure, routed = CostMeasure.of(asked, folds.costs), folds.through_model(asked)
-    if not meets(asked, measure, routed):
+    if not folds.holds(asked, routed):
         raise InfeasibleError(words.not_kept(tightened))
     selection = Selection(
         num_images=len(folds.tables.image_names),
@@ -293,47 +298,19 @@ def answer(folds: Folds, tightened: Tightened, found: SearchResult | None, name:
     return words.with_words(result)
 
 
-def search_tightened(
-    tables: ExitTables,
-    costs: CostTable | Sequence[CostTable],
-    objective: Objective,
-    *,
-    setting: SearchSetting = "input_dependent",
-    grid: Grid | None = None,
-    num_folds: int = 5,
-    seed: int = 0,
-    name: str = "instance",
-    time_limit: float | None = None,
-    progress: bool = False,
-) -> SearchResult:
+def search_tightened(folds: Folds, objective: Objective, *, name: str = "instance") -> SearchResult:
     """The instance for one objective whose limits are to hold on new images: ``search_for`` on all images with the
-    limits that ``Folds.tighten`` finds. ``time_limit`` seconds are for all searches together.
+    limits that ``Folds.tighten`` finds.
 
     Raises InfeasibleError, with the nearest, when no limits hold there and the user's model does not do either.
     """
-    folds = Folds(
-        tables=tables,
-        costs=costs,
-        setting=setting,
-        grid=grid,
-        num_folds=num_folds,
-        seed=seed,
-        time_limit=time_limit,
-        progress=progress,
-    )
     tightened = folds.tighten(objective)
-
-    def searched_for(one: Objective) -> SearchResult:
-        return search_for(
-            tables, costs, one, setting=setting, grid=grid, name=name, time_limit=folds.time_left, progress=progress
-        )
-
     found = None
     if tightened.searched is not None:
         with suppress(InfeasibleError):  # tighter than anything on all images: the model is left
-            found = searched_for(tightened.searched)
-    elif not meets(objective, CostMeasure.of(objective, costs), folds.through_model(objective)):
-        searched_for(objective)  # where nothing is so on any images, that is the reason to give
+            found = folds.search_all(tightened.searched, name)
+    elif not folds.holds(objective, folds.through_model(objective)):
+        folds.search_all(objective, name)  # where nothing is so on any images, that is the reason to give
     return answer(folds, tightened, found, name)
 
 

@@ -53,29 +53,32 @@ def _quick_miou(counts: Counts, num_classes: int) -> np.float32:
 
 
 @compiled()
-def _leaving(arrays: Arrays, m: int, positions: IntArray, out: FloatArray) -> None:
-    """Row m of the costs, of an image that leaves at each exit of an instance: ``CostColumn.leaving`` for the loops."""
-    parts, last = arrays.parts[m], len(positions) - 1
-    # Parameters and memory are those of all that the instance keeps, whichever exit an image takes.
-    if arrays.kinds[m] >= WHOLE_SUM:
-        whole = parts[0, positions[last]]
-        for e in range(last + 1):
-            for part in range(1, 4):
-                # The last exit decides nothing.
-                if part == 2 and e == last:
-                    continue
-                more = parts[part, positions[e]]
-                whole = whole + more if arrays.kinds[m] == WHOLE_SUM else max(whole, more)
-        for e in range(last + 1):
-            out[e] = whole
-        return
-    # Work and latency: the backbone up to the exit, every head on the way, every decision but the last exit's, one
-    # output.
-    paid = 0.0
-    for e in range(last + 1):
-        p = positions[e]
-        paid += parts[1, p] + (parts[2, p] if e < last else 0.0)
-        out[e] = parts[0, p] + paid + parts[3, p]
+def leaving_costs(arrays: Arrays, positions: IntArray) -> FloatArray:
+    """(M, exits) costs of an image that leaves at each exit of an instance: ``CostColumn.leaving`` for the loops."""
+    last = len(positions) - 1
+    out = np.empty((len(arrays.kinds), len(positions)))
+    for m in range(len(out)):
+        parts = arrays.parts[m]
+        if arrays.kinds[m] >= WHOLE_SUM:
+            # Parameters and memory are those of all that the instance keeps, whichever exit an image takes.
+            whole = parts[0, positions[last]]
+            for e in range(last + 1):
+                for part in range(1, 4):
+                    # The last exit decides nothing.
+                    if part == 2 and e == last:
+                        continue
+                    more = parts[part, positions[e]]
+                    whole = whole + more if arrays.kinds[m] == WHOLE_SUM else max(whole, more)
+            out[m] = whole
+        else:
+            # Work and latency: the backbone up to the exit, every head on the way, every decision but the last exit's,
+            # one output.
+            paid = 0.0
+            for e in range(last + 1):
+                p = positions[e]
+                paid += parts[1, p] + (parts[2, p] if e < last else 0.0)
+                out[m, e] = parts[0, p] + paid + parts[3, p]
+    return out
 
 
 @compiled()
@@ -187,11 +190,9 @@ def _try(arrays: Arrays, counts: Counts, cost: float, key: int, least_miou: floa
 
 
 @compiled()
-def _add_all(counts: Counts, out: Counts) -> None:
-    """Adds counts (V, C) of all images to ``out`` (C,)."""
-    for v in range(counts.shape[0]):
-        for k in range(counts.shape[1]):
-            out[k] += counts[v, k]
+def _all_at(arrays: Arrays, position: int) -> Counts:
+    """(C,) counts where all images leave at one exit."""
+    return arrays.counts[position].sum(0).astype(arrays.counts.dtype)
 
 
 @compiled()
@@ -218,17 +219,10 @@ def merge(front: Frontier, others: Frontier) -> None:
 @compiled()
 def try_single(arrays: Arrays, position: int, front: Frontier) -> None:
     """All images leave at one exit."""
-    # One exit, one cost: it is the same for all images.
-    leaving = np.zeros((len(arrays.kinds), 1))
-    positions, num_left = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    positions[0], num_left[0] = position, arrays.counts.shape[1]
-    for m in range(len(leaving)):
-        _leaving(arrays, m, positions, leaving[m])
-    summed = np.zeros(arrays.counts.shape[2], arrays.counts.dtype)
-    _add_all(arrays.counts[position], summed)
-    cost = _objective(arrays, leaving, num_left)
+    leaving = leaving_costs(arrays, np.array([position]))
+    cost = _objective(arrays, leaving, np.array([arrays.counts.shape[1]]))
     if cost < np.inf:
-        _try(arrays, summed, cost, key_of(arrays, -1, -1, position, 0, 0), -1.0, front)
+        _try(arrays, _all_at(arrays, position), cost, key_of(arrays, -1, -1, position, 0, 0), -1.0, front)
 
 
 @compiled()
@@ -274,25 +268,16 @@ def try_pair(
     """Evaluates every image threshold of early exit ``first`` before exit ``last``, at the pixel thresholds of a
     ``part`` (start, step); returns the number of instances."""
     num_images, width = arrays.counts.shape[1:]
-    here, there = arrays.counts[first], arrays.counts[last]
     # What an image adds to the counts by leaving at the first exit instead of the last.
-    gain = np.zeros((num_images, width), arrays.counts.dtype)
-    for v in range(num_images):
-        for k in range(width):
-            gain[v, k] = here[v, k] - there[v, k]
-    everything, summed = np.zeros(width, arrays.counts.dtype), np.zeros(width, arrays.counts.dtype)
-    _add_all(arrays.counts[last], everything)
-    positions, num_left = np.zeros(2, np.int64), np.zeros(2, np.int64)
-    positions[0], positions[1] = first, last
+    gain = arrays.counts[first] - arrays.counts[last]
+    everything = _all_at(arrays, last)
+    summed, num_left = np.empty_like(everything), np.zeros(2, np.int64)
     # Costs of leaving at the one and at the other; how many do changes with the level.
-    leaving = np.zeros((len(arrays.kinds), 2))
-    for m in range(len(leaving)):
-        _leaving(arrays, m, positions, leaving[m])
+    leaving = leaving_costs(arrays, np.array([first, last]))
     tried = 0
     for column in range(arrays.first_column[first] + part[0], arrays.first_column[first + 1], part[1]):
         order, bins = arrays.order[column], arrays.bins[column]
-        for k in range(width):
-            summed[k] = everything[k]
+        summed[:] = everything
         # Summed counts at level i: all images at the last exit, plus the gain of those with bins >= i.
         v = num_images - 1
         row = (column - arrays.first_column[first]) * (num_images + 1)
@@ -336,18 +321,13 @@ def try_triple(
     - mean l + slack >= the mIoU of some corner of the front at that cost or less, ``corners`` (n, 2) being (mIoU less
       the tangent's, cost), ascending.
     """
-    num_images, width = arrays.counts.shape[1:]
+    num_images = arrays.counts.shape[1]
     last, middle, first = exits
-    # Shallow to deep, as costs are paid.
-    positions = np.zeros(3, np.int64)
-    positions[0], positions[1], positions[2] = first, middle, last
-    leaving = np.zeros((len(arrays.kinds), 3))
-    for m in range(len(leaving)):
-        _leaving(arrays, m, positions, leaving[m])
+    positions = np.array([first, middle, last])
+    leaving = leaving_costs(arrays, positions)
     price = _price(arrays, leaving)
     # Counts with all images at the first exit: level 0, from which ``_try_columns`` goes up.
-    early = np.zeros(width, arrays.counts.dtype)
-    _add_all(arrays.counts[first], early)
+    early = _all_at(arrays, first)
     # Without scores nothing is ruled out: mean l is taken for 0, and line and corners are below it.
     own = np.zeros((3, num_images))
     if len(scores):
@@ -443,9 +423,7 @@ def _sift(
     # By bin of the middle exit: how mean l changes if the images in it leave there, and their number.
     gain, reaching = np.zeros(levels + 1), np.zeros(levels + 1)
     # Level 0: all images leave at the first exit.
-    whole, kept, v, saved = 0.0, 0, 0, price[1] - price[2]
-    for image in range(num_images):
-        whole += scores[0, image]
+    whole, kept, v, saved = scores[0].sum(), 0, 0, price[1] - price[2]
     keep[:] = False
     for level in range(1, arrays.levels[column] + 1):
         # Images below the level leave it: to the last exit for now, and into their bin of the middle exit.
@@ -510,10 +488,8 @@ def _try_columns(
     levels = arrays.levels[other]
     gain = np.zeros((levels + 1, width), arrays.counts.dtype)  # of leaving in the middle, by bin
     reaching = np.zeros(levels + 1, np.int64)
-    base, summed = np.zeros(width, arrays.counts.dtype), np.zeros(width, arrays.counts.dtype)
     # Level 0: all images leave at the first exit.
-    for k in range(width):
-        base[k] = early[k]
+    base, summed = early.copy(), np.empty_like(early)
     num_left = np.zeros(3, np.int64)
     v = 0
     for level in range(1, arrays.levels[column] + 1):
@@ -531,8 +507,7 @@ def _try_columns(
             lowest += 1
         if lowest > levels:
             continue
-        for k in range(width):
-            summed[k] = base[k]
+        summed[:] = base
         left = 0
         for j in range(levels, lowest - 1, -1):
             more = gain[j]
