@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import namedtuple
 from dataclasses import replace
 from typing import get_args
 
@@ -14,6 +13,7 @@ from messnet.errors import RunError
 from messnet.records.costs import CostTable, PartCost
 from messnet.records.instance import Exit
 from messnet.records.names import CostName
+from messnet.searching.exact.arrays import Arrays
 from messnet.searching.exact.enumeration import leaving_costs
 from messnet.searching.exact.problem import MEAN, WHOLE_MAX, WHOLE_SUM
 
@@ -127,9 +127,6 @@ def test_an_exit_on_its_own_and_every_exit_shown() -> None:
     assert memory.alone().tolist() == [100 * 512, 100 * 1024, 100 * 2048]
 
 
-Compiled = namedtuple("Compiled", ["parts", "kinds"])  # a kind that numba takes
-
-
 @pytest.mark.parametrize("name", get_args(CostName))
 @pytest.mark.parametrize("seed", range(3))
 def test_the_searchs_compiled_form_is_the_same_rule(name: CostName, seed: int) -> None:
@@ -158,5 +155,8 @@ def test_the_searchs_compiled_form_is_the_same_rule(name: CostName, seed: int) -
     parts = np.array([[column.reached(), column.heads, column.policies, column.outputs]])
     kind = MEAN if column.per_image else WHOLE_SUM if column.combine == "sum" else WHOLE_MAX
     for chosen in ([0], [4], [0, 2], [0, 1, 3], [1, 3, 4]):
-        out = leaving_costs(Compiled(parts, np.array([kind])), np.array(chosen))
+        # Of the search's arrays the rule reads two. A type of the test's own would lie in numba's cache, where other
+        # processes could not read it.
+        arrays = Arrays(*[np.zeros(0)] * len(Arrays._fields))._replace(parts=parts, kinds=np.array([kind]))
+        out = leaving_costs(arrays, np.array(chosen))
         assert out[0].tolist() == costs.column(name, [exits[p] for p in chosen]).leaving().tolist()

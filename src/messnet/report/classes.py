@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from messnet.records.measurements import Measurements
+from messnet.report.wording import markdown_table
 
 MOST_CLASSES = 40
 """More are no picture on a page; measurements.json has them all."""
@@ -81,20 +82,16 @@ def class_terminal_table(table: ClassTable) -> Table:
 
 def class_markdown(table: ClassTable) -> str:
     """``class_table`` as Markdown."""
-    lines = [["IoU by class, %", *table.columns], ["---"] * (1 + len(table.columns))]
-    lines += [[name, *(f"{cell.iou} {cell.change}".strip() for cell in cells)] for name, cells in table.rows]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+    rows = ([name, *(f"{cell.iou} {cell.change}".strip() for cell in cells)] for name, cells in table.rows)
+    return markdown_table(["IoU by class, %", *table.columns], rows)
 
 
 def confusions(measurements: Measurements) -> list[Confusion]:
     """Of the baseline and each instance; none for so many classes that nobody could read it."""
     if not 0 < len(measurements.class_names) <= MOST_CLASSES:
         return []
-    found = []
-    for row in measurements.rows:
-        if row.confusion:
-            pixels = np.array(row.confusion, np.float64)
-            shares = pixels / np.maximum(pixels.sum(1, keepdims=True), 1)
-            found.append(Confusion(row.instance.name, measurements.class_names, shares.tolist()))
-    return found
+    pixels = {row.instance.name: np.array(row.confusion, np.float64) for row in measurements.rows if row.confusion}
+    return [
+        Confusion(name, measurements.class_names, (one / np.maximum(one.sum(1, keepdims=True), 1)).tolist())
+        for name, one in pixels.items()
+    ]

@@ -18,7 +18,7 @@ from messnet.report.classes import ClassTable, class_table
 from messnet.report.deployed import RUNTIMES
 from messnet.report.figures import as_svg, draw_front
 from messnet.report.page import headline_row, margin_pp, median_ms, opening, page_of
-from messnet.report.wording import fold, significant
+from messnet.report.wording import change, fold, significant
 
 COLUMNS = ("run", "your model", "the instance", "work", "ms in PyTorch", "deployed")
 
@@ -91,9 +91,9 @@ def comparison_rows(runs: Sequence[Compared]) -> list[list[str]]:
     rows = []
     for run in runs:
         one, row = figures(run), headline_row(run.measurements)
-        change = "" if row is run.measurements.rows[0] else f"{100 * one['miou_change']:+.2f}"
-        if change and one["miou_margin"] is not None:
-            change += f" ± {100 * one['miou_margin']:.2f}"
+        changed = ""
+        if row is not run.measurements.rows[0]:
+            changed = change(100 * one["miou_change"], 100 * one["miou_margin"] if one["miou_margin"] else None)
         deployed = ""
         if run.deployed and one["deployed_ms"] and one["deployed_model_ms"] and one["deployed_miou"] is not None:
             best = run.deployed.best
@@ -106,8 +106,8 @@ def comparison_rows(runs: Sequence[Compared]) -> list[list[str]]:
             [
                 run.name,
                 f"{100 * one['model_miou']:.2f} %, {significant(one['model_macs'] / 1e9, 4)} GMACs",
-                f"{one['instance']}: {100 * one['miou']:.2f} %{f', {change} pp' if change else ''}",
-                fold(one["model_macs"] / one["macs"], "less", "more") if change else "",
+                f"{one['instance']}: {100 * one['miou']:.2f} %{f', {changed}' if changed else ''}",
+                fold(one["model_macs"] / one["macs"], "less", "more") if changed else "",
                 f"{significant(one['model_ms'])} -> {significant(one['ms'])}",
                 deployed,
             ]

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from messnet.records.deployed import Deployed, DeployedRow
-from messnet.report.wording import accuracy, fold, significant
+from messnet.report.wording import accuracy, change, fold, markdown_table, significant
 from messnet.searching.words import CONFIDENT
 
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}
@@ -38,11 +38,11 @@ def deployed_headline(deployed: Deployed) -> str:
     if best is model:
         lost = f"at most {deployed.max_drop_pp:g} pp"
         return f"No instance loses {lost}: your model needs {_ms(model)} ms an image ({where})"
-    change, margin = _change_pp(best, model), _margin_pp(best)
     means = "early exits and int8" if best.precision == "int8" != model.precision else "early exits"
     return (
         f"Your model needs {_ms(model)} ms an image. With {means} it needs {_ms(best)} ms, "
-        f"{fold(model.mean_ms / best.mean_ms, 'faster', 'slower', digits=1)}, at {accuracy(change, margin)}; {where}"
+        f"{fold(model.mean_ms / best.mean_ms, 'faster', 'slower', digits=1)}, "
+        f"at {accuracy(_change_pp(best, model), _margin_pp(best))}; {where}"
     )
 
 
@@ -52,7 +52,8 @@ def side_by_side(deployed: Deployed) -> list[SideRow]:
             network="your model" if one.is_model else f"early exits, at most {deployed.max_drop_pp:g} pp less mIoU",
             runtime=f"{RUNTIMES[one.runtime]} {one.precision}",
             miou=f"{100 * one.row.judged_miou:.2f}",
-            change="" if one is deployed.model else _change(one, deployed.model),
+            # A margin of 0 is of a row that changed no image at all: nothing to tell.
+            change="" if one is deployed.model else change(_change_pp(one, deployed.model), _margin_pp(one) or None),
             ms=f"{_ms(one)} [{significant(float(np.percentile(one.row.latency_ms, 95)))}]",
             speed="" if one is deployed.model else fold(deployed.model.mean_ms / one.mean_ms, "faster", "slower"),
             megabytes=f"{one.megabytes:.1f}",
@@ -82,23 +83,20 @@ def deployed_terminal_table(deployed: Deployed) -> Table:
     for name in COLUMNS:
         table.add_column(Text(name), justify="left" if name in COLUMNS[:2] else "right", max_width=30, overflow="fold")
     for row in side_by_side(deployed):
-        cells = [row.network, row.runtime, _two(row.miou, row.change), _two(row.ms, row.speed), row.megabytes]
-        table.add_row(*(Text(cell, style="bold" if row.is_best else "") for cell in cells))
+        table.add_row(*(Text(cell, style="bold" if row.is_best else "") for cell in _cells(row, "\n")))
     return table
 
 
 def deployed_markdown(deployed: Deployed) -> str:
     """``side_by_side`` as Markdown."""
-    lines: list[tuple[str, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
-    for row in side_by_side(deployed):
-        miou, ms = (", ".join(filter(None, pair)) for pair in ((row.miou, row.change), (row.ms, row.speed)))
-        lines.append((row.network, row.runtime, miou, ms, row.megabytes))
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(COLUMNS, (_cells(row, ", ") for row in side_by_side(deployed)))
     return f"{table}\n\n" + "\n".join(f"- {note}" for note in deployed_notes(deployed))
 
 
-def _two(first: str, second: str) -> str:
-    return f"{first}\n{second}" if second else first
+def _cells(row: SideRow, between: str) -> list[str]:
+    """A figure and its change are one cell."""
+    miou, ms = (between.join(filter(None, pair)) for pair in ((row.miou, row.change), (row.ms, row.speed)))
+    return [row.network, row.runtime, miou, ms, row.megabytes]
 
 
 def _ms(row: DeployedRow) -> str:
@@ -111,8 +109,3 @@ def _change_pp(row: DeployedRow, model: DeployedRow) -> float:
 
 def _margin_pp(row: DeployedRow) -> float | None:
     return None if row.row.judged_error is None else 100 * CONFIDENT * row.row.judged_error
-
-
-def _change(row: DeployedRow, model: DeployedRow) -> str:
-    margin = _margin_pp(row)
-    return f"{round(_change_pp(row, model), 2) + 0.0:+.2f}{'' if not margin else f' ± {margin:.2f}'} pp"

@@ -27,19 +27,14 @@ from messnet.records.measurements import Gallery, Measurement, Measurements, kno
 from messnet.records.run_directory import RunDirectory
 from messnet.report.classes import ClassTable, class_markdown, class_table, confusions
 from messnet.report.deployed import deployed_headline, deployed_markdown, deployed_notes, side_by_side
-from messnet.report.figures import (
-    as_svg,
-    draw_depth,
-    draw_front,
-    draw_heads,
-    exit_colour,
-)
+from messnet.report.figures import as_svg, draw_depth, draw_front, draw_heads, exit_colour
 from messnet.report.gallery import class_legend, confidence_pictures, difficulty_of, exit_name, strips_of, worst_of
-from messnet.report.wording import accuracy, duration, fold, significant, verdict
+from messnet.report.wording import accuracy, change, duration, fold, markdown_table, significant, verdict
 from messnet.searching import words
 from messnet.searching.findings import Findings
 from messnet.searching.words import CONFIDENT
 
+COLUMNS = ("instance", "mIoU %", "GMACs", "ms: median [p95]", "images per exit")
 HEADLINE_DROP_PP = 1.0
 STAGE_1_ADVICE = (
     "keep it as it came with pretrain.iterations: 0, which trains heads only, or lower pretrain.learning_rate"
@@ -149,10 +144,10 @@ def terminal_table(measurements: Measurements, missing: Sequence[str] = ()) -> T
         )
     notes += ["±: 1.96 standard errors over the draw of the reported images"] if _has_margins(measurements) else []
     table.caption = Text("\n".join(notes)) or None
-    table.add_column("instance", max_width=26, overflow="fold")
-    for column in ("mIoU %", "GMACs", "ms: median [p95]"):
-        table.add_column(Text(column), justify="right")
-    table.add_column("images per exit")
+    for column in COLUMNS:
+        is_text = column in (COLUMNS[0], COLUMNS[-1])
+        table.add_column(Text(column), justify="left" if is_text else "right", overflow="fold")
+    table.columns[0].max_width = 26
     for line in _lines(measurements):
         table.add_row(*(Text("\n".join(filter(None, cell))) for cell in _cells(line)))
     return table
@@ -162,13 +157,11 @@ def measurements_markdown(
     measurements: Measurements, missing: Sequence[str] = (), deployed: Deployed | None = None
 ) -> str:
     """The end-to-end table as Markdown, with where it was measured; ``missing`` as ``not_in_table`` gives it."""
-    table = ["| instance | mIoU % | GMACs | ms: median [p95] | images per exit |", "| --- | --- | --- | --- | --- |"]
-    for line in _lines(measurements):
-        cells = [", ".join(filter(None, cell)).replace("|", "\\|") for cell in _cells(line)]
-        table.append(f"| {' | '.join(cells)} |")
+    rows = ([", ".join(filter(None, cell)) for cell in _cells(line)] for line in _lines(measurements))
+    table = markdown_table(COLUMNS, rows)
     notes = [f"- not in the table: {sentence}" for sentence in missing]
     notes += [f"- warning: {sentence}" for sentence in _warnings(measurements)]
-    paragraphs = [f"{opening(measurements, deployed)}.", _where(measurements), "\n".join(table), "\n".join(notes)]
+    paragraphs = [f"{opening(measurements, deployed)}.", _where(measurements), table, "\n".join(notes)]
     if deployed is not None:
         paragraphs.append(deployed_markdown(deployed))
     if classes := class_table(class_columns(measurements), measurements.class_names):
@@ -328,14 +321,11 @@ def _lines(measurements: Measurements) -> list[_Line]:
 
 def _line(measurements: Measurements, mark: int) -> _Line:
     row, baseline = measurements.rows[mark], _baseline(measurements)
-    within_pp = margin_pp(row, measurements)
-    margin = f" ± {within_pp:.2f}" if within_pp is not None and math.isfinite(within_pp) else ""
-    # Figures are rounded in their last digits: + 0.0 makes no minus of a zero.
-    change = f"{round(100 * (row.judged_miou - measurements.miou_to_keep), 2) + 0.0:+.2f}{margin} pp"
+    changed = change(100 * (row.judged_miou - measurements.miou_to_keep), margin_pp(row, measurements))
     if row is baseline:
         # Stage 1 may have changed it, but what a delivered model costs it costs too.
         work, speed = "", ""
-        change = "" if measurements.delivered is None or measurements.delivered.is_kept else change
+        changed = "" if measurements.delivered is None or measurements.delivered.is_kept else changed
     else:
         work = fold(baseline.macs / row.judged_macs, "less", "more")
         speed = fold(median_ms(baseline) / median_ms(row), "faster", "slower")
@@ -345,7 +335,7 @@ def _line(measurements: Measurements, mark: int) -> _Line:
         title=_title(row, measurements),
         name=row.instance.name,
         miou=f"{100 * row.judged_miou:.2f}",
-        miou_change=change,
+        miou_change=changed,
         gmacs=_gmacs(row),
         work=work,
         gmacs_paper=significant(row.judged_macs_paper / 1e9, 4),
@@ -474,12 +464,9 @@ def render_report(inputs: ReportInputs) -> str:
 
 def _stage_facts(facts: Mapping[str, object]) -> list[str]:
     """What is recorded of a stage, in words."""
-    told = dict(facts)
-    words_of = []
-    for key, text in (("seconds", "took {}"), ("cpu_seconds", "{} of processor time")):
-        if key in told:
-            words_of.append(text.format(duration(float(str(told.pop(key))))))
-    return [*words_of, *(f"{key} {value}" for key, value in told.items())]
+    times = {"seconds": "took {}", "cpu_seconds": "{} of processor time"}
+    told = [text.format(duration(float(str(facts[key])))) for key, text in times.items() if key in facts]
+    return [*told, *(f"{key} {value}" for key, value in facts.items() if key not in times)]
 
 
 def page_of(template: str, **values: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from messnet.searching.findings import OneFinding
 
@@ -17,6 +18,13 @@ def significant(value: float, digits: int = 3) -> str:
 def fold(ratio: float, gained: str, lost: str, digits: int = 2) -> str:
     """A ratio in words, at least 1: "2.40x less", "1.10x more"."""
     return f"{ratio:.{digits}f}x {gained}" if ratio >= 1 else f"{1 / ratio:.{digits}f}x {lost}"
+
+
+def change(change_pp: float, margin_pp: float | None) -> str:
+    """A change of mIoU with its margin where that is known, such as "-0.70 ± 0.30 pp"."""
+    # Rounded first: + 0.0 makes no minus of a zero.
+    margin = f" ± {margin_pp:.2f}" if margin_pp is not None and math.isfinite(margin_pp) else ""
+    return f"{round(change_pp, 2) + 0.0:+.2f}{margin} pp"
 
 
 def accuracy(change_pp: float, margin_pp: float | None) -> str:
@@ -56,6 +64,12 @@ def verdict(one: OneFinding) -> str:
         at = "the same mIoU" if abs(change) < 0.005 else f"{abs(change):.2f} pp {'more' if change > 0 else 'less'} mIoU"
         told.append(f"The best network that always stops at the same place takes {costs} work at {at}")
     return ". ".join(told)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def duration(seconds: float) -> str:

@@ -211,16 +211,3 @@ class Infeasible:
     further: bool
     """Whether there are limits, floors or devices beyond mIoU and one cost."""
     relaxed: Sequence[Relaxed] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnytimeReach:
-    """Why no anytime instance meets an objective: the best of each figure, whatever the others are; each None where no
-    instance gets better from exit to exit."""
-
-    objective: AnytimeObjective
-    first_cost: float | None = None
-    first_miou: float | None = None
-    overhead: float | None = None
-    area: float | None = None
-    miou: float | None = None

@@ -21,7 +21,7 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import ExitChoice, Instance
 from messnet.records.selection import AnytimeFigures, CostUnit, Selection
 from messnet.searching import words
-from messnet.searching.answers import AnytimeProof, AnytimeReach, FrontPoint, SearchResult
+from messnet.searching.answers import AnytimeProof, FrontPoint, SearchResult
 from messnet.searching.grid import Grid
 from messnet.searching.measure import baseline_miou_of, checked_column
 from messnet.searching.objective import AnytimeObjective
@@ -99,12 +99,22 @@ def search_anytime(
             one = tuple(positions[met[i]].tolist())
             best.append((tuple(float(rank[i]) for rank in ranks), one, figures.take(met[[i]])))
     if not best:
-        raise InfeasibleError(words.anytime_infeasible(_reach(objective, possible)))
+        raise InfeasibleError(words.anytime_infeasible(objective, _best_of_each(possible)))
     best = sorted(best, key=lambda one: one[:2])[:NUM_BEST]
 
-    selections = [_selection(figures, objective, num_images, baseline_miou, model) for _, _, figures in best]
-    points = []
-    for (_, chosen, _), selection in zip(best, selections, strict=True):
+    points, selections = [], []
+    for _, chosen, figures in best:
+        first_cost, total_cost, overhead, area, first_miou, miou = (float(values[0]) for values in figures)
+        selection = Selection(
+            num_images=num_images,
+            unit=CostUnit(objective.cost),
+            miou=miou,
+            cost=total_cost,
+            baseline_miou=baseline_miou,
+            baseline_cost=model,
+            anytime=AnytimeFigures(first_cost=first_cost, first_miou=first_miou, overhead=overhead, area=area),
+        )
+        selections.append(selection)
         exits = tuple(ExitChoice(exit_index=tables.exits[p].exit_index, head=tables.exits[p].head) for p in chosen)
         instance = Instance(
             name=name, setting="anytime", exits=exits, policy=grid.policy_of(tables), selected_on=selection.to_figures()
@@ -162,35 +172,15 @@ def _ranks(objective: AnytimeObjective, figures: Figures) -> list[FloatArray]:
     return [goal.round(12), (-figures.area).round(12), figures.total_cost]
 
 
-def _selection(
-    figures: Figures, objective: AnytimeObjective, num_images: int, baseline_miou: float, model: float
-) -> Selection:
-    """The one instance of ``figures`` as a record."""
-    return Selection(
-        num_images=num_images,
-        unit=CostUnit(objective.cost),
-        miou=float(figures.miou[0]),
-        cost=float(figures.total_cost[0]),
-        baseline_miou=baseline_miou,
-        baseline_cost=model,
-        anytime=AnytimeFigures(
-            first_cost=float(figures.first_cost[0]),
-            first_miou=float(figures.first_miou[0]),
-            overhead=float(figures.overhead[0]),
-            area=float(figures.area[0]),
-        ),
-    )
-
-
-def _reach(objective: AnytimeObjective, possible: list[Figures]) -> AnytimeReach:
-    """The best of each figure."""
+def _best_of_each(possible: list[Figures]) -> tuple[AnytimeFigures, float] | None:
+    """The best of each figure and of the last mIoU, whatever the others are."""
     if not possible:
-        return AnytimeReach(objective=objective)
-    return AnytimeReach(
-        objective=objective,
-        first_cost=float(min(one.first_cost.min() for one in possible)),
-        first_miou=float(max(one.first_miou.max() for one in possible)),
-        overhead=float(min(one.overhead.min() for one in possible)),
-        area=float(max(one.area.max() for one in possible)),
-        miou=float(max(one.miou.max() for one in possible)),
+        return None
+    every = Figures(*map(np.concatenate, zip(*possible, strict=True)))
+    best = AnytimeFigures(
+        first_cost=float(every.first_cost.min()),
+        first_miou=float(every.first_miou.max()),
+        overhead=float(every.overhead.min()),
+        area=float(every.area.max()),
     )
+    return best, float(every.miou.max())

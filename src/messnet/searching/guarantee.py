@@ -1,19 +1,11 @@
-"""A promise on images not seen: the thresholds of a searched instance retreat until their risk is certified.
+"""A promise on images not seen (docs/method.md#guarantee): the thresholds of a searched instance retreat until their
+risk is certified.
 
-The images of the selection half choose the instance and, with it, a path of instances from the final exit (safest: it
-loses nothing) to the searched thresholds (riskiest). The images of the other half, all of them, certify: each step is
-the test of "its expected loss exceeds epsilon", in the order of the path, up to the first that is not rejected. This is
-fixed-sequence testing: the path is fixed before a calibration image is looked at, so a wrong certificate needs the
-rejection of the path's first wrong step, and that has probability <= delta. However long the path, the steps before
-cost nothing (Angelopoulos et al., "Learn then Test", 2021, section 2.4; for early exits Jazbec et al., "Fast yet Safe:
-Early-Exiting with Risk Control", 2024). Images that belong together (``data.group``) are in one half, and a group is
-one draw: its loss is the mean of its images.
-
-Cross-fitting is no way around the two halves: a test is valid for a path that was fixed without the images that it
-looks at, and the path of an instance that is searched on all images leaves none.
-
-The certificate stands in for a report: the mean loss of the certified step on the calibration images flatters, since
-they helped to choose the step. Each certificate holds for itself, not for the best of several.
+Why a long path costs nothing: it is fixed before a calibration image is looked at and tested in its order, so a wrong
+certificate needs the rejection of its first wrong step, and that has probability <= delta (fixed-sequence testing:
+"Learn then Test", section 2.4). The certificate stands in for a report: the mean loss of the certified step on the
+calibration images flatters, since they helped to choose the step. Each certificate holds for itself, not for the best
+of several.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ from math import inf, isclose
 
 from messnet.records.instance import Instance
 from messnet.records.names import CostName, Statistic
-from messnet.records.selection import CostUnit, Expected, ReachedCost, ReachedIou, Selection
+from messnet.records.selection import AnytimeFigures, CostUnit, Expected, ReachedCost, ReachedIou, Selection
 from messnet.searching.answers import (
     MOST_IMAGES,
     AnytimeProof,
-    AnytimeReach,
     Comparison,
     FrontPoint,
     Infeasible,
@@ -144,7 +143,10 @@ def _proved(proved: Proof, tightened: Tightened | None) -> str:
     if tightened is None:
         return proof(proved)
     if tightened.searched is None:
-        return _model_itself(tightened)
+        return (
+            "your model itself: no limit that was tried leaves an instance that is "
+            f"{objective_text(tightened.asked)} on images not seen and better than it; {_nearest_expected(tightened)}"
+        )
     limits = " and ".join(_text(tightened.searched)[1])
     return f"searched at {limits}: {proof(proved)}" if limits else proof(proved)
 
@@ -169,13 +171,6 @@ def proof(proved: Proof) -> str:
     if proved.gap_cost is not None:
         known = f"within {100 * proved.gap_cost:.2g} % of the least cost; {known}"
     return f"{why}: {known}"
-
-
-def _model_itself(tightened: Tightened) -> str:
-    return (
-        "your model itself: no limit that was tried leaves an instance that is "
-        f"{objective_text(tightened.asked)} on images not seen and better than it; {_nearest_expected(tightened)}"
-    )
 
 
 def not_kept(tightened: Tightened) -> str:
@@ -304,18 +299,14 @@ def _cost_change(best: FrontPoint, rival: FrontPoint, unit: CostUnit) -> str:
 
 
 def _retreat(retreat: Retreat) -> str:
-    before, after = retreat.before, retreat.after
+    before, after, model = retreat.before, retreat.after, "unknown"
+    if after.baseline_miou is not None and after.baseline_cost is not None:
+        model = f"{100 * after.baseline_miou:.2f} % at {amount(after.unit, after.baseline_cost)}"
     return (
         f"retreated from mIoU {100 * before.miou:.2f} % at {amount(before.unit, before.cost)} to "
-        f"{100 * after.miou:.2f} % at {amount(after.unit, after.cost)} ({_model(after, 'the model itself')})"
+        f"{100 * after.miou:.2f} % at {amount(after.unit, after.cost)} (the model itself: {model})"
         + ("" if retreat.still_met else ": no longer what was asked for")
     )
-
-
-def _model(selection: Selection, name: str) -> str:
-    if selection.baseline_miou is None or selection.baseline_cost is None:
-        return f"{name}: unknown"
-    return f"{name}: {100 * selection.baseline_miou:.2f} % at {amount(selection.unit, selection.baseline_cost)}"
 
 
 def _anytime_verdict(selection: Selection) -> str:
@@ -335,7 +326,9 @@ def _anytime_verdict(selection: Selection) -> str:
 def infeasible(why: Infeasible) -> str:
     """Why no instance meets an objective, and the nearest points."""
     if why.points and not why.further:
-        return f"no instance has {' and '.join(_asked(why))}: {'; '.join(_nearest(why))}; relax a constraint"
+        asked = [] if why.least_miou is None else [f"mIoU >= {100 * why.least_miou:.2f} %"]
+        asked += [] if why.largest_cost is None else [f"<= {amount(why.unit, why.largest_cost)}"]
+        return f"no instance has {' and '.join(asked)}: {'; '.join(_nearest(why))}; relax a constraint"
     notes = []
     if why.points:
         notes.append(f"the most accurate within the further limits has {_point(why.points[-1], why.unit)}")
@@ -343,11 +336,6 @@ def infeasible(why: Infeasible) -> str:
     notes += [_relaxed(one) for one in why.relaxed]
     reason = "; ".join(notes) or "several of these constraints cannot be met at once"
     return f"no instance is {objective_text(why.objective)}: {reason}; relax a constraint"
-
-
-def _asked(why: Infeasible) -> list[str]:
-    asked = [] if why.least_miou is None else [f"mIoU >= {100 * why.least_miou:.2f} %"]
-    return asked + ([] if why.largest_cost is None else [f"<= {amount(why.unit, why.largest_cost)}"])
 
 
 def _nearest(why: Infeasible) -> Iterable[str]:
@@ -372,15 +360,15 @@ def _relaxed(one: Relaxed) -> str:
     return f"without IoU of {name} >= {floor:g} the best of {name} on the front is {one.best:.4f}"
 
 
-def anytime_infeasible(reach: AnytimeReach) -> str:
-    """Why no anytime instance meets an objective."""
-    objective = reach.objective
-    if reach.first_cost is None:
+def anytime_infeasible(objective: AnytimeObjective, possible: tuple[AnytimeFigures, float] | None) -> str:
+    """Why no anytime instance meets an objective; ``possible`` is the best of each figure and of the last mIoU."""
+    if possible is None:
         return f"no anytime instance of at least {objective.min_exits} exits gets better from exit to exit"
+    best, miou = possible
     return (
-        f"no instance is {objective_text(objective)}; possible are: first result at {reach.first_cost:.4g} "
-        f"{objective.cost}, first mIoU {reach.first_miou:.4f}, overhead {reach.overhead:.3f}, area {reach.area:.4f}, "
-        f"last mIoU {reach.miou:.4f}; relax a constraint"
+        f"no instance is {objective_text(objective)}; possible are: first result at {best.first_cost:.4g} "
+        f"{objective.cost}, first mIoU {best.first_miou:.4f}, overhead {best.overhead:.3f}, area {best.area:.4f}, "
+        f"last mIoU {miou:.4f}; relax a constraint"
     )
 
 

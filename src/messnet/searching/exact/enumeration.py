@@ -192,7 +192,8 @@ def _try(arrays: Arrays, counts: Counts, cost: float, key: int, least_miou: floa
 @compiled()
 def _all_at(arrays: Arrays, position: int) -> Counts:
     """(C,) counts where all images leave at one exit."""
-    return arrays.counts[position].sum(0).astype(arrays.counts.dtype)
+    summed: Counts = arrays.counts[position].sum(0).astype(arrays.counts.dtype)
+    return summed
 
 
 @compiled()
