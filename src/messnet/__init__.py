@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from messnet.deployment.session import Result, Session
     from messnet.errors import MessError
     from messnet.evaluation import EvaluationOptions
+    from messnet.images.preprocessing import Normalisation
     from messnet.network import zoo
     from messnet.network.exit_head import HeadConfig, HeadSpace
     from messnet.network.multi_exit import MultiExitNet, convert
@@ -49,6 +50,7 @@ __all__ = [
     "LatencyOptions",
     "MessError",
     "MultiExitNet",
+    "Normalisation",
     "PretrainOptions",
     "Result",
     "Session",
@@ -80,6 +82,7 @@ _HOMES = {
     "LatencyOptions": "messnet.costs.latency",
     "MessError": "messnet.errors",
     "MultiExitNet": "messnet.network.multi_exit",
+    "Normalisation": "messnet.images.preprocessing",
     "PretrainOptions": "messnet.training.options",
     "Result": "messnet.deployment.session",
     "Session": "messnet.deployment.session",

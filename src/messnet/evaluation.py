@@ -171,7 +171,7 @@ def _evaluate_image(
 def _by_network(
     net: MultiExitNet, image: NDArray[np.uint8], device: torch.device | str
 ) -> Iterator[tuple[Exit, Tensor]]:
-    x = torch.from_numpy(normalise(image))[None].to(device, memory_format=net.memory_format)
+    x = torch.from_numpy(normalise(image, net.normalisation))[None].to(device, memory_format=net.memory_format)
     states = list(net.states(x))
     for exit in net.exits:
         yield exit, net.logits(exit, states[exit.exit_index])

@@ -173,14 +173,16 @@ def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, session: me
 
 
 @in_browser
-def test_a_bundle_in_int8_alone(browser: Any, tmp_path: Path) -> None:
+def test_a_bundle_in_int8_alone_of_another_normalisation(browser: Any, tmp_path: Path) -> None:
     whole = open_bundle(BUNDLE)
     runtimes = {"onnx-int8": whole.manifest.runtimes["onnx-int8"]}
     names = [
         *runtimes["onnx-int8"].files.values(),
         *(name for name in whole.manifest.files if name.startswith("costs/")),
     ]
-    write_bundle(tmp_path / "b.mess", replace(whole.manifest, runtimes=runtimes), {n: whole.read(n) for n in names})
+    own = replace(whole.manifest.preprocessing, mean=(0.45, 0.5, 0.42), std=(0.26, 0.2, 0.24))
+    manifest = replace(whole.manifest, runtimes=runtimes, preprocessing=own)
+    write_bundle(tmp_path / "b.mess", manifest, {name: whole.read(name) for name in names})
     main(["export", str(tmp_path / "b.mess"), "--web", str(tmp_path / "page"), "--onnxruntime-web", str(PACKAGE)])
     session, file = messnet.load(tmp_path / "b.mess"), list_images(IMAGES)[0]
     assert (session.precision, session.palette is None) == ("int8", False)

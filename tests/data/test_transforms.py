@@ -7,7 +7,7 @@ from messnet.data import SegmentationSample
 from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation, stack_samples
 from messnet.errors import DataError, RecipeError
-from messnet.images.preprocessing import MEAN, STD, normalise
+from messnet.images.preprocessing import IMAGENET, MEAN, STD, Normalisation, normalise
 
 STILL = AugmentOptions(scale_min=1, scale_max=1, hflip=0)
 
@@ -58,11 +58,14 @@ def test_labels_are_not_shifted_by_scaling() -> None:
         assert np.array_equal(denormalise(x)[..., 0] > 100, y.numpy() == 1)
 
 
-def test_outside_is_void_and_of_the_mean_colour() -> None:
+@pytest.mark.parametrize("normalisation", [IMAGENET, Normalisation(mean=(0.2, 0.4, 1), std=(0.5, 1, 0.3))])
+def test_outside_is_void_and_of_the_mean_colour(normalisation: Normalisation) -> None:
     image, mask = blocks()
-    x, y = build_augmentation(AugmentOptions(scale_min=0.5, scale_max=0.5, crop=(96, 128)))(image, mask)
+    options = AugmentOptions(scale_min=0.5, scale_max=0.5, crop=(96, 128))
+    x, y = build_augmentation(options, normalisation)(image, mask)
     assert (y != 255).sum() == 48 * 64
     assert x.permute(1, 2, 0)[y == 255].abs().max() < 0.01
+    assert x.permute(1, 2, 0)[y != 255].abs().max() > 0.5
 
 
 def test_flip_is_a_flip() -> None:

@@ -15,11 +15,11 @@ import messnet
 PROMISED = {
     "AugmentOptions", "ComputeOptions", "CostTable", "DistillOptions", "EvaluationOptions", "Exit", "ExitChoice",
     "ExitTables", "HeadConfig", "HeadSpace", "Instance", "LatencyOptions", "MessError", "MultiExitNet",
-    "PretrainOptions", "Result", "Session", "convert", "distill", "evaluate", "export", "load", "pretrain", "profile",
-    "search", "zoo",
+    "Normalisation", "PretrainOptions", "Result", "Session", "convert", "distill", "evaluate", "export", "load",
+    "pretrain", "profile", "search", "zoo",
 }  # fmt: skip
 ARGUMENTS = {
-    "convert": ["model", "example_input", "num_exits"],
+    "convert": ["model", "example_input", "num_exits", "normalisation"],
     "profile": ["net", "input_size"],
     "pretrain": ["net", "data", "options", "val", "folder", "compute"],
     "distill": ["net", "data", "heads", "options", "val", "folder", "compute"],

@@ -3,17 +3,49 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from messnet.errors import DataError
-from messnet.images.preprocessing import MEAN, STD, normalise
+from messnet.errors import DataError, RecipeError
+from messnet.images.preprocessing import MEAN, STD, Normalisation, normalise
 
 
-def test_normalise_equals_torchvision() -> None:
+@pytest.mark.parametrize(
+    "normalisation",
+    [
+        Normalisation(mean=MEAN, std=STD),
+        Normalisation(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        Normalisation(mean=(0, 0, 0), std=(1, 1, 1)),
+        Normalisation(mean=(0.1, 0.2, 0.3), std=(0.01, 0.2, 1)),
+    ],
+)
+def test_normalise_equals_torchvision(normalisation: Normalisation) -> None:
     image = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
-    reference = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(image)
-    x = normalise(image)
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(normalisation.mean, normalisation.std)]
+    x = normalise(image, normalisation)
     assert x.dtype == np.float32
     assert x.flags.c_contiguous
-    np.testing.assert_allclose(x, reference.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(x, v2.Compose(steps)(image).numpy(), rtol=1e-6, atol=1e-5)
+    if normalisation == Normalisation():
+        np.testing.assert_array_equal(x, normalise(image))
+
+
+def test_bytes_stay_what_they_are() -> None:
+    image = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2)
+    std = 0.00392156862745098  # as the docstring gives it
+    x = normalise(image, Normalisation(mean=(0, 0, 0), std=(std, std, std)))
+    np.testing.assert_array_equal(x[2, 0], np.arange(256))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)},
+        {"std": (0.0, 0.5, 0.5)},
+        {"mean": (float("nan"), 0.5, 0.5)},
+        {"mean": (-0.1, 0.5, 0.5)},
+    ],
+)
+def test_values_of_another_unit_are_refused(values: dict[str, tuple[float, float, float]]) -> None:
+    with pytest.raises(RecipeError, match=r"must be those of pixel values in \[0, 1\]: divide yours by 255"):
+        Normalisation(**values)
 
 
 def test_it_is_what_torch_computed_in_version_0_1() -> None:

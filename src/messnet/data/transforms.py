@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from messnet.data import IGNORE_INDEX, SegmentationDataset
 from messnet.errors import DataError, RecipeError
-from messnet.images.preprocessing import MEAN, normalise
+from messnet.images.preprocessing import IMAGENET, Normalisation, normalise
 
 Augmentation = Callable[[NDArray[np.uint8], NDArray[np.uint8]], tuple[Tensor, Tensor]]
 """(H, W, 3) image and (H, W) mask to a normalised float32 tensor (3, h, w) and an int64 tensor (h, w)."""
@@ -41,9 +41,9 @@ class AugmentOptions:
     time."""
 
 
-def build_augmentation(options: AugmentOptions) -> Augmentation:
-    """Random colour, scale, crop and flip, drawn from torch's global CPU generator. What lies outside of the image is
-    of the mean colour (0 once normalised, up to rounding) and IGNORE_INDEX."""
+def build_augmentation(options: AugmentOptions, normalisation: Normalisation = IMAGENET) -> Augmentation:
+    """Random colour, scale, crop and flip, drawn from torch's global CPU generator, then the ``normalisation``. What
+    lies outside of the image is of its mean colour (0 once normalised, up to rounding) and IGNORE_INDEX."""
     if not 0 < options.scale_min <= options.scale_max:
         raise RecipeError(f"expected 0 < scale_min <= scale_max, got {options.scale_min} and {options.scale_max}")
     if options.crop is not None and min(options.crop) < 1:
@@ -55,7 +55,7 @@ def build_augmentation(options: AugmentOptions) -> Augmentation:
     # Colour comes first, while the pixels are bytes and before a crop fills in the mean colour, which stays as it is.
     jitter = v2.ColorJitter(*[options.color_jitter] * 3) if options.color_jitter else v2.Identity()
     flip = v2.RandomHorizontalFlip(options.hflip)
-    outside = {tv_tensors.Image: tuple(round(255 * mean) for mean in MEAN), tv_tensors.Mask: IGNORE_INDEX}
+    outside = {tv_tensors.Image: tuple(round(255 * mean) for mean in normalisation.mean), tv_tensors.Mask: IGNORE_INDEX}
 
     def augment(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         pixels = jitter(torch.tensor(image).permute(2, 0, 1))
@@ -68,7 +68,8 @@ def build_augmentation(options: AugmentOptions) -> Augmentation:
             labels = v2.functional.resize(labels, size, v2.InterpolationMode.NEAREST_EXACT)
         crop = v2.RandomCrop(options.crop or mask.shape, pad_if_needed=True, fill=outside)
         pixels, labels = flip(crop(tv_tensors.Image(pixels), tv_tensors.Mask(labels)))
-        return torch.from_numpy(normalise(pixels.permute(1, 2, 0).numpy())), labels[0].as_subclass(Tensor).long()
+        normalised = normalise(pixels.permute(1, 2, 0).numpy(), normalisation)
+        return torch.from_numpy(normalised), labels[0].as_subclass(Tensor).long()
 
     return augment
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from messnet.errors import RunError
-from messnet.images.preprocessing import MEAN, STD
+from messnet.images.preprocessing import Normalisation
 from messnet.records.codec import from_plain
 from messnet.records.exit_point import ExitPoint
 from messnet.records.files import expect_free, reading, write_atomically, write_folder
@@ -67,13 +67,16 @@ class StoredFile:
 class Preprocessing:
     """An image (H, W, 3) uint8 RGB, resized where ``resize`` says so, becomes (image / 255 - mean) / std."""
 
-    mean: tuple[float, ...]
-    """Per channel, (3,)."""
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     input_size: tuple[int, int]
     """(height, width) of the training images, resized; others are taken too."""
     resize: int | None = None
     """Pixels of the shorter side that an image is brought to; labels have the image's own size again."""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return Normalisation(mean=self.mean, std=self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +160,10 @@ class Bundle:
             return b"".join(_chunks(contents, name, self.manifest.files[name]))
 
     def choose(self, instance: str | Instance | None) -> Instance:
-        """The bundle's own instance, or one that was given. Raises RunError for another's name, and where images are
-        normalised as this messnet does not."""
+        """The bundle's own instance, or one that was given. Raises RunError for another's name."""
         manifest = self.manifest
         if isinstance(instance, str) and instance != manifest.instance.name:
             raise RunError(f"{self.path} has no instance {instance!r}; it has {manifest.instance.name}")
-        if (manifest.preprocessing.mean, manifest.preprocessing.std) != (MEAN, STD):
-            raise RunError(f"{self.path} normalises images otherwise: use messnet {manifest.messnet_version}")
         return instance if isinstance(instance, Instance) else manifest.instance
 
 
@@ -349,6 +349,8 @@ def _expect_sound(manifest: Manifest) -> None:
         "class_names": 0 < len(classes) <= _MAX_CLASSES,
         "palette": len(manifest.palette) == len(classes) and _within(chain(*manifest.palette), 0, 255),
         "input_size": _within((height, width), 1, _MAX_SIDE) and height * width <= _MAX_PIXELS,
+        "mean": _within(manifest.preprocessing.mean, 0, 1),
+        "std": _within(manifest.preprocessing.std, 1e-6, 1),
         "resize": _within([manifest.preprocessing.resize or 1], 1, _MAX_SIDE),
         "model_options": _within(network.model_options.values()) and not _is_taken(network.model_options),
         "an exit point": 0 < len(points) <= _MAX_EXITS

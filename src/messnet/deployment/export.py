@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,7 +36,7 @@ from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.colours import default_palette
-from messnet.images.preprocessing import MEAN, STD, resize
+from messnet.images.preprocessing import resize
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.policy import Policy
@@ -140,14 +140,16 @@ def export(
             named = {name: f"{graphs_for(precision)}/{name}.onnx" for name in found}
             files |= {named[name]: data for name, data in found.items()}
             runtimes[graphs_for(precision)] = Runtime(files=named, checked=checked)
-    own = ("class_names", "palette", "input_size", "resize")  # the manifest's
+    own = ("class_names", "palette", "input_size", "resize", "normalisation")  # the manifest's
     network = {name: value for name, value in json.loads(blueprint.to_json()).items() if name not in own}
     manifest = Manifest(
         messnet_version=__version__,
         created=_now(),
         class_names=blueprint.class_names,
         palette=blueprint.palette,
-        preprocessing=Preprocessing(mean=MEAN, std=STD, input_size=blueprint.input_size, resize=blueprint.resize),
+        preprocessing=Preprocessing(
+            **asdict(blueprint.normalisation), input_size=blueprint.input_size, resize=blueprint.resize
+        ),
         instance=chosen,
         network=from_plain(network, Network),
         runtimes=runtimes,
@@ -207,6 +209,7 @@ def _from_session(session: Session, model: str | None) -> _Source:
         input_size=session.input_size,
         exit_points=net.exit_points,
         resize=session.resize,
+        normalisation=net.normalisation,
     )
     return _Source("session", blueprint, net, session.instance, (workload, {}), {})
 
@@ -224,7 +227,7 @@ def _in_eight_bits(
     net: MultiExitNet, blueprint: Blueprint, instance: Instance, graphs: Mapping[str, bytes], bits: EightBits
 ) -> tuple[dict[str, bytes], dict[str, float]]:
     """The graphs in int8, and how far they agree with torch."""
-    made = quantise(graphs, bits.calibration)
+    made = quantise(graphs, bits.calibration, net.normalisation)
     runners = _beside_torch(net, instance, made, "onnxruntime", "int8")
     expected, session = (Session(runner, instance, class_names=blueprint.class_names) for runner in runners)
     return made, {**check_quantised(expected, session, bits), "size_multiple": float(size_multiple(net))}
@@ -240,7 +243,13 @@ def _beside_torch(
     """The network in torch, and its graphs."""
     strides = [point.output_stride for point in net.exit_points]
     of_graphs = GraphRunner(
-        graphs, instance.exits, strides, runtime=runtime, precision=precision, size_multiple=size_multiple(net)
+        graphs,
+        instance.exits,
+        strides,
+        runtime=runtime,
+        precision=precision,
+        size_multiple=size_multiple(net),
+        normalisation=net.normalisation,
     )
     return TorchRunner(net, Policy.parse(instance.policy)), of_graphs
 

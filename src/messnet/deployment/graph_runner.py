@@ -16,7 +16,7 @@ from messnet.costs.processor import default_threads, processor_name
 from messnet.deployment.graph_file import expect_self_contained, leading_to
 from messnet.deployment.runner import Live, Runner, Step
 from messnet.errors import ModelError, RunError
-from messnet.images.preprocessing import normalise
+from messnet.images.preprocessing import IMAGENET, Normalisation, normalise
 from messnet.policy.arrays import image_confidence
 from messnet.policy.labels import loaded_compiled, upsampled_labels
 from messnet.policy.policy import Policy
@@ -57,10 +57,11 @@ class GraphRunner(Runner):
         threads: int | None = None,
         size_multiple: int = 1,
         policy: Policy | None = None,
+        normalisation: Normalisation = IMAGENET,
     ) -> None:
         """``graphs`` as ``graphs.make_graphs`` names them, one for each of ``choices``, shallow to deep; for the
         precision int8 those of ``quantising.quantise``. With the instance's ``policy``, the compiled pass decides where
-        it has been loaded, in a fraction of the time of the graph's operators.
+        it has been loaded, in a fraction of the time of the graph's operators. ``normalisation`` is the network's.
 
         Raises RecipeError for a precision that the runtime does not have, RunError for a graph that is missing or that
         is not what a bundle may hold, ModelError when the runtime is not installed or refuses a graph.
@@ -72,6 +73,7 @@ class GraphRunner(Runner):
         self._exits = tuple(choice.exit for choice in choices)
         self.num_bytes = sum(map(len, graphs.values()))
         self._strides, self._multiple, self._policy = tuple(output_strides), size_multiple, policy
+        self._normalisation = normalisation
         missing = {*map(stage_name, range(len(choices)))} - graphs.keys()
         if missing:
             raise RunError(f"there is no graph {min(missing)}: export the bundle again")
@@ -112,7 +114,7 @@ class GraphRunner(Runner):
         return self._multiple
 
     def start(self, images: NDArray[np.uint8]) -> Live:
-        return Live((normalise(images),), (images.shape[1], images.shape[2]))
+        return Live((normalise(images, self._normalisation),), (images.shape[1], images.shape[2]))
 
     def advance(
         self, live: Live, exit: Exit, *, pixel_threshold: float | None = None, logits: bool = True, keep: bool = True

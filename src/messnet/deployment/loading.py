@@ -227,6 +227,7 @@ def _bundled_graphs(bundle: Bundle, runtime: GraphRuntime, how: _How) -> GraphRu
         threads=how.threads,
         size_multiple=int(stored.checked.get("size_multiple", 1)),
         policy=Policy.parse(manifest.instance.policy),
+        normalisation=manifest.preprocessing.normalisation,
     )
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from messnet.deployment.graph_runner import OUTPUT, load_graph, stage_name
 from messnet.deployment.session import Session
 from messnet.errors import ModelError, RecipeError, needing_extras
-from messnet.images.preprocessing import normalise, resize, resize_map, resized_size
+from messnet.images.preprocessing import IMAGENET, Normalisation, normalise, resize, resize_map, resized_size
 from messnet.policy.graph import serialised
 from messnet.records.iou import mean_iou, pixel_counts
 
@@ -78,18 +78,20 @@ _OPERATORS = ("Conv", "Add", "Clip", "Relu", "MaxPool", "Concat", "MatMul", "Gem
 _NETWORK = "net/"  # how nodes of segments and heads are called; others are the policy's
 
 
-def quantise(graphs: Mapping[str, bytes], images: Sequence[NDArray[np.uint8]]) -> dict[str, bytes]:
+def quantise(
+    graphs: Mapping[str, bytes], images: Sequence[NDArray[np.uint8]], normalisation: Normalisation = IMAGENET
+) -> dict[str, bytes]:
     """The stages of ``make_graphs``, in int8; what turns logits into labels stays as it is.
 
-    ``images`` to calibrate on, (H, W, 3) uint8 RGB each. Raises RecipeError where there are none, ModelError when the
-    quantiser refuses a graph, or its packages are missing.
+    ``images`` to calibrate on, (H, W, 3) uint8 RGB each, and the network's ``normalisation``. Raises RecipeError where
+    there are none, ModelError when the quantiser refuses a graph, or its packages are missing.
     """
     if not images:
         raise RecipeError("int8 needs images to take the ranges of activations from: name some with --images")
     with needing_extras():
         import onnx
 
-    live: list[tuple[NDArray[np.generic], ...]] = [(normalise(image[None]),) for image in images]
+    live: list[tuple[NDArray[np.generic], ...]] = [(normalise(image[None], normalisation),) for image in images]
     found = {OUTPUT: graphs[OUTPUT]}
     for position in range(len(graphs) - 1):
         name = stage_name(position)

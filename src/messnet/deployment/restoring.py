@@ -68,7 +68,12 @@ def restore_bundle(
             f"run the bundle's graphs with --runtime onnxruntime"
         )
     own = {"class_names": manifest.class_names, "palette": manifest.palette, "model": model or named}
-    seen = {"input_size": manifest.preprocessing.input_size, "resize": manifest.preprocessing.resize}
+    preprocessing = manifest.preprocessing
+    seen = {
+        "input_size": preprocessing.input_size,
+        "resize": preprocessing.resize,
+        "normalisation": asdict(preprocessing.normalisation),
+    }
     record = {**asdict(manifest.network), **own, **seen}
     blueprint = Blueprint.from_json(json.dumps(record))
     exits = tuple(choice.exit for choice in manifest.instance.exits)
@@ -123,7 +128,7 @@ def graph_runner(
     exits = tuple(choice.exit for choice in instance.exits)
     graphs = make_graphs(net, exits, Policy.parse(instance.policy), input_size, made=made)
     if precision == "int8":
-        graphs = quantise(graphs, calibration)
+        graphs = quantise(graphs, calibration, net.normalisation)
     return GraphRunner(
         graphs,
         instance.exits,
@@ -133,4 +138,5 @@ def graph_runner(
         threads=threads,
         size_multiple=size_multiple(net),
         policy=Policy.parse(instance.policy),
+        normalisation=net.normalisation,
     )

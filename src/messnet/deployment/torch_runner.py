@@ -78,7 +78,8 @@ class TorchRunner(Runner):
 
     def start(self, images: NDArray[np.uint8]) -> Live:
         layout = self.net.memory_format
-        x = torch.from_numpy(normalise(images)).to(self._device, dtype_of(self.net), memory_format=layout)
+        x = torch.from_numpy(normalise(images, self.net.normalisation))
+        x = x.to(self._device, dtype_of(self.net), memory_format=layout)
         size = (images.shape[1], images.shape[2])
         if isinstance(self.net.backbone, Chain):
             return Live((x,), size)

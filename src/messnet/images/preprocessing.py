@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from messnet.errors import DataError
+from messnet.errors import DataError, RecipeError
 
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet's mean per RGB channel, of values in [0, 1]: the pretrained backbones expect it."""
 STD = (0.229, 0.224, 0.225)
 
-# Per channel, for pixel values in [0, 255]; float32 throughout, as graphs and networks compute.
-_SCALED_MEAN, _SCALED_STD = (np.array(values, np.float32).reshape(3, 1, 1) * np.float32(255) for values in (MEAN, STD))
 
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """What pixels (R, G, B) in [0, 255] become before the network sees them: (x / 255 - mean) / std.
+
+    The default is ImageNet's. A network that wants values in [-1, 1] has mean and std 0.5, one that wants [0, 1] has
+    mean 0 and std 1, one that wants the bytes themselves mean 0 and std 1 / 255 = 0.00392156862745098.
+    """
+
+    mean: tuple[float, float, float] = MEAN
+    """Per channel, in [0, 1]."""
+    std: tuple[float, float, float] = STD
+    """Per channel, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= value <= 1 for value in self.mean) or not all(1e-6 <= value <= 1 for value in self.std):
+            raise RecipeError(
+                f"normalisation: mean {list(self.mean)} and std {list(self.std)} must be those of pixel values in "
+                "[0, 1]: divide yours by 255 where they are of values in [0, 255]"
+            )
+
+
+IMAGENET = Normalisation()
 
 _Map = TypeVar("_Map", NDArray[np.uint8], NDArray[np.float32])
 
@@ -46,8 +67,8 @@ def resize_map(values: _Map, size: tuple[int, int]) -> _Map:
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def normalise(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 RGB (H, W, 3) or (N, H, W, 3) to a new float32 array (3, H, W) or (N, 3, H, W): (x / 255 - MEAN) / STD.
+def normalise(image: NDArray[np.uint8], normalisation: Normalisation = IMAGENET) -> NDArray[np.float32]:
+    """uint8 RGB (H, W, 3) or (N, H, W, 3) to a new float32 array (3, H, W) or (N, 3, H, W): (x / 255 - mean) / std.
 
     It runs on one thread: torch's threads wait for work by spinning, and would take the processors from a runtime that
     begins just then. Raises DataError for anything else than such an image.
@@ -56,6 +77,7 @@ def normalise(image: NDArray[np.uint8]) -> NDArray[np.float32]:
         raise DataError(f"an image is (H, W, 3) or (N, H, W, 3) uint8 RGB, not {image.shape} {image.dtype}: convert it")
     # Planes first, while they are bytes.
     planes: NDArray[np.float32] = np.ascontiguousarray(np.moveaxis(image, -1, -3)).astype(np.float32)
-    planes -= _SCALED_MEAN
-    planes /= _SCALED_STD
+    # For values in [0, 255]; float32 throughout, as graphs and networks compute.
+    for step, values in ((np.subtract, normalisation.mean), (np.divide, normalisation.std)):
+        step(planes, np.array(values, np.float32).reshape(3, 1, 1) * np.float32(255), out=planes)
     return planes

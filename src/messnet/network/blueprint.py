@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from messnet.images.preprocessing import IMAGENET, Normalisation
 from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.records.codec import LEFT_OUT, Stored
@@ -31,6 +32,7 @@ class Blueprint(Stored, what="a network's exits.json", made_by="profile"):
     """The module that is the segmentation head, where it was named."""
     resize: int | None = field(default=None, metadata=LEFT_OUT)
     """Pixels of the shorter side that images are brought to before the network sees them; None: as they are."""
+    normalisation: Normalisation = field(default=IMAGENET, metadata=LEFT_OUT)
 
     def build(self, exits: tuple[Exit, ...] = ()) -> MultiExitNet:
         """The network with the heads of ``exits``, freshly initialised, in eval mode. Raises ModelError when the model
@@ -39,7 +41,8 @@ class Blueprint(Stored, what="a network's exits.json", made_by="profile"):
 
         model, notes = build_noted_model(self.model, len(self.class_names), **self.model_options)
         early = [point.node for point in self.exit_points[:-1]]
-        net = convert(model, torch.zeros(1, 3, *self.input_size), exit_points=early, head=self.head)
+        x = torch.zeros(1, 3, *self.input_size)
+        net = convert(model, x, exit_points=early, head=self.head, normalisation=self.normalisation)
         net.backbone.notes = (*notes, *net.notes)
         for exit in exits:
             if exit.head != FINAL_HEAD:

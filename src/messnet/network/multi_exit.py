@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from messnet.errors import ModelError
+from messnet.images.preprocessing import IMAGENET, Normalisation
 from messnet.network.backbone import Backbone, ExitCost, State, cut_model
 from messnet.network.exit_head import HeadConfig, build_head
 from messnet.network.memory_layout import find_memory_format
@@ -32,6 +33,8 @@ class MultiExitNet(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
+        self.normalisation = IMAGENET
+        """What images become before ``net`` takes them; everything that reads images for it follows this."""
         self.heads = nn.ModuleList(nn.ModuleDict() for _ in backbone.exit_points[:-1])
 
     @property
@@ -179,6 +182,7 @@ def convert(
     exit_points: Sequence[str] | None = None,
     head: str | None = None,
     exit_cost: ExitCost = "workload",
+    normalisation: Normalisation = IMAGENET,
 ) -> MultiExitNet:
     """Turns a segmentation model into a multi-exit network without heads yet; weights are shared, not copied.
 
@@ -186,7 +190,8 @@ def convert(
     ``example_input`` is a batch of its input, at whose size costs are counted or measured. Of the places where the
     model can be cut, ``num_exits`` - 1 at about equal steps of ``exit_cost`` become early exit points. ``exit_points``
     names them instead, shallow to deep, by module path: a model that cannot be traced is then tapped there as it runs.
-    ``head`` names the module that is the segmentation head. ``net.notes`` says what else there is to know.
+    ``head`` names the module that is the segmentation head. ``normalisation`` is that of the images which ``model`` was
+    trained on or is to be. ``net.notes`` says what else there is to know.
 
     Raises ModelError when the model cannot be converted.
     """
@@ -213,6 +218,7 @@ def convert(
     backbone.memory_format, note = find_memory_format(model, graphs, (height, width))
     backbone.notes += (note,) if note else ()
     net = MultiExitNet(backbone)
+    net.normalisation = normalisation
     net.training = model.training  # the parts keep their own modes: a part may be frozen
     return net
 

@@ -28,7 +28,7 @@ Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """The values that JSON and YAML hold."""
 
 LEFT_OUT = MappingProxyType({"left_out": True})
-"""Metadata of a field that is not written where it is None: files then are those of before there was the field."""
+"""Metadata of a field that is not written where it is its default: files then are those of before there was it."""
 
 _Record = TypeVar("_Record")
 
@@ -65,7 +65,7 @@ def to_plain(value: object) -> Plain:
     if is_dataclass(value) and not isinstance(value, type):
         # Not dataclasses.asdict: that copies what it does not know, such as arrays.
         given = ((field, getattr(value, field.name)) for field in fields(value))
-        return {field.name: to_plain(own) for field, own in given if not (own is None and field.metadata == LEFT_OUT)}
+        return {field.name: to_plain(own) for field, own in given if field.metadata != LEFT_OUT or own != field.default}
     match value:
         case None | bool() | int() | float() | str():
             return value

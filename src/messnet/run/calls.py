@@ -14,6 +14,7 @@ from messnet import evaluation, training
 from messnet.data import SegmentationDataset
 from messnet.data.objects import PairSource, as_dataset
 from messnet.evaluation import EvaluationOptions
+from messnet.images.preprocessing import IMAGENET
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.codec import to_plain
@@ -96,7 +97,8 @@ def _training(
     """What a stage takes, made of what the user gave. Afterwards ``net`` is in eval mode, and its parameters need
     gradients or none as before: stage 2 freezes the backbone."""
     # A state of other options must not be gone on from.
-    made_from = hashlib.sha256(json.dumps([to_plain(one) for one in options]).encode()).hexdigest()[:16]
+    own = () if net.normalisation == IMAGENET else (net.normalisation,)
+    made_from = hashlib.sha256(json.dumps([to_plain(one) for one in (*options, *own)]).encode()).hexdigest()[:16]
     frozen = [parameter for parameter in net.parameters() if not parameter.requires_grad]
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as where:
         checkpoint = Checkpoint(Path(where) / f"{name}.checkpoint", made_from=made_from)

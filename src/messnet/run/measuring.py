@@ -62,6 +62,7 @@ def build_network(
         exit_points=options.exit_points,
         head=options.head,
         exit_cost=options.exit_cost,
+        normalisation=options.normalisation,
     ).cpu()
     is_known = options.name in MODELS or any("can be exported" in note for note in net.notes)
     if net.backbone.exportable and not is_known:

@@ -17,6 +17,7 @@ import yaml
 from messnet.data.sources import DataOptions
 from messnet.errors import RecipeError
 from messnet.evaluation import EvaluationOptions
+from messnet.images.preprocessing import IMAGENET, Normalisation
 from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
 from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain, type_options
@@ -55,6 +56,8 @@ class ModelOptions:
     is tapped there."""
     head: str | None = None
     """Module path of the segmentation head; None: found by its name."""
+    normalisation: Normalisation = IMAGENET
+    """What the model's weights expect of images, see there."""
 
     def __post_init__(self) -> None:
         if self.num_exits < 2:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+from messnet.images.preprocessing import IMAGENET
 from messnet.records.codec import to_plain
 from messnet.records.run_directory import RunDirectory, RunFile
 from messnet.run.recipe import DeployOptions, Recipe, recipe_to_record
@@ -89,6 +90,7 @@ LATER_SECTIONS = ("deploy",)
 LATER_OPTIONS: Mapping[str, object] = {
     "data.group": None,
     "data.resize": None,
+    "model.normalisation": to_plain(IMAGENET),
     "pretrain.optimizer": "sgd",
     "pretrain.ema": None,
     "pretrain.patience": None,

@@ -48,6 +48,7 @@ def profile_stage(run: Run) -> None:
         exit_points=net.exit_points,
         head=options.head,
         resize=run.recipe.data.resize,
+        normalisation=options.normalisation,
     )
     # The blueprint first: what is left of a run that is killed here is done again, for the stage is not recorded.
     run.directory.exits.write(blueprint.to_json().encode())

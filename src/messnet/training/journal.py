@@ -125,8 +125,9 @@ class Validation:
         # Read once and kept: it is a handful of images, looked at hundreds of times. Not read by __init__, for training
         # that is over already looks at none.
         if not self._samples:
-            samples = [self.dataset[v] for v in self.indices]
-            self._samples = [(torch.from_numpy(normalise(s.image))[None], torch.tensor(s.mask)[None]) for s in samples]
+            for sample in (self.dataset[v] for v in self.indices):
+                image = torch.from_numpy(normalise(sample.image, net.normalisation))[None]
+                self._samples.append((image, torch.tensor(sample.mask)[None]))
         counts = {exit: np.zeros((3, net.num_classes), np.int64) for exit in exits}
         with torch.no_grad():
             for image, label in self._samples:

@@ -278,9 +278,8 @@ def _batches(
             f"{options.section}.batch_size {batch} cannot be shared by {parts} processes: expected a multiple of "
             f"{parts} that leaves each 2 images or more"
         )
-    stream = TrainingStream(
-        dataset, build_augmentation(options.augment), iterations=options.iterations, batch_size=batch, seed=options.seed
-    )
+    augment = build_augmentation(options.augment, stage.net.normalisation)
+    stream = TrainingStream(dataset, augment, iterations=options.iterations, batch_size=batch, seed=options.seed)
     rank = fabric.global_rank if parts > 1 else 0
     loader = DataLoader(
         stream,
