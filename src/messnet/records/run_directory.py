@@ -66,6 +66,8 @@ class Artefact(RunFile, Generic[_T]):
 
     def read(self) -> _T:
         """Raises RunError that names the file and the verb which makes it when it is not there, or is damaged."""
+        if not self.run.is_dir():
+            raise RunError(f"there is no run {self.run}: expected a folder that `messnet run` made")
         if not self.exists:
             raise RunError(
                 f"{self.run} has no {self.name} yet; make it with `messnet {self.made_by} {self.run}{self.options}`"

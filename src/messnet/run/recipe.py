@@ -130,7 +130,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError, one line, for a missing file, an unknown key or a value of the wrong kind.
     """
     if not path.is_file():
-        raise RecipeError(f"no recipe {path}: expected a YAML file; the ones that come with messnet are in configs/")
+        what = "no recipe" if path.suffix in (".yaml", ".yml") else "no run and no recipe"
+        raise RecipeError(
+            f"there is {what} {path}: expected the folder of a run or a YAML file; those that come with messnet are in "
+            "configs/"
+        )
     return _recipe(_read_yaml(path), overrides, source=str(path))
 
 
