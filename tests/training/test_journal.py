@@ -114,7 +114,7 @@ def test_the_best_weights_can_be_kept(tmp_path: Path) -> None:
     pretrain(net, Noise(), options, LOOKING, Checkpoint(tmp_path / "a.checkpoint"), Monitor(tmp_path, Noise()))
     curve = rows(tmp_path / "pretrain.csv")
     means = [np.mean([float(row[f"miou.{name}"]) for name in ("exit0", "exit1", "final")]) for row in curve]
-    best = Checkpoint(tmp_path / "a.checkpoint").load_best()
+    best = Checkpoint(tmp_path / "a.checkpoint").best.load()
     assert best is not None
     assert best["iteration"] == int(curve[int(np.argmax(means))]["iteration"])
     then = build()

@@ -7,6 +7,7 @@ import io
 import json
 import textwrap
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
@@ -117,12 +118,10 @@ class Timeline:
         """The frames that would have gone deeper had there been time, by their number in the video: (first, last) of
         each run of them, both included."""
         runs: list[tuple[int, int]] = []
-        follows = False  # whether the frame before was cut too
-        for frame in self.frames:
-            cut = frame.stopped_by == "budget"
-            if cut:
-                runs.append((runs.pop()[0] if follows else frame.frame, frame.frame))
-            follows = cut
+        for is_cut, frames in groupby(self.frames, lambda frame: frame.stopped_by == "budget"):
+            if is_cut:
+                numbers = [frame.frame for frame in frames]
+                runs.append((numbers[0], numbers[-1]))
         return runs
 
     def describe(self) -> str:
@@ -140,17 +139,8 @@ class Timeline:
 
     def write(self, folder: Path) -> None:
         """timeline.json, timeline.csv and timeline.png in ``folder``."""
-        record = {
-            "source": self.source,
-            "instance": self.instance,
-            "fps": self.fps,
-            "size": self.size,
-            "frame_budget_ms": self.frame_budget_ms,
-            "hysteresis": self.hysteresis,
-            "interrupted": self.interrupted,
-            "damage": self.damage,
-            "summary": self.summary(),
-        }
+        record = {name: value for name, value in vars(self).items() if name not in ("exit_indices", "seconds", "frames")}
+        record["summary"] = self.summary()
         frames = ",\n".join(json.dumps(frame._asdict()) for frame in self.frames)  # a line per frame
         head = json.dumps(record, indent=1)[:-2]  # without its last line, "}"
         write_atomically(folder / "timeline.json", f'{head},\n "frames": [\n{frames}\n]\n}}\n')

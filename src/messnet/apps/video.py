@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -49,25 +49,7 @@ _LONGEST_STEP = 3600.0
 _LOOKED_AT, _MAX_RATE = 150, 240.0
 
 
-class Capture(Protocol):
-    """A file or a camera that is being read, as much of cv2.VideoCapture as is used."""
-
-    def isOpened(self) -> bool: ...  # noqa: N802
-
-    def read(self) -> tuple[bool, MatLike]:
-        """Whether there was another frame, and the frame (H, W, 3) uint8 BGR."""
-        ...
-
-    def grab(self) -> bool:
-        """As ``read``, without the frame."""
-        ...
-
-    def get(self, property_id: int, /) -> float: ...
-
-    def release(self) -> None: ...
-
-
-OpenCapture = Callable[..., Capture]
+OpenCapture = Callable[..., cv2.VideoCapture]
 """Is given a file's name or a camera's number, as cv2.VideoCapture is."""
 
 
@@ -130,10 +112,14 @@ def predict_video(
             raise DataError(
                 f"{_name(source)} gives no frame: expected a video that OpenCV decodes; convert or replace it"
             )
-        fps = _frames_per_second(capture)
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        if not 0 < fps <= 1000:  # a camera that does not know says 0, a file without a rate says thousands
+            fps = 30.0
         announced = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         _warm_up(session, _rgb(first), control)
-        rate = _rate_to_write(fps, closest)
+        # At the average rate, frames that follow each other more closely would fall into one. Stamps are rounded to
+        # milliseconds in some containers, so a rate hardly above the average is no other.
+        rate = min(closest, _MAX_RATE) if closest > 1.02 * fps and fps < _MAX_RATE else fps
         opened = _Source(capture, first, fps, rate, announced, isinstance(source, int))
         ran = _run(session, control, opened, out, options, draw)
     timeline = Timeline(
@@ -154,7 +140,7 @@ def predict_video(
 
 
 class _Source(NamedTuple):
-    capture: Capture
+    capture: cv2.VideoCapture
     first: MatLike  # (H, W, 3) BGR, already read
     fps: float  # on average
     rate: float  # of what is written, frames per second
@@ -185,7 +171,10 @@ def _run(session: Session, control: ExitControl, source: _Source, out: Path, opt
             writer.put(frame, result, record)
             bar.update()
         if options.max_frames is None:
-            damage = _missing(len(frames), source.announced)
+            missing = source.announced - len(frames)
+            if missing > max(2, _ANNOUNCED_SLACK * source.announced):
+                counts = f"{len(frames)} of {source.announced} frames"
+                damage = f"{counts} could be decoded: the file is damaged or cut short"
             if len(frames) == source.announced:  # exact, so that the average rate gives the length, last frame included
                 end_s = source.announced / source.fps
     except KeyboardInterrupt:
@@ -200,12 +189,6 @@ def _run(session: Session, control: ExitControl, source: _Source, out: Path, opt
         raise DataError(damage) if damage else KeyboardInterrupt
     del frames[written:]  # an interrupt may come between the two
     return _Ran(frames, time.perf_counter() - start, interrupted, damage)
-
-
-def _missing(decoded: int, announced: int) -> str:
-    if announced - decoded <= max(2, _ANNOUNCED_SLACK * announced):
-        return ""
-    return f"{decoded} of {announced} frames could be decoded: the file is damaged or cut short"
 
 
 def _infer(session: Session, frame: _Frame, control: ExitControl) -> tuple[FrameRecord, Result]:
@@ -423,7 +406,7 @@ def _caption(picture: NDArray[np.uint8], record: FrameRecord, place: int, num_ex
 
 
 @contextlib.contextmanager
-def _capture(source: Path | int, open_capture: OpenCapture) -> Iterator[Capture]:
+def _capture(source: Path | int, open_capture: OpenCapture) -> Iterator[cv2.VideoCapture]:
     """The open file or camera. Raises DataError when there is none."""
     # FFmpeg writes its own lines to stderr; this is read when its first file is opened.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -444,12 +427,6 @@ def _capture(source: Path | int, open_capture: OpenCapture) -> Iterator[Capture]
         cv2.utils.logging.setLogLevel(level)
 
 
-def _frames_per_second(capture: Capture) -> float:
-    fps = capture.get(cv2.CAP_PROP_FPS)
-    # A camera that does not know says 0, a file without a rate says thousands.
-    return fps if math.isfinite(fps) and 0 < fps <= 1000 else 30.0
-
-
 def _closest_frames(source: Path, open_capture: OpenCapture) -> float:
     """How fast frames follow each other where they do so fastest, in frames per second; 0 where nothing tells."""
     stamps: list[float] = []
@@ -460,12 +437,6 @@ def _closest_frames(source: Path, open_capture: OpenCapture) -> float:
     steps = steps[steps > 0]
     # Not the least: a single stamp that is off would decide.
     return float(1000 / np.percentile(steps, 10)) if len(steps) else 0.0
-
-
-def _rate_to_write(fps: float, closest: float) -> float:
-    """At the average rate, frames that follow each other more closely would fall into one. Stamps are rounded to
-    milliseconds in some containers, so a rate hardly above the average is no other."""
-    return min(closest, _MAX_RATE) if closest > 1.02 * fps and fps < _MAX_RATE else fps
 
 
 def _name(source: Path | int) -> str:

@@ -9,12 +9,13 @@ out. Unlike there, crowd regions are void by default: inside of them nobody drew
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +27,6 @@ from messnet.errors import DataError
 
 COCO_CATEGORIES = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 """COCO's category ids of VOC's classes 1 to 20."""
-_SPACES = re.compile(r"\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +48,27 @@ class _RunLengths(TypedDict):
     counts: list[int] | str
 
 
-class _Image(TypedDict):
+class _Image(msgspec.Struct):
     id: int
     file_name: str
 
 
-class _Annotation(TypedDict):
-    """One region of one image, as the annotation file has it."""
+class _Annotation(msgspec.Struct):
+    """One region of one image."""
 
     image_id: int
     category_id: int
-    iscrowd: int
     area: float
-    segmentation: list[list[float]] | _RunLengths
+    segmentation: msgspec.Raw
+    """Polygons or run lengths, as they stand in the file: decoded, COCO's take several times its size in memory."""
+    iscrowd: int = 0
+
+
+class _Listing(msgspec.Struct):
+    """What is read of an annotation file; all else in it is skipped."""
+
+    images: list[_Image]
+    annotations: list[_Annotation]
 
 
 def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, is_training: bool) -> FileDataset[bytes]:
@@ -71,84 +79,36 @@ def open_coco(root: Path, split: str, options: CocoOptions = CocoOptions(), *, i
     base = find_root(
         root, ("", "coco", "COCO"), listing, download=f"it from annotations_trainval2017.zip beside {split}2017/"
     )
-    images: dict[int, str] = {}
-    kept: dict[int, list[bytes]] = {}
-    areas: dict[int, float] = {}
-    missing = {"images", "annotations"}
     try:
-        for name, entry in _entries((base / listing).read_text(encoding="utf-8")):
-            missing.discard(name)
-            if name == "images":
-                image = cast("_Image", entry)
-                images[int(image["id"])] = image["file_name"]
-            elif name == "annotations":
-                _keep(cast("_Annotation", entry), options, kept, areas)
-        if missing:
-            raise KeyError(*sorted(missing))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"cannot read {base / listing} ({error!r}): unpack annotations_trainval2017.zip again"
-        ) from error
+        found = msgspec.json.decode((base / listing).read_bytes(), type=_Listing)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise DataError(f"cannot read {base / listing} ({error}): unpack annotations_trainval2017.zip again") from error
+    regions: defaultdict[int, list[bytes]] = defaultdict(list)
+    areas: defaultdict[int, float] = defaultdict(float)
+    for one in found.annotations:
+        if one.category_id not in COCO_CATEGORIES:
+            continue
+        label = 1 + COCO_CATEGORIES.index(one.category_id)
+        # A crowd that is void teaches nothing, so its area must not keep an image in the training split.
+        if one.iscrowd and options.crowd == "ignore":
+            label = IGNORE_INDEX
+        else:
+            areas[one.image_id] += one.area
+        # Kept as JSON: a hundred thousand nested lists would be copied page by page into every worker.
+        regions[one.image_id].append(b"[%d,%b]" % (label, bytes(one.segmentation)))
+    images = {image.id: image.file_name for image in found.images}
     # Sorted, as torchvision does it: the order in the file is of no meaning.
     ids = sorted(images)
     if is_training:
-        ids = [key for key in ids if areas.get(key, 0) > options.min_pixels]
+        ids = [key for key in ids if areas[key] > options.min_pixels]
     if not ids:
         raise DataError(f"no image of {base / listing} has more than {options.min_pixels} pixels of VOC's classes")
     folder = next((f for f in (base / f"{split}2017", base / "images" / f"{split}2017") if f.is_dir()), None)
     if folder is None:
         raise DataError(f"no folder {base / f'{split}2017'}: expected the images, from {split}2017.zip")
     paths = expect_files("image", [images[key] for key in ids], folder)
-    # Taken out one by one, so that the annotations are not held twice.
-    labels = [b"[%s]" % b",".join(kept.pop(key, ())) for key in ids]
+    labels = [b"[%b]" % b",".join(regions[key]) for key in ids]
     return FileDataset(list(zip(paths, labels, strict=True)), draw, class_names=VOC_CLASSES, palette=voc_palette())
-
-
-def _entries(text: str) -> Iterator[tuple[str, object]]:
-    """(name, element) of the lists in a JSON object, and (name, value) of the rest, one after the other: read at once,
-    COCO's file takes several times its size in memory. Raises ValueError or IndexError when it is no JSON object."""
-    # raw_decode reads one value and says where it ends; commas, colons and brackets between values are stepped over.
-    decode = json.JSONDecoder().raw_decode
-    k = _past("{", text, 0)
-    while text[k] != "}":
-        name, k = decode(text, k)
-        k = _past(":", text, k)
-        if text[k] != "[":
-            value, k = decode(text, k)
-            yield name, value
-        else:
-            k = _past("[", text, k)
-            while text[k] != "]":
-                value, k = decode(text, k)
-                yield name, value
-                k = _past(",]", text, k, stay_at="]")
-            k += 1
-        k = _past(",}", text, k, stay_at="}")
-
-
-def _past(marks: str, text: str, k: int, stay_at: str = "") -> int:
-    """The position in ``text`` after one of ``marks``, which may stand in spaces; its own position if it is
-    ``stay_at``."""
-    k = _SPACES.match(text, k).end()  # type: ignore[union-attr]
-    if text[k] not in marks:
-        raise ValueError(f"expected one of {marks!r} at character {k}, got {text[k]!r}")
-    return k if text[k] == stay_at else _SPACES.match(text, k + 1).end()  # type: ignore[union-attr]
-
-
-def _keep(annotation: _Annotation, options: CocoOptions, kept: dict[int, list[bytes]], areas: dict[int, float]) -> None:
-    """Adds [class index, segmentation] to what the image has, if VOC knows the category. As JSON: a hundred thousand
-    nested lists would be copied page by page into every worker."""
-    if annotation["category_id"] not in COCO_CATEGORIES:
-        return
-    label = 1 + COCO_CATEGORIES.index(annotation["category_id"])
-    # A crowd that is void teaches nothing, so its area must not keep an image in the training split.
-    if annotation.get("iscrowd") and options.crowd == "ignore":
-        label = IGNORE_INDEX
-    else:
-        image = int(annotation["image_id"])
-        areas[image] = areas.get(image, 0) + float(annotation["area"])
-    region = json.dumps([label, annotation["segmentation"]], separators=(",", ":")).encode()
-    kept.setdefault(int(annotation["image_id"]), []).append(region)
 
 
 def draw(annotations: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -45,15 +45,9 @@ class Checkpoint:
         with writing(self.path):
             write_atomically(self.path, buffer.getvalue())
 
-    def save_best(self, state: Mapping[str, object]) -> None:
-        """Beside the last state: the best one."""
-        self.best.save(state)
-
-    def load_best(self) -> dict[str, object] | None:
-        return self.best.load()
-
     @property
     def best(self) -> Checkpoint:
+        """Beside the last state: the best one."""
         return Checkpoint(self.path.with_suffix(".best"))
 
     def expect_writable(self) -> None:

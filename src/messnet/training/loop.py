@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from typing import NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
@@ -67,7 +67,7 @@ class Stage(Protocol):
 
     @property
     def columns(self) -> Sequence[str]:
-        """Names of the figures that ``show`` and ``summarise`` give."""
+        """Names of all figures: "loss." and "miou." before those of ``by_column``."""
         ...
 
     @property
@@ -79,14 +79,12 @@ class Stage(Protocol):
         """One iteration; the losses, on the device."""
         ...
 
-    def show(self, iteration: int, losses: Mapping[Exit, float]) -> dict[str, float]:
-        """The figures to tell of an iteration's losses. Raises MessError when there is nothing left to train."""
+    def expect_finite(self, iteration: int, losses: Mapping[Exit, float]) -> None:
+        """Takes note of an iteration's losses. Raises MessError when there is nothing left to train."""
         ...
 
-    def summarise(self, results: Mapping[Exit, ValidationResult]) -> dict[str, float]: ...
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """The network in eval mode, then as it was."""
+    def by_column(self, figures: Mapping[Exit, float]) -> dict[str, float]:
+        """The figures of exits by what they are called in the columns."""
         ...
 
     def state_dict(self) -> Mapping[str, object]: ...
@@ -167,12 +165,12 @@ def train(
                 # The best one first: a kill between the two leaves a last state that is repeated from, never one whose
                 # "best" speaks of weights that were not written.
                 if improves:
-                    checkpoint.save_best(state)
+                    checkpoint.best.save(state)
                 if saves:
                     checkpoint.save(state)
             if ends and leads:
                 say(f"{name}: ended at iteration {iteration}, {stale} looks at validation images after the best one")
-    if stage.ends_at_best and leads and (kept := cast(Saved | None, checkpoint.load_best())):
+    if stage.ends_at_best and leads and (kept := cast(Saved | None, checkpoint.best.load())):
         _load(kept, stage, average)
     if average is not None:
         average.hand_over()
@@ -236,16 +234,22 @@ class _Recorder:
         """The losses in words, and how good the network is: the mean mIoU of its exits, -inf if none was looked at."""
         # One transfer for all: each waits until the device has caught up.
         values = torch.stack([*losses.values()]).tolist()
-        shown = self.stage.show(iteration, dict(zip(losses, values, strict=True)))
+        told = dict(zip(losses, values, strict=True))
+        self.stage.expect_finite(iteration, told)
+        shown = self.stage.by_column(told)
         row = {f"loss.{key}": value for key, value in shown.items()}
         score = -math.inf
         if self.validation is not None and self.is_due(iteration):
             shown_weights = self.average.shown() if self.average else nullcontext()
-            with shown_weights, self.stage.evaluating(), self.stage.fabric.autocast():
+            # What is not trained is in eval mode already.
+            self.stage.trained.eval()
+            with shown_weights, self.stage.fabric.autocast():
                 results = self.validation.look(self.stage.net, self.stage.shown_exits, self.stage.fabric.device)
+            self.stage.trained.train()
             # No class may occur in the few images, or a head may have diverged: NaN, which would compare with nothing.
             score = float(np.nan_to_num(np.mean([result.miou for result in results.values()]), nan=-math.inf))
-            row |= {f"miou.{key}": value for key, value in self.stage.summarise(results).items()}
+            miou = self.stage.by_column({exit: result.miou for exit, result in results.items()})
+            row |= {f"miou.{key}": value for key, value in miou.items()}
             self._warn(iteration, results)
         if self.journal is not None:
             self.journal.write({"iteration": iteration, "learning_rate": learning_rate, **row})

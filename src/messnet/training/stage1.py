@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TypedDict, cast
 
 import torch
@@ -18,7 +17,7 @@ from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
-from messnet.training.journal import Monitor, ValidationResult
+from messnet.training.journal import Monitor
 from messnet.training.loop import class_weights, diverged, every, layout, mix, optimizer_of, set_learning_rate, train
 from messnet.training.losses import cross_entropy, pixel_weight
 from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
@@ -85,16 +84,8 @@ class _Pretraining:
         self.layout = layout(net, fabric.device)
         module = _ExitAware(net, plain).train().to(memory_format=self.layout)
         self.module, self.optimizer = fabric.setup(module, optimizer_of(_groups(net, options), options))
-        self.exits = (*plain, net.exits[-1])
-
-    @property
-    def columns(self) -> list[str]:
-        names = [_name(exit) for exit in self.exits]
-        return [*(f"loss.{name}" for name in names), *(f"miou.{name}" for name in names)]
-
-    @property
-    def shown_exits(self) -> Sequence[Exit]:
-        return self.exits
+        self.shown_exits = (*plain, net.exits[-1])
+        self.columns = [f"{figure}.{_name(exit)}" for figure in ("loss", "miou") for exit in self.shown_exits]
 
     def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
         set_learning_rate(self.optimizer, learning_rate)
@@ -115,10 +106,10 @@ class _Pretraining:
         shown = torch.stack(losses).detach()
         if self.num_parts > 1:
             shown = _mean_over_processes(self.fabric, shown)
-        return dict(zip([*(self.exits[i] for i in active), self.exits[-1]], shown, strict=True))
+        return dict(zip([self.shown_exits[i] for i in (*active, -1)], shown, strict=True))
 
     def _active(self, iteration: int) -> tuple[int, ...]:
-        num_early = len(self.exits) - 1
+        num_early = len(self.shown_exits) - 1
         match self.options.scheme:
             case "exit_aware":
                 return active_exits(self.options.schedule, iteration, num_early)
@@ -135,20 +126,13 @@ class _Pretraining:
             return None
         return _mean_over_processes(self.fabric, pixel_weight(labels, self.class_weights).float())
 
-    def show(self, iteration: int, losses: Mapping[Exit, float]) -> dict[str, float]:
+    def expect_finite(self, iteration: int, losses: Mapping[Exit, float]) -> None:
         for loss in losses.values():
             if not math.isfinite(loss):
                 raise diverged("pretrain", iteration, loss)
-        return {_name(exit): loss for exit, loss in losses.items()}
 
-    def summarise(self, results: Mapping[Exit, ValidationResult]) -> dict[str, float]:
-        return {_name(exit): result.miou for exit, result in results.items()}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        self.net.eval()
-        yield
-        self.net.train()
+    def by_column(self, figures: Mapping[Exit, float]) -> dict[str, float]:
+        return {_name(exit): figure for exit, figure in figures.items()}
 
     def state_dict(self) -> _State:
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -18,7 +17,7 @@ from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
-from messnet.training.journal import Monitor, ValidationResult, say
+from messnet.training.journal import Monitor, say
 from messnet.training.loop import class_weights, diverged, every, layout, mix, optimizer_of, set_learning_rate, train
 from messnet.training.losses import Teacher, distillation_loss, teach
 from messnet.training.options import ComputeOptions, DistillOptions
@@ -129,13 +128,10 @@ class _Distillation:
             exit: optimizer_of(net.head(exit).parameters(), options, fused=True) for exit in net.exits[:-1]
         }
         self.points = sorted({exit.exit_index for exit in self.optimizers})
+        shown_points = sorted({exit.exit_index for exit in self.wanted})
+        self.columns = [f"{figure}.exit{i}" for figure in ("loss", "miou") for i in shown_points]
         self.stopped: dict[Exit, int] = {}
         self._iteration = 0
-
-    @property
-    def columns(self) -> list[str]:
-        points = sorted({exit.exit_index for exit in self.wanted})
-        return [f"{figure}.exit{i}" for figure in ("loss", "miou") for i in points]
 
     @property
     def shown_exits(self) -> Sequence[Exit]:
@@ -207,12 +203,11 @@ class _Distillation:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach(), logits.detach()
 
-    def show(self, iteration: int, losses: Mapping[Exit, float]) -> dict[str, float]:
-        """Mean loss of the heads of each exit point; the heads whose loss is not finite are stopped."""
+    def expect_finite(self, iteration: int, losses: Mapping[Exit, float]) -> None:
+        """Heads whose loss is not finite are stopped."""
         broken = {exit: loss for exit, loss in losses.items() if not math.isfinite(loss)}
         if broken:
             self._stop(broken)
-        return self._by_point({exit: loss for exit, loss in losses.items() if exit in self.shown_exits})
 
     def stop_broken_heads(self) -> None:
         """After the last step, whose loss says nothing of what it made."""
@@ -234,21 +229,12 @@ class _Distillation:
             del self.optimizers[exit]
         self.net.drop_heads(keep=[*self.optimizers])
 
-    def summarise(self, results: Mapping[Exit, ValidationResult]) -> dict[str, float]:
-        return self._by_point({exit: result.miou for exit, result in results.items()})
-
-    @staticmethod
-    def _by_point(values: Mapping[Exit, float]) -> dict[str, float]:
-        points: dict[int, list[float]] = {}
-        for exit in sorted(values):
-            points.setdefault(exit.exit_index, []).append(values[exit])
+    def by_column(self, figures: Mapping[Exit, float]) -> dict[str, float]:
+        """The mean over the heads of each exit point, those that teach alone left out."""
+        shown, points = self.shown_exits, dict[int, list[float]]()
+        for exit in sorted(exit for exit in figures if exit in shown):
+            points.setdefault(exit.exit_index, []).append(figures[exit])
         return {f"exit{i}": sum(found) / len(found) for i, found in points.items()}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        self.net.heads.eval()
-        yield
-        self.net.heads.train()
 
     def state_dict(self) -> dict[str, object]:
         return {

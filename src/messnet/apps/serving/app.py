@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TypeVar
 
 import numpy as np
@@ -249,7 +250,7 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         format = _choice(request, "format", FORMAT_NAMES, known=("format",))
-        limit = self._time_limit()
+        limit = _TimeLimit(self.options.timeout_s)
         image = await self._image(request, limit)
         async with self._answered(limit):
             answer = await self.worker.predict(image)
@@ -271,7 +272,7 @@ class Service:
         known = ("deadline_ms", "threshold", "stop")
         deadline_ms, threshold = _number(request, "deadline_ms"), _number(request, "threshold", 1)
         stop = _choice(request, "stop", STOP_NAMES, known=known)
-        limit = self._time_limit()
+        limit = _TimeLimit(self.options.timeout_s)
         image = await self._image(request, limit)
         thresholds = [
             choice.image_threshold if stop == "instance" else threshold for choice in self.session.instance.exits
@@ -349,9 +350,6 @@ class Service:
                 raise RequestError(413, f"the body has more than {limit} bytes, which is the limit; scale it down")
         return bytes(body)
 
-    def _time_limit(self) -> _TimeLimit:
-        return _TimeLimit(self.options.timeout_s)
-
     async def _encoded(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._encoders, call)
 
@@ -423,5 +421,4 @@ async def _say(request: Request, error: Exception) -> Response:
 
 def _one_line(text: str) -> str:
     """No more of ``text`` than one reads, on one line."""
-    line = one_line(text)
-    return line if len(line) <= _LONGEST_ERROR else line[:_LONGEST_ERROR] + " ..."
+    return shorten(one_line(text), _LONGEST_ERROR, placeholder=" ...")

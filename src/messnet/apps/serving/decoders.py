@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError, read_exactly, write_exactly
+from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError, read_exactly
 
 _RESTART_S = 1.0
 _PIPE_BYTES = 2**20  # the most that Linux gives to anyone; by default an image of 4 megapixels takes 200 turns
@@ -45,7 +45,6 @@ class _Decoder:
         # A session of its own: ctrl-c in a terminal is for the service, which has accepted requests to answer.
         self._process = subprocess.Popen(
             self._command,
-            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pipesize=_PIPE_BYTES,
@@ -61,11 +60,12 @@ class _Decoder:
         """(H, W, 3) pixels. Raises RequestError as the process says, _EndedError when it says nothing more."""
         assert self._process is not None
         requests, answers = self._process.stdin, self._process.stdout
-        assert isinstance(requests, io.FileIO)
-        assert isinstance(answers, io.FileIO)
+        assert requests is not None
+        assert answers is not None
         try:
-            write_exactly(requests, REQUEST.pack(len(data)))
-            write_exactly(requests, data)
+            requests.write(REQUEST.pack(len(data)))
+            requests.write(data)
+            requests.flush()
             status, first, second = ANSWER.unpack(read_exactly(answers, ANSWER.size))
             if status != 200:
                 raise RequestError(status, read_exactly(answers, first).decode())
@@ -83,9 +83,11 @@ class _Decoder:
         """Ends the process, waits until it has, and lets go of its pipes. Returns its exit code."""
         if self._process is None:
             return 0
-        with self._process as process:
-            process.kill()
-        return process.returncode
+        self._process.kill()
+        # Its pipes are closed even where the last request was written in part: the rest of it has no reader.
+        with suppress(BrokenPipeError), self._process:
+            pass
+        return self._process.wait()
 
 
 class Decoders:

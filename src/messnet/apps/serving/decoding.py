@@ -16,6 +16,7 @@ import io
 import signal
 import struct
 import sys
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,9 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as file:
-            _expect_pixels(file.size, max_pixels)
+            if max(file.width, _MIN_SIDE) * max(file.height, _MIN_SIDE) > max_pixels:
+                limit = f"{max_pixels} are the limit (sides of at least 64)"
+                raise RequestError(413, f"the image has {file.width} x {file.height} pixels, {limit}; scale it")
             return rgb_of(file)
     except RequestError:
         raise
@@ -67,32 +70,12 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         raise RequestError(422, f"the image is damaged ({type(error).__name__}: {error}); send it again") from error
 
 
-def _expect_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises RequestError (413) for an image (width, height) of more than ``max_pixels``."""
-    width, height = size
-    if max(width, _MIN_SIDE) * max(height, _MIN_SIDE) > max_pixels:
-        raise RequestError(
-            413, f"the image has {width} x {height} pixels, {max_pixels} are the limit (sides of at least 64); scale it"
-        )
-
-
-def read_exactly(stream: io.FileIO, count: int) -> bytearray:
+def read_exactly(stream: IO[bytes], count: int) -> bytes:
     """The next ``count`` bytes. Raises EOFError when the stream ends before."""
-    data = bytearray(count)
-    view, filled = memoryview(data), 0
-    while filled < count:
-        got = stream.readinto(view[filled:])
-        if not got:
-            raise EOFError
-        filled += got
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError
     return data
-
-
-def write_exactly(stream: io.FileIO, data: bytes | memoryview) -> None:
-    """All of ``data``: a raw file may take only a part at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]
 
 
 def _limit_resources(max_pixels: int) -> None:
@@ -123,22 +106,23 @@ def _decode_within(data: bytes, max_pixels: int, seconds: float) -> NDArray[np.u
 def main(arguments: list[str]) -> None:
     max_pixels, seconds = int(arguments[0]), float(arguments[1])
     _limit_resources(max_pixels)
-    requests, answers = open(0, "rb", buffering=0), open(1, "wb", buffering=0)  # noqa: SIM115
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
     answers.write(READY)
     while True:
+        answers.flush()
         try:
             (length,) = REQUEST.unpack(read_exactly(requests, REQUEST.size))
-            data = bytes(read_exactly(requests, length))
+            data = read_exactly(requests, length)
         except EOFError:  # the service has ended, or wants no more of this process
             return
         try:
             image = np.ascontiguousarray(_decode_within(data, max_pixels, seconds))
         except RequestError as error:
             why = str(error).encode(errors="replace")
-            write_exactly(answers, ANSWER.pack(error.status, len(why), 0) + why)
+            answers.write(ANSWER.pack(error.status, len(why), 0) + why)
         else:
-            write_exactly(answers, ANSWER.pack(200, image.shape[0], image.shape[1]))
-            write_exactly(answers, image.data.cast("B"))
+            answers.write(ANSWER.pack(200, image.shape[0], image.shape[1]))
+            answers.write(image.data)
 
 
 if __name__ == "__main__":

@@ -40,48 +40,37 @@ def serve(path: Path, options: ServeOptions, *, samples: Path | None = None, ope
     model; it is pickled where there are several workers. Raises MessError, one line, when that cannot be done or the
     address cannot be listened to.
     """
-    # Pillow warns of what the service refuses.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     with _listening(options.host, options.port) as sock:  # before the model is loaded: a port that is taken is known
+        serve_on = partial(_serve, path, options, samples, open_session)
         if options.workers == 1:
-            _serve([sock], path, options, samples, open_session)
+            serve_on(0, [sock])
             return
-        number, shown = options.workers, _address(sock)
         with ExitStack() as stack:
             own = [
                 stack.enter_context(_listening(options.host, options.port and options.port + k))
-                for k in range(1, number + 1)
+                for k in range(1, options.workers + 1)
             ]
-            print(f"{path}: http://{shown}/ by {number} workers (ctrl-c stops them)", flush=True)
-            run_workers(partial(_serve_as_worker, path, options, samples, open_session), sock, own)
+            print(f"{path}: http://{_address(sock)}/ by {options.workers} workers (ctrl-c stops them)", flush=True)
+            run_workers(serve_on, sock, own)
 
 
 def _serve(
-    sockets: Sequence[socket.socket],
     path: Path,
     options: ServeOptions,
     samples: Path | None,
     open_session: OpenSession,
-    name: str = "",
+    worker: int,
+    sockets: Sequence[socket.socket],
 ) -> None:
+    """As the ``worker`` of this number, or alone where it is 0."""
+    # Pillow warns of what the service refuses.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     service = open_service(path, options, samples=samples, open_session=open_session)
-    instance, shown = service.session.instance.name, _address(sockets[-1])
-    print(f"{name}{instance} of {path}: http://{shown}/{'' if name else ' (ctrl-c stops it)'}", flush=True)
+    name, hint = (f"worker {worker}: ", "") if worker else ("", " (ctrl-c stops it)")
+    print(f"{name}{service.session.instance.name} of {path}: http://{_address(sockets[-1])}/{hint}", flush=True)
     run_until_stopped(service, sockets)
     gate = service.gate
     print(f"{name}stopped: {gate.accepted} requests accepted, {gate.answered} answered", flush=True)
-
-
-def _serve_as_worker(
-    path: Path,
-    options: ServeOptions,
-    samples: Path | None,
-    open_session: OpenSession,
-    number: int,
-    sockets: Sequence[socket.socket],
-) -> None:
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    _serve(sockets, path, options, samples, open_session, f"worker {number}: ")
 
 
 def _address(sock: socket.socket) -> str:
