@@ -78,7 +78,7 @@ def profile(
             latency_p95_ms=watch.p95(part) if watch else None,
         )
 
-    sizes, last = net.segment_parameters(), net.num_exits - 1
+    sizes, last = net.backbone.segment_parameters(), net.num_exits - 1
     # Operators are told of the user's own model alone: segments and final head, without what early exits add.
     own = [*(_Part("segment", k) for k in range(net.num_exits)), _Part("head", *net.exits[-1])]
     operators, uncounted = Counter[str](), Counter[str]()

@@ -327,7 +327,7 @@ def test_the_parts_add_up() -> None:
     assert end.macs - middle.macs == sum(count_module(module, shape).macs for module, shape in rest) + attention
 
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.stem, model.middle, model)]
-    assert net.segment_parameters() == (sizes[0], sizes[1], sizes[2] - sizes[1] - sizes[0])
+    assert net.backbone.segment_parameters() == (sizes[0], sizes[1], sizes[2] - sizes[1] - sizes[0])
 
 
 def test_it_can_be_copied_and_converted_again(tapped: tuple[Deciding, MultiExitNet]) -> None:

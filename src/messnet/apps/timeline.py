@@ -139,7 +139,9 @@ class Timeline:
 
     def write(self, folder: Path) -> None:
         """timeline.json, timeline.csv and timeline.png in ``folder``."""
-        record = {name: value for name, value in vars(self).items() if name not in ("exit_indices", "seconds", "frames")}
+        record = {
+            name: value for name, value in vars(self).items() if name not in ("exit_indices", "seconds", "frames")
+        }
         record["summary"] = self.summary()
         frames = ",\n".join(json.dumps(frame._asdict()) for frame in self.frames)  # a line per frame
         head = json.dumps(record, indent=1)[:-2]  # without its last line, "}"

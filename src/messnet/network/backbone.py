@@ -10,14 +10,16 @@ import difflib
 import operator
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from itertools import accumulate, islice, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from messnet.costs.latency import node_latencies
@@ -44,19 +46,7 @@ _MERGES = (operator.add, operator.iadd, torch.add, torch.cat, torch.concat)
 # Height and width of the image that a doubtful segment is exported for, where the example is larger.
 _TRIED_SIZE = 128
 # A tap belongs after these, not between them and the layer that they finish.
-_FINISHING = (
-    _NormBase,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.GELU,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.PReLU,
-    nn.Dropout,
-    nn.Dropout2d,
-)
+_FINISHING = (_NormBase, _DropoutNd, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU, nn.ELU, nn.PReLU)
 
 
 class State(NamedTuple):
@@ -88,12 +78,14 @@ class Backbone(nn.Module, ABC):
     """The memory layout to run and train in: channels last, or contiguous where the model's code takes nothing else."""
 
     @abstractmethod
-    def states(self, x: Tensor) -> Iterator[State]:
+    def states(self, x: Tensor) -> Generator[State]:
         """The state at every exit point, one after the other: a segment runs when its state is asked for."""
 
-    @abstractmethod
     def run_until(self, x: Tensor, exit_index: int) -> State:
         """The state at one exit point; nothing past it runs."""
+        # Closed, not left to the garbage collector: the forward of a tapped model waits until then.
+        with closing(self.states(x)) as states:
+            return next(islice(states, exit_index, None))
 
     @abstractmethod
     def segment_parameters(self) -> tuple[int, ...]:
@@ -130,18 +122,12 @@ class Chain(Backbone):
         self.exit_points, self.cuts, self.block = exit_points, cuts, block
         self.num_classes, self.notes = num_classes, notes
 
-    def states(self, x: Tensor) -> Iterator[State]:
+    def states(self, x: Tensor) -> Generator[State]:
         values: tuple[Any, ...] = (x,)
         del x  # not kept alive behind the first segment
         for segment in self.segments:
             values = segment(*values)
             yield State(values[0], tuple(values[1:]))
-
-    def run_until(self, x: Tensor, exit_index: int) -> State:
-        values: tuple[Any, ...] = (x,)
-        for segment in self.segments[: exit_index + 1]:
-            values = segment(*values)
-        return State(values[0], tuple(values[1:]))
 
     def segment_parameters(self) -> tuple[int, ...]:
         seen: set[nn.Parameter] = set()  # a module that several segments run counts with the first

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,7 +135,7 @@ def build_head(
             channels = reduced
         for _ in range(config.extra_blocks):
             dilation *= 2 if config.rapid_dilation else 1
-            layers.append(_BLOCKS[block](channels, dilation))
+            layers.append(_block(block, channels, dilation))
         if config.context:
             layers.append(Context(channels, config.context, block))
             channels = _CONTEXT_CHANNELS
@@ -149,62 +149,32 @@ def build_head(
         return nn.Sequential(*layers)
 
 
-class Bottleneck(nn.Module):
-    """ResNet's bottleneck, stride 1, (N, C, h, w) to the same shape."""
+class ResidualBlock(nn.Module):
+    """``layers`` beside a skip connection, with a ReLU behind their sum or without: (N, C, h, w) to the same shape."""
 
-    def __init__(self, channels: int, dilation: int) -> None:
+    def __init__(self, *layers: nn.Module, relu: bool) -> None:
         super().__init__()
-        inner = max(channels // 4, _MIN_CHANNELS)
-        self.layers = nn.Sequential(
-            _conv_bn(channels, inner, 1, act=True),
-            _conv_bn(inner, inner, 3, dilation=dilation, act=True),
-            _conv_bn(inner, channels, 1, act=False),
-        )
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.relu(x + self.layers(x))
-        return y
-
-
-class InvertedResidual(nn.Module):
-    """MobileNetV2's inverted residual, expansion 6, stride 1, (N, C, h, w) to the same shape."""
-
-    def __init__(self, channels: int, dilation: int) -> None:
-        super().__init__()
-        inner = 6 * channels
-        self.layers = nn.Sequential(
-            _conv_bn(channels, inner, 1, act=True),
-            _conv_bn(inner, inner, 3, dilation=dilation, groups=inner, act=True),
-            _conv_bn(inner, channels, 1, act=False),
-        )
+        self.layers = nn.Sequential(*layers)
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.layers(x)
-        return y
+        return y.relu() if self.relu else y
 
 
-class Residual(nn.Module):
-    """ResNet's plain residual block, stride 1, (N, C, h, w) to the same shape."""
-
-    def __init__(self, channels: int, dilation: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            _conv_bn(channels, channels, 3, dilation=dilation, act=True),
-            _conv_bn(channels, channels, 3, dilation=dilation, act=False),
-        )
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.relu(x + self.layers(x))
-        return y
-
-
-_BLOCKS: dict[BlockKind, Callable[[int, int], nn.Module]] = {
-    "bottleneck": Bottleneck,
-    "inverted_residual": InvertedResidual,
-    "residual": Residual,
-}
+def _block(kind: BlockKind, channels: int, dilation: int) -> ResidualBlock:
+    """ResNet's bottleneck, MobileNetV2's inverted residual (expansion 6), or ResNet's plain block; stride 1."""
+    if kind == "residual":
+        layers = [_conv_bn(channels, channels, 3, dilation=dilation, act=act) for act in (True, False)]
+        return ResidualBlock(*layers, relu=True)
+    is_inverted = kind == "inverted_residual"
+    inner = 6 * channels if is_inverted else max(channels // 4, _MIN_CHANNELS)
+    return ResidualBlock(
+        _conv_bn(channels, inner, 1, act=True),
+        _conv_bn(inner, inner, 3, dilation=dilation, groups=inner if is_inverted else 1, act=True),
+        _conv_bn(inner, channels, 1, act=False),
+        relu=not is_inverted,  # its output is a linear bottleneck
+    )
 
 
 class Context(nn.Module):
@@ -220,8 +190,8 @@ class Context(nn.Module):
     def __init__(self, channels: int, num_blocks: int, block: BlockKind) -> None:
         super().__init__()
         self.project = _conv_bn(channels, _CONTEXT_CHANNELS, 1, act=True)
-        self.at_half = nn.Sequential(*(_BLOCKS[block](_CONTEXT_CHANNELS, 1) for _ in range(num_blocks)))
-        self.at_quarter = nn.Sequential(*(_BLOCKS[block](_CONTEXT_CHANNELS, 1) for _ in range(num_blocks)))
+        self.at_half = nn.Sequential(*(_block(block, _CONTEXT_CHANNELS, 1) for _ in range(num_blocks)))
+        self.at_quarter = nn.Sequential(*(_block(block, _CONTEXT_CHANNELS, 1) for _ in range(num_blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.project(x)

@@ -157,10 +157,6 @@ class MultiExitNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.run_until(x, self.num_exits - 1, FINAL_HEAD)
 
-    def segment_parameters(self) -> tuple[int, ...]:
-        """Number of parameters of each segment, (N,)."""
-        return self.backbone.segment_parameters()
-
     def model_state_dict(self) -> dict[str, Tensor]:
         """The user's model: its tensors under its own names, heads left out."""
         return self.backbone.model_state_dict()

@@ -6,7 +6,7 @@ forward that nobody asks on is never finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class TappedModel(Backbone):
         self.cuts = self.exit_points = ()
         self._parameters_of: tuple[int, ...] = ()
 
-    def states(self, x: Tensor) -> Iterator[State]:
+    def states(self, x: Tensor) -> Generator[State]:
         def pause(module: nn.Module, _: Any, output: Any) -> None:
             if getcurrent() is runner and module not in seen:
                 expected = self.paths[len(seen)]
@@ -72,13 +72,6 @@ class TappedModel(Backbone):
         finally:
             if not runner.dead:
                 resume(runner.throw)  # unwinds the model's forward
-
-    def run_until(self, x: Tensor, exit_index: int) -> State:
-        states = self.states(x)
-        try:
-            return next(state for i, state in enumerate(states) if i == exit_index)
-        finally:
-            states.close()  # type: ignore[attr-defined]
 
     def segment_parameters(self) -> tuple[int, ...]:
         return self._parameters_of

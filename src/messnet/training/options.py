@@ -160,8 +160,9 @@ class TrainOptions:
         # A recipe's words have been checked by the codec; these may come from Python.
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                choices = " or ".join(map(repr, get_args(kind)))
-                raise RecipeError(f"{self.section}.{name} must be {choices}, got {getattr(self, name)!r}")
+                *choices, last = map(repr, get_args(kind))
+                expected = f"{', '.join(choices)} or {last}"
+                raise RecipeError(f"{self.section}.{name} must be {expected}, got {getattr(self, name)!r}")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"{self.section}.momentum must be at least 0 and below 1, got {self.momentum}")
         if self.ema is not None and not 0 < self.ema < 1:
