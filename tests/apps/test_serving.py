@@ -40,7 +40,7 @@ from helpers.serving import (
     until,
 )
 from messnet.apps.serving import server
-from messnet.apps.serving.app import Service
+from messnet.apps.serving.app import FORMAT_NAMES, STOP_NAMES, Service
 from messnet.apps.serving.description import describe
 from messnet.apps.serving.options import ServeOptions
 from messnet.apps.serving.server import open_service
@@ -266,6 +266,10 @@ def test_what_it_says_of_itself(client: httpx.Client, session: messnet.Session) 
     assert all(exit["warm_up_latency_ms"] > 0 for exit in info["exits"])
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/v1/predict", "/v1/anytime", "/v1/info", "/health", "/ready", "/metrics"} == set(paths)
+    parameters = [one for work in ("/v1/predict", "/v1/anytime") for one in paths[work]["post"]["parameters"]]
+    choices = {one["name"]: tuple(one["schema"]["enum"]) for one in parameters if "enum" in one["schema"]}
+    assert choices == {"format": FORMAT_NAMES, "stop": STOP_NAMES}
+    assert "application/json" in paths["/v1/anytime"]["post"]["responses"]["503"]["content"]
     body = paths["/v1/predict"]["post"]["requestBody"]["content"]
     assert {"image/jpeg", "image/png", "multipart/form-data"} < set(body)
     assert {"413", "415", "422", "503"} < set(paths["/v1/predict"]["post"]["responses"])

@@ -70,7 +70,8 @@ class LatencyOptions:
         """For the table's file: "cpu-2threads-float32-b1"."""
         conditions = self.conditions
         on_cpu = torch.device(self.device).type == "cpu"
-        device = f"cpu-{conditions['threads']}threads" if on_cpu else _slug(str(conditions["device"]))
+        device = f"cpu-{conditions['threads']}threads" if on_cpu else str(conditions["device"]).lower()
+        device = re.sub(r"[^a-z0-9]+", "-", device).strip("-")
         return f"{device}-{self.dtype}-b{self.batch}"
 
     @property
@@ -213,7 +214,3 @@ def device_name(device: torch.device) -> str:
         return processor_name()
     name_of = getattr(getattr(torch, device.type), "get_device_name", None)
     return str(name_of(device)) if name_of else f"{processor_name()} ({device.type})"
-
-
-def _slug(words: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

@@ -18,6 +18,7 @@ from messnet.data.groups import thumbnail
 from messnet.data.image_files import FileDataset, FileHeader, SampleError
 from messnet.data.listings import some
 from messnet.errors import DataError
+from messnet.records.codec import to_plain
 
 WHAT_TO_DO = {
     "unreadable file": "copy these files again or remove them",
@@ -86,9 +87,7 @@ class DatasetReport:
 
     def to_record(self) -> dict[str, object]:
         """Plain values for JSON, without ``images``."""
-        record = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "images"}
-        lists = {name: list(value) for name, value in record.items() if isinstance(value, tuple)}
-        return record | lists | {"duplicates": [list(names) for names in self.duplicates]}
+        return {one.name: to_plain(getattr(self, one.name)) for one in fields(self) if one.name != "images"}
 
     def to_text(self) -> str:
         lines = [f"{self.num_images} images, height x width: {_counted(self.sizes) or 'none readable'}"]

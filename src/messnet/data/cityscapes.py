@@ -42,7 +42,9 @@ def open_cityscapes(root: Path, split: str) -> FileDataset[Path]:
         raise DataError(f"no images {folder}/CITY/NAME{IMAGE}: expected them from leftImg8bit_trainvaltest.zip")
     labels = base / "gtFine" / split
     # The archive holds labelIds. Whoever has only train ids made them with cityscapesScripts and removed the others.
-    suffix, reader = IDS, MaskReader(_ids(), "0 to 33, the ids of Cityscapes")
+    # The 15 ids that the benchmark leaves out are void, not errors; the dictionary on the right wins over this one.
+    classes = dict.fromkeys((*range(NUM_IDS), 255), IGNORE_INDEX) | {ids: k for k, (_, ids, _) in enumerate(LABELS)}
+    suffix, reader = IDS, MaskReader(classes, "0 to 33, the ids of Cityscapes")
     masks = _by_name(labels, IDS)
     if not masks and (masks := _by_name(labels, TRAIN_IDS)):
         classes = {k: k for k in range(len(LABELS))} | {255: IGNORE_INDEX}
@@ -63,9 +65,3 @@ def open_cityscapes(root: Path, split: str) -> FileDataset[Path]:
 def _by_name(folder: Path, suffix: str) -> dict[str, Path]:
     """The files of all cities, sorted."""
     return {path.name.removesuffix(suffix): path for path in visible(folder.glob(f"*/*{suffix}"))}
-
-
-def _ids() -> dict[int, int]:
-    # The 15 ids that the benchmark leaves out are void, not errors; the dictionary on the right wins over this one.
-    void = dict.fromkeys((*range(NUM_IDS), 255), IGNORE_INDEX)
-    return void | {label_id: k for k, (_, label_id, _) in enumerate(LABELS)}

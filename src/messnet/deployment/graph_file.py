@@ -15,21 +15,29 @@ import numpy as np
 from messnet.errors import RunError
 
 _VARINT, _FIXED64, _MESSAGE, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4, groups, occur in no ONNX file
-_MODEL_OPSET, _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 8, 7, 20, 25
-_NODE, _INITIALIZER, _INPUT, _OUTPUT, _SPARSE_INITIALIZER = 1, 5, 11, 12, 15  # of a graph
-_NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 5, 7
-_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
+_MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
+_NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # of a graph
+_NODE_INPUT, _NODE_OUTPUT, _VALUE_NAME = 1, 2, 1
 _TENSOR_NAME, _TENSOR_TYPE, _TENSOR_DATA = 8, 2, 9
 _TENSOR_EXTERNAL = 13, 14  # external_data and data_location
+# What lies inside of what, by field number, as far as something may be wrong there.
+_INSIDE = {
+    "model": {_MODEL_GRAPH: "graph", 8: "operator set"},
+    "graph": {_NODE: "node", _INITIALIZER: "tensor", 15: "sparse tensor"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 10: "tensor", 6: "graph", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
+    "sparse tensor": {1: "tensor", 2: "tensor"},  # values and their places
+    "operator set": {},
+}
+_DOMAIN = {"operator set": 1, "node": 7}
+"""The field that says whose operators they are."""
+_DOMAINS = (b"", b"ai.onnx")  # operators that every runtime has
+_MAX_DEPTH = 8  # of graphs inside of attributes
 _FLOATS: dict[int, np.dtype[np.floating]] = {
     1: np.dtype("<f4"),
     10: np.dtype("<f2"),
     11: np.dtype("<f8"),
 }  # by ONNX's numbers for them
-_VALUE_NAME = 1
-_OPSET_DOMAIN = 1
-_DOMAINS = (b"", b"ai.onnx")  # operators that every runtime has
-_MAX_DEPTH = 8  # of graphs inside of attributes
 
 
 class GraphPorts(NamedTuple):
@@ -55,21 +63,15 @@ def expect_self_contained(data: bytes, source: str) -> GraphPorts:
     process's memory, operators of other domains than ONNX's own, functions, bytes that are no ONNX file; and for NaN or
     infinite weights.
     """
-    ports = GraphPorts((), ())
-    found = False
+    model = memoryview(data)
     try:
-        for field in _fields(memoryview(data)):
-            if field.number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
-                raise RunError(f"{source} is refused: a graph of a bundle defines no functions; export it again")
-            if field.number == _MODEL_OPSET:
-                _expect_domain(field.value, _OPSET_DOMAIN, source)
-            if field.number == _MODEL_GRAPH:
-                more, found = _ports(field.value), True
-                ports = GraphPorts(ports.inputs + more.inputs, ports.outputs + more.outputs)
-                _expect_sound_graph(field.value, source, 0)
+        _expect_sound("model", model, source, depth=-1)
+        # Where there are several, a reader of protobuf joins them.
+        graphs = [part.value for part in _fields(model) if part.number == _MODEL_GRAPH]
+        ports = GraphPorts(_port_names(graphs, _INPUT), _port_names(graphs, _OUTPUT))
     except (ValueError, IndexError) as error:
         raise RunError(f"{source} is no ONNX graph ({error}); export the bundle again") from error
-    if not found:
+    if not graphs:
         raise RunError(f"{source} is no ONNX graph (it holds none); export the bundle again")
     return ports
 
@@ -100,43 +102,30 @@ def leading_to(data: bytes, outputs: Collection[str]) -> bytes:
     return others + _varint(_MODEL_GRAPH << 3 | _MESSAGE) + _varint(len(whole)) + whole
 
 
-def _ports(graph: memoryview) -> GraphPorts:
-    names: dict[int, list[str]] = {_INPUT: [], _OUTPUT: []}
-    for field in _fields(graph):
-        if field.number in names:
-            names[field.number] += [name.decode() for name in _strings(field.value, _VALUE_NAME)]
-    return GraphPorts(tuple(names[_INPUT]), tuple(names[_OUTPUT]))
+def _port_names(graphs: Sequence[memoryview], number: int) -> tuple[str, ...]:
+    ports = [part.value for graph in graphs for part in _fields(graph) if part.number == number]
+    return tuple(name.decode() for port in ports for name in _strings(port, _VALUE_NAME))
 
 
-def _expect_sound_graph(graph: memoryview, source: str, depth: int) -> None:
+def _expect_sound(kind: str, message: memoryview, source: str, depth: int) -> None:
+    """Raises RunError as ``expect_self_contained`` does, for a message of a ``kind`` and all that lies inside of it,
+    ValueError or IndexError where it is none. ``depth`` counts graphs inside of graphs."""
     if depth > _MAX_DEPTH:
         raise RunError(f"{source} is refused: graphs are nested more than {_MAX_DEPTH} deep; export the bundle again")
-    for field in _fields(graph):
-        if field.number == _INITIALIZER:
-            _expect_own_data(field.value, source)
-        elif field.number == _SPARSE_INITIALIZER:
-            _expect_own_sparse_data(field.value, source)
-        elif field.number == _NODE:
-            _expect_domain(field.value, _NODE_DOMAIN, source)
-            for part in _fields(field.value):
-                if part.number == _NODE_ATTRIBUTE:
-                    _expect_sound_attribute(part.value, source, depth)
-
-
-def _expect_sound_attribute(attribute: memoryview, source: str, depth: int) -> None:
-    for field in _fields(attribute):
-        if field.number in _ATTRIBUTE_TENSORS and field.wire == _MESSAGE:
-            _expect_own_data(field.value, source)
-        elif field.number in _ATTRIBUTE_SPARSE:
-            _expect_own_sparse_data(field.value, source)
-        elif field.number in _ATTRIBUTE_GRAPHS and field.wire == _MESSAGE:
-            _expect_sound_graph(field.value, source, depth + 1)
-
-
-def _expect_own_sparse_data(tensor: memoryview, source: str) -> None:
-    for part in _fields(tensor):
-        if part.wire == _MESSAGE and part.number in (1, 2):  # values and their places
-            _expect_own_data(part.value, source)
+    if kind == "tensor":
+        _expect_own_data(message, source)
+        return
+    for field in _fields(message):
+        if kind == "model" and field.number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
+            raise RunError(f"{source} is refused: a graph of a bundle defines no functions; export it again")
+        if field.number == _DOMAIN.get(kind) and bytes(field.value) not in _DOMAINS:
+            name = bytes(field.value).decode(errors="replace")
+            raise RunError(f"{source} is refused: it uses operators of {name!r}, a bundle's are ONNX's own")
+        inner = _INSIDE[kind].get(field.number)
+        if inner is not None and field.wire != _MESSAGE:
+            raise ValueError(f"a {inner} of wire type {field.wire}")
+        if inner is not None:
+            _expect_sound(inner, field.value, source, depth + (inner == "graph"))
 
 
 def _expect_own_data(tensor: memoryview, source: str) -> None:
@@ -158,13 +147,6 @@ def _expect_own_data(tensor: memoryview, source: str) -> None:
         many = len(data) > bytes_each and len(data) % bytes_each == 0
         if many and not np.isfinite(np.frombuffer(data, _FLOATS[kind])).all():
             raise RunError(f"{source} holds NaN or infinite weights, from a training that failed: train it again")
-
-
-def _expect_domain(message: memoryview, number: int, source: str) -> None:
-    for domain in _strings(message, number):
-        if domain not in _DOMAINS:
-            name = domain.decode(errors="replace")
-            raise RunError(f"{source} is refused: it uses operators of {name!r}, a bundle's are ONNX's own")
 
 
 def _strings(message: memoryview, number: int) -> Sequence[bytes]:

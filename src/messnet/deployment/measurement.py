@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from messnet.costs.latency import LatencyOptions, Stopwatch, num_threads
 from messnet.deployment.restoring import graph_runner
 from messnet.deployment.runner import Live, Runner
-from messnet.deployment.session import Result, Session
+from messnet.deployment.session import Session
 from messnet.network.multi_exit import MultiExitNet
 from messnet.policy.labels import load_compiled
 from messnet.profiling import running_copy
@@ -24,17 +22,6 @@ from messnet.records.names import GraphRuntime, precision_of_dtype
 MAX_EXITS = 4  # of a random instance
 
 
-class Predicting(Protocol):
-    """A session, as far as its latency is looked at."""
-
-    def predict(self, images: Sequence[NDArray[np.uint8]]) -> Sequence[Result]: ...
-
-
-def session_on(net: MultiExitNet, instance: Instance, device: str) -> Session:
-    """The session that runs an instance of a network by torch on a device."""
-    return Session(net, instance, device=device)
-
-
 def check_additivity(
     net: MultiExitNet,
     costs: CostTable,
@@ -42,21 +29,21 @@ def check_additivity(
     *,
     num_instances: int = 20,
     seed: int = 0,
-    open_session: Callable[[MultiExitNet, Instance, str], Predicting] = session_on,
+    open_session: Callable[..., Session] = Session,
 ) -> dict[str, float]:
     """How far ``costs`` is off the latency of whole instances: ``CostTable.additivity``.
 
     Random instances, of random exits and heads, run one image in sessions of their own, in turn and each round in
     another order; thresholds let it go at an exit drawn beforehand. Compared are the measured median and the sum of the
     parts on the way. ``options`` are those that ``costs`` was measured with, at batch 1; ``net`` is copied, and
-    ``open_session`` runs an instance of it on a device.
+    ``open_session`` opens an instance of it as ``Session`` does.
     """
     draw = np.random.default_rng(seed)
     image = draw.integers(0, 256, (*costs.input_size, 3), dtype=np.uint8)
     watch = Stopwatch(options.device)
     drawn = [_random_instance(net.exits, draw) for _ in range(num_instances)]
     with running_copy(net, options) as running, num_threads(options.threads):
-        sessions = [open_session(running, instance, options.device) for instance, _ in drawn]
+        sessions = [open_session(running, instance, device=options.device) for instance, _ in drawn]
 
         def once() -> None:
             for i in draw.permutation(num_instances).tolist():

@@ -172,7 +172,11 @@ class Session:
 
         self.instance = instance
         self.policy = Policy.parse(instance.policy)
-        self.runner = network if isinstance(network, Runner) else _run_by_torch(network, self.policy, device)
+        if not isinstance(network, Runner):
+            from messnet.deployment.torch_runner import TorchRunner  # and with it torch, which graphs do without
+
+            network = TorchRunner(network, self.policy, device=device)
+        self.runner: Runner = network
         for choice in instance.exits:
             self.runner.expect(choice.exit)  # raises for one that the network does not have
         thresholds = [choice.pixel_threshold for choice in instance.exits if choice.pixel_threshold is not None]
@@ -425,9 +429,3 @@ class _Clock:
         times = self._remembered[position]
         times.append(took_ms / (size[0] * size[1]))
         del times[:-_REMEMBERED]
-
-
-def _run_by_torch(net: MultiExitNet, policy: Policy, device: str) -> Runner:
-    from messnet.deployment.torch_runner import TorchRunner
-
-    return TorchRunner(net, policy, device=device)

@@ -3,7 +3,7 @@ loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, get_args
 
 import numpy as np
@@ -122,7 +122,9 @@ class TorchRunner(Runner):
         return self._parts[depth, exit]
 
     def select(self, live: Live, rows: NDArray[np.bool_]) -> Live | None:
-        if live.states is not None or not _are_batches(live.values, len(rows)):
+        # A value that is no batch, one image after the other, cannot be divided.
+        divisible = (isinstance(v, Tensor) and v.dim() > 0 and len(v) == len(rows) for v in live.values)
+        if live.states is not None or not all(divisible):
             return None
         kept = torch.from_numpy(np.flatnonzero(rows)).to(self._device)
         with torch.inference_mode():
@@ -182,7 +184,3 @@ def _run_through(net: MultiExitNet, height: int, width: int) -> None:
         *_, state = net.states(x)
         if net.backbone.final_head is not None:
             net.logits(net.exits[-1], state)
-
-
-def _are_batches(values: Sequence[Any], batch: int) -> bool:
-    return all(isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch for value in values)

@@ -43,7 +43,8 @@ def measure_instances(run: Run, findings: Findings) -> tuple[Measurements, Galle
     instances = [whole_model(tables.exits[tables.final]), *found]
     exits = sorted({choice.exit for instance in instances for choice in instance.exits})
     # Before the sessions take the network over: parts are timed on a copy of it.
-    predicted = _predict_latency(run, exits, costs.input_size)
+    latency = LatencyOptions(device=str(run.device), max_seconds=20)
+    predicted = profile(run.network(exits), costs.input_size, latency=latency)
     sessions = _sessions(run, instances, exits)
     samples = ((val[v].image, val[v].mask) for v in reported)
     runnings = run_side_by_side(sessions, samples, len(tables.class_names))
@@ -115,12 +116,6 @@ def _sessions(run: Run, instances: Sequence[Instance], exits: Sequence[Exit]) ->
         )
         for instance in instances
     ]
-
-
-def _predict_latency(run: Run, exits: Sequence[Exit], input_size: tuple[int, int]) -> CostTable:
-    """The parts that the instances are made of, each measured for itself."""
-    latency = LatencyOptions(device=str(run.device), max_seconds=20)
-    return profile(run.network(exits), input_size, latency=latency)
 
 
 def measurement_of(

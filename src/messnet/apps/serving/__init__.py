@@ -5,7 +5,7 @@
     connections.py  connections that keep it waiting are closed; how much it logs
     gate.py         who is let in; every request is counted and timed here
     app.py          the endpoints
-    openapi.py      how to ask them, for programs
+    openapi.yaml    how to ask them, for programs
     description.py  what it says of the model
     decoders.py     bytes to image, in processes that can be ended; decoding.py runs in them
     batching.py     the one thread that owns the session; batches of requests, refinements one by one

@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import TypeVar
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -34,13 +35,15 @@ from messnet.apps.serving.decoders import Decoders
 from messnet.apps.serving.decoding import RequestError
 from messnet.apps.serving.description import ModelInfo
 from messnet.apps.serving.gate import BUSY, Gate, Metrics, client_of, drain
-from messnet.apps.serving.openapi import FORMAT_NAMES, NDJSON, STOP_NAMES, specification
 from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.session import Session
 from messnet.errors import MessError, one_line
 from messnet.images.drawing import as_png, mask, overlay
 
 _T = TypeVar("_T")
+# The values of two parameters, the default first; openapi.yaml tells programs.
+FORMAT_NAMES, STOP_NAMES = ("mask", "overlay", "json"), ("last_exit", "instance")
+_OPENAPI = Path(__file__).with_name("openapi.yaml")
 _PAGE = Path(__file__).parents[1] / "page"
 _PAGE_FILES = {
     "/": ("index.html", "text/html"),
@@ -225,7 +228,9 @@ class Service:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(specification())
+        specification = yaml.safe_load(_OPENAPI.read_text(encoding="utf-8"))
+        specification["info"]["version"] = __version__
+        return JSONResponse(specification)
 
     async def _describe(self, request: Request) -> Response:
         """The model: its classes and their colours, its exits with their thresholds and what each costs; the limits."""
@@ -282,7 +287,7 @@ class Service:
         async with self._answered(limit):
             first = await anext(refinements)
         lines = self._lines(first, refinements, limit)
-        return StreamingResponse(lines, media_type=NDJSON, headers={"Cache-Control": "no-store"})
+        return StreamingResponse(lines, media_type="application/x-ndjson", headers={"Cache-Control": "no-store"})
 
     async def _lines(
         self, first: Answer | Stopped, refinements: AsyncGenerator[Answer | Stopped], limit: _TimeLimit
