@@ -126,7 +126,7 @@ def predict_files(
     files = image_files(images)
     done = Predictions()
     # A deadline is kept on a machine that does nothing else meanwhile.
-    writing = _Writing(done.records, workers=0 if options.deadline_ms is not None else _WRITERS)
+    writing = _Writing(done.records, waiting=0 if options.deadline_ms is not None else _WAITING)
     try:
         with (
             large_images() if options.large_images else nullcontext(),
@@ -163,22 +163,19 @@ class _Writing:
     """Draws, compresses and writes the files of images in threads of its own, which Pillow and NumPy let run beside the
     network; a picture takes as long to compress as a small network to predict. ``records`` are filled in order."""
 
-    def __init__(self, records: list[PredictionRecord], workers: int) -> None:
+    def __init__(self, records: list[PredictionRecord], waiting: int) -> None:
         self.added = 0
         """Images so far."""
-        self._records = records
-        self._pool = ThreadPoolExecutor(workers, "writing") if workers else None
+        self._records, self._most_waiting = records, waiting
+        self._pool = ThreadPoolExecutor(_WRITERS, "writing")
         self._waiting: deque[Future[PredictionRecord]] = deque()
 
     def add(self, files: _Files, out: Path) -> None:
         """Writes them soon; waits while too many do. Raises what went wrong with earlier ones."""
         self.added += 1
-        if self._pool is None:
-            self._records.append(files.write(out))
-            return
         self._waiting.append(self._pool.submit(files.write, out))
         # The oldest first: records keep the order of the images, whichever thread is done before.
-        while len(self._waiting) > _WAITING or (files.is_large and self._waiting):
+        while len(self._waiting) > (0 if files.is_large else self._most_waiting):
             self._records.append(self._waiting.popleft().result())
 
     def __enter__(self) -> _Writing:
@@ -186,12 +183,9 @@ class _Writing:
 
     def __exit__(self, *_: object) -> None:
         """What was predicted is written, whatever ended the block."""
-        try:
+        with self._pool:
             while self._waiting:
                 self._records.append(self._waiting.popleft().result())
-        finally:
-            if self._pool is not None:
-                self._pool.shutdown()
 
 
 @dataclass(frozen=True)

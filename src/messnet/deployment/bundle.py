@@ -139,7 +139,7 @@ class Manifest:
                 newer = isinstance(version, int) and version > SCHEMA_VERSION
                 advice = f"use messnet {record.get('messnet_version')} or later" if newer else "export it again"
                 raise RunError(f"{source} has schema version {version}, this messnet reads {SCHEMA_VERSION}: {advice}")
-            if record.pop("sha256") != _digest(record):
+            if record.pop("sha256") != _digest(record):  # of all but itself
                 raise RunError(f"{source} is damaged, or was edited: it differs from its SHA-256; export it again")
             del record["format"], record["schema_version"]
             manifest = from_plain(record, cls)
@@ -185,7 +185,7 @@ def open_bundle(path: str | Path) -> Bundle:
                 raise RunError(
                     f"{path} is refused: its {MANIFEST} has {size} bytes, {_MAX_MANIFEST_BYTES} are the limit"
                 )
-            text = stream.read(_MAX_MANIFEST_BYTES)
+            text = stream.read(_MAX_MANIFEST_BYTES)  # no more, whatever size was claimed
         manifest = Manifest.from_json(text, source=f"{path}/{MANIFEST}")
         claimed = sum(stored.bytes for stored in manifest.files.values())
         if claimed > contents.most_bytes or len(manifest.files) > _MAX_FILES:
@@ -206,7 +206,7 @@ def write_bundle(out: Path, manifest: Manifest, files: Mapping[str, bytes]) -> B
     """
     sizes = {name: StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     manifest = replace(manifest, files=sizes)
-    _expect_sound(manifest)
+    _expect_sound(manifest)  # what would be refused when it is opened is not written
     contents = {**files, MANIFEST: manifest.to_json().encode()}
     try:
         expect_free(out)
@@ -239,6 +239,7 @@ class _Folder:
     def opened(self, name: str) -> Iterator[tuple[int, IO[bytes]]]:
         """Size in bytes and content of a file. Raises RunError when it is not there, or a link."""
         file = self.path / name
+        # By its real path: a link anywhere on the way could lead to any file of this machine.
         if os.path.realpath(file) != os.path.join(os.path.realpath(self.path), *name.split("/")):
             raise RunError(f"{self.path} is refused: {name} is a link, or lies behind one; a bundle holds plain files")
         if not file.is_file():
@@ -310,7 +311,7 @@ def _chunks(contents: _Folder | _Archive, name: str, expected: StoredFile) -> It
     with contents.opened(name) as (size, stream):
         if size != expected.bytes:
             raise RunError(f"{path} is damaged: {name} has {size} bytes, not {expected.bytes}; copy it again")
-        while chunk := stream.read(min(_CHUNK, left + 1)):
+        while chunk := stream.read(min(_CHUNK, left + 1)):  # one byte more than is left tells that there is more
             left -= len(chunk)
             if left < 0:
                 raise RunError(f"{path} is damaged: {name} has more than {expected.bytes} bytes; copy it again")
@@ -325,10 +326,12 @@ def _missing(path: Path, name: str) -> RunError:
 
 
 def _digest(record: dict[str, Any]) -> str:
+    # Sorted: JSON gives no meaning to the order of keys.
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _expect_inside(name: str) -> None:
+    # On Windows a backslash separates folders and a colon names a drive; a zero byte ends a name for the system.
     if {"", ".", ".."} & {*name.split("/")} or {*"\\:\0"} & {*name}:
         raise RunError(f"a bundle is refused: its file {name!r} would lie outside of it")
 

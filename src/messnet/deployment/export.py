@@ -112,9 +112,10 @@ def export(
         raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: add --runtime onnxruntime")
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
-    expect_finite(bundle_tensors(net), str(path))
+    expect_finite(bundle_tensors(net), str(path))  # or whoever opens the bundle is refused
     files, runtimes, provenance = _cost_tables(path, *taken.tables, exits, tables), {}, taken.provenance
     if weights:
+        # safetensors takes no two tensors that share memory.
         tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
         files[_WEIGHTS] = safetensors.torch.save(tensors)
         runtimes["torch"] = Runtime(files={"weights": _WEIGHTS})
@@ -198,6 +199,7 @@ def _from_bundle(bundle: Bundle, instance: str | None, model: str | None) -> _So
 def _from_session(session: Session, model: str | None) -> _Source:
     if session.input_size is None:
         raise RecipeError("a bundle names the size of its images: give the session input_size=(height, width)")
+    # A copy: the session goes on with its own network, on its device and in its precision.
     name, net = model or _UNNAMED, copy_module(session.net, lambda tensor: tensor.cpu()).float()
     workload = profile(net, session.input_size, model=name).to_json().encode()
     palette = default_palette(net.num_classes) if session.palette is None else session.palette
@@ -273,6 +275,7 @@ def check_graphs(
     output = load_graph(graphs[OUTPUT], runtime, "f32", 1)
     runners = _beside_torch(net, instance, graphs, runtime, "f32")
     cut = max(multiple, 27)
+    # A size that no example had shows what the exporter has fixed without a word.
     odd = [image[:-cut, :-cut] for image in images[: int(odd_size)] if min(image.shape[:2]) > 2 * cut]
     agreements = [_compare(runners, output, instance, image) for image in (*images, *odd)]
     logits, largest, confidence, decisions, pixels = np.concatenate(agreements).T
@@ -298,6 +301,7 @@ def _compare(
     decisions are equal, the share of equal pixels, labels by the ``output`` graph too."""
     multiple = runners[0].size_multiple()
     height, width = (side // multiple * multiple for side in image.shape[:2])
+    # Both go on from their own tensors, as a device does: differences add up from exit to exit.
     lives: list[Any] = [runner.start(image[None, :height, :width]) for runner in runners]
     rows = []
     for choice in instance.exits:

@@ -120,6 +120,7 @@ class GraphRunner(Runner):
         self, live: Live, exit: Exit, *, pixel_threshold: float | None = None, logits: bool = True, keep: bool = True
     ) -> Step:
         values, last = live.take(), self._exits.index(exit)
+        # A stage takes a threshold in any case; without a question, nobody reads what it decides.
         threshold = np.array([0.5 if pixel_threshold is None else pixel_threshold], np.float32)
         for position in range(live.depth, last):  # exits that are passed: their heads do not run
             values = self._run(position, values, self._following(position), threshold)
@@ -147,7 +148,7 @@ class GraphRunner(Runner):
         return tuple(self._stages[position].run(feeds, wanted))
 
     def select(self, live: Live, rows: NDArray[np.bool_]) -> Live | None:
-        if any(len(value) != len(rows) for value in live.values):
+        if any(len(value) != len(rows) for value in live.values):  # what holds no batch cannot be divided
             return None
         return Live(tuple(value[rows] for value in live.take()), live.size, live.depth)
 
@@ -301,6 +302,7 @@ def _expect_stage(graph: Graph, position: int, before: Sequence[Graph]) -> None:
     """Raises RunError for a stage that takes or gives other values than stages do."""
     given = [f"live{k}" for k in range(sum(name.startswith("next") for name in before[0].outputs) if before else 1)]
     following = [name for name in graph.outputs if name not in _STAGE_OUTPUTS]
+    # A stage may leave out inputs that it does not read, as its runtime would; its own outputs are all there.
     sound = {*graph.inputs} <= {*given, _STAGE_INPUTS} and {*_STAGE_OUTPUTS} <= {*graph.outputs}
     if not sound or following != [f"next{k}" for k in range(len(following))]:
         raise RunError(

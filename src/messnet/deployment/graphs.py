@@ -66,10 +66,12 @@ def make_graphs(
         raise ModelError(f"the network cannot be written as ONNX graphs: {'; '.join(net.notes)}")
     if other_precision(net):
         net = copy_module(net, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    # Two images, for the exporter takes a length of 1 for a constant.
     live: tuple[Any, ...] = (torch.zeros(1 if static else 2, 3, *input_size),)
     decide = onnx.load_from_string(policy_graph(policy, net.num_classes))
     graphs, start = {}, 0
     for position, exit in enumerate(exits):
+        # Instances share stages: what a stage holds depends on where it begins, its exit, and whether any follows.
         key = (start, exit, position == len(exits) - 1)
         stage = _Stage(net, start, exit, last=key[2]).eval()
         with torch.no_grad():
@@ -198,6 +200,7 @@ def _widen_thin_maps(graph: Any) -> None:
         if not between or made in outputs or (channels := weights[node.input[1]].dims[0]) >= _BLOCK:
             continue
         widened = [(name, 0) for name in node.input[1:]] + [(one.input[1], 1) for one in following]
+        # Weights that another layer reads too keep their shape.
         if any(len(users[name]) > 1 for name, _ in widened):
             continue
         for name, axis in widened:

@@ -156,6 +156,7 @@ def _load_bundle(
 
             _, net, chosen = restore_bundle(bundle, instance, model=model)
             runner = how.by_torch(net, chosen)
+    # In order, so that of two tables that fit it is always the same one.
     tables = (bundle.read(name) for name in sorted(manifest.files) if name.startswith(f"{COSTS}/"))
     return Session(
         runner,
@@ -248,5 +249,5 @@ def _measured_costs(files: Iterable[bytes], runner: Runner, instance: Instance) 
 
 def _kind(runtime: str | int) -> list[str]:
     """Of a runtime's name all but its version: "torch 2.15.0 eager"."""
-    words = str(runtime).split()
+    words = str(runtime).split()  # the second is the version: another one is slower or faster by a few per cent
     return [words[0], *words[2:]] if words else []

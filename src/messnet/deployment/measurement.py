@@ -93,6 +93,7 @@ def measure_session(
     load_compiled()  # as sessions that have been warmed up decide
 
     def once() -> None:
+        # One chain for each of the three, for going on from live tensors uses them up.
         lives: list[Live | None] = [runner.start(image) for _ in range(3)]
         for position, choice in enumerate(exits):
             last = position == len(exits) - 1
@@ -117,6 +118,7 @@ def measure_session(
             return replace(part, latency_ms=0.0, latency_p95_ms=0.0)
         before = [of((position, parts - 1)) if parts in (1, 2) else 0.0 for of in (watch.median, watch.p95)]
         after = [of((position, parts)) for of in (watch.median, watch.p95)]
+        # Below zero is noise: of two measurements that hardly differ, either may be the larger one.
         more = [max(0.0, a - b) for a, b in zip(after, before, strict=True)]
         return replace(part, latency_ms=more[0], latency_p95_ms=more[1])
 

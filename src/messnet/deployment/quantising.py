@@ -122,6 +122,7 @@ def check_quantised(expected: Session, session: Session, bits: EightBits) -> dic
     counts = np.zeros((2, len(names), 3, len(session.class_names)), np.int64)
     equal_exits, equal_pixels = [], []
     for image, mask in bits.samples:
+        # Where each stops, and every exit: a wrong stop and wrong labels are different faults.
         stops = [one.predict([image])[0] for one in (expected, session)]
         shown = [[*one.anytime(image), stop] for one, stop in zip((expected, session), stops, strict=True)]
         equal_exits.append(stops[0].exit_index == stops[1].exit_index)
@@ -169,7 +170,7 @@ def _quantised(model: object, feeds: Sequence[Feeds], *, first: bool) -> bytes:
         for node in model.graph.node
         if node.name.startswith(_NETWORK) and node.op_type in _OPERATORS and node.output[0] not in in_float
     ]
-    with TemporaryDirectory() as folder, _quiet():
+    with TemporaryDirectory() as folder, _quiet():  # the quantiser writes to files alone
         file = Path(folder, "int8.onnx")
         quantize_static(
             model,

@@ -90,7 +90,7 @@ def restore_bundle(
             raise RunError(
                 f"{path}/{weights}: {name} is {tensors[name].dtype}, expected {place.dtype}; export the bundle again"
             )
-        place.copy_(tensors[name])
+        place.copy_(tensors[name])  # in the memory layout that the network has here
     expect_finite(places, f"{path}/{weights}")
     return blueprint, net, chosen
 

@@ -250,6 +250,7 @@ class Session:
         """
         if compiled:
             load_compiled()
+        # No confidence reaches infinity, so that no exit lets the image go.
         passed = [
             choice if choice.image_threshold is None else replace(choice, image_threshold=np.inf)
             for choice in self.instance.exits
@@ -398,7 +399,7 @@ class Session:
     def _seen_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size of an image, or for a network that wants it the next multiple of its stride."""
         height, width = size
-        if height % 32 == 0 and width % 32 == 0:
+        if height % 32 == 0 and width % 32 == 0:  # every multiple divides 32, and to find it takes a while
             return height, width
         multiple = self.runner.size_multiple()
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple

@@ -54,7 +54,7 @@ def run_side_by_side(
             for session in sessions:
                 session.predict([image])
         for turn in range(len(sessions)):
-            s = (v + turn) % len(sessions)
+            s = (v + turn) % len(sessions)  # whoever comes first finds the caches cold
             result = sessions[s].predict([image])[0]
             runnings[s].add(result, confusion_matrix(result.labels, mask, num_classes))
     return runnings

@@ -118,6 +118,7 @@ class TorchRunner(Runner):
                     return values, None
                 return values, head(*values) if final else head(values[0])
 
+            # One function for segments and head, so that the compiler sees both.
             self._parts[depth, exit] = torch.compile(run) if self.runtime == "torch-compiled" else run
         return self._parts[depth, exit]
 

@@ -155,6 +155,7 @@ class Chain(Backbone):
 def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``state``, a state dict with its variables, without the second and further names of tied tensors."""
     first: dict[int, str] = {}
+    # By identity, for == of two tensors compares their elements.
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
     return {name: tensor.detach() for name, tensor in state.items() if first[id(tensor)] == name}
@@ -186,6 +187,7 @@ def cut_model(
     graph.end_backbone(head)
     notes += note
     legal = graph.legal_cuts()
+    # An instance that is cut between tensors alone can be exported: other places only where there are too few of these.
     passing = [node for node in legal if graph.passes_tensors(node)]
     if len(passing) >= num_exits - 1:
         legal = passing
@@ -205,6 +207,7 @@ def cut_model(
         if not graph.passes_tensors(node)
     ]
     end = graph.exit_point(graph.end, max(costs.values()) if by_latency else None, ends=True)
+    # A segment holds the nodes from one cut to the next, the last one those up to the head.
     starts = [0, *(graph.position[node] + 1 for node in chosen), graph.head_start]
     states = [graph.alive_after(start, node) for start, node in zip(starts[1:], [*chosen, graph.end], strict=True)]
     chain = Chain(
@@ -241,6 +244,7 @@ def _left_out(model: nn.Module, chain: Chain) -> tuple[str, ...]:
     running = {name[:i] for name in run for i, letter in enumerate(name) if letter == "."}
     idle = []
     for name in (name for name in state if name not in run):
+        # The outermost module of which nothing runs stands for all its tensors.
         outer = list(accumulate(name.split("."), "{}.{}".format))
         idle.append(next((module for module in outer if module not in running), name))
     words = f"left out, for it reaches no logits: {', '.join(dict.fromkeys(idle))} ({len(idle)} tensors)"
@@ -388,11 +392,13 @@ class _Graph:
         """Leaves out a last bilinear upsampling to the input size; says what is upsampled that was not."""
         last, (height, width) = self.logits, self.shape[-2:]
         if tuple(self.value(last).shape[-2:]) != (height, width):
+            # Rounded: a network may lose a row or two at its borders.
             stride = round(height / self.value(last).shape[-2])
             return [
                 f"the model's own output is 1/{stride} of the input: every exit, the final one too, is upsampled to it"
             ]
         bilinear = last.target is F.interpolate and last.kwargs.get("mode") == "bilinear" and last.kwargs.get("size")
+        # With corners aligned it is another interpolation than the one that ends every exit, and stays.
         if bilinear and not last.kwargs.get("align_corners"):
             source: Any = last.args[0]
             self.logits = source
@@ -405,6 +411,7 @@ class _Graph:
         """Sets where the segmentation head begins. Raises ModelError when nothing of it is in the graph."""
         self.nodes = [node for node in self.traced.graph.nodes if node.op != "output"]
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        # A head that is one node is a target; one that was traced into is in the stacks of its nodes.
         inside = [i for i, node in enumerate(self.nodes) if f"{node.target}.".startswith(f"{head}.")]
         inside += [i for i, node in enumerate(self.nodes) if any(name == head for name, _ in module_stack(node))]
         if not inside:
@@ -426,6 +433,7 @@ class _Graph:
             return False
         if value.shape[2] * value.shape[3] < 2:
             return False
+        # Of odd sizes, rounding moves the two strides apart, by less than half; an upsampled map is no feature map.
         down, across = (full / part for full, part in zip(self.shape[-2:], value.shape[-2:], strict=True))
         return bool(down >= 0.99 and 2 / 3 <= down / across <= 3 / 2)
 
@@ -479,6 +487,7 @@ class _Graph:
         self.networks = set()
         for name, kind in joins:
             inside = [node for node in macs if (name, kind) in module_stack(node)]
+            # What holds the first layer and half of the work is the network itself.
             most = first in inside and 2 * sum(macs[node] for node in inside) >= sum(macs.values())
             if most or len(joins[name, kind]) > 1:
                 self.networks.add(name)
@@ -517,6 +526,7 @@ class _Graph:
         backbone = self.nodes[: self.head_start]
         last_of = {module: node for node in backbone for module, _ in module_stack(node)}
         last_of |= {str(node.target): node for node in backbone if node.op == "call_module"}
+        # Where both exist, a node's own name goes before a module's: exits.json has names of nodes.
         by_name = last_of | {node.name: node for node in backbone}
         for outer, why in whole.items():
             if name.startswith(f"{outer}."):
@@ -539,6 +549,7 @@ class _Graph:
     def alive_after(self, stop: int, tapped: fx.Node) -> list[fx.Node]:
         """The nodes before position ``stop`` whose values later segments must be given, ``tapped`` first."""
         alive = [node for node in self.nodes[:stop] if self._last_use(node) >= stop]
+        # Sorted, so that a segment gives its values in the order in which the next one takes them.
         needed = {source for node in alive for source in self._sources(node)}
         return [tapped, *sorted(needed - {tapped}, key=self.position.__getitem__)]
 
@@ -605,6 +616,7 @@ class _Graph:
         copies = {source: graph.placeholder(source.name) for source in sources}
 
         def copy_of(node: fx.Node) -> fx.Node:
+            # What lies before ``start`` and is no source comes from sizes, and is copied as it is met.
             if node not in copies:
                 copies[node] = graph.node_copy(node, copy_of)
             return copies[node]
@@ -619,6 +631,7 @@ class _Graph:
         features, place = self.value(node), self.position[node]
         before = self.nodes[: (self.head_start if ends else place + 1)]
         last_of = {name: user for user in self.nodes for name, _ in module_stack(user)}
+        # The outermost module that ends here is what the user knows the place by.
         ended = [name for name, _ in module_stack(node) if last_of[name] is node]
         return ExitPoint(
             node=node.name,

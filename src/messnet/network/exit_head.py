@@ -94,7 +94,7 @@ class HeadSpace:
             raise RecipeError("the head space needs channel_reduction >= 1, extra_blocks >= 0 and context >= 0")
         distinct: dict[tuple[int, int, bool, str, int], HeadConfig] = {}
         for context, r, n, rapid, head in itertools.product(*parts):
-            rapid = rapid and n > 0
+            rapid = rapid and n > 0  # without a block there is no dilation to double
             width = channels if r == 1 else max(channels // r, _MIN_CHANNELS)
             if r > 1 and width >= channels:
                 continue  # would not reduce anything
@@ -228,6 +228,7 @@ def _deeplabv3(channels: int, num_classes: int, output_stride: int) -> nn.Module
     from torchvision.models.segmentation.deeplabv3 import ASPP  # seconds: it brings torch's compiler
 
     inner = min(max(channels // 4, _MIN_CHANNELS), _MAX_ASPP_CHANNELS)
+    # In input pixels the same at every stride.
     rates: Sequence[int] = [max(1, rate * 8 // output_stride) for rate in _ASPP_RATES_AT_STRIDE_8]
     return nn.Sequential(ASPP(channels, rates, inner), nn.Conv2d(inner, num_classes, 1))
 

@@ -102,6 +102,7 @@ class MultiExitNet(nn.Module):
             dilation=point.dilation,
             output_stride=point.output_stride,
             block=self.backbone.block,
+            # By name, not by number: a head begins alike whichever heads are beside it.
             seed=zlib.crc32(f"{seed}/{exit_index}/{config.name}".encode()),
         )
         reference = next(self.backbone.parameters())
@@ -126,7 +127,7 @@ class MultiExitNet(nn.Module):
             self.head(exit)
         self.drop_heads(exits)
         last = max(exits)
-        if last.head != FINAL_HEAD:
+        if last.head != FINAL_HEAD:  # an instance may end early: the rest of the backbone serves nobody
             self.backbone.cut_after(last.exit_index)
             del self.heads[last.exit_index + 1 :]
 
@@ -232,6 +233,7 @@ def _expect_usable(model: nn.Module, backbone: Backbone) -> None:
         steps = list(zip(parameter.shape, parameter.stride(), strict=True))
         if any(stride == 0 and length > 1 for length, stride in steps):
             raise ModelError(f"the elements of {name} share their memory, so no step can train them: .clone() it")
+        # Where it lies in memory: of spans in order, two that overlap are neighbours.
         if not parameter.is_meta and parameter.numel():
             reach = 1 + sum((length - 1) * stride for length, stride in steps)
             start = parameter.data_ptr()

@@ -96,6 +96,7 @@ def tap_model(
         if path not in names:
             raise ModelError(f"no exit point {path!r} in {type(model).__name__}{closest(path, list(names))}")
     tapped = TappedModel(model, exit_points)
+    # The head is asked for only to leave it out: what it is made of says nothing of the backbone.
     tapped.block = block_kind(model, find_head(model, head, names)[0])
     reference = next(model.parameters())
     x = example_input[:1].to(reference.device, reference.dtype)
@@ -136,6 +137,7 @@ def _walk(tapped: TappedModel, x: Tensor, ran: list[nn.Module]) -> list[tuple[Ex
         modules, ran[:] = list(ran), []
         spatial = [m for m in modules if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
         dilation = int(spatial[-1].dilation[0]) if spatial else dilation
+        # A parameter that several segments use counts with the first.
         new = {p for module in modules for p in module.parameters(recurse=False)} - counted
         counted |= new
         value, path = state.features, paths[min(len(found), len(paths) - 1)]

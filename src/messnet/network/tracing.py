@@ -43,6 +43,7 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     try:
         while True:
             graphs = []
+            # Once in each mode: a graph cannot switch what the code itself does otherwise in the other.
             for training in (True, False):
                 for module, _ in modes:
                     module.training = training
@@ -276,6 +277,7 @@ def _named_as_the_users(graph: fx.Graph, rooted: _Rooted, model: nn.Module) -> _
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     constants: dict[str, Tensor] = {}
     for node in graph.nodes:
+        # Modules have the user's names already; tensors those below ``rooted``.
         if node.op != "get_attr":
             continue
         owner, _, attribute = str(node.target).rpartition(".")
@@ -311,6 +313,7 @@ def _first_difference(one: _Traced, other: _Traced) -> str | None:
     """The innermost module whose own code makes two graphs differ first ("" for the model itself), None if equal."""
     before: list[str] = []
     for a, b in zip(one.graph.nodes, other.graph.nodes, strict=False):
+        # The first difference alone tells whose code it is: all that follows may differ because of it.
         if _signature(a, one.constants) != _signature(b, other.constants):
             callers = (before, _callers(a), _callers(b))
             shared = max((_common(*pair) for pair in combinations(callers, 2)), key=len)
@@ -326,6 +329,7 @@ def _common(one: list[str], other: list[str]) -> list[str]:
 def _callers(node: fx.Node) -> list[str]:
     """The modules whose code makes the node, outermost first."""
     names = [name for name, _ in module_stack(node)]
+    # A module that is one node is the last of its own stack, and made no code.
     return names[:-1] if node.op == "call_module" else names
 
 

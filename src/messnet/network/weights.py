@@ -90,6 +90,7 @@ def _by_order(given: Mapping[str, Tensor], backbone: Mapping[str, Tensor], sourc
     theirs = name = ""
     for (theirs, tensor), (name, own) in zip(given.items(), backbone.items(), strict=False):
         kinds = {theirs.rpartition(".")[2], name.rpartition(".")[2]} & _KINDS
+        # From the first pair that disagrees on, order says nothing.
         if tensor.shape != own.shape or len(kinds) > 1:
             break
         fitting[name] = tensor
@@ -165,6 +166,7 @@ def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dic
         for suffix in suffixes
         if suffix in own and name.removesuffix(suffix)[-1:] in ("", ".")
     )
+    # Of prefixes that fit as many names the empty one, which leaves nothing out.
     prefix = max(fits, key=lambda one: (fits[one], not one)) if fits else ""
     beside = [name for name in state if not name.startswith(prefix)]
     kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -214,6 +216,7 @@ def _with_own_classifier(
     other = {name: state[name] for name, tensor in own.items() if name in state and state[name].shape != tensor.shape}
     if not other or other.keys() - _last_layers(model):
         return state, []
+    # Nothing but the number of classes may differ: the first dimension, and in all of them by the same numbers.
     counts = {(len(tensor), len(own[name])) for name, tensor in other.items() if tensor.dim() and own[name].dim()}
     if len(counts) != 1 or any(tensor.shape[1:] != own[name].shape[1:] for name, tensor in other.items()):
         return state, []
@@ -242,6 +245,7 @@ def _read(source: str) -> dict[str, Tensor]:
             f"torchvision's such as FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
         )
     found = type(content).__name__
+    # Of a checkpoint the first of the known keys; a file without one is the state dict itself.
     if isinstance(content, dict):
         state = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), content)
         if all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):

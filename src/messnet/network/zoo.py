@@ -78,6 +78,7 @@ def mobilenetv2_fcn(num_classes: int = 21, *, width: float = 1.0, depth: float =
     """
     if not (0 < width <= 4 and 0 < depth <= 4):
         raise ModelError(f"width and depth of mobilenetv2_fcn must lie in (0, 4], got width={width}, depth={depth}")
+    # A stage keeps its first block at least, which changes channels and stride.
     stages = [[t, c, max(1, round(n * depth)), s] for t, c, n, s in _MOBILENETV2_STAGES]
     features = mobilenet_v2(weights=None, width_mult=width, inverted_residual_setting=stages).features[:-1]
     _dilate(features, output_stride=8)
@@ -173,6 +174,7 @@ def _imported(name: str) -> ModuleType:
 
 def _drn50() -> nn.Module:
     resnet = resnet50(weights=None, replace_stride_with_dilation=[False, True, True])
+    # Under torchvision's names, so that its state dicts fit.
     layers = OrderedDict((name, layer) for name, layer in resnet.named_children() if name not in ("avgpool", "fc"))
     return nn.Sequential(layers)
 

@@ -103,8 +103,9 @@ def _training(
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as where:
         checkpoint = Checkpoint(Path(where) / f"{name}.checkpoint", made_from=made_from)
         monitor = Monitor(Path(where) / "logs", as_dataset(val, net.num_classes)) if val is not None else None
+        # The user's objects are checked item by item, as they are read: nobody has looked at them before.
         yield _Given(as_dataset(data, net.num_classes), checkpoint, monitor)
-        checkpoint.discard()
+        checkpoint.discard()  # only where the stage has come to its end; a stopped one goes on from it
     net.requires_grad_(True).eval()
     for parameter in frozen:
         parameter.requires_grad_(False)

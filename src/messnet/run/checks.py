@@ -35,6 +35,7 @@ def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDa
             continue
         progress = partial(tqdm, desc=f"check {split}", unit="img")
         reports.append(check_dataset(dataset, num_threads=reading_threads(data.source), progress=progress))
+    # A broken image first: what a recipe asks of the images can be judged once all of them can be read.
     found = (*reports[0].problems, *reports[1].problems)
     if found := found or recipe_problems(recipe, *reports):
         more = f" (and {len(found) - 1} more: `messnet check-data`)" if len(found) > 1 else ""
@@ -107,6 +108,7 @@ def proposed_crop(report: DatasetReport, largest: int = LARGEST_CROP) -> tuple[i
     for size, count in report.sizes.items():
         for side, length in zip(sides, size.split("x"), strict=True):
             side += [int(length)] * count
+    # No sizes are known of generated scenes: they are of one size, and no crop is proposed for them.
     height, width = (statistics.median(side or [largest]) for side in sides)
     return _whole(height, largest), _whole(width, largest)
 

@@ -188,11 +188,13 @@ def search_run(
     tables = directory.tables_for(devices)
     limit = options.time_limit if time_limit is None else time_limit
     if guarantee is not None:
+        # The bound needs images that had no part in the choice.
         options = replace(options, protocol="two_halves")
     result = _search(tables, devices, objective, options, name=name, setting=setting, time_limit=limit)
     if guarantee is not None:
         selection, calibration = (tables.subset(half) for half in tables.halves(options.seed))
         result = certify(result, guarantee, selection=selection, calibration=calibration, costs=devices)
+    # An instance is loaded in the precision that it was judged in.
     result = replace(result, instance=replace(result.instance, precision=tables.precision))
     directory.instance(name).write(result.instance)
     return result

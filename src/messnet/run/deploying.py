@@ -42,6 +42,7 @@ def deploy(run: Run, made: MadeStages) -> Deployed:
     ``made`` as for ``graph_runner``, of the trained network."""
     options, directory, val = run.recipe.deploy, run.directory, run.dataset("val")
     threads = options.threads or torch.get_num_threads()
+    # Costs first, one precision after the other: the search compares what was measured on this machine just now.
     files = [_measure(run, precision, threads, made) for precision in options.precisions]
     objective = Objective(minimise="latency_ms", max_drop_pp=options.max_drop_pp)
     found = search_precisions(directory, run.recipe.search, objective, files, name=DEPLOYED)
@@ -57,6 +58,7 @@ def deploy(run: Run, made: MadeStages) -> Deployed:
         pairs.append(("f32", model))
         sessions.append(Session(TorchRunner(net, Policy.parse(model.policy), threads=threads), model))
         megabytes.append(weights / 1e6)
+    # In turns, image by image: a machine that slows down slows all of them down.
     samples = ((val[v].image, val[v].mask) for v in range(len(val)))
     runnings = run_side_by_side(sessions, samples, len(tables[0].class_names))
     rows = []
@@ -126,6 +128,7 @@ def _bundle(run: Run, instance: Instance, made: MadeStages) -> Path:
         max_loss_pp=100.0,  # judged by the search, on all images
         origin={"source": "training images", "seed": CALIBRATION.seed},
     )
+    # A bundle of an earlier call: the verb may be repeated.
     shutil.rmtree(path, ignore_errors=True)
     export(
         run.directory.path,

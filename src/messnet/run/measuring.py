@@ -64,6 +64,7 @@ def build_network(
         exit_cost=options.exit_cost,
         normalisation=options.normalisation,
     ).cpu()
+    # The zoo's models are known to export, and of what cannot be exported the conversion has said so.
     is_known = options.name in MODELS or any("can be exported" in note for note in net.notes)
     if net.backbone.exportable and not is_known:
         notes = (*notes, *_without_graphs(net, input_size))
@@ -145,6 +146,7 @@ def profile_bundle(
     bundle = open_bundle(path)
     runs_in = default_runtime(bundle, model)
     chosen = runtime or runs_in
+    # Graphs are measured through a session, which runs one image at a time.
     if chosen in GRAPH_RUNTIMES and latency and latency.batch > 1:
         raise MessError(f"{path} is measured in {chosen}, one image at a time: leave --batch out")
     if runs_in in GRAPH_RUNTIMES:
@@ -233,6 +235,7 @@ def logits_in(
             runners.append((instance, by_torch))
 
     def logits_of(image: NDArray[np.uint8]) -> Iterator[tuple[Exit, Tensor]]:
+        # Every instance holds one head of each exit; heads that an earlier one gave are passed.
         known: set[Exit] = set()
         for instance, runner in runners:
             live: Live | None = runner.start(image[None])

@@ -59,6 +59,7 @@ def _refuse_other_recipe(directory: RunDirectory, known: Mapping[str, object], r
     for stage in STAGES.values():
         if not stage.is_training:
             continue
+        # A training that has begun leaves a checkpoint, one that has ended a fingerprint.
         if directory.fingerprint(stage.name) is None and not directory.checkpoint(stage.name).exists():
             continue  # not begun: may still change
         advice = "choose another directory with --out, or delete it"
@@ -74,6 +75,7 @@ def _expect_same(
     stage: Stage, known: Mapping[str, object], record: Mapping[str, object], *, was: str, advice: str
 ) -> None:
     """Raises RunError that names the first key where two recipes differ in what ``stage`` is made from."""
+    # In the order of the stage's sections, so that the first difference is the one that matters most.
     old, new = dict(_flat(stage.inputs(known))), dict(_flat(stage.inputs(record)))
     for section in stage.sections:
         for key in sorted(key for key in old.keys() | new.keys() if key.startswith(f"{section}.")):
@@ -102,7 +104,7 @@ def adopt_pretrained(run: Run, source: Path) -> None:
     theirs = recipe_to_record(recipe_from_record(other.record().recipe))
     advice = "stage 1 is shared only where data, model and pretrain agree"
     _expect_same(pretrained, theirs, record, was=f"{source} was pretrained", advice=advice)
-    weights = other.stage1.read()
+    weights = other.stage1.read()  # before anything is written: it may not be finished
 
     def copy_profile(run: Run) -> None:
         run.directory.profile.write(other.profile.read())

@@ -114,6 +114,7 @@ def _classes_of(root: Path, counts: Counter[int]) -> _Classes:
             f"the masks hold {len(counts)} different values: soft edges, JPEG, or photographs; save masks as PNG "
             "without smoothing, one value for each class"
         )
+    # Black and white: here 255 is what was drawn, not void.
     is_binary = sorted(counts) == [0, VOID]
     is_colour = max(counts) > VOID
     values = tuple(sorted(value for value in counts if is_colour or is_binary or value != VOID))
@@ -138,6 +139,7 @@ def _classes_drawn(images: Sequence[Labelled]) -> _Classes:
         raise DataError(
             f"nothing is drawn on the {len(images)} images but {some(list(counts)) or 'nothing'}: label them"
         )
+    # First, as most tools number it 0.
     names = (BACKGROUND[0], *labels)
     return _Classes(names, tuple(range(len(names))), has_void=False, is_named=True, is_drawn=True)
 
@@ -146,7 +148,7 @@ def _names_in_files(root: Path, count: int) -> tuple[str, ...] | None:
     for file in NAME_FILES:
         if (root / file).is_file():
             names = [composed(line.strip()) for line in read_text(root / file).splitlines() if line.strip()]
-            if len(names) == count:
+            if len(names) == count:  # a list that does not fit the masks is of something else
                 return tuple(names)
     return None
 

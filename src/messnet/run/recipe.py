@@ -161,7 +161,7 @@ def _recipe(content: dict[str, object], overrides: Sequence[str], *, source: str
         place[key] = value
     _expect_new_names(content, quiet=quiet and not said)
     try:
-        return from_plain(content, Recipe, texts=True)
+        return from_plain(content, Recipe, texts=True)  # YAML reads 1e-3, without a dot, as text
     except MismatchError as error:
         of_override = error.place.partition("[")[0] in said
         raise RecipeError(f"--{error}" if of_override else f"{source}: {error}") from error
@@ -183,6 +183,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
     as text is kept as it is written."""
     data = path.read_bytes()
     try:
+        # Composed, aliases are still references: what they stand for is counted before anything is built of it.
         if _size(yaml.compose(data), {}) > _MOST_NODES:
             raise RecipeError(
                 f"{path} has aliases that hold themselves or stand for more than {_MOST_NODES:,} values: write them out"

@@ -76,6 +76,7 @@ def _delivered(tables: ExitTables, *, is_kept: bool) -> Delivered | None:
 def _found(run: Run, findings: Findings, selections: Sequence[ExitTables]) -> tuple[list[Instance], list[str]]:
     """The instances of the recipe, then those of the user's own searches; and the names of those that are left out,
     see ``Measurements.left_out``."""
+    # A dictionary keeps the order and drops what is named twice.
     names = dict.fromkeys((*findings.names, *run.directory.instance_names()))
     found, left_out = [], []
     for name in names:
@@ -149,6 +150,7 @@ def _gallery(
     it gets most wrong by its ``errors``, shares of pixels of each image by row."""
     if len(sessions) < 2:
         return None
+    # Row 0 is the whole model, which has one exit.
     chosen = max(range(1, len(sessions)), key=lambda i: rows[i].spread())
     session, row = sessions[chosen], rows[chosen]
     # From shallow to deep, and from unsure to sure among those that left together; the tenth from either end.
@@ -158,6 +160,7 @@ def _gallery(
     worst = [int(v) for v in np.argsort(-wrong, kind="stable")[:_NUM_WORST] if wrong[v] > 0]
     samples = {v: val[reported[v]] for v in dict.fromkeys((first, last, *worst))}
     size = samples[first].mask.shape
+    # The gallery is one array: pictures of another size are left out.
     shown = {v: sample for v, sample in samples.items() if sample.mask.shape == size}
     return make_gallery(
         session,

@@ -55,6 +55,7 @@ class Run:
     def calibration(self) -> list[NDArray[np.uint8]]:
         """The training images that int8 takes the ranges of activations from."""
         train = self.dataset("train")
+        # Of the training split: what judges int8 must not have shaped it.
         drawn = np.random.default_rng(CALIBRATION.seed).permutation(len(train))[: CALIBRATION.images]
         return [train[int(v)].image for v in drawn]
 

@@ -52,6 +52,7 @@ def _cost(net: MultiExitNet, exit: Exit) -> float:
             block=net.backbone.block,
             seed=0,
         )
+    # Parameters times feature pixels, of an image of one pixel.
     return sum(p.numel() for p in head.parameters()) / point.output_stride**2
 
 
@@ -86,6 +87,7 @@ def pack(part: Part) -> bytes:
 def unpack(data: bytes, name: str) -> Part:
     """The inverse. Raises RunError when ``data``, the content of file ``name``, is damaged."""
     try:
+        # safetensors gives tensors alone; its header is JSON behind eight bytes that say its length.
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         stopped = {Exit(i, head): iteration for i, head, iteration in json.loads(metadata.get("diverged", "[]"))}

@@ -84,6 +84,7 @@ def _evaluate_delivered(run: Run, net: MultiExitNet) -> ExitTables:
     """What the user's model, whose weights ``net`` holds, does to every validation image before anything is trained:
     RUN/delivered.npz. A training that goes on from a checkpoint has it already."""
     file, origin = run.directory.delivered, STAGES["pretrain"].made_from(run)
+    # Once stage 1 has begun, ``net`` no longer holds what was delivered.
     if file.exists and run.checkpoint("pretrain").path.exists():
         return file.read()
     tables = evaluate(net, run.dataset("val"), run.recipe.evaluate, run.device, origin=origin)
@@ -158,6 +159,7 @@ def evaluate_stage(run: Run, shard: Shard | None = None) -> None:
     """Tabulate every exit's predictions on every validation image, or on a ``shard`` of them in a file of its own."""
     net, val, options, origin = run.trained(), run.dataset("val"), run.recipe.evaluate, _tables_origin(run)
     checkpoint = run.checkpoint(f"tables.{shard}" if shard else "tables")
+    # A part lacks most images, so what the delivered model does to them is added when all are merged.
     file = run.directory.part_of_tables(shard) if shard else run.directory.tables
     part = shard or WHOLE
     tables = evaluate(net, val, options, run.device, part=part, origin=origin, checkpoint=checkpoint)
@@ -227,7 +229,7 @@ def report_stage(run: Run) -> None:
     findings = Findings.from_json(run.directory.front.read())
     measurements, gallery = measure_instances(run, findings)
     run.directory.measurements.write(measurements)
-    if gallery is None:
+    if gallery is None:  # one of an earlier report would show other instances
         run.directory.gallery.discard()
     else:
         run.directory.gallery.write(gallery)
