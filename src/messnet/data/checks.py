@@ -56,17 +56,17 @@ class DatasetReport:
 
     num_images: int
     """All of them, with or without a problem."""
-    sizes: dict[str, int]
+    sizes: dict[str, int] = field(default_factory=dict)
     """Readable images per size "HEIGHTxWIDTH", the most frequent first."""
-    class_share: dict[str, float]
+    class_share: dict[str, float] = field(default_factory=dict)
     """Share of each class in the labelled pixels; sums to 1 unless there are none."""
-    class_images: dict[str, int]
+    class_images: dict[str, int] = field(default_factory=dict)
     """Number of images that the class is in."""
-    void_share: float
+    void_share: float = 0.0
     """Share of the pixels that count nowhere in all pixels."""
-    unlabelled: tuple[str, ...]
+    unlabelled: tuple[str, ...] = ()
     """Names of images that are void everywhere."""
-    problems: tuple[str, ...]
+    problems: tuple[str, ...] = ()
     """One line each; a sample with a problem counts nowhere else."""
     problem_kinds: dict[str, int] = field(default_factory=dict)
     """Number of problems of each kind that files have."""
@@ -131,9 +131,7 @@ def check_dataset(
 
 def failed_report(error: DataError) -> DatasetReport:
     """The report of a split that cannot be opened at all."""
-    return DatasetReport(
-        num_images=0, sizes={}, class_share={}, class_images={}, void_share=0.0, unlabelled=(), problems=(str(error),)
-    )
+    return DatasetReport(num_images=0, problems=(str(error),))
 
 
 @dataclass(frozen=True)

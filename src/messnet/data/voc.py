@@ -8,9 +8,10 @@ and what SBD labels besides, without VOC's val.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,15 +113,10 @@ def _read_mat(path: Path) -> NDArray[np.uint8]:
     return _reader.to_classes(values, str(path))
 
 
-class _LoadMat(Protocol):
-    """scipy.io.loadmat, as far as it is used: it gives structures as arrays of records."""
-
-    def __call__(self, path: Path) -> dict[str, list[dict[str, list[NDArray[np.uint8]]]]]: ...
-
-
-def _expect_scipy() -> _LoadMat:
+def _expect_scipy() -> Callable[[Path], Any]:
+    """scipy.io.loadmat, which gives structures as arrays of records."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise DataError("SBD's .mat files are read with scipy: pip install 'messnet[data]'") from error
-    return cast("_LoadMat", loadmat)
+    return loadmat  # type: ignore[no-any-return]

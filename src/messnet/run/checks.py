@@ -52,12 +52,8 @@ def _unread(scenes: SegmentationDataset) -> DatasetReport:
     names = scenes.class_names
     return DatasetReport(
         num_images=len(scenes),
-        sizes={},
         class_share=dict.fromkeys(names, 1 / len(names)),
         class_images=dict.fromkeys(names, len(scenes)),
-        void_share=0.0,
-        unlabelled=(),
-        problems=(),
         images=tuple(ImageFacts(str(v), "", "", b"", True) for v in range(len(scenes))),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,27 +65,17 @@ def _slow_dilation(
     return int(dilation[0]) if is_slow else 0
 
 
-class _Context(Protocol):
-    """What autograd hands to both passes, and what is kept from one to the other."""
-
-    saved_tensors: tuple[Tensor, Tensor]
-    needs_input_grad: tuple[bool, bool, bool]
-    dilation: int
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
-
-
 class _Depthwise(torch.autograd.Function):
     """y[c] = x[c] * w[c], dilated: (N, C, H, W), (C, 1, k, k), dilation -> (N, C, H, W)."""
 
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
         return F.conv2d(x, weight, None, 1, dilation * (weight.shape[-1] // 2), dilation, len(weight))
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dilation, radius, groups = ctx.dilation, weight.shape[-1] // 2, len(weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
