@@ -6,16 +6,15 @@ import asyncio
 import logging
 import os
 import signal
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError, read_exactly
+from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError
 
 _RESTART_S = 1.0
 _PIPE_BYTES = 2**20  # the most that Linux gives to anyone; by default an image of 4 megapixels takes 200 turns
@@ -26,68 +25,59 @@ class _EndedError(Exception):
 
 
 class _Decoder:
-    """One process. Its methods wait; they are called in a thread, all but ``kill`` by one at a time."""
+    """One process, which is asked for one image at a time."""
 
     def __init__(self, max_pixels: int, decode_s: float) -> None:
         # -I would be safest, but the package need not be installed: -P leaves the working directory out all the same.
         self._command = [sys.executable, "-P", "-W", "ignore", "-m", "messnet.apps.serving.decoding"]
         self._command += [str(max_pixels), str(decode_s)]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     @property
     def runs(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.returncode is None
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Returns once the process waits for work. Raises OSError when it cannot be started."""
-        if self._process is not None:
-            self.end()
         # A session of its own: ctrl-c in a terminal is for the service, which has accepted requests to answer.
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=PIPE,
+            stdout=PIPE,
+            limit=_PIPE_BYTES,
             pipesize=_PIPE_BYTES,
             start_new_session=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each thread would map 32 MB for sums it never does
         )
         assert self._process.stdout is not None
-        if self._process.stdout.read(1) != READY:
-            self.end()
-            raise OSError(f"it ended with exit code {self._process.returncode} at its start")
+        if await self._process.stdout.read(1) != READY:
+            raise OSError(f"it ended with exit code {await self.end()} at its start")
 
-    def ask(self, data: bytes) -> NDArray[np.uint8]:
+    async def ask(self, data: bytes) -> NDArray[np.uint8]:
         """(H, W, 3) pixels. Raises RequestError as the process says, _EndedError when it says nothing more."""
         assert self._process is not None
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
         try:
-            requests.write(REQUEST.pack(len(data)))
-            requests.write(data)
-            requests.flush()
-            status, first, second = ANSWER.unpack(read_exactly(answers, ANSWER.size))
+            requests.writelines([REQUEST.pack(len(data)), data])
+            await requests.drain()
+            status, first, second = ANSWER.unpack(await answers.readexactly(ANSWER.size))
             if status != 200:
-                raise RequestError(status, read_exactly(answers, first).decode())
-            pixels = np.frombuffer(read_exactly(answers, first * second * 3), np.uint8)
-        except (EOFError, OSError) as error:
+                raise RequestError(status, (await answers.readexactly(first)).decode())
+            pixels = await answers.readexactly(first * second * 3)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise _EndedError from error
-        return pixels.reshape(first, second, 3)
+        return np.frombuffer(pixels, np.uint8).reshape(first, second, 3)
 
-    def kill(self) -> None:
-        """Ends the process at once, whatever it does; who waits in ``ask`` learns it."""
-        if self._process is not None:
-            self._process.kill()
-
-    def end(self) -> int:
-        """Ends the process, waits until it has, and lets go of its pipes. Returns its exit code."""
+    async def end(self) -> int:
+        """Ends the process at once, whatever it does, and waits until it has. Returns its exit code."""
         if self._process is None:
             return 0
-        self._process.kill()
-        # Its pipes are closed even where the last request was written in part: the rest of it has no reader.
-        with suppress(BrokenPipeError), self._process:
-            pass
-        return self._process.wait()
+        with suppress(ProcessLookupError):  # it has ended by itself
+            self._process.kill()
+        await self._process.communicate(b"")  # closes its pipes too
+        return self._process.returncode or 0
 
 
 class Decoders:
@@ -102,7 +92,6 @@ class Decoders:
         self._decode_s = decode_s
         self._all = [_Decoder(max_pixels, decode_s) for _ in range(count)]
         self._free: asyncio.Queue[_Decoder] = asyncio.Queue()
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decoder")
         self._restarts: set[asyncio.Task[None]] = set()
         # A client's turn is gone with the last of its requests.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -113,8 +102,7 @@ class Decoders:
 
     async def start(self) -> None:
         """Raises OSError when no process can be started."""
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(self._threads, decoder.start) for decoder in self._all))
+        await asyncio.gather(*(decoder.start() for decoder in self._all))
         for decoder in self._all:
             self._free.put_nowait(decoder)
 
@@ -124,34 +112,21 @@ class Decoders:
         # Held here by name, for the dictionary itself does not keep it.
         turn = self._turns.setdefault(client, asyncio.Lock())
         async with turn:
-            return await self._decode(data)
-
-    async def _decode(self, data: bytes) -> NDArray[np.uint8]:
-        decoder = await self._free.get()
-        work = asyncio.get_running_loop().run_in_executor(self._threads, decoder.ask, data)
-        ended = True  # unless it answers
-        try:
-            # Cancelling what runs in a thread does nothing; killing the process ends it.
-            image = await asyncio.shield(work)
-            ended = False
-        except RequestError:
-            ended = False
-            raise
-        except asyncio.CancelledError:
-            decoder.kill()
-            await asyncio.wait([work])
-            raise
-        except _EndedError as error:
-            exit_code = await asyncio.get_running_loop().run_in_executor(self._threads, decoder.end)
-            raise RequestError(422, self._why(exit_code)) from error
-        finally:
-            if ended:
-                restart = asyncio.create_task(self._restart(decoder, work))
-                self._restarts.add(restart)
-                restart.add_done_callback(self._restarts.discard)
-            else:
-                self._free.put_nowait(decoder)
-        return image
+            decoder = await self._free.get()
+            try:
+                return await decoder.ask(data)
+            except _EndedError as error:
+                raise RequestError(422, self._why(await decoder.end())) from error
+            except asyncio.CancelledError:  # nobody waits for the image any more, so no process may work on it
+                await decoder.end()
+                raise
+            finally:
+                if decoder.runs:
+                    self._free.put_nowait(decoder)
+                else:
+                    restart = asyncio.create_task(self._restart(decoder))
+                    self._restarts.add(restart)
+                    restart.add_done_callback(self._restarts.discard)
 
     def _why(self, exit_code: int) -> str:
         if sys.platform != "win32" and exit_code == -signal.SIGPROF:
@@ -159,12 +134,10 @@ class Decoders:
             return f"the image {took}; save it again as a plain JPEG or PNG"
         return "the image makes its decoder crash; save it again as a plain JPEG or PNG"
 
-    async def _restart(self, decoder: _Decoder, work: asyncio.Future[NDArray[np.uint8]]) -> None:
-        await asyncio.wait([work])  # it has the decoder's pipes
-        work.exception()  # was told already, or nobody is left to be told
+    async def _restart(self, decoder: _Decoder) -> None:
         while True:
             try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, decoder.start)
+                await decoder.start()
             except OSError as error:
                 logging.getLogger(__name__).warning("messnet: no process for decoding could be started: %s", error)
                 await asyncio.sleep(_RESTART_S)
@@ -177,6 +150,4 @@ class Decoders:
         for restart in self._restarts:
             restart.cancel()
         await asyncio.gather(*self._restarts, return_exceptions=True)
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(self._threads, decoder.end) for decoder in self._all))
-        self._threads.shutdown()
+        await asyncio.gather(*(decoder.end() for decoder in self._all))
