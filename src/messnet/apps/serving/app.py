@@ -119,15 +119,7 @@ class Service:
         self.gate = Gate(
             self._endpoints(), options=self.options, metrics=self.metrics, num_given_up=lambda: self.worker.num_given_up
         )
-        self.worker = Worker(
-            session,
-            batch_size=self.options.batch_size,
-            batch_wait_ms=self.options.batch_wait_ms,
-            max_pixels=self.options.max_pixels,
-            num_requests=lambda: self.gate.num_in_work,
-            on_batch=self.metrics.batch_size.observe,
-            on_not_finite=self.metrics.not_finite.inc,
-        )
+        self.worker = Worker(session, self.options, self.metrics, num_requests=lambda: self.gate.num_in_work)
         self.app: ASGIApp = self.gate
         if self.options.cors:  # outside the gate: pages may read its refusals too
             self.app = CORSMiddleware(

@@ -12,6 +12,8 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from messnet.apps.serving.gate import Metrics
+from messnet.apps.serving.options import ServeOptions
 from messnet.deployment.session import Result, Session
 from messnet.errors import PredictionError
 from messnet.policy.labels import load_compiled
@@ -56,24 +58,14 @@ class _Refine:
 class Worker:
     """Runs ``session`` for the event loop it is started in.
 
-    A batch holds at most ``batch_size`` images of ``max_pixels`` in all. It waits up to ``batch_wait_ms`` for more,
-    and only while ``num_requests()``, the number of requests in work, says that more are on their way.
+    A batch holds at most ``options.batch_size`` images of ``max_pixels`` in all. It waits up to ``batch_wait_ms`` for
+    more, and only while ``num_requests()``, the number of requests in work, says that more are on their way.
     """
 
     def __init__(
-        self,
-        session: Session,
-        *,
-        batch_size: int,
-        batch_wait_ms: float,
-        max_pixels: int,
-        num_requests: Callable[[], int],
-        on_batch: Callable[[int], None] = lambda size: None,
-        on_not_finite: Callable[[], None] = lambda: None,
+        self, session: Session, options: ServeOptions, metrics: Metrics, *, num_requests: Callable[[], int]
     ) -> None:
-        self._session, self._on_not_finite = session, on_not_finite
-        self._batch_size, self._wait_s, self._max_pixels = batch_size, batch_wait_ms / 1000, max_pixels
-        self._num_requests, self._on_batch = num_requests, on_batch
+        self._session, self._options, self._metrics, self._num_requests = session, options, metrics, num_requests
         self._queue: asyncio.Queue[_Predict | _Refine | None] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
         self._dispatcher: asyncio.Task[None] | None = None
@@ -153,8 +145,8 @@ class Worker:
     async def _collect(self, first: _Predict) -> list[_Predict]:
         """The batch that begins with ``first``. What comes but does not fit is held for the next one."""
         batch, pixels = [first], first.image.size // 3
-        until = asyncio.get_running_loop().time() + self._wait_s
-        while len(batch) < self._batch_size:
+        until = asyncio.get_running_loop().time() + self._options.batch_wait_ms / 1000
+        while len(batch) < self._options.batch_size:
             try:
                 if not self._queue.empty():
                     job = self._queue.get_nowait()
@@ -165,7 +157,7 @@ class Worker:
                     break
             except TimeoutError:
                 break
-            if not isinstance(job, _Predict) or pixels + job.image.size // 3 > self._max_pixels:
+            if not isinstance(job, _Predict) or pixels + job.image.size // 3 > self._options.max_pixels:
                 if job is None:  # the end of all work: it is found again after this batch
                     self._queue.put_nowait(None)
                 self._held = job
@@ -176,7 +168,7 @@ class Worker:
         return batch
 
     async def _predict(self, batch: Sequence[_Predict]) -> None:
-        self._on_batch(len(batch))
+        self._metrics.batch_size.observe(len(batch))
         try:
             answers = await self._in_thread(partial(self._run, [job.image for job in batch]), batch)
         except Exception as error:
@@ -185,7 +177,7 @@ class Worker:
                     await self._predict([job])
                 return  # each has been counted and answered alone
             if isinstance(error, PredictionError):
-                self._on_not_finite()
+                self._metrics.not_finite.inc()
             if not batch[0].abandoned:
                 batch[0].answer.set_exception(error)
             return
@@ -202,7 +194,7 @@ class Worker:
             self._running = ()
 
     def _run(self, images: list[NDArray[np.uint8]]) -> list[Answer]:
-        return [_answer(result) for result in self._session.predict(images, batch_size=self._batch_size)]
+        return [_answer(result) for result in self._session.predict(images, batch_size=self._options.batch_size)]
 
     def _refine(self, job: _Refine, loop: asyncio.AbstractEventLoop) -> None:
         def put(answer: Answer | Stopped | Exception) -> None:
@@ -225,7 +217,7 @@ class Worker:
             put(stopped)
         except Exception as error:
             if isinstance(error, PredictionError):
-                self._on_not_finite()
+                self._metrics.not_finite.inc()
             put(error)
 
 
