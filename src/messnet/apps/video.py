@@ -15,10 +15,12 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -37,7 +39,6 @@ from messnet.records.files import write_atomically
 if TYPE_CHECKING:
     from cv2.typing import MatLike
 
-T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 Draw = Callable[[Pixels, Pixels, Pixels], Pixels]
 CODEC = "mp4v"  # what OpenCV's own wheels can write into mp4
@@ -274,7 +275,11 @@ class _Reader:
         if self._live and isinstance(frame, _Frame):
             with contextlib.suppress(queue.Empty):  # the one that waits is stale now
                 self._frames.get_nowait()
-        _put(self._frames, frame, self._stopped.is_set)
+        # A queue cannot wait for room and for the end at once: the latter is looked for ten times a second.
+        while not self._stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self._frames.put(frame, timeout=0.1)
+                return
 
 
 class _Times:
@@ -323,71 +328,56 @@ class _Writer:
         if not self._video.isOpened():
             self._temporary.unlink(missing_ok=True)
             raise DataError(f"OpenCV cannot write {self._path} with codec {CODEC}: is there room, may it be written?")
-        self._written, self._end_s = 0, 0.0
-        self._error: BaseException | None = None
-        self._jobs: queue.Queue[tuple[_Frame, NDArray[np.uint8], FrameRecord] | None] = queue.Queue(
-            options.queue_frames
-        )
-        self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
-        self._thread.start()
+        self._written = 0
+        self._held: MatLike | None = None  # the last picture, which is shown until the next one is due
+        self._begin = 0  # of the picture that is held, in frames of the video that is written
+        self._most_jobs = options.queue_frames + 1  # one is being drawn
+        self._pool = ThreadPoolExecutor(1, "encode")
+        self._jobs: deque[Future[None]] = deque()
 
     def put(self, frame: _Frame, result: Result, record: FrameRecord) -> None:
-        """Waits while the queue is full. Raises what the thread could not do."""
-        _put(self._jobs, (frame, result.labels, record), lambda: self._error is not None)
-        if self._error is not None:
-            raise self._error
+        """Waits while too many frames do. Raises what the thread could not do."""
+        self._jobs.append(self._pool.submit(self._add, frame, result.labels, record))
+        while len(self._jobs) > self._most_jobs:
+            self._jobs[0].result()
+            self._jobs.popleft()  # only now: ``finish`` is to meet one that failed again
 
     def finish(self, end_s: float = 0.0) -> int:
         """Writes what waits, the last picture until ``end_s`` seconds, and closes the video. Returns how many frames of
         the source have been drawn; there is no file if there are none. Raises what the thread could not do."""
-        self._end_s = end_s
-        _put(self._jobs, None, lambda: not self._thread.is_alive())
-        self._thread.join()
-        self._video.release()
-        if self._error is not None or not self._written:
-            self._temporary.unlink(missing_ok=True)
-        else:
-            os.replace(self._temporary, self._path)
-        if self._error is not None:
-            raise self._error
+        is_whole = False
+        try:
+            with self._pool:
+                for job in self._jobs:
+                    job.result()
+            if self._held is not None:
+                self._write(self._held, max(1, round(end_s * self._rate) - self._begin))
+            is_whole = self._written > 0
+        finally:
+            self._video.release()
+            if is_whole:
+                os.replace(self._temporary, self._path)
+            else:
+                self._temporary.unlink(missing_ok=True)
         return self._written
 
-    def _run(self) -> None:
-        held: MatLike | None = None
-        begin = 0  # of the picture that is held, in frames of the video that is written
-        try:
-            while (job := self._jobs.get()) is not None:
-                frame, labels, record = job
-                picture = self._draw(frame.image, labels, self._palette)
-                _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
-                if self._legend is not None:
-                    picture = np.concatenate([picture, self._legend])
-                bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-                due = round(frame.time_s * self._rate)
-                if held is not None:  # shown until this one is due; not at all where both fall into one frame
-                    self._write(held, due - begin)
-                held, begin = bgr, due
-                if self._masks:
-                    path = self._out / "masks" / f"{frame.number:06d}.png"
-                    write_atomically(path, as_png(mask(labels, self._palette)))
-                self._written += 1
-            if held is not None:
-                self._write(held, max(1, round(self._end_s * self._rate) - begin))
-        except BaseException as error:  # belongs to the main thread
-            self._error = error
+    def _add(self, frame: _Frame, labels: NDArray[np.uint8], record: FrameRecord) -> None:
+        picture = self._draw(frame.image, labels, self._palette)
+        _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
+        if self._legend is not None:
+            picture = np.concatenate([picture, self._legend])
+        due = round(frame.time_s * self._rate)
+        if self._held is not None:  # not shown at all where both fall into one frame
+            self._write(self._held, due - self._begin)
+        self._held, self._begin = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), due
+        if self._masks:
+            path = self._out / "masks" / f"{frame.number:06d}.png"
+            write_atomically(path, as_png(mask(labels, self._palette)))
+        self._written += 1
 
     def _write(self, picture: MatLike, times: int) -> None:
         for _ in range(times):
             self._video.write(picture)
-
-
-def _put(waiting: queue.Queue[T], item: T, given_up: Callable[[], bool]) -> None:
-    """Waits for room, unless nobody will make any."""
-    # A queue cannot wait for room and for the other thread's end at once: the latter is looked for ten times a second.
-    while not given_up():
-        with contextlib.suppress(queue.Full):
-            waiting.put(item, timeout=0.1)
-            return
 
 
 def _caption(picture: NDArray[np.uint8], record: FrameRecord, place: int, num_exits: int) -> None:

@@ -51,7 +51,7 @@ class _Decoder:
         )
         assert self._process.stdout is not None
         if await self._process.stdout.read(1) != READY:
-            raise OSError(f"it ended with exit code {await self.end()} at its start")
+            raise OSError(f"it ended with exit code {await self.ended()} at its start")
 
     async def ask(self, data: bytes) -> NDArray[np.uint8]:
         """(H, W, 3) pixels. Raises RequestError as the process says, _EndedError when it says nothing more."""
@@ -70,14 +70,18 @@ class _Decoder:
             raise _EndedError from error
         return np.frombuffer(pixels, np.uint8).reshape(first, second, 3)
 
-    async def end(self) -> int:
-        """Ends the process at once, whatever it does, and waits until it has. Returns its exit code."""
-        if self._process is None:
-            return 0
-        with suppress(ProcessLookupError):  # it has ended by itself
-            self._process.kill()
-        await self._process.communicate(b"")  # closes its pipes too
+    async def ended(self) -> int:
+        """Waits until the process has ended, and closes its pipes. Returns its exit code."""
+        assert self._process is not None
+        await self._process.communicate(b"")
         return self._process.returncode or 0
+
+    async def end(self) -> None:
+        """Ends the process at once, whatever it does."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):  # it has ended by itself
+                self._process.kill()
+            await self.ended()
 
 
 class Decoders:
@@ -116,7 +120,7 @@ class Decoders:
             try:
                 return await decoder.ask(data)
             except _EndedError as error:
-                raise RequestError(422, self._why(await decoder.end())) from error
+                raise RequestError(422, self._why(await decoder.ended())) from error
             except asyncio.CancelledError:  # nobody waits for the image any more, so no process may work on it
                 await decoder.end()
                 raise
