@@ -263,88 +263,51 @@ def _workload(flops: dict[OpOverloadPacket, int]) -> Workload:
     return Workload(macs=(total - extra) / 2, macs_paper=total / 2)
 
 
-# Formulas take the shapes of the operator's arguments, and give operations: two for each multiply-accumulate.
-Shape = tuple[int, ...]
-
-
-def _batch_norm(input_shape: Shape, *_: object, **__: object) -> int:
-    # Two multiply-accumulates an element, the paper's figure, though normalisation folds into one.
-    return 2 * 2 * math.prod(input_shape)
-
-
-def _global_pool(input_shape: Shape, *_: object, **__: object) -> int:
-    return 2 * math.prod(input_shape)
-
-
-def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-    """(..., L, E), (..., S, E), (..., S, V): the products query x key and weights x value."""
-    *batch, length, width = query
-    return 2 * math.prod(batch) * length * key[-2] * (width + value[-1])
-
-
-def _matrix_vector(matrix: Shape, *_: object, **__: object) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _added_matrix_vector(_: Shape, matrix: Shape, *__: object, **___: object) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _added_product(_: Shape, one: Shape, other: Shape, *__: object, **___: object) -> int:
-    """bias, (..., L, M), (..., M, N)."""
-    return 2 * math.prod(one) * other[-1]
-
-
-def _recurrent_layer(x: Shape, of_input: Shape, of_state: Shape, *_: object, **__: object) -> int:
-    """(T, B, I) with the weights (4H, I) and (4H, H) of an LSTM."""
-    return 2 * x[0] * x[1] * (math.prod(of_input) + math.prod(of_state))
-
-
-def _bilinear_form(one: Shape, weight: Shape, other: Shape, *_: object, **__: object) -> int:
-    """nn.Bilinear: (B, I, 1 ...), (1, O, I, J), (B, J): two products for each of the weights."""
-    return 2 * 2 * one[0] * math.prod(weight)
-
-
-def _distances(one: Shape, other: Shape, *_: object, **__: object) -> int:
-    """(..., P, M), (..., R, M)."""
-    return 2 * math.prod(one) * other[-2]
-
-
-def _deformable(x: Shape, weight: Shape, *_: object, out_shape: Shape, **__: object) -> int:
-    """(N, C, H, W), (O, C/g, k, k): a convolution that is told where to look."""
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
-
-
 _aten = torch.ops.aten
-_PAPER_ONLY = {
-    # which of these a BatchNorm or a pool becomes depends on the torch version
-    _aten.native_batch_norm: _batch_norm,
-    _aten._native_batch_norm_legit: _batch_norm,
-    _aten._native_batch_norm_legit_no_training: _batch_norm,
-    _aten.cudnn_batch_norm: _batch_norm,
-    _aten._adaptive_avg_pool2d: _global_pool,
-    _aten.mean: _global_pool,
+# The formulas below give multiply-accumulates by the shapes of an operator's arguments.
+_BATCH_NORMS = (  # which of these a BatchNorm becomes depends on the torch version
+    _aten.native_batch_norm,
+    _aten._native_batch_norm_legit,
+    _aten._native_batch_norm_legit_no_training,
+    _aten.cudnn_batch_norm,
+)
+_PAPER_ONLY: dict[OpOverloadPacket, Callable[..., int]] = {
+    # Two an element, the paper's figure, though normalisation folds into one.
+    **dict.fromkeys(_BATCH_NORMS, lambda x, *_: 2 * math.prod(x)),
+    **dict.fromkeys((_aten._adaptive_avg_pool2d, _aten.mean), lambda x, *_: math.prod(x)),
 }
+_ATTENTION = (
+    _aten._scaled_dot_product_flash_attention_for_cpu,
+    _aten._scaled_dot_product_fused_attention_overrideable,
+)
 # What multiplies matrices and has no formula of torch's own.
-_UNKNOWN_TO_TORCH = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_fused_attention_overrideable: _attention,
-    _aten.mv: _matrix_vector,
-    _aten.addmv: _added_matrix_vector,
-    _aten.dot: _matrix_vector,
-    _aten.vdot: _matrix_vector,
-    _aten.addbmm: _added_product,
-    _aten._addmm_activation: _added_product,
-    _aten.mkldnn_rnn_layer: _recurrent_layer,
-    _aten._trilinear: _bilinear_form,
-    _aten._cdist_forward: _distances,
-    _aten._euclidean_dist: _distances,
+_UNKNOWN_TO_TORCH: dict[OpOverloadPacket, Callable[..., int]] = {
+    # (..., L, E), (..., S, E), (..., S, V): the products query x key and weights x value.
+    **dict.fromkeys(_ATTENTION, lambda q, k, v, *_: math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])),
+    **dict.fromkeys((_aten.mv, _aten.dot, _aten.vdot), lambda one, *_: math.prod(one)),
+    _aten.addmv: lambda bias, matrix, *_: math.prod(matrix),
+    # A bias, (..., L, M), (..., M, N).
+    **dict.fromkeys((_aten.addbmm, _aten._addmm_activation), lambda bias, a, b, *_: math.prod(a) * b[-1]),
+    # (T, B, I) with the weights (4H, I) and (4H, H) of an LSTM.
+    _aten.mkldnn_rnn_layer: lambda x, wx, wh, *_: x[0] * x[1] * (math.prod(wx) + math.prod(wh)),
+    # nn.Bilinear: (B, I, 1 ...), (1, O, I, J), (B, J): two products for each of the weights.
+    _aten._trilinear: lambda x, weight, *_: 2 * x[0] * math.prod(weight),
+    # (..., P, M), (..., R, M).
+    **dict.fromkeys((_aten._cdist_forward, _aten._euclidean_dist), lambda a, b, *_: math.prod(a) * b[-2]),
 }
 
 
 def _counter() -> FlopCounterMode:
     # The paper's extra operators are counted along always, and subtracted for the "conv" convention by ``_workload``.
-    formulas = {**_PAPER_ONLY, **_UNKNOWN_TO_TORCH}
+    formulas = {op: _operations(macs) for op, macs in (_PAPER_ONLY | _UNKNOWN_TO_TORCH).items()}
     if hasattr(torch.ops.torchvision, "deform_conv2d"):  # where torchvision is loaded
-        formulas[torch.ops.torchvision.deform_conv2d] = _deformable
+        # (N, C, H, W), (O, C/g, k, k): a convolution that is told where to look.
+        formulas[torch.ops.torchvision.deform_conv2d] = lambda x, weight, *_, out_shape, **__: (
+            2 * math.prod(out_shape) * math.prod(weight[1:])
+        )
     return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _operations(macs: Callable[..., int]) -> Callable[..., int]:
+    """A formula as torch's counter takes it: two operations for each multiply-accumulate."""
+    return lambda *shapes, **_: 2 * macs(*shapes)
