@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +83,18 @@ class Artefact(RunFile, Generic[_T]):
             write_atomically(self.path, self.encode(value))
 
 
+class Named(Generic[_T]):
+    """A file that every run has under the same name: an attribute of RunDirectory, which is the Artefact of the run."""
+
+    def __init__(
+        self, name: str, made_by: str, decode: Callable[[bytes], _T], encode: Callable[[_T], bytes | str]
+    ) -> None:
+        self.name, self.made_by, self.decode, self.encode = name, made_by, decode, encode
+
+    def __get__(self, run: RunDirectory, owner: type[RunDirectory]) -> Artefact[_T]:
+        return Artefact(run.path, self.name, self.made_by, self.decode, self.encode)
+
+
 @dataclass(frozen=True)
 class RunRecord(Stored, what="a run's record", made_by="run"):
     """``run.json``: the recipe, and of each finished stage its fingerprint, times and provenance."""
@@ -99,37 +111,24 @@ class RunDirectory:
 
     # What each stage leaves. Weights are safetensors; who reads them has torch, this module has not.
 
-    @property
-    def exits(self) -> Artefact[bytes]:
-        """The network's Blueprint, as JSON."""
-        return self._bytes("exits.json", "profile")
-
-    @property
-    def profile(self) -> Artefact[CostTable]:
-        """The workload of every part."""
-        return self._costs("profile.json")
-
-    @property
-    def delivered(self) -> Artefact[ExitTables]:
-        """The tables of the user's model alone, as it was delivered: where the recipe gives its weights."""
-        return Artefact(self.path, "delivered.npz", "pretrain", ExitTables.from_bytes, ExitTables.to_bytes)
-
-    @property
-    def stage1(self) -> Artefact[bytes]:
-        return self._bytes("stage1.safetensors", "pretrain")
-
-    @property
-    def stage1_heads(self) -> Artefact[bytes]:
-        """The plain heads that stage 1 trained with the backbone: where its scheme has early exits."""
-        return self._bytes("stage1_heads.safetensors", "pretrain")
-
-    @property
-    def stage2(self) -> Artefact[bytes]:
-        return self._bytes("stage2.safetensors", "distill")
-
-    @property
-    def tables(self) -> Artefact[ExitTables]:
-        return self._tables("tables.npz")
+    exits = Named("exits.json", "profile", bytes, bytes)
+    """The network's Blueprint, as JSON."""
+    profile = Named("profile.json", "profile", CostTable.from_json, CostTable.to_json)
+    """The workload of every part."""
+    delivered = Named("delivered.npz", "pretrain", ExitTables.from_bytes, ExitTables.to_bytes)
+    """The tables of the user's model alone, as it was delivered: where the recipe gives its weights."""
+    stage1 = Named("stage1.safetensors", "pretrain", bytes, bytes)
+    stage1_heads = Named("stage1_heads.safetensors", "pretrain", bytes, bytes)
+    """The plain heads that stage 1 trained with the backbone: where its scheme has early exits."""
+    stage2 = Named("stage2.safetensors", "distill", bytes, bytes)
+    tables = Named("tables.npz", "evaluate", ExitTables.from_bytes, ExitTables.to_bytes)
+    front = Named("front.json", "search", bytes, bytes)
+    """The search's Findings, as JSON."""
+    measurements = Named("measurements.json", "report", Measurements.from_json, Measurements.to_json)
+    gallery = Named("gallery.npz", "report", Gallery.from_bytes, Gallery.to_bytes)
+    deployed = Named("deployed.json", "deploy", Deployed.from_json, Deployed.to_json)
+    report = Named("report.html", "report", bytes.decode, str.encode)
+    _record = Named(RUN_FILE, "run", RunRecord.from_json, RunRecord.to_json)
 
     def deployed_tables(self, runtime: str, precision: Precision) -> Artefact[ExitTables]:
         """Those of the network as a runtime computes it in a precision: "openvino", "int8"."""
@@ -162,23 +161,6 @@ class RunDirectory:
             )
         return tables
 
-    @property
-    def front(self) -> Artefact[bytes]:
-        """The search's Findings, as JSON."""
-        return self._bytes("front.json", "search")
-
-    @property
-    def measurements(self) -> Artefact[Measurements]:
-        return Artefact(self.path, "measurements.json", "report", Measurements.from_json, Measurements.to_json)
-
-    @property
-    def gallery(self) -> Artefact[Gallery]:
-        return Artefact(self.path, "gallery.npz", "report", Gallery.from_bytes, Gallery.to_bytes)
-
-    @property
-    def deployed(self) -> Artefact[Deployed]:
-        return Artefact(self.path, "deployed.json", "deploy", Deployed.from_json, Deployed.to_json)
-
     def read_deployed(self) -> Deployed | None:
         """None where the recipe deploys nothing."""
         asked = self.record().recipe.get("deploy", {})
@@ -188,10 +170,6 @@ class RunDirectory:
     def bundle(self) -> Path:
         """Of the instance that the deploy stage chooses."""
         return self.path / f"{DEPLOYED}.mess"
-
-    @property
-    def report(self) -> Artefact[str]:
-        return Artefact(self.path, "report.html", "report", bytes.decode, str.encode)
 
     @property
     def logs(self) -> Path:
@@ -218,7 +196,7 @@ class RunDirectory:
 
     def measured(self, name: str) -> Artefact[CostTable]:
         """The costs that were measured on some device."""
-        return self._costs(f"costs/{name}.json")
+        return Artefact(self.path, f"costs/{name}.json", "profile", CostTable.from_json, CostTable.to_json)
 
     def all_measured(self) -> list[Artefact[CostTable]]:
         return [self.measured(file.stem) for file in sorted(self.path.glob("costs/*.json"))]
@@ -232,7 +210,7 @@ class RunDirectory:
         return CostTable.from_json(path.read_bytes())
 
     def part_of_stage2(self, shard: Shard) -> Artefact[bytes]:
-        return self._bytes(f"stage2.{shard}.safetensors", "distill")
+        return Artefact(self.path, f"stage2.{shard}.safetensors", "distill", bytes, bytes)
 
     def parts_of_stage2(self) -> dict[Shard, Artefact[bytes]]:
         return {shard: self.part_of_stage2(shard) for shard in self._shards("stage2.*of*.safetensors")}
@@ -246,12 +224,6 @@ class RunDirectory:
     def checkpoint(self, stage: str) -> Path:
         """Where a stage under way keeps the state it resumes from."""
         return self.path / f"{stage}.checkpoint"
-
-    def _bytes(self, name: str, made_by: str) -> Artefact[bytes]:
-        return Artefact(self.path, name, made_by, bytes, bytes)
-
-    def _costs(self, name: str) -> Artefact[CostTable]:
-        return Artefact(self.path, name, "profile", CostTable.from_json, CostTable.to_json)
 
     def _tables(self, name: str, options: str = "") -> Artefact[ExitTables]:
         return Artefact(self.path, name, "evaluate", ExitTables.from_bytes, ExitTables.to_bytes, options=options)
@@ -307,20 +279,11 @@ class RunDirectory:
         }
         self._record.write(record)
 
-    @property
-    def _record(self) -> Artefact[RunRecord]:
-        return Artefact(self.path, RUN_FILE, "run", RunRecord.from_json, RunRecord.to_json)
-
 
 def provenance() -> dict[str, str]:
     """Versions and machine, as words."""
-    packages = {name: metadata.version(name) for name in ("messnet", "torch", "torchvision") if _installed(name)}
-    return {**packages, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    versions = {}
+    for name in ("messnet", "torch", "torchvision"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}

@@ -8,15 +8,12 @@ in some, or in all. A *cell* is a class at the first exit together with one at t
 exit with the largest g (step 4). The sum is an upper bound of G over the cell.
 
 *Remainder.* Step 3 wants the ends of l and u over the cell. Let A be the images that leave at the first exit, B those
-that reach the middle exit's threshold. Start with all images at the last exit. Then either
-
-- move B from the last exit to the middle one, then A from the middle exit to the first, which is wrong by D = A - B:
-  those images came from the last exit, so add the change from the last exit to the middle one for D; or
-- move A from the last exit to the first, then those of E = B - A from the last exit to the middle one.
+that reach the middle exit's threshold. Start with all images at the last exit. Move B from the last exit to the middle
+one, then A from the middle exit to the first. That is wrong by D = A - B: those images came from the last exit, so add
+the change from the last exit to the middle one for D.
 
 What moving A or B as a whole changes is known: ``Form.ranges`` holds the most and the least over the sets of each
-class. D and E lie within the images that some set of one class has and some set of the other class lacks: few where the
-one class is of small sets and the other of large ones, which decides between the two ways.
+class. D lies within the images that some set of A's class has and some set of B's class lacks.
 
 *Division.* A coarse cell whose bound reaches the target is divided into 4 cells, each of these into 4 fine ones.
 ``_divide`` returns the largest bound of all fine cells, and, as ``slack``, the remainder of each fine cell that is
@@ -179,10 +176,16 @@ def fill_ranges(arrays: Arrays, sets: Sets, form: Form, later: int, before: IntA
                     row[width + k] = min(row[width + k], total[k])
         # A coarse class holds the sets of its two halves.
         for c in range(COARSE):
-            one, two, row = out[AT_HALF + 2 * c], out[AT_HALF + 2 * c + 1], out[c]
-            for k in range(width):
-                row[k] = max(one[k], two[k])
-                row[width + k] = min(one[width + k], two[width + k])
+            _widen(out, c)
+
+
+@compiled(fastmath=True)
+def _widen(ends: Float32, c: int) -> None:
+    """Fills row c, of a coarse class, of ends (AT_FINE, 4 K) with what holds for both of its halves."""
+    one, two, row, width = ends[AT_HALF + 2 * c], ends[AT_HALF + 2 * c + 1], ends[c], ends.shape[1] // 2
+    for k in range(width):
+        row[k] = max(one[k], two[k])
+        row[width + k] = min(one[width + k], two[width + k])
 
 
 class _Workspace(NamedTuple):
@@ -195,10 +198,9 @@ class _Workspace(NamedTuple):
     """(V, 4 K): the most and the least by which an image changes l and u by leaving at the middle exit, not the
     last."""
     whole: Float32
-    """(2, AT_FINE, 4 K): the sum of ``change`` over the images that some set of a class lacks, which hold D = A - B,
-    and over those that some set has, which hold E = B - A."""
+    """(AT_FINE, 4 K): the sum of ``change`` over the images that some set of a class lacks, which hold D = A - B."""
     extra: Float32
-    """(2, 4 K): the change of D or E; zeros."""
+    """(4 K,): the change of D."""
     span: Float32
     """(6 K,), see ``remainder``."""
     slack: Float32
@@ -211,8 +213,8 @@ def _workspace(arrays: Arrays, form: Form) -> _Workspace:
     return _Workspace(
         np.zeros((CLASSES, form.here.shape[1]), np.float32),
         np.zeros((num_images, width), np.float32),
-        np.zeros((2, AT_FINE, width), np.float32),
-        np.zeros((2, width), np.float32),
+        np.zeros((AT_FINE, width), np.float32),
+        np.zeros(width, np.float32),
         np.zeros(3 * width // 2, np.float32),
         np.zeros((FINE, FINE), np.float32),
     )
@@ -262,7 +264,7 @@ def _prepare(arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, wor
             better = max(here, there)
             # IN: leaves at the middle exit. OUT: goes on to the last. SOME: the better of the two.
             row[v] = (here if status[v] == IN else there if status[v] == OUT else better) - entry
-    # D lies in what B may lack, E in what B may have: sums over all such images bound them for any A.
+    # D lies in what B may lack: the sum over all such images bounds it for any A.
     whole[:] = 0
     for v in range(num_images):
         mine, theirs, out = form.x[middle, v], form.x[last, v], change[v]
@@ -271,20 +273,12 @@ def _prepare(arrays: Arrays, sets: Sets, form: Form, last: int, middle: int, wor
             out[width + k] = min(np.float32(0), mine[k] - theirs[k])
         for c in range(AT_HALF, AT_FINE):
             if sets.status[middle, c, v] != IN:
-                row = whole[0, c]
-                for k in range(len(out)):
-                    row[k] += out[k]
-            if sets.status[middle, c, v] != OUT:
-                row = whole[1, c]
+                row = whole[c]
                 for k in range(len(out)):
                     row[k] += out[k]
     # A coarse class: the wider of its two halves.
-    for which in range(2):
-        for c in range(COARSE):
-            row, one, two = whole[which, c], whole[which, AT_HALF + 2 * c], whole[which, AT_HALF + 2 * c + 1]
-            for k in range(width):
-                row[k] = max(one[k], two[k])
-                row[width + k] = min(one[width + k], two[width + k])
+    for c in range(COARSE):
+        _widen(whole, c)
 
 
 @compiled(fastmath=True)
@@ -319,10 +313,8 @@ def _divide(
     later, change, whole, extra, span, slack = work
     last, middle, first = exits
     here, mine, theirs = form.here[first], sets.status[first], sets.status[middle]
-    # Changes of l and u: A from the middle exit to the first; B from the last to the middle; A from the last to the
-    # first; nothing.
-    a_from_middle, b_from_last = form.ranges[sets.pairs[middle] + first], form.ranges[sets.pairs[last] + middle]
-    a_from_last, none = form.ranges[sets.pairs[last] + first], extra[1]
+    # Changes of l and u: A from the middle exit to the first; B from the last to the middle.
+    a_moves, b_moves = form.ranges[sets.pairs[middle] + first], form.ranges[sets.pairs[last] + middle]
     values = np.empty((FINE, FINE), np.float32)
     # All images pay the first exit's head and decision.
     paid, best = form.entry[first] * np.float32(arrays.counts.shape[1]), RULED_OUT
@@ -332,11 +324,9 @@ def _divide(
         for s in range(COARSE):
             if not sets.valid[middle, s]:
                 continue
-            # Coarse cell: bound of G, and the remainder with D or E taken as large as the middle exit's class lets it.
+            # Coarse cell: bound of G, and the remainder with D taken as large as the middle exit's class lets it.
             value = _best_of(here, mine[r], later[s]) - paid
-            # A is small beside B: by D; else by E.
-            by_d = (a_from_middle[r], b_from_last[s], whole[0, s])
-            parts = by_d if r < s else (a_from_last[r], none, whole[1, s])
+            parts = (a_moves[r], b_moves[s], whole[s])
             wide = _remainder(arrays, form, last, parts, span, tau, target - value)
             if value + wide < target:
                 continue
@@ -357,19 +347,16 @@ def _divide(
                                 highest = max(highest, values[a, b])
                     if highest + wide < target:
                         continue
-                    # then the half cell's own remainder, with D or E by the middle exit's class,
-                    one, two = (a_from_middle[i], b_from_last[j]) if i < j else (a_from_last[i], none)
+                    # then the half cell's own remainder, with D by the middle exit's class,
                     missing = target - highest
-                    parts = (one, two, whole[0 if i < j else 1, j])
+                    parts = (a_moves[i], b_moves[j], whole[j])
                     short = _remainder(arrays, form, last, parts, span, tau, missing)
                     if short < missing:
                         continue
-                    # and with the images that can be in D or E by the classes of both exits.
-                    if i < j:
-                        _sum_between(mine[i], theirs[j], change, extra[0])
-                    else:
-                        _sum_between(theirs[j], mine[i], change, extra[0])
-                    short = min(short, _remainder(arrays, form, last, (one, two, extra[0]), span, tau, missing))
+                    # and with the images that can be in D by the classes of both exits.
+                    _sum_between(mine[i], theirs[j], change, extra)
+                    parts = (a_moves[i], b_moves[j], extra)
+                    short = min(short, _remainder(arrays, form, last, parts, span, tau, missing))
                     short = min(short, wide)
                     for a in range(2 * (i - AT_HALF), 2 * (i - AT_HALF) + 2):
                         for b in range(2 * (j - AT_HALF), 2 * (j - AT_HALF) + 2):

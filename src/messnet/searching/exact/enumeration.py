@@ -3,9 +3,6 @@
 The images that leave at one exit at level i of a column include those that leave at level i + 1. Going down the levels
 images are added one by one, and the pixel counts of the whole instance change by what each image moves from one exit to
 another. So all levels of a column cost one pass over the images instead of one pass each.
-
-mIoU is computed in two goes: in float32 first, which already rules most instances out, then in float64 in a fixed order
-and rounded, so that equal instances have equal mIoU.
 """
 
 from __future__ import annotations
@@ -17,9 +14,6 @@ from messnet.records.arrays import FloatArray, IntArray
 from messnet.searching.exact.arrays import MEAN, P95, RULED_OUT, WHOLE_SUM, WORST, Arrays, Counts, Float32, Frontier
 from messnet.searching.exact.bounds import MARGIN
 from messnet.searching.exact.compiling import compiled
-
-QUICK = np.float32(2e-6)
-"""More than an mIoU loses in float32."""
 
 
 @compiled()
@@ -38,18 +32,6 @@ def mean_iou_of(counts: Counts, num_classes: int, floors: FloatArray) -> float:
             num += 1
     # Rounded, so that float sums of equal ratios in another order compare as equal.
     return float(np.rint(total / num * 1e12) / 1e12)
-
-
-@compiled(fastmath=True)
-def _quick_miou(counts: Counts, num_classes: int) -> np.float32:
-    # The same in float32 and any order: off by less than QUICK.
-    total, num = np.float32(0), num_classes
-    for k in range(num_classes):
-        total += np.float32(counts[k]) / np.float32(counts[num_classes + k])
-    for k in range(2 * num_classes, len(counts)):
-        if counts[k] > 0:
-            num += 1
-    return total / np.float32(num)
 
 
 @compiled()
@@ -177,12 +159,6 @@ def _insert(front: Frontier, cost: float, miou: float, key: int) -> None:
 def _try(arrays: Arrays, counts: Counts, cost: float, key: int, least_miou: float, front: Frontier) -> None:
     """Enters one instance whose cost is within its limits, if the front has none that is better."""
     if cost == np.inf:
-        return
-    # To be entered takes at least the mIoU of the best point that costs at most as much.
-    place = _place(front, cost)
-    least = max(least_miou, front.miou[place - 1]) if place > 0 else least_miou
-    # The float32 mIoU is off by less than QUICK, so nothing that could enter is lost here.
-    if _quick_miou(counts, arrays.num_classes) < least - QUICK:
         return
     miou = mean_iou_of(counts, arrays.num_classes, arrays.floors)
     if miou >= least_miou and miou >= 0:

@@ -61,7 +61,6 @@ class Solver:
         self.deadline = np.inf if control.time_limit is None else self.begun + control.time_limit
         self.front, self.num_evaluated = Frontier.empty(), 0
         self.static = Frontier.empty()  # of all instances of one exit
-        self.static_at = {i: Frontier.empty() for i in np.unique(self.arrays.exit_index).tolist()}  # by exit point
         # Of an objective: (cost, mIoU, key) of the best instance within the limits of each choice of exits.
         self.best_of_choice: dict[tuple[int, ...], tuple[float, float, int]] = {}
         self.incumbents: list[Incumbent] = []
@@ -87,20 +86,14 @@ class Solver:
         """Searches until the answer is proved or it is time to stop."""
         gaps = (0.0, 0.0)
         try:
-            for position, index in enumerate(self.arrays.exit_index.tolist()):
-                enumeration.try_single(self.arrays, position, self.static_at[index])
-                self.num_evaluated += 1
-            for front in self.static_at.values():
-                enumeration.merge(self.static, front)
-            self._learn(self.static, 0)
+            for position in range(len(self.arrays.exit_index)):
+                enumeration.try_single(self.arrays, position, self.static)
+            self._learn(self.static, len(self.arrays.exit_index))
             # Until all instances of so many exits are evaluated or ruled out nothing is proved.
             if self.max_exits > 1:
                 gaps = (np.inf, np.inf)
                 self._evaluate_pairs()
-                gaps = (0.0, 0.0)
-            if self.max_exits > 2:
-                gaps = (np.inf, np.inf)
-                gaps = self._search_triples()
+                gaps = self._search_triples() if self.max_exits > 2 else (0.0, 0.0)
         except (StoppedError, KeyboardInterrupt) as stop:
             self.note_stop(stop)
         return self._outcome(*gaps)
@@ -140,11 +133,15 @@ class Solver:
         lasts = [p for p in range(len(self.arrays.exit_index)) if self.problem.num_before(p)]
         lasts.reverse()  # the final exit first: it is in most good instances
         most = int(np.diff(self.arrays.first_column).max(initial=1))
-        # Good instances are known after one pixel threshold of the promising heads before the final exit.
+        # Good instances are known after one pixel threshold of the heads before the final exit.
         groups = [
-            [(last, half, (part, most)) for part in range(most)] for last in lasts[:1] for half in self._halves(last)
+            [
+                (last, np.arange(self.problem.num_before(last)), (part, most))
+                for last in lasts[:1]
+                for part in range(most)
+            ],
+            [(last, np.arange(self.problem.num_before(last)), (0, 1)) for last in lasts[1:]],
         ]
-        groups.append([(last, np.arange(self.problem.num_before(last)), (0, 1)) for last in lasts[1:]])
         for number, jobs in enumerate(groups):
             for front, (tried, best, keys) in self._each(self._pairs_before, jobs, "two exits"):
                 self._learn(front, tried)
@@ -154,14 +151,6 @@ class Solver:
                         self._remember(cost, miou, int(key))
             if number == 0 and self.max_exits > 2 and self.region.goal != "front":
                 self._seed(lasts[:1], self.tuning.num_seeds // 8)  # good instances within the first second
-
-    def _halves(self, last: int) -> tuple[IntArray, IntArray]:
-        """The early exits before ``last`` that are on the front of their exit point, and the others."""
-        # A head that is not even the best of its own exit point is seldom in a good instance.
-        before = np.arange(self.problem.num_before(last))
-        good = [self.problem.positions_of(key)[0] for one in self.static_at.values() for key in one.key[: one.size[0]]]
-        marked = np.isin(before, good)
-        return before[marked], before[~marked]
 
     def _pairs_before(
         self, job: tuple[int, IntArray, tuple[int, int]]
