@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from helpers.images import smooth_image
 from messnet.apps.predictions import PredictOptions, predict_files
 from messnet.cli import main
+from messnet.costs.processor import free_memory
 from messnet.deployment.loading import load
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, RecipeError
@@ -134,7 +136,7 @@ def test_damaged_images_through_the_command(
     assert len(lines) == 2
     assert f"cannot read {photos / 'aa.png'} (" in lines[0]
     assert "1 of 3 images were left out" in lines[1]
-    assert "2 images (exit" in said.out
+    assert "2 images in" in said.out
     record = json.loads((tmp_path / "out/predictions.json").read_text())["predictions"][0]
     assert (record["tiles"][0]["rows"], len(record["tiles"])) == ([0, 61], 2)  # 61 x 83, made for 64 x 80
     assert (tmp_path / "out" / record["exits"]).is_file()
@@ -251,3 +253,34 @@ def test_a_disk_that_is_full_ends_the_command(tmp_path: Path, session: Session) 
     (tmp_path / "out/masks").write_text("no folder")
     with pytest.raises(OSError, match="masks"):
         predict_files(session, [many(tmp_path / "images", [(64, 80)] * 8)], tmp_path / "out")
+
+
+def test_large_images_are_scaled_and_told_of_once(tiny_run: Path, tmp_path: Path) -> None:
+    session = load(tiny_run, full_size=False)  # 64 x 80
+    folder = many(tmp_path / "images", [(64, 80), (192, 240), (256, 320)])
+    done = predict_files(session, [folder], tmp_path / "out")
+    assert done.notes == [
+        "1.png has 240 x 192 pixels, the network learned on 80 x 64: larger images are scaled to that first, "
+        "--full-size computes them as they are"
+    ]
+    for record, size in zip(done.records, [(80, 64), (240, 192), (320, 256)], strict=True):
+        for kind in ("mask", "overlay", "confidence"):
+            with Image.open(tmp_path / "out" / record[kind]) as picture:  # type: ignore[literal-required]
+                assert picture.size == size
+    again = predict_files(session, [folder / "0.png"], tmp_path / "out")
+    assert again.notes == [f"{tmp_path / 'out'}/ also holds the files of 2 images of an earlier call"]
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    session, folder = load(tiny_run), many(tmp_path / "images", [(16, 16), (128, 160), (16, 16)])
+    # An image of 64 x 80 pixels would fill what is free: one of 16 x 16 has room, one of 128 x 160 has not.
+    assert session.workload is not None
+    free = free_memory()
+    assert free is not None
+    hungry = replace(session.workload.segments[0], memory_bytes=free)
+    session.workload = replace(session.workload, segments=(hungry, *session.workload.segments[1:]))
+    for batch_size in (1, 3):
+        done = predict_files(session, [folder], tmp_path / f"out{batch_size}", PredictOptions(batch_size=batch_size))
+        assert [Path(record["image"]).name for record in done.records] == ["0.png", "2.png"]
+        (line,) = done.failed
+        assert re.search(r"1\.png: 160 x 128 pixels would take about \d+ GB of memory .* --tile", line)

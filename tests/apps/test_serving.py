@@ -65,9 +65,9 @@ def session(tiny_run: Path) -> messnet.Session:
 
 
 @pytest.fixture(scope="module")
-def service(tiny_run: Path, session: messnet.Session) -> Service:
+def service(session: messnet.Session) -> Service:
     options = ServeOptions(max_body_mb=0.2, max_pixels=128 * 128, drain_s=0)
-    return Service(session, options, info=describe(tiny_run, session))
+    return Service(session, options, info=describe(session))
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +504,7 @@ def test_latencies_where_they_were_measured(tiny_run: Path) -> None:
     parts = {name: tuple(map(timed, getattr(plain, name))) for name in ("segments", "policies", "outputs")}
     heads = {exit: timed(part) for exit, part in plain.heads.items()}
     measured.costs = replace(plain, heads=heads, conditions={"device": "here"}, **parts)
-    info = describe(tiny_run, measured)
+    info = describe(measured)
     # Of exit i: i + 1 segments, heads and decisions, and one output; the last decides nothing.
     assert [exit["latency_ms"] for exit in info["exits"]] == [4, 7, 10, 12]
     assert info["latency_conditions"] == {"device": "here"}

@@ -33,10 +33,10 @@ def session(tiny_run: Path) -> messnet.Session:
 
 
 @pytest.fixture(scope="module")
-def address(tiny_run: Path, session: messnet.Session) -> Iterator[str]:
+def address(session: messnet.Session) -> Iterator[str]:
     samples = [Sample(name="blocks", media_type="image/png", data=encoded(smooth_image(48, 64, 5)))]
     options = ServeOptions(max_pixels=128 * 128, drain_s=0)
-    service = Service(session, options, samples=samples, info=describe(tiny_run, session))
+    service = Service(session, options, samples=samples, info=describe(session))
     with listening(service) as (_, client):
         yield str(client.base_url)
 

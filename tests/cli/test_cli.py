@@ -390,7 +390,7 @@ def test_predict_as_json(tiny_run: Path, tmp_path: Path, says: Callable[..., str
     Image.fromarray(smooth_image(64, 80)).save(tmp_path / "photo.png")
     records = strict_json(says("predict", tiny_run, tmp_path, "--out", tmp_path / "out", "--json"))
     assert records == strict_json((tmp_path / "out/predictions.json").read_text())["predictions"]
-    assert "1 image (exit" in says("predict", tiny_run, tmp_path / "photo.png", "--out", tmp_path / "out")
+    assert "1 image in" in says("predict", tiny_run, tmp_path / "photo.png", "--out", tmp_path / "out")
 
 
 def test_tables_for_people(tiny_run: Path, says: Callable[..., str]) -> None:

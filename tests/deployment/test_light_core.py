@@ -62,9 +62,9 @@ def test_the_environment_has_nothing_heavy(light: LightEnvironment) -> None:
 def test_the_command_predicts_as_torch_does(
     light: LightEnvironment, session: Session, photos: Sequence[Path], tmp_path: Path
 ) -> None:
-    done = light.messnet("predict", BUNDLE, *photos, "--out", tmp_path / "out", "--threads", "1")
+    done = light.messnet("predict", BUNDLE, *photos, "--out", tmp_path / "out", "--threads", "1", "--full-size")
     assert done.returncode == 0, done.stderr
-    assert "messnet: onnxruntime computes, for torch is not installed" in done.stderr
+    assert "messnet: computing with onnxruntime" in done.stderr
     records = json.loads((tmp_path / "out/predictions.json").read_text())["predictions"]
     expected = session.predict(IMAGES)
     assert {result.exit_index for result in expected} == {0, 1, 2}

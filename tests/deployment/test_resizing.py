@@ -19,7 +19,7 @@ from messnet.data.image_files import FileDataset
 from messnet.data.sources import DataOptions, open_dataset
 from messnet.deployment.session import Session
 from messnet.errors import RecipeError
-from messnet.images.preprocessing import resize, resize_map, resized_size
+from messnet.images.preprocessing import resize, resize_map, resize_to, resized_size, trained_size
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import ExitChoice, Instance
 
@@ -66,6 +66,35 @@ def test_labels_have_the_size_of_the_photograph(small_net: MultiExitNet) -> None
         assert ours.overlay().size == photograph.shape[1::-1]
     assert [one.labels.shape for one in session.anytime(photographs[3])] == [(300, 200)] * 2
     assert len({one.exit_index for one in results}) > 1  # both ways out
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [
+        ((3000, 4000), (360, 480)),
+        ((4000, 3000), (480, 360)),  # as many pixels, upright
+        ((720, 480), (720, 480)),  # twice as many are no more than twice
+        ((720, 481), (509, 340)),
+        ((1, 400_000), (1, 262_907)),  # no side vanishes: 400,000 sqrt(360 x 480 / 400,000)
+    ],
+)
+def test_large_images_get_as_many_pixels_as_those_of_the_training(size: tuple[int, int], seen: tuple[int, int]) -> None:
+    assert trained_size(size, (360, 480)) == seen
+
+
+def test_a_large_image_is_seen_at_the_size_that_was_learned(small_net: MultiExitNet) -> None:
+    large, plain_sized = smooth_image(256, 320), smooth_image(128, 80)
+    session = Session(small_net, INSTANCE, input_size=(64, 80), full_size=False)
+    plain = Session(small_net, INSTANCE, input_size=(64, 80))
+    (ours,), (theirs,) = session.predict(large), plain.predict(resize_to(large, (64, 80)))
+    assert ours.exit_index == theirs.exit_index
+    assert ours.image_confidence == theirs.image_confidence
+    np.testing.assert_array_equal(ours.labels, theirs.labels.repeat(4, 0).repeat(4, 1))
+    np.testing.assert_array_equal(ours.confidence_map, theirs.confidence_map.repeat(4, 0).repeat(4, 1))
+    assert ours.overlay().size == (320, 256)
+    assert (session.resized_size(plain_sized), plain.resized_size(large)) == ((128, 80), (256, 320))
+    # A recipe's own rule goes first.
+    assert Session(small_net, INSTANCE, input_size=(64, 80), full_size=False, resize=100).resized_size(large)[0] == 100
 
 
 def test_what_sees_parts_of_an_image_is_refused(small_net: MultiExitNet) -> None:

@@ -66,7 +66,7 @@ class FakeSession:
 
     palette = np.arange(768, dtype=np.uint8).reshape(256, 3)
     class_names = tuple(map(str, range(256)))
-    runtime, precision, costs = "fake", "f32", None
+    runtime, precision, costs, workload = "fake", "f32", None, None
     instance = REFINING
     input_size = (8, 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from messnet.apps.tiling import TiledResult, predict_tiled
+from messnet.costs.processor import free_memory
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, PredictionError, RecipeError
 from messnet.images.colours import exit_colour
@@ -32,6 +34,9 @@ _MANY = 50  # images, from which on it pays to load compiled passes
 _FAST = 1
 # Threads that draw, compress and write while the network runs, and how many images may wait for them.
 _WRITERS, _WAITING = 2, 4
+# Memory that a runtime takes, over that of the activations which are alive at once: 1.7 in ONNX Runtime, whose buffers
+# also hold what it will not need again.
+_TAKEN = 2.0
 # Values of an image, beyond which it is written before the next one is read.
 _LARGE = 3 * 4096**2
 
@@ -56,7 +61,8 @@ class PredictOptions:
     confidence: bool = True
     """Write the confidence map as a picture."""
     large_images: bool = False
-    """Take images of more than 179 million pixels, which are refused otherwise: a small file can claim to be huge."""
+    """Take images of more than 179 million pixels, which are refused otherwise: a small file can claim to be huge.
+    Whether they are scaled down is the session's ``full_size``."""
 
     @property
     def tiled(self) -> bool:
@@ -133,13 +139,17 @@ def predict_files(
             writing,
             tqdm(total=len(files), desc="predict", unit="img", mininterval=1, dynamic_ncols=True) as bar,
         ):
-            # Only now is an image known that can be read, and with it the size that the network is warmed up at.
-            warm = False
+            # Only now is an image known that can be read, and with it the size that the network is warmed up at. Where
+            # there is no other image, the warm-up would take longer than what it makes faster.
+            warm, told = len(files) == 1, options.tiled
             for batch in _batches(files, 1 if options.tiled else options.batch_size, done):
                 if not warm:
                     _warm_up(session, batch[0][1], options, compiled=len(files) >= _MANY)
                     warm = True
                 for file, image, result in _results(batch, session, options, done.failed):
+                    if not told and (words := scaling(session, file.name, image)):
+                        done.notes.append(words)
+                        told = True
                     writing.add(_files_of(file, image, result, session, options), out)
                 # Images that failed count too, or the bar would never be full.
                 bar.update(writing.added + len(done.failed) - bar.n)
@@ -148,15 +158,46 @@ def predict_files(
             summary: dict[str, object] = {
                 "instance": session.instance.name,
                 "class_names": session.class_names,
+                "palette": None if session.palette is None else session.palette.tolist(),
                 "predictions": done.records,
+                "failed": done.failed,
             }
-            if done.failed:
-                summary["failed"] = done.failed
             write_atomically(out / "predictions.json", json.dumps(summary, indent=1) + "\n")
     if not done.records:
         more = f" (and {len(done.failed) - 1} other images likewise)" if len(done.failed) > 1 else ""
         raise DataError(done.failed[0] + more)
+    written = {record["mask"] for record in done.records}
+    if older := sum(f"masks/{file.name}" not in written for file in (out / "masks").iterdir()):
+        done.notes.append(f"{out}/ also holds the files of {older} image{'s' * (older > 1)} of an earlier call")
     return done
+
+
+def scaling(session: Session, name: str, image: NDArray[np.uint8]) -> str | None:
+    """A remark on an image (H, W, 3) that is scaled down because it is larger than those that the network was trained
+    on; None for others."""
+    if session.resize is not None or session.input_size is None or session.resized_size(image) == image.shape[:2]:
+        return None
+    (height, width), trained = image.shape[:2], session.input_size
+    return (
+        f"{name} has {width} x {height} pixels, the network learned on {trained[1]} x {trained[0]}: larger images are "
+        f"scaled to that first, --full-size computes them as they are"
+    )
+
+
+def _expect_room(session: Session, images: Sequence[NDArray[np.uint8]]) -> None:
+    """Raises PredictionError for a batch of images of one size whose activations would not fit into the free memory, as
+    far as that and the network's own table tell."""
+    costs, free = session.workload, free_memory()
+    if costs is None or free is None or session.device != "cpu":
+        return
+    counted = costs.column("memory_bytes", [choice.exit for choice in session.instance.exits]).leaving().max()
+    scale = len(images) * math.prod(session.resized_size(images[0])) / math.prod(costs.input_size)
+    if (needed := _TAKEN * scale * float(counted)) > free:
+        height, width = images[0].shape[:2]
+        raise PredictionError(
+            f"{width} x {height} pixels would take about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free: "
+            f"leave --full-size out, or cut the image into parts with --tile"
+        )
 
 
 class _Writing:
@@ -231,6 +272,7 @@ def _warm_up(session: Session, image: NDArray[np.uint8], options: PredictOptions
         height, width = options.tile or session.input_size or image.shape[:2]
         image = image[:height, :width]
     with suppress(PredictionError):  # of an exit that the image may not take; if it does, the prediction tells
+        _expect_room(session, [image])
         session.warm_up(image, compiled=compiled)
 
 
@@ -259,6 +301,7 @@ def _run(
     if options.tiled:
         tile, overlap, size = options.tile, options.tile_overlap, options.batch_size
         return [predict_tiled(session, image, tile=tile, overlap=overlap, batch_size=size) for image in images]
+    _expect_room(session, images)
     if options.deadline_ms is not None:
         return [list(session.anytime(image, deadline_ms=options.deadline_ms))[-1] for image in images]
     return session.predict(images, batch_size=options.batch_size)

@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from messnet.apps.exit_control import ExitControl, first_confident
+from messnet.apps.predictions import scaling
 from messnet.apps.timeline import FrameRecord, Timeline
 from messnet.deployment.session import Result, Session
 from messnet.errors import DataError, RecipeError
@@ -117,6 +119,8 @@ def predict_video(
         if not 0 < fps <= 1000:  # a camera that does not know says 0, a file without a rate says thousands
             fps = 30.0
         announced = 0 if isinstance(source, int) else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        if told := scaling(session, _name(source), _rgb(first)):
+            tqdm.write(f"messnet: {told}", file=sys.stderr)
         _warm_up(session, _rgb(first), control)
         # At the average rate, frames that follow each other more closely would fall into one. Stamps are rounded to
         # milliseconds in some containers, so a rate hardly above the average is no other.

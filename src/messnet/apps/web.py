@@ -18,6 +18,7 @@ from messnet.deployment.bundle import open_bundle
 from messnet.deployment.graph_runner import OUTPUT, graphs_for, stage_name
 from messnet.deployment.loading import load
 from messnet.errors import RunError
+from messnet.images.preprocessing import LARGE
 from messnet.records.files import expect_free, write_folder
 from messnet.records.names import Precision
 
@@ -79,7 +80,7 @@ def write_web_page(path: Path, out: Path, *, onnxruntime_web: Path, instance: st
     output = next(iter(found.values()))[OUTPUT]  # the same in every precision
     height, width = manifest.preprocessing.input_size
     model = {
-        **describe(path, session),
+        **describe(session),
         "instance": manifest.instance.name,
         "setting": manifest.instance.setting,
         "class_names": manifest.class_names,
@@ -91,7 +92,7 @@ def write_web_page(path: Path, out: Path, *, onnxruntime_web: Path, instance: st
         "graphs": graphs,
         "output": output,
         "samples": [],
-        "limits": {"max_pixels": height * width},
+        "limits": {"max_pixels": height * width, "large": LARGE * height * width},
     }
     files = {name: (_PAGE / source).read_bytes() for name, source in _PAGE_FILES.items()}
     files |= {name: bundle.read(name) for name in {*chain(*graphs.values()), output}}

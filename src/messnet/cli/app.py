@@ -92,12 +92,12 @@ class SessionOptions:
     """module:function that builds the network of a bundle whose model is its maker's own. What a bundle names is not
     imported unless you name it here."""
 
-    def open(self, target: Path, labels: LabelSize = "input") -> Session:
+    def open(self, target: Path, labels: LabelSize = "input", *, full_size: bool = False) -> Session:
         """Raises as ``load`` does."""
         from messnet.deployment.loading import load
 
         tell_of_translating(self.runtime)
-        session = load(target, labels=labels, **asdict(self))
+        session = load(target, labels=labels, full_size=full_size, **asdict(self))
         if self.instance is None:
             tell_of_few_images(session.instance, target)
         return session

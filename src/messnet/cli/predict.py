@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +47,7 @@ def predict(
     legend: Annotated[bool, Parameter(negative="")] = False,
     confidence: bool = True,
     labels: LabelSize = "input",
+    full_size: Annotated[bool, Parameter(negative="")] = False,
     large_images: Annotated[bool, Parameter(negative="")] = False,
     camera: int | None = None,
     frame_budget_ms: float | None = None,
@@ -76,6 +77,9 @@ def predict(
         legend: Below overlays and video frames the colours and names of the classes.
         confidence: Write OUT/confidence.
         labels: The size of OUT/masks: that of the image, or that of the logits, a stride coarser and not upsampled.
+        full_size: Compute large images and frames as they are, as --tile and --large-images do too. Otherwise those of
+            more than twice the pixels that the network learned on are scaled down to that many first; what is written
+            has the image's own size.
         large_images: Take images of more than 179 million pixels, which a small file made to fill the memory has too:
             for files of your own, best with --tile.
         camera: Number of a camera, in place of files.
@@ -91,10 +95,10 @@ def predict(
 
     # Opened when the arguments are known to be good: a network takes seconds to load, a wrong option should take none.
     def open_session() -> Session:
-        opened = session.open(target, labels)
+        as_it_is = full_size or tile is not None or tile_overlap is not None or large_images
+        opened = session.open(target, labels, full_size=as_it_is)
         if session.runtime is None and opened.runtime != "torch":
-            why = f"{target} holds no weights for torch" if find_spec("torch") else "torch is not installed"
-            print(f"messnet: {opened.runtime} computes, for {why}", file=sys.stderr)
+            print(f"messnet: computing with {opened.runtime}", file=sys.stderr)
         return opened
 
     sources = _videos(images, camera)
@@ -133,13 +137,17 @@ def predict(
     files = image_files(images)  # before the network is loaded
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file: name a folder")
-    done = predict_files(open_session(), files, out, options)
+    opened = open_session()
+    done = predict_files(opened, files, out, options)
     if as_json:
-        print(json.dumps(done.records, indent=1))
+        print(json.dumps([*done.records, *({"failed": line} for line in done.failed)], indent=1))
     else:
-        taken = sorted({record["exit_index"] for record in done.records})
-        shares = ", ".join(f"exit {e}: {sum(r['exit_index'] == e for r in done.records)}" for e in taken)
-        print(f"{len(done.records)} image{'s' * (len(done.records) != 1)} ({shares}) in {out}/")
+        taken = [record["exit_index"] for record in done.records]
+        exits = [choice.exit_index for choice in opened.instance.exits]
+        ways = [f"{taken.count(one)} {'went on to' if one == exits[-1] else 'left at'} exit {one}" for one in exits]
+        took = statistics.median(record["latency_ms"] for record in done.records)
+        number = f"{len(taken)} image{'s' * (len(taken) != 1)}"
+        print(f"{number} in {out}/: {', '.join(ways[len(exits) == 1 :])}; median {took:.0f} ms an image")
     # On stderr, for standard output may be read by a program (--json); last, where a person still sees it.
     for line in done.notes:
         print(f"messnet: {line}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ def serve(
     *,
     session: SessionFlags = _SESSION,
     samples: Path | None = None,
+    full_size: Annotated[bool, Parameter(negative="")] = False,
     # The record is the options: its fields, their defaults and texts are the command's, and it refuses what is out of
     # range itself.
     options: Annotated[ServeOptions, Parameter(name="*")] = _LIMITS,
@@ -42,10 +44,12 @@ def serve(
     Args:
         target: A finished run, or a bundle.
         samples: A folder of images that the page offers; by default those of a run's report.
+        full_size: Compute large images as they are. Otherwise those of more than twice the pixels that the network
+            learned on are scaled down to that many first; the answer has the image's own size.
     """
     quieten()
     from messnet.apps.serving.server import serve as serve_until_stopped
 
     if options.workers > 1 and session.threads is None:  # a part of the processors each
         session = replace(session, threads=max(1, (os.cpu_count() or 1) // options.workers))
-    serve_until_stopped(target, options, samples=samples, open_session=session.open)
+    serve_until_stopped(target, options, samples=samples, open_session=partial(session.open, full_size=full_size))

@@ -1,4 +1,5 @@
-"""The processor at hand: its name, and how many of its cores a runtime takes by default. Works without torch."""
+"""The machine at hand: its processor's name, how many of its cores a runtime takes by default, its free memory. Works
+without torch."""
 
 from __future__ import annotations
 
@@ -38,6 +39,20 @@ def spin_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take: what Linux can give without swapping, less where its container (cgroup
+    v2) allows less. None where the system does not tell."""
+    try:
+        kib = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]
+        free = int(kib) * 1024
+        limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+        if limit.exists() and (most := limit.read_text().strip()).isdecimal():
+            free = min(free, int(most) - int(used.read_text()))
+    except (OSError, IndexError):
+        return None
+    return free
 
 
 @cache

@@ -38,6 +38,7 @@ def load(
     precision: Precision | None = None,
     threads: int | None = None,
     model: str | None = None,
+    full_size: bool = True,
     labels: LabelSize = "input",
 ) -> Session:
     """A session for an instance of the run, or for the bundle (a folder or a zip), at ``path``.
@@ -58,6 +59,9 @@ def load(
     ``model`` names the function that builds the network of a bundle whose model is not of the zoo, "module:function":
     nothing is imported only because a bundle names it. Graphs need no such function.
 
+    Unless at ``full_size`` the network sees images of more than twice the pixels of those that it was trained on scaled
+    down to that many; a recipe's ``data.resize`` is followed either way. Results have the image's own size.
+
     ``labels`` "logits" are made at the resolution of the logits, a stride coarser than the image, and not upsampled.
 
     Raises RunError when something is missing, damaged or newer, ModelError when the network cannot be built here,
@@ -70,14 +74,14 @@ def load(
     if is_bundle(path):
         bundle = open_bundle(path)
         how = _How(device, *_defaults(bundle, runtime, precision, model), threads)
-        return _load_bundle(bundle, instance, how, model, labels)
+        return _load_bundle(bundle, instance, how, model, full_size, labels)
     if model is not None:
         raise RecipeError(f"a run remembers how its model is built: leave model={model!r} out for {path}")
     if RunDirectory(path).exists:
         chosen = instance if isinstance(instance, Instance) else RunDirectory(path).read_instance(instance)
         precision = precision or chosen.precision
         runs_in = runtime or ("onnxruntime" if precision == "int8" else "torch")
-        return _load_run(path, chosen, _How(device, runs_in, precision, threads), labels)
+        return _load_run(path, chosen, _How(device, runs_in, precision, threads), full_size, labels)
     raise RunError(
         f"{path} is no run directory (no run.json) and no bundle (no manifest.json, no zip); start a run with "
         f"`messnet run RECIPE`, make a bundle of it with `messnet export RUN`"
@@ -143,7 +147,12 @@ class _How:
 
 
 def _load_bundle(
-    bundle: Bundle, instance: str | Instance | None, how: _How, model: str | None, labels: LabelSize
+    bundle: Bundle,
+    instance: str | Instance | None,
+    how: _How,
+    model: str | None,
+    full_size: bool,
+    labels: LabelSize,
 ) -> Session:
     manifest = bundle.manifest
     runner: Runner
@@ -157,20 +166,22 @@ def _load_bundle(
             _, net, chosen = restore_bundle(bundle, instance, model=model)
             runner = how.by_torch(net, chosen)
     # In order, so that of two tables that fit it is always the same one.
-    tables = (bundle.read(name) for name in sorted(manifest.files) if name.startswith(f"{COSTS}/"))
+    tables = {name: bundle.read(name) for name in sorted(manifest.files) if name.startswith(f"{COSTS}/")}
     return Session(
         runner,
         chosen,
         class_names=manifest.class_names,
         palette=np.array(manifest.palette, np.uint8),
-        costs=_measured_costs(tables, runner, chosen),
+        costs=_measured_costs(tables.values(), runner, chosen),
         input_size=manifest.preprocessing.input_size,
         resize=manifest.preprocessing.resize,
+        full_size=full_size,
+        workload=_table(tables.get(WORKLOAD, b""), chosen),
         labels=labels,
     )
 
 
-def _load_run(path: Path, chosen: Instance, how: _How, labels: LabelSize) -> Session:
+def _load_run(path: Path, chosen: Instance, how: _How, full_size: bool, labels: LabelSize) -> Session:
     if how.precision == "int8":
         raise RunError(
             f"{path} has no graphs in int8, which training images calibrate: make a bundle of {chosen.name} with "
@@ -192,14 +203,17 @@ def _load_run(path: Path, chosen: Instance, how: _How, labels: LabelSize) -> Ses
             )
         else:
             runner = how.by_torch(net, chosen)
+    run = RunDirectory(path)
     return Session(
         runner,
         chosen,
         class_names=blueprint.class_names,
         palette=np.array(blueprint.palette, np.uint8),
-        costs=_measured_costs((file.path.read_bytes() for file in RunDirectory(path).all_measured()), runner, chosen),
+        costs=_measured_costs((file.path.read_bytes() for file in run.all_measured()), runner, chosen),
         input_size=blueprint.input_size,
         resize=blueprint.resize,
+        full_size=full_size,
+        workload=_table(run.profile.path.read_bytes(), chosen) if run.profile.exists else None,
         labels=labels,
     )
 
@@ -234,17 +248,24 @@ def _bundled_graphs(bundle: Bundle, runtime: GraphRuntime, how: _How) -> GraphRu
 
 def _measured_costs(files: Iterable[bytes], runner: Runner, instance: Instance) -> CostTable | None:
     """The table, if there is a readable one, that was measured one image at a time as ``runner`` runs."""
-    exits = {choice.exit for choice in instance.exits}
     here = {**runner.conditions, "batch": 1, "runtime": _kind(runner.conditions["runtime"])}
     for file in files:
-        try:
-            table = CostTable.from_json(file.decode(errors="replace"))
-        except RunError:  # of another schema: it foretells nothing, and nothing else needs it
+        table = _table(file, instance)
+        if table is None:
             continue
         there = {**table.conditions, "runtime": _kind(table.conditions.get("runtime", ""))}
-        if there == here and table.heads.keys() >= exits:
+        if there == here:
             return table
     return None
+
+
+def _table(file: bytes, instance: Instance) -> CostTable | None:
+    """None for a table of another schema or other exits: it foretells nothing, and what is deployed runs without."""
+    try:
+        table = CostTable.from_json(file.decode(errors="replace"))
+    except RunError:
+        return None
+    return table if table.heads.keys() >= {choice.exit for choice in instance.exits} else None
 
 
 def _kind(runtime: str | int) -> list[str]:

@@ -18,7 +18,7 @@ from messnet.errors import DataError, ModelError, PredictionError, RecipeError
 from messnet.images import drawing
 from messnet.images.colours import default_palette
 from messnet.images.inputs import ImageLike, as_image, each_image
-from messnet.images.preprocessing import resize, resize_map, resized_size
+from messnet.images.preprocessing import resize_map, resize_to, resized_size, trained_size
 from messnet.policy.arrays import image_confidence, nearest, refined_confidence_map
 from messnet.policy.labels import load_compiled
 from messnet.policy.policy import Policy
@@ -160,13 +160,17 @@ class Session:
         costs: CostTable | None = None,
         input_size: tuple[int, int] | None = None,
         resize: int | None = None,
+        full_size: bool = True,
+        workload: CostTable | None = None,
         labels: LabelSize = "input",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """A network is run by torch on ``device``. ``costs`` are those of this runtime on this device: the time that
         parts take, for deadlines, which are kept by ``clock`` (seconds). With ``resize`` the network sees every image
-        with so many pixels on its shorter side, as it was trained on (``data.resize``). ``labels`` "logits" are made
-        at the resolution of the logits, which is a stride coarser than the image, and are not upsampled."""
+        with so many pixels on its shorter side, as it was trained on (``data.resize``). Otherwise, unless at
+        ``full_size``, it sees images of more than twice the pixels of ``input_size`` scaled down to that many; results
+        have the image's own size. ``labels`` "logits" are made at the resolution of the logits, which is a stride
+        coarser than the image, and are not upsampled."""
         if not instance.exits:
             raise ModelError("the instance has no exits")
 
@@ -189,10 +193,21 @@ class Session:
         """(height, width) that the network was made for; others are taken too."""
         self.resize = resize
         """Pixels of the shorter side that images are brought to before the network sees them; None: as they are."""
+        self.full_size = full_size
+        """Whether large images, too, are seen as they are, where there is no ``resize``."""
+        self.workload = workload
+        """What was counted of every part at ``input_size``, on no device; None where there is no such table."""
         self.labels = labels
         """The size that labels are made at."""
         self._now = clock
         self._clock = _Clock(costs, instance.exits)
+
+    def __repr__(self) -> str:
+        indices = [str(choice.exit_index) for choice in self.instance.exits]
+        exits = f"exit {indices[0]}" if len(indices) == 1 else f"exits {', '.join(indices[:-1])} and {indices[-1]}"
+        size = "" if self.input_size is None else f", {self.input_size[0]} x {self.input_size[1]}"
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        return f"<Session {self.instance.name}: {self.runtime} {self.precision}, {exits}{size}{classes}>"
 
     @property
     def runtime(self) -> RuntimeName:
@@ -275,7 +290,7 @@ class Session:
         start = self._now()
         exits, pixels = self.instance.exits, as_image(image)
         results = self._results([pixels], exits, every=True)
-        size, before = self._resized_size(pixels), 0.0
+        size, before = self.resized_size(pixels), 0.0
         for position in range(len(exits)):
             if position and deadline_ms is not None:
                 spent = (self._now() - start) * 1000
@@ -313,10 +328,10 @@ class Session:
         Segments and heads run as results are asked for. An exit that is passed costs its head and its confidence, but
         no labels at input resolution.
         """
-        size = self._resized_size(images[0])
+        size = self.resized_size(images[0])
         seen = self._seen_size(size)
         bottom, right = seen[0] - size[0], seen[1] - size[1]
-        batch = np.stack(images if self.resize is None else [resize(image, self.resize) for image in images])
+        batch = np.stack([resize_to(image, size) for image in images])
         if bottom or right:
             batch = np.pad(batch, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
         live = self.runner.start(batch)
@@ -374,7 +389,7 @@ class Session:
         seen: tuple[int, int],
         decided_on: float | None,
     ) -> Result:
-        size = self._resized_size(image)
+        size = self.resized_size(image)
         return Result(
             labels=labels if self.labels == "logits" else resize_map(labels, (image.shape[0], image.shape[1])),
             exit_index=choice.exit_index,
@@ -392,9 +407,12 @@ class Session:
             palette=self.palette,
         )
 
-    def _resized_size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
+    def resized_size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
+        """(height, width) that an image (H, W, 3) is brought to before the network sees it."""
         size = (image.shape[0], image.shape[1])
-        return size if self.resize is None else resized_size(size, self.resize)
+        if self.resize is not None:
+            return resized_size(size, self.resize)
+        return size if self.full_size or self.input_size is None else trained_size(size, self.input_size)
 
     def _seen_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size of an image, or for a network that wants it the next multiple of its stride."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +40,10 @@ class Normalisation:
 
 IMAGENET = Normalisation()
 
+LARGE = 2
+"""An image of more than so many times the pixels that a network was trained on shows objects at sizes that the network
+does not know."""
+
 _Map = TypeVar("_Map", NDArray[np.uint8], NDArray[np.float32])
 
 
@@ -50,13 +55,27 @@ def resized_size(size: tuple[int, int], shorter: int) -> tuple[int, int]:
     return height, width
 
 
+def trained_size(size: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) at which a network sees an image of ``size`` that was trained on images of size ``trained``: an
+    image of more than ``LARGE`` times their pixels is scaled down to as many as they have, in proportion."""
+    if math.prod(size) <= LARGE * math.prod(trained):
+        return size
+    scale = math.sqrt(math.prod(trained) / math.prod(size))
+    height, width = (max(1, round(scale * length)) for length in size)
+    return height, width
+
+
 def resize(image: NDArray[np.uint8], shorter: int) -> NDArray[np.uint8]:
-    """An image (H, W, 3) uint8 RGB with its shorter side at ``shorter`` pixels, bilinear and antialiased; the image
-    itself where it is so already."""
-    height, width = resized_size((image.shape[0], image.shape[1]), shorter)
-    if (height, width) == image.shape[:2]:
+    """An image (H, W, 3) uint8 RGB with its shorter side at ``shorter`` pixels, as ``resize_to`` makes it."""
+    return resize_to(image, resized_size((image.shape[0], image.shape[1]), shorter))
+
+
+def resize_to(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """An image (H, W, 3) uint8 RGB at another ``size`` (height, width), bilinear and antialiased; the image itself
+    where it is so already."""
+    if image.shape[:2] == size:
         return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def resize_map(values: _Map, size: tuple[int, int]) -> _Map:

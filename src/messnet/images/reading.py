@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from PIL import Image, ImageOps
 from messnet.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+# Pillow warns of what is accepted, or refused in words, further on.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # An image whose brightest value is below this is next to black on any screen.
 _DIM = 32

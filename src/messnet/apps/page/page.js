@@ -183,11 +183,13 @@ function reveal(picture) {
   $("drop").classList.toggle("full", picture);
 }
 
-// The image or frame as the network is to see it: scaled down where it has more pixels than are allowed.
+// The image or frame as it goes to the source: scaled down where it has more pixels than are allowed, or than the
+// network knows what to do with.
 function draw(image, width, height) {
-  const scale = Math.min(1, Math.sqrt(info.limits.max_pixels / (width * height)));
+  const { max_pixels, large = max_pixels } = info.limits;
+  const scale = width * height > large ? Math.sqrt(max_pixels / (width * height)) : 1;
   current = { note: scale < 1 ? `scaled down here from ${width} × ${height}` : "" };
-  const [columns, rows] = [width, height].map((side) => Math.max(1, Math.floor(side * scale)));
+  const [columns, rows] = [width, height].map((side) => Math.max(1, Math.floor(side * scale + 1e-6)));
   for (const canvas of [$("photo"), $("mask")]) {
     if (camera && canvas.width === columns && canvas.height === rows) continue; // a frame's mask stays for the next one's
     canvas.width = columns;

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from messnet.deployment.bundle import is_bundle, open_bundle
 from messnet.deployment.session import Session
-from messnet.errors import RunError
-from messnet.records.costs import CostTable
-from messnet.records.run_directory import RunDirectory
 
 
 class ExitInfo(TypedDict):
@@ -41,8 +36,8 @@ class ModelInfo(TypedDict, total=False):
     workload: WorkloadInfo
 
 
-def describe(path: Path, session: Session) -> ModelInfo:
-    """The exits of the model at ``path`` with their thresholds and costs; without a table of costs why there is none.
+def describe(session: Session) -> ModelInfo:
+    """The exits of a session with their thresholds and costs; without a table of costs why there is none.
     Nothing tells where the files lie: anyone may read it."""
     chosen = [choice.exit for choice in session.instance.exits]
     exits: list[ExitInfo] = [
@@ -60,24 +55,13 @@ def describe(path: Path, session: Session) -> ModelInfo:
         for entry, latency_ms in zip(exits, times, strict=True):
             entry["latency_ms"] = round(latency_ms, 3)
         record["latency_conditions"] = session.costs.conditions
-    try:
-        costs = CostTable.from_json(_workload(path))
-        macs = costs.column("macs", chosen).leaving()
-        total = costs.total_macs()
-    except (RunError, OSError):
+    costs = session.workload
+    if costs is None:
         record["workload"] = {"missing": "the model comes without a table of its parts' multiply-accumulates"}
         return record
+    macs, total = costs.column("macs", chosen).leaving(), costs.total_macs()
     for entry, value in zip(exits, macs.tolist(), strict=True):
         entry["macs"] = round(value)
         entry["share_of_original"] = round(value / total, 4)
     record["workload"] = {"input_size": list(costs.input_size), "original_macs": round(total)}
     return record
-
-
-def _workload(path: Path) -> str:
-    if is_bundle(path):
-        bundle = open_bundle(path)
-        if "costs/workload.json" not in bundle.manifest.files:
-            raise RunError(f"{path} holds no costs/workload.json")
-        return bundle.read("costs/workload.json").decode()
-    return RunDirectory(path).profile.read().to_json()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import socket
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -63,8 +62,6 @@ def _serve(
     sockets: Sequence[socket.socket],
 ) -> None:
     """As the ``worker`` of this number, or alone where it is 0."""
-    # Pillow warns of what the service refuses.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     service = open_service(path, options, samples=samples, open_session=open_session)
     name, hint = (f"worker {worker}: ", "") if worker else ("", " (ctrl-c stops it)")
     print(f"{name}{service.session.instance.name} of {path}: http://{_address(sockets[-1])}/{hint}", flush=True)
@@ -87,7 +84,7 @@ def open_service(
     chosen = None if samples is None else _samples_of(samples, options)
     session = open_session(path)
     found = _gallery_of(path) if chosen is None else chosen
-    return Service(session, options, samples=found, info=describe(path, session))
+    return Service(session, options, samples=found, info=describe(session))
 
 
 def _listening(host: str, port: int) -> socket.socket:
