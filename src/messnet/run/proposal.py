@@ -55,9 +55,9 @@ class _Classes:
     def is_plain(self) -> bool:
         return self.values == tuple(range(len(self.values)))
 
-    @property
-    def is_colour(self) -> bool:
-        return max(self.values) > VOID
+    def shown(self, value: int) -> str:
+        """A mask value as a recipe says it."""
+        return f"0x{value:06x}" if max(self.values) > VOID else str(value)
 
 
 def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
@@ -165,21 +165,20 @@ def _data_lines(
     lines.append(f"  class_names: # {'from your list' if classes.is_named else 'made up: give them their names'}")
     width = max(len(json.dumps(name, ensure_ascii=False)) for name in classes.names)
     for name, value in zip(classes.names, classes.values, strict=True):
-        shown = f"0x{value:06x}" if classes.is_colour else str(value)
         share = f"{train.class_share[name]:.2%} of the training pixels, in {train.class_images[name]} images"
-        value_shown = "" if classes.is_drawn else f"mask value {shown}: "
+        value_shown = "" if classes.is_drawn else f"mask value {classes.shown(value)}: "
         lines.append(f"    - {json.dumps(name, ensure_ascii=False):<{width}} # {value_shown}{share}")
     if classes.is_drawn:
         lines.append(
             "  # What is in no outline is background; without a class of that name it is void, and counts nowhere."
         )
-        return lines + _size_lines(train) + _group_lines(compare_splits(train, val), val)
-    values_shown = ", ".join(f"0x{value:06x}" if classes.is_colour else str(value) for value in classes.values)
-    lines.append(f"  mask_values: [{values_shown}] # of each class, in order")
-    if classes.has_void:
-        share = f"{train.void_share:.2%} of the training pixels"
-        lines.append(f"  # Mask value 255 is void, it counts nowhere: {share}.")
-    lines.append("  # If one of them is no class but void, take out its name and its value, and say void_index: VALUE.")
+    else:
+        lines.append(f"  mask_values: [{', '.join(map(classes.shown, classes.values))}] # of each class, in order")
+        if classes.has_void:
+            share = f"{train.void_share:.2%} of the training pixels"
+            lines.append(f"  # Mask value 255 is void, it counts nowhere: {share}.")
+        if_void = "take out its name and its value, and say void_index: VALUE."
+        lines.append(f"  # If one of them is no class but void, {if_void}")
     return lines + _size_lines(train) + _group_lines(compare_splits(train, val), val)
 
 
