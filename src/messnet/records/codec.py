@@ -73,7 +73,7 @@ def to_plain(value: object) -> Plain:
             return [[*map(to_plain, key), to_plain(item)] for key, item in value.items()]
         case dict():
             return {str(key): to_plain(item) for key, item in value.items()}
-        case list() | tuple():
+        case list() | tuple():  # JSON has but one of them: the declared type says which it was
             return [to_plain(item) for item in value]
         case Path():
             return str(value)
@@ -134,6 +134,7 @@ class Stored:
     def from_bytes(cls, data: bytes) -> Self:
         try:
             _expect_honest(data)
+            # A pickle would run whatever its maker wants.
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             meta: object = json.loads(str(arrays.pop("meta")))
@@ -171,6 +172,7 @@ def _expect_honest(data: bytes) -> None:
     NumPy makes room for an array as its header says before it reads it: a few bytes could ask for a terabyte.
     """
     total = 0
+    # Headers alone are read here, nothing is unpacked.
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for member in archive.infolist():
             total += member.file_size
@@ -206,7 +208,7 @@ def type_options(kind: object) -> tuple[object, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-@cache
+@cache  # resolving annotations takes longer than reading a small record
 def _hints(kind: type) -> dict[str, object]:
     return get_type_hints(kind)
 

@@ -125,7 +125,7 @@ class CostTable(Stored, what="a cost table", made_by="profile", version=2):
 
     @property
     def final_exit(self) -> Exit:
-        return max(self.heads)
+        return max(self.heads)  # exits are ordered by exit_index first
 
     def total(self, name: CostName) -> float:
         """Cost of the user's own model: all segments, the final head and its output."""
@@ -141,13 +141,14 @@ class CostTable(Stored, what="a cost table", made_by="profile", version=2):
         missing = [exit for exit in exits if exit not in self.heads]
         if missing:
             raise RunError(f"the cost table has no exit {missing[0]}: it was made for another head space")
+        # The final exit decides nothing, so the table has no policy for it.
         nothing = PartCost(macs=0, macs_paper=0, parameters=0, memory_bytes=0, latency_ms=0, latency_p95_ms=0)
         indices = [exit.exit_index for exit in exits]
         policies = (*self.policies, nothing)
 
         def values(parts: Sequence[PartCost]) -> FloatArray:
             found = [getattr(part, name) for part in parts]
-            if None in found:
+            if None in found:  # of a network that was counted and not measured
                 raise RunError(f"the cost table has no {name}: measure it with `messnet profile RUN --measure`")
             # In steps of 1 ns (2^-20 ms) sums are exact, as those of integers are: equal costs stay equal.
             return np.round(np.array(found, np.float64) * 2**20) / 2**20
@@ -158,7 +159,7 @@ class CostTable(Stored, what="a cost table", made_by="profile", version=2):
             heads=values([self.heads[exit] for exit in exits]),
             policies=values([policies[i] for i in indices]),
             outputs=values([self.outputs[i] for i in indices]),
-            combine="max" if name == "memory_bytes" else "sum",
+            combine="max" if name == "memory_bytes" else "sum",  # parts run one after another and free what they used
             per_image=name not in ("parameters", "memory_bytes"),
         )
 

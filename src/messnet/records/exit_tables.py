@@ -79,6 +79,7 @@ class ExitTables(Stored, what="exit tables", made_by="evaluate"):
         was delivered, or, where no weights were given, the final exit."""
         if self.delivered is not None:
             return self.delivered
+        # Without weights of the user's there is no model but the one that stage 1 made.
         return np.stack((self.intersection[:, self.final], self.predicted[:, self.final]), 1)
 
     def with_delivered(self, model: ExitTables) -> ExitTables:
@@ -109,7 +110,7 @@ class ExitTables(Stored, what="exit tables", made_by="evaluate"):
         """Summed (intersection, predicted, labelled), each (K,), when image v leaves at ``exits[routing[v]]``."""
         images = np.arange(len(self.image_names))
         return (
-            self.intersection[images, routing].sum(0, dtype=np.int64),
+            self.intersection[images, routing].sum(0, dtype=np.int64),  # int32 holds one image, not a data set
             self.predicted[images, routing].sum(0, dtype=np.int64),
             self.labelled.sum(0, dtype=np.int64),
         )

@@ -26,7 +26,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             write_atomically(temporary / name, data)
         if target.exists():
-            target.rmdir()
+            target.rmdir()  # an empty folder may be replaced; one that was filled meanwhile raises
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ def group_ids(labels: Sequence[str]) -> IntArray:
     ``labels`` name the group of each of V images; an image labelled "" is a group of its own.
     """
     numbers: dict[str | int, int] = {}
+    # A number is no label: images without one get a key that nobody else has.
     keys = (label or v for v, label in enumerate(labels))
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 

@@ -61,5 +61,6 @@ class Instance(Stored, what="an instance file", made_by="search", indent=2):
 
 def whole_model(final: Exit) -> Instance:
     """The user's model as an instance, "baseline": its final exit alone."""
+    # Without thresholds, for every image goes all the way.
     exits = (ExitChoice(exit_index=final.exit_index, head=final.head),)
     return Instance(name="baseline", setting="budgeted", exits=exits)

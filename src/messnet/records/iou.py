@@ -25,6 +25,7 @@ def confusion_matrix(
 ) -> NDArray[np.int64]:
     """Pixels by (label, prediction), (K, K), of integer arrays of one shape; a label outside [0, K) is ignored."""
     side = num_classes + 1
+    # Ignored pixels go to a row of their own, which is cut off below.
     known = np.where((label >= 0) & (label < num_classes), label, num_classes).astype(np.intp)
     joint = np.bincount((known * side + prediction).ravel(), minlength=side * side)
     return joint.reshape(side, side)[:-1, :-1].astype(np.int64)

@@ -51,7 +51,7 @@ class Measurement:
         ``confusion``."""
         if self.instance.expected is not None:
             return list(self.instance.expected.class_iou)
-        if not self.confusion:
+        if not self.confusion:  # a file of before
             return []
         return known(class_iou(*counts_of(np.array(self.confusion, np.int64))))
 
@@ -91,7 +91,7 @@ class Measurement:
 
     def spread(self) -> float:
         """How evenly the images spread over the exits: the entropy of the shares in bits, 0 if all leave at one."""
-        shares = np.array([share for _, share in self.exit_shares() if share > 0])
+        shares = np.array([share for _, share in self.exit_shares() if share > 0])  # 0 log 0 is 0
         return float(-(shares * np.log2(shares)).sum())
 
 
@@ -140,6 +140,7 @@ class Measurements(Stored, what="a measurements file", made_by="report"):
     @property
     def miou_to_keep(self) -> float:
         """mIoU in [0, 1] that changes are counted against: the delivered model's, else the baseline's."""
+        # A model that was kept is the baseline to the bit.
         return self.rows[0].miou if self.delivered is None or self.delivered.is_kept else self.delivered.miou
 
 
@@ -173,4 +174,5 @@ class Gallery(Stored, what="a gallery", made_by="report"):
 
 def known(values: Iterable[float]) -> list[float | None]:
     """The values with None in the place of NaN, which JSON has not."""
+    # NaN would be written as a bare word that other readers of JSON refuse.
     return [None if math.isnan(value) else float(value) for value in values]

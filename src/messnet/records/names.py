@@ -64,7 +64,7 @@ def expect_runtime(runtime: str, precision: str) -> None:
 def precision_named(name: str, *, option: str = "precision", quiet: bool = False) -> Precision:
     """The precision that a user calls ``name``. A spelling of version 0.1 is taken, unless ``quiet`` with a line on
     standard error that says the new one. Raises RecipeError for any other word."""
-    if name in DTYPES:
+    if name in DTYPES:  # the names of this version are its keys
         return name
     if name not in _OLD_PRECISIONS:
         raise RecipeError(f"{option} {name!r} is unknown: expected one of {', '.join(DTYPES)}")
@@ -86,5 +86,6 @@ def precision_of_dtype(dtype: str) -> Precision:
 
 
 def _said(option: str, old: str, new: _Name) -> _Name:
+    # On standard error: standard output may be JSON that a program reads.
     print(f"messnet: {option} {old} is called {new} now; the old name goes in the next version", file=sys.stderr)
     return new

@@ -140,6 +140,7 @@ class RunDirectory:
 
         Raises RunError where costs are of several precisions, or the tables are missing or of other weights.
         """
+        # A table that only counts has no conditions: it holds for the run's own tables, in float32.
         conditions = [{"runtime": "", "dtype": DTYPES["f32"], **table.conditions} for table in costs]
         measured = {(str(one["runtime"]).partition(" ")[0], str(one["dtype"])) for one in conditions}
         others = sorted(one for one in measured if one[1] != DTYPES["f32"])
@@ -153,7 +154,7 @@ class RunDirectory:
         runtime, dtype = others[0]
         tables = self.deployed_tables(runtime, precision_of_dtype(dtype)).read()
         own = self.tables.read().origin if self.tables.exists else ""
-        if own and tables.origin.split()[0] != own:
+        if own and tables.origin.split()[0] != own:  # behind it stand runtime and precision
             raise RunError(
                 f"the tables of {self.path} in {tables.precision} are of other weights or another recipe than its own: "
                 f"make them again with `messnet evaluate {self.path} --runtime {runtime} --precision "
@@ -188,6 +189,7 @@ class RunDirectory:
         instances there are."""
         known = self.instance_names()
         if name is None:
+            # A run that searched for one instance of its own may lack the default one.
             name = known[0] if len(known) == 1 else DEFAULT_INSTANCE
         if name not in known:
             names = ", ".join(known) or f"none yet: make one with `messnet search {self.path}`"
@@ -284,6 +286,7 @@ def provenance() -> dict[str, str]:
     """Versions and machine, as words."""
     versions = {}
     for name in ("messnet", "torch", "torchvision"):
+        # A device that only runs graphs has no torch.
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {**versions, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}

@@ -99,7 +99,7 @@ class Selection:
         optional = {
             "baseline_miou": self.baseline_miou,
             f"baseline_{name}": self.baseline_cost,
-            "loss": self.loss,
+            "loss": self.loss,  # its being there says that the instance is certified
             # Said where the other figures leave a doubt, see ``from_figures``.
             "relative": float(self.unit.relative) if self.unit.relative or self.baseline_cost == 1 else None,
         }
@@ -117,6 +117,7 @@ class Selection:
     @classmethod
     def from_figures(cls, figures: Mapping[str, float]) -> Selection | None:
         """The record of a flat form, None where that holds no search's figures."""
+        # One cost stands alone; all others have a prefix or a statistic behind a dot.
         name: CostName | None = next((one for one in get_args(CostName) if one in figures), None)
         if name is None or "miou" not in figures:
             return None
@@ -196,6 +197,7 @@ class Expected:
 def _reached(figures: Mapping[str, float]) -> Iterator[ReachedCost | ReachedIou]:
     """The constraints of a flat form, in the order in which it holds them."""
     for key, value in figures.items():
+        # A floor always has its limit; a cost that was minimised has none.
         limit = figures.get(f"{_LIMIT}{key}")
         if key.startswith(_IOU) and limit is not None:
             yield ReachedIou(class_name=key.removeprefix(_IOU), value=value, limit=limit)

@@ -28,7 +28,7 @@ class Shard:
         return f"{self.index}/{self.count}"
 
     def __str__(self) -> str:
-        return f"{self.index}of{self.count}"
+        return f"{self.index}of{self.count}"  # a slash would be a folder
 
     def divided(self, rank: int, world_size: int) -> Shard:
         """The part of this part that process ``rank`` = 0 .. ``world_size`` - 1 does."""

@@ -168,5 +168,5 @@ def test_tuning_does_not_change_the_front(seed: int) -> None:
     found = solve(problem, Region("front"))
     assert found.proof.optimal
     for bend, per_batch in ((1.0, 1), (0.01, 2), (0.0, 100)):
-        tuning = Tuning(bend=bend, per_batch=per_batch, num_reprice=3 * per_batch)
+        tuning = Tuning(bend=bend, per_batch=per_batch, num_exact=3 * per_batch)
         assert solve(problem, Region("front"), tuning=tuning).front == found.front

@@ -1,4 +1,5 @@
-"""Choices of three exits, one head each, thresholds open: which of them bounds have not ruled out."""
+"""Choices of three exits, one head each, thresholds open: which of them bounds have not ruled out, what all of their
+instances cost at least, and all instances of one choice."""
 
 from __future__ import annotations
 
@@ -9,23 +10,22 @@ from numpy.typing import NDArray
 
 from messnet.records.arrays import FloatArray, IntArray
 from messnet.searching.exact import enumeration
-from messnet.searching.exact.arrays import Arrays, Frontier
+from messnet.searching.exact.arrays import WHOLE_MAX, WHOLE_SUM, WORST, Arrays, Frontier
 from messnet.searching.exact.bounds import MARGIN
-from messnet.searching.exact.least_cost import least_cost, least_cost_of_row
 from messnet.searching.exact.problem import Problem
 
 
 class Candidates(NamedTuple):
-    """The choices of three exits that may hold an instance better than what is known, and their bounds at one
-    tangent: an instance of choice i has an mIoU of at most ``base + bounds[i, j] + prices[j] cost``, for every j."""
+    """The choices of three exits that may hold an instance better than what is known, and their bounds at one tangent
+    and price: an instance of choice i has an mIoU of at most ``base + bounds[i] + price cost``."""
 
     exits: IntArray
     """(n, 3): last, middle, first."""
     bounds: FloatArray
-    """(n, prices): the largest mean l - price cost, plus the remainder."""
+    """(n,): the largest mean l - price cost, plus the remainder."""
     base: float
     """The tangent's mIoU, R."""
-    prices: list[float]
+    price: float
     """mIoU per unit of the objective's cost."""
     costs: tuple[float, float] = (-np.inf, np.inf)
     """The bounds hold for instances that cost more than the one and at most the other."""
@@ -35,16 +35,13 @@ class Candidates(NamedTuple):
         relative to the first corner's if that is the cheapest instance's (``has_best``), else infinite; and in mIoU."""
         if not len(self.exits) or not len(corners):
             return 0.0, 0.0
-        prices, gap_cost = np.array(self.prices), np.inf
-        # The lowest line of each candidate at the corner's cost, the highest of the candidates, less the corner's mIoU.
-        gap_miou = max(
-            float((self.base + self.bounds + prices * cost).min(1).max() - miou) + MARGIN for miou, cost in corners
-        )
-        if has_best and (prices > 0).any():
+        # The highest of the candidates' lines at each corner's cost, less the corner's mIoU.
+        highest, gap_cost = self.base + float(self.bounds.max()) + MARGIN, np.inf
+        gap_miou = max(highest + self.price * cost - miou for miou, cost in corners.tolist())
+        if has_best and self.price > 0:
             # A line with a price reaches the least mIoU at this much less cost, and not before.
-            least_miou, cost = corners[0]
-            saved = (self.base + self.bounds + prices * cost - least_miou)[:, prices > 0] / prices[prices > 0]
-            gap_cost = float((saved.min(1) + MARGIN / prices.max()).max() / cost)
+            least_miou, cost = corners[0].tolist()
+            gap_cost = (highest + self.price * cost - least_miou) / self.price / cost
         return max(gap_cost, 0.0), max(gap_miou, 0.0)
 
 
@@ -68,6 +65,37 @@ def candidate_mask(arrays: Arrays, last: int, num: int, max_cost: float, known: 
         among[here[:, 1], here[:, 2]] = True
         marked &= among
     return marked
+
+
+def least_cost(arrays: Arrays, last: int, num: int) -> FloatArray:
+    """(middle, first) of the ``num`` exits before ``last``: no instance has a smaller objective's cost."""
+    weighted = np.flatnonzero(arrays.weights > 0)
+    costs = [arrays.weights[m] * least_cost_of_row(arrays, int(m), last, num) for m in weighted]
+    # The objective is the largest weighted cost, so it is at least the largest of their bounds.
+    least: FloatArray = np.maximum.reduce(costs)
+    return least
+
+
+def least_cost_of_row(arrays: Arrays, m: int, last: int, num: int) -> FloatArray:
+    """(middle, first): no instance of the choice has a smaller cost in row m."""
+    backbone, head, decision, output = arrays.parts[m]
+    kind = arrays.kinds[m]
+    paid = head[:num] + decision[:num]
+    if kind in (WHOLE_SUM, WHOLE_MAX):
+        # The cost of the whole instance does not depend on thresholds: this is it.
+        join: np.ufunc = np.add if kind == WHOLE_SUM else np.maximum
+        early = join(join(head[:num], decision[:num]), output[:num])
+        own = join(join(backbone[last], head[last]), output[last])
+        whole: FloatArray = join(join(early[:, None], early[None, :]), own)
+        return whole
+    # An image costs one of three sums, by the exit where it leaves.
+    first = (backbone + output)[:num] + paid
+    middle = first[:, None] + paid[None, :]
+    end = paid[:, None] + paid[None, :] + backbone[last] + head[last] + output[last]
+    # The images do not all leave at the first exit, so the costliest one pays at least the lesser of the other two.
+    reached: FloatArray = np.minimum(middle, end)
+    anywhere: FloatArray = np.minimum(reached, first[None, :])
+    return reached if kind == WORST else anywhere
 
 
 def evaluate_choice(problem: Problem, positions: tuple[int, ...], max_cost: float, least_miou: float) -> Frontier:

@@ -59,8 +59,8 @@ class Tuning:
 
     num_best: int = 4
     """Instances that ``Outcome.best`` holds."""
-    num_reprice: int = 20_000
-    """Candidates from which on bounds at another price pay."""
+    num_exact: int = 20_000
+    """Candidates up to which it pays to know how promising each is, not only whether it is ruled out."""
     num_seeds: int = 256
     """Choices evaluated before any is bounded."""
     per_batch: int = 8

@@ -328,37 +328,32 @@ class Solver:
 
     def bound(self, lasts: Sequence[int], costs: tuple[float, float], known: Candidates | None = None) -> Candidates:
         """The candidates between two costs, among those ``known`` if given: steps 2 to 6."""
-        prices = self.choose_tangent(costs)
+        self.choose_tangent(costs)
         corners = self.corners_within(costs)
-        candidates = self._bound_at(lasts, prices[0], corners, known)
-        # Other prices give other lines, and the lowest counts; each costs a pass over all choices.
-        for price in prices[1:]:
-            if len(candidates.exits) > self.tuning.num_reprice:
-                try:
-                    candidates = self._bound_at(lasts, price, corners, candidates)
-                except StoppedError:
-                    break  # the lines so far hold; the caller stops at its own next look
-        return self._tighten(candidates, corners)
+        return self._tighten(self._bound_quickly(lasts, corners, known), corners)
 
-    def choose_tangent(self, costs: tuple[float, float]) -> list[float]:
-        """Sets the tangent and its form for a search between two costs; returns the prices that suit there."""
+    def choose_tangent(self, costs: tuple[float, float]) -> None:
+        """Sets the tangent, the price and the linear form for a search between two costs."""
         self.interval = costs
-        key, prices = self._reference(self.corners_within(costs))
-        self._move_tangent(key, prices[0])
-        return prices
+        key, price = self._reference(self.corners_within(costs))
+        if key != self.tangent_key:
+            self.tangent, self.tangent_key, self.form = tangent_at(self.problem, key), key, None
+        if self.form is None or price != self.price:
+            self.form, self.price = form_at(self.arrays, self.sets, self.tangent, price * self.parts), price
+            self.filled[:] = False
 
     def _tighten(self, candidates: Candidates, corners: FloatArray) -> Candidates:
-        """Step 6: bounds by cells, at the first price."""
+        """Step 6: bounds by cells."""
         form = self.form
         assert form is not None
         # A matrix of bounds for each last exit, worked off in parallel by rows.
-        target = self._target(candidates, corners, 0)
+        target = self._target(candidates, corners)
         lines, places = {}, {}
         for last in np.unique(candidates.exits[:, 0]).tolist():
             here = np.flatnonzero(candidates.exits[:, 0] == last)
             lines[last] = np.full((self.problem.num_before(last),) * 2, RULED_OUT)
             places[last] = here, candidates.exits[here, 1], candidates.exits[here, 2]
-            lines[last][places[last][1:]] = candidates.bounds[here, 0]
+            lines[last][places[last][1:]] = candidates.bounds[here]
         jobs = [
             (last, part)
             for last, line in lines.items()
@@ -366,7 +361,7 @@ class Solver:
             if len(part)
         ]
         # Where many are left the front needs to know only which, not how promising they are.
-        exact = self.region.goal != "front" or len(candidates.exits) <= self.tuning.num_reprice
+        exact = self.region.goal != "front" or len(candidates.exits) <= self.tuning.num_exact
         tau = float(corners[0, 0]) - candidates.base
 
         def divide(job: tuple[int, IntArray]) -> None:
@@ -380,8 +375,8 @@ class Solver:
             pass  # the lines so far hold
         bounds = candidates.bounds.copy()
         for last, (here, *where) in places.items():
-            bounds[here, 0] = lines[last][tuple(where)]
-        left = bounds[:, 0] > RULED_OUT
+            bounds[here] = lines[last][tuple(where)]
+        left = bounds > RULED_OUT
         return candidates._replace(exits=candidates.exits[left], bounds=bounds[left])
 
     def fill(self, exits: IntArray) -> None:
@@ -401,43 +396,40 @@ class Solver:
         for _ in self._each(fill_one, np.flatnonzero(needed.any(1)).tolist(), "ranges"):
             pass
 
-    def _target(self, candidates: Candidates, corners: FloatArray, number: int) -> float:
-        """What a bound at the price of this number must reach: an instance that improves on corner (m, c) has
-        mIoU - price cost >= m - price c."""
-        reached = corners[:, 0] - candidates.base - candidates.prices[number] * corners[:, 1]
+    def _target(self, candidates: Candidates, corners: FloatArray) -> float:
+        """What a bound must reach: an instance that improves on corner (m, c) has mIoU - price cost >= m - price c."""
+        reached = corners[:, 0] - candidates.base - candidates.price * corners[:, 1]
         return float(reached.min(initial=np.inf)) - MARGIN
 
-    def _reference(self, corners: FloatArray) -> tuple[int, list[float]]:
-        """The key of an instance on the front near the corners, for the tangent, and prices near the front's slope
-        there: any price gives valid bounds, that one gives the lowest lines."""
+    def _reference(self, corners: FloatArray) -> tuple[int, float]:
+        """The key of an instance on the front near the corners, for the tangent, and the front's slope there as price:
+        any price gives valid bounds, that one gives the lowest lines."""
         size = int(self.front.size[0])
         if not size:
-            return self.problem.key_of_final, [0.0]
+            return self.problem.key_of_final, 0.0
         costs, mious = self.front.cost[:size], self.front.miou[:size]
         # The point of the front that is just accurate enough for the middle corner.
         at = min(int(np.searchsorted(mious, corners[len(corners) // 2, 0])), size - 1)
         if not self.priced or corners[-1, 1] >= self._largest_cost():  # cost is not bounded here
-            return int(self.front.key[at]), [0.0]
+            return int(self.front.key[at]), 0.0
         # Within a strip the chord of its corners.
         if self.region.goal == "front" and len(corners) > 2:
             slope = (corners[-1, 0] - corners[0, 0]) / (corners[-1, 1] - corners[0, 1])
-            return int(self.front.key[at]), [float(slope)]
+            return int(self.front.key[at]), float(slope)
         # Else the slope between the points 5 % cheaper and 5 % dearer.
         low, high = (int(np.searchsorted(costs, factor * costs[at])) for factor in (0.95, 1.05))
         low, high = max(0, min(low, at - 1)), min(size - 1, max(high, at + 1))
         slope = (mious[high] - mious[low]) / (costs[high] - costs[low]) if costs[high] > costs[low] else 0.0
-        return int(self.front.key[at]), [slope] if self.region.goal == "front" else [slope, 2 * slope, slope / 2]
+        return int(self.front.key[at]), float(slope)
 
-    def _bound_at(
-        self, lasts: Sequence[int], price: float, corners: FloatArray, known: Candidates | None
-    ) -> Candidates:
-        """Steps 3 to 5: bounds at one more price, of all choices or of those ``known``."""
+    def _bound_quickly(self, lasts: Sequence[int], corners: FloatArray, known: Candidates | None) -> Candidates:
+        """Steps 3 to 5, of all choices or of those ``known``."""
         tangent = self.tangent
         # What improves has at least the least mIoU of all corners: tau of step 3.
         tau = float(corners[0, 0]) - tangent.miou
-        candidates = Candidates(np.zeros((0, 3), np.int64), np.zeros((0, 1)), tangent.miou, [price], self.interval)
-        target = self._target(candidates, corners, 0)
-        prices = price * self.parts
+        none = Candidates(np.zeros((0, 3), np.int64), np.zeros(0), tangent.miou, self.price, self.interval)
+        target = self._target(none, corners)
+        prices = self.price * self.parts
 
         def bound(last: int) -> tuple[IntArray, FloatArray]:
             num = self.problem.num_before(last)
@@ -452,31 +444,14 @@ class Solver:
             return np.stack([np.full(len(middle), last), middle, first], axis=1), lines[middle, first]
 
         parts = list(self._each(bound, lasts, "bounds"))
-        exits = np.concatenate([candidates.exits, *(part[0] for part in parts)])
-        lines = np.concatenate([np.zeros(0), *(part[1] for part in parts)]).astype(np.float64)[:, None]
-        # Bounds at another tangent cannot be compared with these: they are dropped.
-        if known is None or known.base != tangent.miou:
-            return candidates._replace(exits=exits, bounds=lines)
-        where = {tuple(one): i for i, one in enumerate(known.exits.tolist())}
-        kept = [where[tuple(one)] for one in exits.tolist()]
-        bounds, prices_known = np.hstack([known.bounds[kept], lines]), [*known.prices, price]
-        return candidates._replace(exits=exits, bounds=bounds, prices=prices_known)
-
-    def _move_tangent(self, key: int, price: float) -> None:
-        """Sets the tangent at the instance with this key, and its form at a price."""
-        if key != self.tangent_key:
-            self.tangent, self.tangent_key, self.form = tangent_at(self.problem, key), key, None
-        if self.form is None or price != self.price:
-            self.form = form_at(self.arrays, self.sets, self.tangent, price * self.parts)
-            self.price = price
-            self.filled[:] = False
+        exits = np.concatenate([none.exits, *(part[0] for part in parts)])
+        return none._replace(exits=exits, bounds=np.concatenate([none.bounds, *(part[1] for part in parts)]))
 
     def _order(self, candidates: Candidates, done: NDArray[np.bool_]) -> IntArray:
         """Positions of the candidates that bounds do not rule out by now, the most promising first."""
         corners = self.corners_within(candidates.costs)
-        targets = [self._target(candidates, corners, number) for number in range(len(candidates.prices))]
-        # How far each candidate's lowest line is above what it must reach.
-        slack = (candidates.bounds - np.array(targets)).min(1)
+        # How far each candidate's line is above what it must reach.
+        slack = candidates.bounds - self._target(candidates, corners)
         slack[done] = -np.inf
         order: IntArray = np.argsort(-slack, kind="stable")[: int((slack >= 0).sum())]
         return order

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from messnet.records.arrays import FloatArray, IntArray
-from messnet.searching.exact.candidates import Candidates, candidate_mask
-from messnet.searching.exact.least_cost import least_cost
+from messnet.searching.exact.candidates import Candidates, candidate_mask, least_cost
 from messnet.searching.exact.outcome import StoppedError
 from messnet.searching.exact.solver import Solver
 
@@ -120,7 +119,7 @@ class FrontSolver(Solver):
             middle, first = np.nonzero(index[before][:, None] > index[before])
             exits.append(np.stack([np.full(len(middle), last), before[middle], before[first]], axis=1))
         chosen = np.concatenate(exits)
-        return Candidates(chosen, np.full((len(chosen), 1), np.inf), -1.0, [0.0])
+        return Candidates(chosen, np.full(len(chosen), np.inf), -1.0, 0.0)
 
     def _cheaper_than_all(self, lasts: Sequence[int]) -> IntArray:
         """(n, 3) choices with instances that may cost less than every point of the front."""
