@@ -24,6 +24,7 @@ from messnet.records.names import LabelSize, Precision, RuntimeName, precision_n
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
     from messnet.deployment.session import Session
     from messnet.records.instance import Instance
@@ -172,6 +173,15 @@ def say(stage: str, did: bool, quiet: bool) -> None:
         print(f"{stage}: {'done' if did else 'already done'}")
 
 
+def show(*tables: Table | None) -> None:
+    """Prints those of the tables that there are."""
+    from rich.console import Console
+
+    console = Console()
+    for table in filter(None, tables):
+        console.print(table)
+
+
 def print_table(directory: RunDirectory, as_json: bool) -> None:
     """What came of a run: first the sentence to remember, then the tables, then where the page lies."""
     from rich.console import Console
@@ -187,27 +197,23 @@ def print_table(directory: RunDirectory, as_json: bool) -> None:
         print(json.dumps({**json.loads(measurements.to_json()), **more}, indent=1))
         return
     missing = not_in_table(measurements, Findings.from_json(directory.front.read()))
-    console = Console()
     sentence = opening(measurements, deployed)
-    console.print(f"\n{sentence}.\n", style="bold", markup=False, highlight=False)
-    console.print(terminal_table(measurements, missing))
-    if classes := class_table(class_columns(measurements), measurements.class_names):
-        console.print(class_terminal_table(classes))
+    Console().print(f"\n{sentence}.\n", style="bold", markup=False, highlight=False)
+    classes = class_table(class_columns(measurements), measurements.class_names)
+    show(terminal_table(measurements, missing), class_terminal_table(classes))
     if deployed:
         print_deployed(directory, False)
     print(f"report: {directory.report.path}")
 
 
 def print_deployed(directory: RunDirectory, as_json: bool) -> None:
-    from rich.console import Console
-
     from messnet.report.deployed import deployed_terminal_table
 
     deployed, bundle = directory.deployed.read(), directory.bundle
     if as_json:
         print(deployed.to_json(), end="")
         return
-    Console().print(deployed_terminal_table(deployed))
+    show(deployed_terminal_table(deployed))
     if bundle.exists():
         print(f"bundle: {bundle}; try it with `messnet predict {bundle} PHOTO`")
 

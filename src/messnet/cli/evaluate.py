@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from messnet.cli.app import AsJson, Out, Overrides, SessionOptions, app, do_stage, examples, open_target, quieten, say
+from messnet.cli.app import (
+    AsJson,
+    Out,
+    Overrides,
+    SessionOptions,
+    app,
+    do_stage,
+    examples,
+    open_target,
+    quieten,
+    say,
+    show,
+)
 from messnet.errors import DataError, RecipeError
 from messnet.records.names import Precision, RuntimeName, expect_runtime
 from messnet.records.shard import Shard
@@ -130,10 +141,7 @@ def evaluate(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    console = Console()
-    console.print(exits_table(tables, costs))
-    if classes := exit_classes(tables, rows):
-        console.print(class_terminal_table(classes))
+    show(exits_table(tables, costs), class_terminal_table(exit_classes(tables, rows)))
 
 
 def _labelled(
@@ -189,8 +197,5 @@ def _show_scores(scores: Sequence[Score], as_json: bool) -> None:
         exits = ", ".join(f"{exit}: {count}" for exit, count in score.exits.items())
         miou = "" if score.miou is None else f"{100 * score.miou:.2f}"
         table.add_row(Text(score.instance), miou, Text(f"{score.latency_ms:.1f} [{score.latency_p95_ms:.1f}]"), exits)
-    console = Console()
-    console.print(table)
     classes = class_table({score.instance: [*score.iou.values()] for score in scores}, [*first.iou])
-    if classes:
-        console.print(class_terminal_table(classes))
+    show(table, class_terminal_table(classes))

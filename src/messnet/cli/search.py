@@ -183,7 +183,11 @@ def search(
         from messnet.run.choosing import best_of, search_precisions, search_run
 
         # A run as it stands is read, not opened: a search needs its tables and no network, and so no torch.
-        directory, options = _recorded(target) if target.is_dir() and not overrides else _opened(target, overrides, out)
+        if target.is_dir() and not overrides:
+            directory, options = _recorded(target)
+        else:
+            opened = open_target(target, overrides, out)
+            directory, options = opened.directory, opened.recipe.search
         searched: SearchSetting = "budgeted" if setting == "budgeted" else "input_dependent"
         alternatives: Sequence[Alternative] = ()
         if isinstance(asked, Objective) and guarantee is None and _are_of_precisions(directory, costs or ()):
@@ -257,11 +261,6 @@ def _recorded(path: Path) -> tuple[RunDirectory, SearchOptions]:
         return directory, from_plain(directory.record().recipe.get("search", {}), SearchOptions)
     except MismatchError as error:
         raise RecipeError(f"the recorded recipe of {path}: search.{error}") from error
-
-
-def _opened(target: Path, overrides: Sequence[str], out: Path | None) -> tuple[RunDirectory, SearchOptions]:
-    opened = open_target(target, overrides, out)
-    return opened.directory, opened.recipe.search
 
 
 def _asked(

@@ -26,6 +26,7 @@ from messnet.cli.app import (
     quieten,
     recipe_of,
     say,
+    show,
 )
 from messnet.errors import RecipeError
 from messnet.records.files import write_atomically
@@ -198,8 +199,6 @@ def _drawn_again(run: Path) -> RunDirectory | None:
 
 
 def _compare(paths: Sequence[Path], page: Path, as_json: bool) -> None:
-    from rich.console import Console
-
     from messnet.report.classes import class_terminal_table
     from messnet.report.comparison import (
         comparison_classes,
@@ -216,8 +215,5 @@ def _compare(paths: Sequence[Path], page: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([figures(run) for run in runs], indent=1))
         return
-    console = Console()
-    console.print(comparison_table(runs))
-    if classes := comparison_classes(runs):
-        console.print(class_terminal_table(classes))
+    show(comparison_table(runs), class_terminal_table(comparison_classes(runs)))
     print(f"comparison: {page}")

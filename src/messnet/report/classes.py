@@ -67,8 +67,10 @@ def class_table(columns: dict[str, Sequence[float | None]], class_names: Sequenc
     return ClassTable(list(filled), rows)
 
 
-def class_terminal_table(table: ClassTable) -> Table:
+def class_terminal_table(table: ClassTable | None) -> Table | None:
     """``class_table`` for a terminal."""
+    if table is None:
+        return None
     change = ", and its change in pp" if len(table.columns) > 1 else ""
     shown = Table(title=f"IoU by class, %{change}", title_justify="left")
     shown.add_column("class", max_width=24, overflow="fold")

@@ -11,7 +11,7 @@ import numpy as np
 from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
-from messnet.records.instance import Exit, Instance
+from messnet.records.instance import Exit
 from messnet.records.iou import class_iou
 from messnet.records.names import CostName, Setting, Statistic
 from messnet.records.selection import CostUnit, ReachedCost, ReachedIou, Selection
@@ -70,17 +70,6 @@ class Front:
     def certificate(self) -> str:
         """What was proved, in words."""
         return words.proof(self.proof)
-
-    def select(self, point: FrontPoint) -> Selection:
-        """A point's figures, beside those of the user's model."""
-        return Selection(
-            num_images=self.problem.num_images,
-            unit=self.unit,
-            miou=point.miou,
-            cost=point.cost,
-            baseline_miou=self.baseline_miou,
-            baseline_cost=self.baseline_cost,
-        )
 
 
 def search(
@@ -152,7 +141,6 @@ def search_for(
     grid = grid or Grid()
     if isinstance(objective, AnytimeObjective):
         return search_anytime(tables, costs, objective, grid=grid, name=name)
-    _expect_setting(setting)
     measure = CostMeasure.of(objective, costs)
     # The region is what the solver exploits; further limits and floors are the problem's own.
     problem = Problem(tables, measure, objective, grid)
@@ -232,13 +220,6 @@ def nearest_on(
     )
 
 
-def _expect_setting(setting: str) -> None:
-    if setting not in ("budgeted", "input_dependent"):
-        raise RecipeError(
-            f"cannot search the setting {setting!r} for mIoU against cost: expected 'budgeted' or 'input_dependent'"
-        )
-
-
 def front_within(
     tables: ExitTables,
     measure: CostMeasure,
@@ -250,7 +231,6 @@ def front_within(
     precision: float = 0.0,
 ) -> Front:
     """The front of everything within the objective's further limits and floors, over its own cost."""
-    _expect_setting(setting)
     problem = Problem(tables, measure, objective, grid or Grid())
     outcome = solve(problem, Region("front", precision=precision), setting=setting, control=control)
     return Front.of(problem, outcome, setting)
@@ -278,7 +258,15 @@ def _result_of(
 ) -> SearchResult:
     """The best of some points, best first; the next ones are its runners-up. ``reached``: see ``Selection``."""
     chosen = best[0]
-    selection = replace(front.select(chosen), reached=reached)
+    selection = Selection(
+        num_images=front.problem.num_images,
+        unit=front.unit,
+        miou=chosen.miou,
+        cost=chosen.cost,
+        baseline_miou=front.baseline_miou,
+        baseline_cost=front.baseline_cost,
+        reached=reached,
+    )
     result = SearchResult(
         instance=replace(chosen.instance, name=name, selected_on=selection.to_figures()),
         objective=objective,
@@ -328,31 +316,28 @@ def _infeasible(problem: Problem, objective: Objective, setting: SearchSetting) 
     """The nearest feasible points in each constraint: what is possible when the others hold."""
     tables, measure = problem.tables, problem.measure
 
-    def front_under(other: Objective) -> tuple[Front, CostMeasure]:
+    def front_under(other: Objective) -> Front:
         own = CostMeasure.of(other, measure.devices)
         control = Control(time_limit=SECONDS_TO_EXPLAIN)
-        return front_within(tables, own, other, setting=setting, grid=problem.grid, control=control), own
+        return front_within(tables, own, other, setting=setting, grid=problem.grid, control=control)
 
     least_miou, _ = problem.limits(objective)
-    front, _ = front_under(objective)
+    front = front_under(objective)
     relaxed: list[Relaxed] = []
     # Without one limit: the least of its cost that all other constraints take.
     for limit in objective.limits_on:
         others = tuple(one for one in objective.limits_on if one is not limit)
         # The objective's own cost no longer counts: the limit's takes its place.
         one = replace(objective, minimise=limit.cost, maximise=None, statistic=limit.statistic, limits_on=others)
-        without, own = front_under(replace(one, max_cost=None, max_cost_ratio=None))
+        without = front_under(replace(one, max_cost=None, max_cost_ratio=None))
         reached = [point for point in without.points if point.miou >= least_miou]
-        relaxed += [Relaxed(limit, point, own.unit) for point in reached[:1]]
+        relaxed += [Relaxed(limit, point, without.unit) for point in reached[:1]]
     # Without one floor: the best IoU of that class on the front of what is left.
     for name, floor in objective.min_class_iou:
         floors = tuple(one for one in objective.min_class_iou if one[0] != name)
-        without, own = front_under(replace(objective, min_class_iou=floors))
-        ious = [_class_iou(tables, point.instance, name) for point in without.points]
-        relaxed += [Relaxed((name, floor), max(ious), own.unit)] if ious else []
+        without = front_under(replace(objective, min_class_iou=floors))
+        k = tables.class_names.index(name)
+        ious = [float(class_iou(*tables.counts(route(tables, one.instance)))[k]) for one in without.points]
+        relaxed += [Relaxed((name, floor), max(ious), without.unit)] if ious else []
     further = bool(objective.limits_on or objective.min_class_iou or measure.unit.relative)
     return nearest_on(front, objective, further=further, relaxed=relaxed)
-
-
-def _class_iou(tables: ExitTables, instance: Instance, name: str) -> float:
-    return float(class_iou(*tables.counts(route(tables, instance)))[tables.class_names.index(name)])

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from messnet.errors import RecipeError
 from messnet.searching.answers import Proof, SearchSetting
 from messnet.searching.exact.candidates import evaluate_choice
 from messnet.searching.exact.compiling import loops_running
@@ -50,7 +51,12 @@ def solve(
 
     Stopped by ``control`` or at Ctrl-C it answers with the best so far and the proved gap. ``choice`` (positions in the
     tables' exits, shallow to deep) leaves the thresholds of one choice of exits to be searched, all of them evaluated.
+    Raises RecipeError for a setting in which cost and mIoU are no single figures.
     """
+    if setting not in ("budgeted", "input_dependent"):
+        raise RecipeError(
+            f"cannot search the setting {setting!r} for mIoU against cost: expected 'budgeted' or 'input_dependent'"
+        )
     control, tuning = control or Control(), tuning or Tuning()
     with loops_running():
         if choice is None:
