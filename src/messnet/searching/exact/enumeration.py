@@ -315,7 +315,6 @@ def try_triple(
     most = 0
     for other in range(columns[0], columns[1]):
         most = max(most, arrays.levels[other])
-    ends = np.zeros((2, slack.shape[1]), np.int64)
     tried = 0
     for column in range(arrays.first_column[first], arrays.first_column[first + 1]):
         row = (column - arrays.first_column[first]) * (num_images + 1)
@@ -325,39 +324,14 @@ def try_triple(
             continue
         keep = np.zeros((arrays.levels[column] + 1, most + 1), np.bool_)
         for other in range(columns[0], columns[1]):
-            if not _ends(arrays, fine, column, other, here, ends):
-                continue
             # Cells first, then single thresholds by the linear form, then the exact mIoU of what is left.
-            kept = _sift(arrays, fine, column, other, own, here, ends, price, line, corners, keep)
+            kept = _sift(arrays, fine, column, other, own, here, price, line, corners, keep)
             if kept > 0:
                 second = (other - columns[0]) * (num_images + 1)
                 where = (column, other, row, second)
                 tried += kept
                 _try_columns(arrays, positions, where, leaving, early, max_cost, least_miou, keep, front)
     return tried
-
-
-@compiled()
-def _ends(arrays: Arrays, fine: IntArray, column: int, other: int, slack: Float32, ends: IntArray) -> bool:
-    """Fills ``ends[:, r]`` with the least and the largest level of the other column that is not ruled out beside class
-    r of the first one; False if there is none."""
-    some = False
-    ends[0] = 1
-    ends[1] = 0
-    # Levels of one class have the same ends, and classes follow one another.
-    known = -1
-    for level in range(1, arrays.levels[column] + 1):
-        r = fine[column, level]
-        if r == known:
-            continue
-        known = r
-        for j in range(1, arrays.levels[other] + 1):
-            if slack[r, fine[other, j]] > RULED_OUT + 1:
-                if ends[1, r] == 0:
-                    ends[0, r] = j
-                ends[1, r] = j
-                some = True
-    return some
 
 
 @compiled()
@@ -384,7 +358,6 @@ def _sift(
     other: int,
     scores: FloatArray,
     slack: Float32,
-    ends: IntArray,
     price: FloatArray,
     line: FloatArray,
     corners: FloatArray,
@@ -412,15 +385,8 @@ def _sift(
             v += 1
         # ``whole``: mean l where the images below this level go to the last exit, all others leave at the first.
         r = fine[column, level]
-        low, high = ends[0, r], ends[1, r]
-        if low > high:
-            continue
         total, left = whole, 0.0
-        # Levels of the middle exit above those of interest: their images move all the same.
-        for j in range(high + 1, levels + 1):
-            total += gain[j]
-            left += reaching[j]
-        for j in range(high, low - 1, -1):
+        for j in range(levels, 0, -1):
             total += gain[j]
             left += reaching[j]
             # The images below this level that reach level j of the middle exit move there.
