@@ -28,6 +28,7 @@ from messnet.apps.web import find_onnxruntime_web, write_web_page
 from messnet.cli import main
 from messnet.deployment.bundle import open_bundle, write_bundle
 from messnet.errors import RunError
+from messnet.images.preprocessing import resize, resized_size
 from messnet.images.reading import list_images, read_image
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,6 +51,13 @@ in_browser = pytest.mark.skipif(
     not CHROMIUM.exists() or PACKAGE is None or not IMAGES.is_dir(),
     reason=f"needs {CHROMIUM}, `npm install onnxruntime-web` in the repository, and CamVid in ../shared",
 )
+
+
+# The function of the page's worker, for both axes.
+RESIZED = """async ([pixels, width, height, wide, high]) => {
+  const resized = new Function(`${await (await fetch("worker.js")).text()}; return resized;`)();
+  return [...resized(resized(pixels, width, height, 0, wide), wide, height, 1, high)];
+}"""
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -173,14 +181,14 @@ def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, session: me
 
 
 @in_browser
-def test_a_bundle_in_int8_alone_of_another_normalisation(browser: Any, tmp_path: Path) -> None:
+def test_a_bundle_in_int8_alone_of_another_normalisation_whose_images_are_resized(browser: Any, tmp_path: Path) -> None:
     whole = open_bundle(BUNDLE)
     runtimes = {"onnx-int8": whole.manifest.runtimes["onnx-int8"]}
     names = [
         *runtimes["onnx-int8"].files.values(),
         *(name for name in whole.manifest.files if name.startswith("costs/")),
     ]
-    own = replace(whole.manifest.preprocessing, mean=(0.45, 0.5, 0.42), std=(0.26, 0.2, 0.24))
+    own = replace(whole.manifest.preprocessing, mean=(0.45, 0.5, 0.42), std=(0.26, 0.2, 0.24), resize=250)
     manifest = replace(whole.manifest, runtimes=runtimes, preprocessing=own)
     write_bundle(tmp_path / "b.mess", manifest, {name: whole.read(name) for name in names})
     main(["export", str(tmp_path / "b.mess"), "--web", str(tmp_path / "page"), "--onnxruntime-web", str(PACKAGE)])
@@ -195,7 +203,14 @@ def test_a_bundle_in_int8_alone_of_another_normalisation(browser: Any, tmp_path:
         expect(page.locator("#detail")).to_contain_text("Stopped: the last exit", timeout=60_000)
         expected = [*session.anytime(read_image(file))][-1]
         assert session.palette is not None
+        assert expected.resized_size == (250, 333)
         assert (shown_labels(page, session.palette) == expected.labels).mean() >= 0.98
+        for height, width, shorter in ((37, 50, 20), (50, 37, 61), (40, 60, 40)):
+            noise = np.random.default_rng(0).integers(0, 256, (height, width, 4), np.uint8)
+            (high, wide), given = resized_size((height, width), shorter), noise.ravel().tolist()
+            found = np.array(page.evaluate(RESIZED, [given, width, height, wide, high]), np.uint8)
+            by_pillow = resize(np.ascontiguousarray(noise[:, :, :3]), shorter)
+            np.testing.assert_array_equal(found.reshape(high, wide, 4)[:, :, :3], by_pillow)
         context.close()
 
 

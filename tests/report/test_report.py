@@ -33,7 +33,10 @@ from messnet.report.page import (
     render_report,
     terminal_table,
 )
+from messnet.report.wording import spoken
 from messnet.searching.findings import Findings
+from messnet.searching.objective import Objective
+from messnet.searching.words import objective_text
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,27 @@ def test_table_states_the_measurements(page: str, inputs: ReportInputs) -> None:
             assert f" {100 * row.exit_taken.count(choice.exit_index) / NUM_IMAGES:.0f} %" in words
     assert "Selected on one half" in words
     assert inputs.measurements.skipped[0].replace("<=", "\u2264").replace("0.91x", "0.91\u00d7") in words
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Objective(minimise="latency_ms", max_drop_pp=1.0), "fastest at <= 1 pp less mIoU"),
+        (Objective(max_drop_pp=0.5), "cheapest in work at <= 0.5 pp less mIoU"),
+        (Objective(maximise="miou", max_cost_ratio=0.5), "most accurate at <= 0.5x the model's work"),
+        (Objective(maximise="miou", max_cost=1e9), "most accurate at <= 1e+09 multiply-accumulates"),
+        (
+            Objective(maximise="miou", cost="latency_ms", statistic="p95", max_cost=40),
+            "most accurate at <= 40 95th percentile of milliseconds",
+        ),
+        (Objective(minimise="memory_bytes"), "cheapest in bytes of memory"),
+    ],
+)
+def test_what_was_asked_is_said_in_words(inputs: ReportInputs, asked: Objective, said: str) -> None:
+    assert spoken(objective_text(asked)) == said
+    row = inputs.measurements.rows[1]
+    rows = [inputs.measurements.rows[0], replace(row, instance=replace(row.instance, objective=objective_text(asked)))]
+    assert f"| {said} |" in measurements_markdown(replace(inputs.measurements, rows=rows), [])
 
 
 def test_odd_names_are_escaped(page: str, inputs: ReportInputs) -> None:

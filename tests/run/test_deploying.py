@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.files import snapshot
 from messnet.cli import main
 from messnet.deployment.loading import load
 from messnet.errors import RecipeError
@@ -24,10 +28,34 @@ from messnet.run.stages import STAGES, run_stage
 ASKED = ["--deploy.precisions", "f32", "int8", "--deploy.max_drop_pp", "50", "--deploy.threads", "1"]
 
 
+# Dies with the bundle written and not yet in its place.
+DYING = """
+import os, signal, sys
+replace = os.replace
+def dying(source, target):
+    if str(target).endswith("deployed.mess"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = dying
+from messnet.cli import main
+main(sys.argv[1:])
+"""
+KEPT = ("costs/deployed-onnxruntime-f32.json", "costs/deployed-onnxruntime-int8.json", "tables-onnxruntime-int8.npz")
+
+
 @pytest.fixture(scope="module")
 def deployed_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Killed on its way; what the killed process has left is not made again."""
     path = shutil.copytree(tiny_run, tmp_path_factory.mktemp("deployed") / "run")
+    (path / "deployed.json").write_text("{}")  # as if it had been done before
+    died = subprocess.run([sys.executable, "-c", DYING, "run", str(path), *ASKED], capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert not (path / "deployed.json").exists(), "a record of an instance that is gone"
+    assert not STAGES["deploy"].is_done(open_run(path))
+    left = snapshot(path)
     main(["run", str(path), *ASKED])
+    assert all(snapshot(path)[file] == left[file] for file in KEPT)
+    assert not [file for file in path.rglob("*") if file.name.startswith(".") or file.suffix == ".checkpoint"]
     return path
 
 

@@ -36,6 +36,8 @@ _RUNTIME_FILES = (
     "ort-wasm-simd-threaded.asyncify.wasm",
 )
 _PRECISIONS: tuple[Precision, ...] = ("f32", "int8")
+_MOST_PIXELS = 2**22
+"""Of an image on the page of a network that resizes it: more are scaled down before, for the memory of a phone."""
 _INSTALLED = Path("node_modules", "onnxruntime-web")
 
 
@@ -68,17 +70,13 @@ def write_web_page(path: Path, out: Path, *, onnxruntime_web: Path, instance: st
     session = load(path, instance=instance, runtime="onnxruntime")
     bundle = open_bundle(path)
     manifest, sets = bundle.manifest, bundle.manifest.runtimes
-    if manifest.preprocessing.resize is not None:
-        raise RunError(
-            f"{path} was trained with data.resize, and the page does not resize images: use serve or predict"
-        )
     # That which the instance was made for comes first: the page computes in it until another is chosen.
     precisions = sorted(_PRECISIONS, key=lambda precision: precision != session.precision)
     found = {one: sets[graphs_for(one)].files for one in precisions if graphs_for(one) in sets}
     names = [stage_name(position) for position in range(len(manifest.instance.exits))]
     graphs = {precision: [files[name] for name in names] for precision, files in found.items()}
     output = next(iter(found.values()))[OUTPUT]  # the same in every precision
-    height, width = manifest.preprocessing.input_size
+    (height, width), resize = manifest.preprocessing.input_size, manifest.preprocessing.resize
     model = {
         **describe(session),
         "instance": manifest.instance.name,
@@ -88,11 +86,14 @@ def write_web_page(path: Path, out: Path, *, onnxruntime_web: Path, instance: st
         "mean": manifest.preprocessing.mean,
         "std": manifest.preprocessing.std,
         "input_size": (height, width),
+        "resize": resize,
         "size_multiple": session.runner.size_multiple(),
         "graphs": graphs,
         "output": output,
         "samples": [],
-        "limits": {"max_pixels": height * width, "large": LARGE * height * width},
+        "limits": {"max_pixels": height * width, "large": LARGE * height * width}
+        if resize is None
+        else {"max_pixels": _MOST_PIXELS},
     }
     files = {name: (_PAGE / source).read_bytes() for name, source in _PAGE_FILES.items()}
     files |= {name: bundle.read(name) for name in {*chain(*graphs.values()), output}}

@@ -81,7 +81,7 @@ def export(
             labels the percentage of pixels that change, by default 3.
         static: Height and width of the one image that graphs take, for compilers that want fixed shapes.
         labels: The size of what the graph of labels gives: that of the image, or that of the logits, a stride coarser
-            and not upsampled.
+            and not upsampled. It is for hosts of their own: messnet needs no such graph, see predict --labels.
         torch: Whether the bundle holds weights for torch.
         images: Files or folders of images to check graphs on; by default a run's validation images, and generated ones
             where its data set is not here, or for a bundle. Of a bundle, int8 calibrates on every other of them.

@@ -29,7 +29,7 @@ from messnet.report.classes import ClassTable, class_markdown, class_table, conf
 from messnet.report.deployed import deployed_headline, deployed_markdown, deployed_notes, side_by_side
 from messnet.report.figures import as_svg, draw_depth, draw_front, draw_heads, exit_colour
 from messnet.report.gallery import class_legend, confidence_pictures, difficulty_of, exit_name, strips_of, worst_of
-from messnet.report.wording import accuracy, change, duration, fold, markdown_table, significant, verdict
+from messnet.report.wording import accuracy, change, duration, fold, markdown_table, significant, spoken, verdict
 from messnet.searching import words
 from messnet.searching.findings import Findings
 from messnet.searching.words import CONFIDENT
@@ -130,7 +130,7 @@ def not_in_table(measurements: Measurements, findings: Findings) -> list[str]:
     if measurements.skipped:
         return measurements.skipped
     why = "it was chosen on other images or heads than this run selects on now; search again"
-    missing = [words.finding(one) for one in findings.found if not one.is_found]
+    missing = [spoken(words.finding(one)) for one in findings.found if not one.is_found]
     return [*findings.skipped, *missing, *(f"{name}: {why}" for name in measurements.left_out)]
 
 
@@ -368,7 +368,7 @@ def _gmacs(row: Measurement) -> str:
 
 def _title(row: Measurement, measurements: Measurements) -> str:
     if row is not measurements.rows[0]:
-        return row.instance.objective or row.instance.name
+        return spoken(row.instance.objective) or row.instance.name
     if measurements.delivered is None:
         return "baseline"
     return "baseline: the model as delivered" if measurements.delivered.is_kept else "baseline: after stage 1"
@@ -449,7 +449,9 @@ def render_report(inputs: ReportInputs) -> str:
         warnings=_warnings(measurements),
         colours=[exit_colour(index, num_exits) for index in range(num_exits)],
         front=_front_figure(measurements, inputs.findings),
-        verdicts=[(one.name, verdict(one), words.finding(one)) for one in inputs.findings.found if one.is_found],
+        verdicts=[
+            (one.name, verdict(one), spoken(words.finding(one))) for one in inputs.findings.found if one.is_found
+        ],
         strips=strips_of(inputs.gallery, measurements) if inputs.gallery else [],
         worst=worst_of(inputs.gallery) if inputs.gallery else [],
         legend=class_legend(inputs.gallery) if inputs.gallery else [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from messnet.searching.findings import OneFinding
@@ -38,6 +39,26 @@ def accuracy(change_pp: float, margin_pp: float | None) -> str:
         text = f"{abs(change_pp):.1f} pp {'more' if change_pp > 0 else 'less'} mIoU"
     if margin_pp is not None and math.isfinite(margin_pp):
         text += f" ({change_pp:+.1f} ± {margin_pp:.1f} pp)"
+    return text
+
+
+_SAID = {
+    r"cheapest in latency_ms": "fastest",
+    r"latency_p95_ms|p95 latency_ms": "95th percentile of milliseconds",
+    r"latency_ms": "milliseconds",
+    r"memory_bytes": "bytes of memory",
+    r"(<= [0-9.e+]+) macs(_paper)?\b": r"\1 multiply-accumulates",
+    r"macs(_paper)?\b": "work",
+    r"pp drop": "pp less mIoU",
+}
+"""The names of costs in what searches were asked for, by what one says."""
+
+
+def spoken(text: str) -> str:
+    """An instance's objective, such as "cheapest in latency_ms at <= 1 pp drop", in words for people: "fastest at <= 1
+    pp less mIoU"."""
+    for written, said in _SAID.items():
+        text = re.sub(rf"(?<!\w)(?:{written})", said, text)
     return text
 
 

@@ -39,13 +39,15 @@ _COMPARED = 8
 def deploy(run: Run, made: MadeStages) -> Deployed:
     """What every head costs in each precision, the fastest instance that loses at most ``deploy.max_drop_pp`` in each,
     a bundle of the fastest of all, and all of them beside the model, in turns. The tables of the precisions are there;
-    ``made`` as for ``graph_runner``, of the trained network."""
+    ``made`` as for ``graph_runner``, of the trained network. Costs are kept when this is stopped and called again."""
     options, directory, val = run.recipe.deploy, run.directory, run.dataset("val")
     threads = options.threads or torch.get_num_threads()
     # Costs first, one precision after the other: the search compares what was measured on this machine just now.
-    files = [_measure(run, precision, threads, made) for precision in options.precisions]
+    files = _measure(run, threads, made)
     objective = Objective(minimise="latency_ms", max_drop_pp=options.max_drop_pp)
     found = search_precisions(directory, run.recipe.search, objective, files, name=DEPLOYED)
+    # The instance of that name is another one now, so that a record of before would tell of what is gone.
+    directory.deployed.discard()
     costs = [directory.costs(file) for file in files]
     tables = [directory.tables_for([one]) for one in costs]
     model = whole_model(tables[0].exits[tables[0].final])
@@ -87,17 +89,25 @@ def deploy(run: Run, made: MadeStages) -> Deployed:
     return deployed
 
 
-def _measure(run: Run, precision: Precision, threads: int, made: MadeStages) -> Path:
-    """The file of what every head that has weights costs."""
-    options, policy = run.recipe.deploy, run.recipe.evaluate.policies[0]
-    dtype = cast("DType", DTYPES[precision])
-    how = LatencyOptions(dtype=dtype, threads=threads, max_seconds=_SECONDS, tolerance=0.01)
-    runner = partial(graph_runner, calibration=run.calibration() if precision == "int8" else [], made=made)
-    workload = run.directory.profile.read()
-    costs = measure_heads(run.trained(), workload, how, runtime=options.runtime, policy=policy, make_runner=runner)
-    file = run.directory.measured(f"{DEPLOYED}-{options.runtime}-{precision}")
-    file.write(costs)
-    return file.path
+def _measure(run: Run, threads: int, made: MadeStages) -> list[Path]:
+    """For each precision the file of what every head that has weights costs; what was measured before a kill is kept,
+    if it was of the same weights on the same device."""
+    options, policy, checkpoint = run.recipe.deploy, run.recipe.evaluate.policies[0], run.checkpoint("deploy")
+    origin = run.directory.tables.read().origin
+    key = f"{origin} {options.runtime} {threads} {device_name(torch.device('cpu'))}"
+    state, done, files = checkpoint.load() or {}, list[str](), []
+    for precision in options.precisions:
+        file = run.directory.measured(f"{DEPLOYED}-{options.runtime}-{precision}")
+        files.append(file.path)
+        if state.get("key") != key or precision not in cast("list[str]", state["measured"]) or not file.exists:
+            dtype = cast("DType", DTYPES[precision])
+            how = LatencyOptions(dtype=dtype, threads=threads, max_seconds=_SECONDS, tolerance=0.01)
+            runner = partial(graph_runner, calibration=run.calibration() if precision == "int8" else [], made=made)
+            net, workload = run.trained(), run.directory.profile.read()
+            file.write(measure_heads(net, workload, how, runtime=options.runtime, policy=policy, make_runner=runner))
+        done.append(precision)
+        checkpoint.save({"key": key, "measured": done})
+    return files
 
 
 def _sessions(

@@ -222,6 +222,7 @@ def deploy_stage(run: Run) -> None:
         if precision != "f32":  # the run's own tables hold for f32, which every runtime computes alike
             deployed_tables_stage(run, options.runtime, precision, made)
     run.directory.deployed.write(deploy(run, made))
+    run.checkpoint("deploy").discard()
 
 
 def report_stage(run: Run) -> None:

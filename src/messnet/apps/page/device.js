@@ -58,12 +58,12 @@ export function chosen() {
 
 export async function* refine({ canvas }, rule, signal) {
   if (!canvas) throw new Error("This is no image that the browser can read: expected a JPEG, PNG, WebP or BMP file.");
-  const mine = computing, pixels = canvas.width * canvas.height;
+  const mine = computing;
   await mine.start(canvas);
   if (signal.aborted) return; // or the next exit of the picture that came since would be taken for this one's
   let latency_ms = 0;
   for (const [position, exit] of model.exits.entries()) {
-    if (position && rule.deadline_ms !== undefined && latency_ms + mine.times[position] * pixels > rule.deadline_ms) {
+    if (position && rule.deadline_ms !== undefined && latency_ms + mine.times[position] * mine.pixels > rule.deadline_ms) {
       yield { stopped: "deadline" };
       return;
     }
@@ -85,7 +85,7 @@ export async function* refine({ canvas }, rule, signal) {
 class Computing {
   constructor(variant) {
     this.variant = variant;
-    this.times = []; // of each stage, milliseconds a pixel, as it last took
+    this.times = []; // of each stage, milliseconds a pixel that it saw, as it last took
     this.worker = new Worker("worker.js", { type: "module" });
     this.waiting = [];
     this.worker.onmessage = ({ data }) => {
@@ -119,8 +119,7 @@ class Computing {
   async start(canvas) {
     const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     this.position = 0;
-    this.pixels = width * height;
-    await this.ask({ what: "start", pixels: data, width, height }, [data.buffer]);
+    this.pixels = (await this.ask({ what: "start", pixels: data, width, height }, [data.buffer])).area;
   }
 
   async advance() {

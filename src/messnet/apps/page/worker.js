@@ -32,22 +32,50 @@ async function open(message) {
   return {};
 }
 
-// RGBA pixels (height, width, 4) to what the network takes: float32 (1, 3, H, W), (x / 255 - mean) / std, with the last
-// rows and columns repeated up to a multiple of the network's stride.
+// RGBA pixels (height, width, 4) to what the network takes: float32 (1, 3, H, W), (x / 255 - mean) / std, resized where
+// the model was trained so, with the last rows and columns repeated up to a multiple of the network's stride.
 function start({ pixels, width, height }) {
-  const [rows, columns] = [height, width].map((side) => Math.ceil(side / model.size_multiple) * model.size_multiple);
+  const least = model.resize ? Math.min(width, height) : 1;
+  const [wide, high] = [width, height].map((side) => Math.floor(side * (model.resize ?? 1) / least));
+  const shown = resized(resized(pixels, width, height, 0, wide), wide, height, 1, high);
+  const [rows, columns] = [high, wide].map((side) => Math.ceil(side / model.size_multiple) * model.size_multiple);
   const planes = new Float32Array(3 * rows * columns), of = scaled();
   for (let y = 0, to = 0; y < rows; y++) {
-    const row = 4 * width * Math.min(y, height - 1);
+    const row = 4 * wide * Math.min(y, high - 1);
     for (let x = 0; x < columns; x++, to++) {
-      const from = row + 4 * Math.min(x, width - 1);
-      for (let c = 0; c < 3; c++) planes[c * rows * columns + to] = of[c][pixels[from + c]];
+      const from = row + 4 * Math.min(x, wide - 1);
+      for (let c = 0; c < 3; c++) planes[c * rows * columns + to] = of[c][shown[from + c]];
     }
   }
-  size = { width, height, rows, columns };
+  size = { width, height, wide, high, rows, columns };
   live = [new ort.Tensor("float32", planes, [1, 3, rows, columns])];
   position = 0;
-  return {};
+  return { area: rows * columns };
+}
+
+// RGBA pixels (height, width, 4) with `length` columns (axis 0) or rows (axis 1), as Pillow's bilinear filter has them,
+// to the bit: a triangle as wide as the scale, weights of 22 bits, a byte after each axis.
+function resized(pixels, width, height, axis, length) {
+  const before = axis ? height : width, others = axis ? width : height;
+  if (before === length) return pixels;
+  const scale = before / length, reach = Math.max(1, scale), found = new Uint8Array(4 * others * length);
+  const [step, line, lineFound] = axis ? [4 * width, 4, 4] : [4, 4 * width, 4 * length];
+  for (let place = 0; place < length; place++) {
+    const centre = (place + 0.5) * scale, first = Math.max(0, Math.trunc(centre - reach + 0.5));
+    const count = Math.min(before, Math.trunc(centre + reach + 0.5)) - first;
+    const triangle = Array.from({ length: count }, (_, k) => Math.max(0, 1 - Math.abs((first + k - centre + 0.5) * (1 / reach))));
+    const sum = triangle.reduce((total, weight) => total + weight, 0);
+    const weights = Int32Array.from(triangle, (weight) => weight / sum * 2 ** 22 + 0.5);
+    for (let other = 0; other < others; other++) {
+      const from = other * line + first * step, to = other * lineFound + place * (axis ? 4 * width : 4);
+      for (let c = 0; c < 3; c++) {
+        let total = 2 ** 21;
+        for (let k = 0; k < count; k++) total += weights[k] * pixels[from + k * step + c];
+        found[to + c] = total >> 22;
+      }
+    }
+  }
+  return found;
 }
 
 // The normalised value of every byte, per channel, with the same roundings to float32 as everywhere else in messnet.
@@ -82,13 +110,14 @@ function pixelThreshold() {
 }
 
 function drawn({ data, dims: [, high, wide] }) {
-  const { width, height, rows, columns } = size;
+  const { width, height, rows, columns } = size; // of the image; of what the network saw
   const colours = Uint32Array.from(model.palette, ([red, green, blue]) => (0xff000000 | blue << 16 | green << 8 | red) >>> 0);
   const pixels = new Uint32Array(width * height), counts = colours.map(() => 0);
+  const across = Int32Array.from({ length: width }, (_, x) => Math.floor((x + 0.5) * size.wide / width) * wide / columns);
   for (let y = 0, to = 0; y < height; y++) {
-    const row = wide * Math.floor(y * high / rows);
+    const row = wide * Math.floor(Math.floor((y + 0.5) * size.high / height) * high / rows);
     for (let x = 0; x < width; x++, to++) {
-      const label = data[row + Math.floor(x * wide / columns)];
+      const label = data[row + across[x]];
       pixels[to] = colours[label];
       counts[label]++;
     }
