@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,9 @@ from messnet.images.axes import LIGHT, style
 from messnet.images.drawing import coloured
 from messnet.records.instance import FINAL_HEAD
 from messnet.records.measurements import Gallery, Measurements
-from messnet.report.figures import draw_depth, draw_front
+from messnet.report.figures import draw_depth
+from messnet.report.page import front_figure
+from messnet.searching.findings import Findings
 
 PICTURES = Path(__file__).parent / "pictures"
 
@@ -28,8 +29,7 @@ def main() -> None:
     measurements = Measurements.from_json((run / "measurements.json").read_text())
     save(draw_exits(gallery), "exits.png")
     save(draw_confidence(gallery), "confidence.png")
-    fronts = json.loads((run / "front.json").read_text())["fronts"]
-    save_drawing(draw_front(fronts, [(row.macs, row.miou) for row in measurements.rows]), "front.png")
+    save_drawing(front_figure(measurements, Findings.from_json((run / "front.json").read_text())), "front.png")
     row = max(measurements.rows[1:], key=lambda row: row.spread())
     choices = row.instance.exits
     names = {c.exit_index: "final exit" if c.head == FINAL_HEAD else f"exit {c.exit_index}" for c in choices}
@@ -41,10 +41,12 @@ def main() -> None:
 
 
 def draw_exits(gallery: Gallery) -> Figure:
-    """An image per row: photograph, what each exit says, labels; the exit taken is framed."""
-    num_images, num_exits = gallery.predictions.shape[:2]
-    figure = Figure(figsize=(1.9 * (num_exits + 2), 1.75 * num_images))
-    for g, axes in enumerate(figure.subplots(num_images, num_exits + 2, squeeze=False)):
+    """A row for each exit taken, by the first image that left there: photograph, what each exit says, labels; the exit
+    taken is framed."""
+    num_exits = gallery.predictions.shape[1]
+    shown = np.unique(gallery.exit_taken, return_index=True)[1]
+    figure = Figure(figsize=(1.9 * (num_exits + 2), 1.75 * len(shown)))
+    for g, axes in zip(shown, figure.subplots(len(shown), num_exits + 2, squeeze=False), strict=True):
         show(axes[0], gallery.images[g], "image")
         for e, (index, head) in enumerate(gallery.exits):
             name = "final exit" if head == FINAL_HEAD else f"exit {index}"

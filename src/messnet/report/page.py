@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 import yaml
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 from rich.text import Text
@@ -448,7 +449,12 @@ def render_report(inputs: ReportInputs) -> str:
         deployed_notes=[*deployed_notes(inputs.deployed)] if inputs.deployed else [],
         warnings=_warnings(measurements),
         colours=[exit_colour(index, num_exits) for index in range(num_exits)],
-        front=_front_figure(measurements, inputs.findings),
+        front=as_svg(
+            front_figure(measurements, inputs.findings),
+            "front",
+            f"mIoU against GMACs per image: the search's fronts on {_searched_on(inputs.findings)}, what to expect on "
+            "others, the table's rows",
+        ),
         verdicts=[
             (one.name, verdict(one), spoken(words.finding(one))) for one in inputs.findings.found if one.is_found
         ],
@@ -491,17 +497,19 @@ def _typeset(text: str) -> Markup:
     # A minus only before a digit and after no letter or hyphen: "drop-1pp" and "2026-11-01" keep theirs.
     text = re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text)
     text = re.sub(r"(?<=\d)( ?)x\b", "\\1\N{MULTIPLICATION SIGN}", text)
-    text = re.sub(r"(?<=\d) (?=pp\b|%)", "\N{NO-BREAK SPACE}", text)
+    text = re.sub(r"(?<=\d) (?=pp\b|ms\b|%|±)|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", text)
     return escape(text.replace("<=", "\N{LESS-THAN OR EQUAL TO}"))
 
 
-def _front_figure(measurements: Measurements, findings: Findings) -> Markup:
+def front_figure(measurements: Measurements, findings: Findings) -> Figure:
+    """mIoU against work: the search's fronts, what to expect on new images, and the rows of the table."""
     judged = [(one.expected.macs, one.expected.miou, CONFIDENT * one.expected.drop_error) for one in findings.judged]
     rows = [(row.judged_macs, row.judged_miou) for row in measurements.rows]
-    images = "all images" if findings.protocol == "cross_fitted" else "selection half"
-    figure = draw_front(findings.fronts, rows, images=images, judged=judged)
-    alt = f"mIoU against GMACs per image: the search's fronts on {images}, what to expect on others, the table's rows"
-    return as_svg(figure, "front", alt)
+    return draw_front(findings.fronts, rows, images=_searched_on(findings), judged=judged)
+
+
+def _searched_on(findings: Findings) -> str:
+    return "all images" if findings.protocol == "cross_fitted" else "selection half"
 
 
 class _DepthFigure(NamedTuple):
