@@ -29,6 +29,7 @@ from messnet.records.run_directory import RunDirectory
 from messnet.searching.grid import cost_of, route
 
 BUNDLE = REPOSITORY / "examples/scenes_mobilenetv2.mess"
+GRAPHS = REPOSITORY / "examples/camvid_mobilenetv2.mess"
 RUN = REPOSITORY / "examples/camvid_mobilenetv2"
 GREY = np.full((61, 83, 3), 90, np.uint8)
 IMAGES = [smooth_image(96, 128, 0), GREY, np.full((96, 128, 3), 200, np.uint8), smooth_image(144, 208, 2)]
@@ -275,3 +276,26 @@ def test_a_runtime_that_is_not_installed(light: LightEnvironment) -> None:
     code = "sys.modules['onnxruntime'] = None\nimport messnet\n"
     code += "try: messnet.load(sys.argv[1])\nexcept messnet.MessError as error: print(error)"
     assert "onnxruntime is not installed: pip install 'messnet'" in light.run(code, BUNDLE).stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("recipe nope.yaml", "there is no recipe nope.yaml"),
+        ("run nodir", "there is no run and no recipe nodir"),
+        ("init nodir", "there is no folder nodir"),
+        (f"report {GRAPHS.with_suffix('')}", "nothing was measured in .* yet, and measuring needs torch"),
+        (f"predict {GRAPHS} nope.png --runtime torch", "no image nope.png"),
+        (f"export {GRAPHS} --out x.mess", "holds no weights for torch, but onnx, onnx-int8: run its graphs"),
+        (f"export {GRAPHS} --web page --precision int8", "offers all the graphs that the bundle holds"),
+        (f"profile {GRAPHS} --measure", "profile counts and measures with torch"),
+        ("predict photo.jpg", "photo.jpg is an image: the first argument is a bundle or a run"),
+    ],
+)
+def test_what_is_missing_is_told_before_what_is_not_installed(
+    light: LightEnvironment, tmp_path: Path, command: str, line: str
+) -> None:
+    done = light.messnet(*command.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.search(line, done.stderr), done.stderr
+    assert len(done.stderr.splitlines()) == 1

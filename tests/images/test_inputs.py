@@ -74,7 +74,8 @@ def test_pictures_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:
         (torch.zeros(20, 30, 3), "(3, H, W), not (20, 30, 3)"),
         (torch.zeros(2, 3, 4, 4), "give a batch as a list"),
         (to_tensor(Image.fromarray(PIXELS)) * 4 - 2, "leave the normalisation out"),
-        ("nowhere.png", "cannot read nowhere.png"),
+        ("nowhere.png", "there is no image nowhere.png"),
+        (Path(__file__).parent, "is a folder: expected an image"),
     ],
 )
 def test_what_is_no_image_is_one_line(value: object, words: str) -> None:

@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from messnet import __version__
 from messnet.errors import MessError, needing_extras, one_line
-from messnet.records.files import write_atomically
+from messnet.records.files import expect_recipe, write_atomically
 from messnet.records.names import LabelSize, Precision, RuntimeName, precision_named, runtime_named
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ app = App(
   messnet run configs/camvid_mobilenetv2.yaml --data.root ../shared/camvid --out runs/camvid
   messnet predict runs/camvid photos/ --out predictions
 """,
+    default_parameter=Parameter(negative_iterable=()),
     help_format="plaintext",  # markdown, which the verbs' pages are, takes as long to load as all the rest
 )
 
@@ -145,12 +146,14 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Run:
     quieten()
+    expect_recipe(target)
     from messnet.run.opening import open_run
 
     return open_run(target, overrides, out=out)
 
 
 def recipe_of(target: Path, overrides: Sequence[str]) -> Recipe:
+    expect_recipe(target)
     from messnet.records.run_directory import RunDirectory
     from messnet.run.recipe import load_recipe, recipe_from_record
 

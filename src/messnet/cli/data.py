@@ -191,6 +191,8 @@ def init(
 ) -> None:
     """Look at a folder of images and masks and write a commented recipe for it, with the classes, void, groups, sizes
     and class weights that were found."""
+    if not data.is_dir():
+        raise DataError(f"there is no folder {data}: name the one that holds train/ and val/")
     from tqdm import tqdm
 
     from messnet.run.proposal import propose_recipe
@@ -204,9 +206,10 @@ def init(
 @app.command(help_epilogue=examples("recipe configs/demo.yaml", "recipe runs/demo --json"))
 def recipe(target: Target, *overrides: Overrides, as_json: AsJson = False) -> None:
     """Print a recipe with every key it has, defaults and overrides included."""
+    chosen = recipe_of(target, overrides)
     from messnet.run.recipe import recipe_to_record
 
-    record = recipe_to_record(recipe_of(target, overrides))
+    record = recipe_to_record(chosen)
     if as_json:
         print(json.dumps(record, indent=1))
         return

@@ -51,20 +51,20 @@ def export(
     out: Path | None = None,
     runtime: Annotated[Literal["torch", "onnxruntime"], Parameter(converter=named_runtime)] = "torch",
     precision: Annotated[
-        list[Literal["f32", "int8"]] | None, Parameter(consume_multiple=True, negative="", show_default=False)
+        list[Literal["f32", "int8"]] | None, Parameter(consume_multiple=True, show_default=False)
     ] = None,
     max_loss_pp: float | None = None,
     static: tuple[int, int] | None = None,
     labels: LabelSize = "input",
     torch: bool = True,
-    images: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
-    device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative="")] = None,
+    images: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    device_table: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
     model: str | None = None,
     web: Path | None = None,
     onnxruntime_web: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an instance as a bundle: all that it needs, and nothing else, for `predict` and `profile` anywhere.
+    """Write an instance as a bundle: all that it needs, and nothing else, for `predict` and `serve` anywhere.
 
     A bundle holds the backbone as far as the instance goes, its heads and thresholds, class names and palette, cost
     tables, and the SHA-256 of every file; nothing in it is code.
@@ -92,9 +92,11 @@ def export(
         onnxruntime_web: The npm package that the page takes along; by default where npm installed it, here or above.
     """
     quieten()
-    from messnet.deployment.bundle import is_bundle
+    from messnet.deployment.bundle import is_bundle, open_bundle
 
     whole = web is not None and is_bundle(target)  # nothing is to be made of it but the page
+    if whole and precision:
+        raise RecipeError("the page of a bundle offers all the graphs that the bundle holds: leave --precision out")
     graphs = runtime == "onnxruntime" or (web is not None and not whole)
     runs_in = "onnxruntime" if graphs else runtime
     precisions = precision or _own_precisions(target, instance, runs_in)
@@ -106,6 +108,9 @@ def export(
     if onnxruntime_web is not None and web is None:
         raise RecipeError("--onnxruntime-web goes with --web DIR, which names the folder of a page")
     in_float = graphs and (web is not None or "f32" in precisions)
+
+    if is_bundle(target) and not graphs and not whole:
+        _ = open_bundle(target).weights  # what the bundle lacks is told before what is not installed
 
     def bundled(out: Path | None, *, weights: bool) -> Bundle:
         from messnet.deployment.export import export as export_bundle

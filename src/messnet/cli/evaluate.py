@@ -57,7 +57,7 @@ def evaluate(
     merge: Annotated[bool, Parameter(negative="")] = False,
     data: Path | None = None,
     void_index: int | None = None,
-    mask_values: Annotated[tuple[int, ...] | None, Parameter(negative=())] = None,
+    mask_values: tuple[int, ...] | None = None,
     session: Annotated[SessionOptions, Parameter(name="*", group="What is deployed, with --data")] = _SESSION,
     as_json: AsJson = False,
 ) -> None:

@@ -91,7 +91,12 @@ def predict(
         max_frames: Stop a video or a camera after so many frames.
     """
     quieten()
-    from messnet.apps.predictions import PredictOptions, image_files, predict_files
+    from messnet.apps.predictions import VIDEO_SUFFIXES, PredictOptions, image_files, predict_files
+    from messnet.images.reading import IMAGE_SUFFIXES
+
+    if target.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not target.is_dir():
+        kind = "a video" if target.suffix.lower() in VIDEO_SUFFIXES else "an image"
+        raise RecipeError(f"{target} is {kind}: the first argument is a bundle or a run")
 
     # Opened when the arguments are known to be good: a network takes seconds to load, a wrong option should take none.
     def open_session() -> Session:

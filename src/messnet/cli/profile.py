@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,7 +65,8 @@ def profile(
     out: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert the model, and say where it can exit, what every part costs and whether early exits can pay.
+    """Convert the model, and say where it can exit, what every part costs and whether early exits can pay. For all
+    of it torch is needed, for bundles of graphs too.
 
     Args:
         target: A recipe (YAML), a run's directory, a bundle, or a model: of the zoo, or module:function of your own.
@@ -114,6 +116,11 @@ def profile(
         raise MessError("--runtime torch-compiled measures a bundle; a run: torch, onnxruntime or openvino")
     if bundled:
         _expect_no_change(Path(target), overrides, out)
+        if find_spec("torch") is None:
+            raise MessError(
+                "profile counts and measures with torch, in bundles of graphs too: pip install 'messnet[train]'; "
+                "`predict` says how long the graphs take"
+            )
     elif model is not None:
         raise MessError(f"--model names the function behind a bundle; {target} is none: leave it out")
     if not is_model and (num_classes is not None or input_size):

@@ -75,7 +75,7 @@ def _floor(text: str) -> tuple[str, float]:
 
 # The records are the options. Only where an option is spelled otherwise than its field is the field repeated.
 _SPELLED = {"limits_on": "--limit", "min_class_iou": "--class-floor", "goal": "--anytime"}
-_TEXTS = Parameter(n_tokens=1, accepts_keys=False, consume_multiple=False, negative=(), show_default=False)
+_TEXTS = Parameter(n_tokens=1, accepts_keys=False, consume_multiple=False, show_default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def search(
         Guarantee | None,
         Parameter(converter=_guarantee, n_tokens=2, accepts_keys=False, metavar="EPSILON DELTA"),
     ] = None,
-    costs: Annotated[list[Path] | None, Parameter(negative=())] = None,
+    costs: list[Path] | None = None,
     time_limit: float | None = None,
     plot: Path | None = None,
     front: Path | None = None,

@@ -28,7 +28,7 @@ from messnet.cli.app import (
     say,
     show,
 )
-from messnet.errors import RecipeError
+from messnet.errors import RecipeError, RunError
 from messnet.records.files import write_atomically
 from messnet.records.shard import Shard
 
@@ -185,12 +185,18 @@ def report(
 
 
 def _drawn_again(run: Path) -> RunDirectory | None:
-    """A run whose page is drawn from what its report has measured; None where it has measured nothing yet."""
+    """A run whose page is drawn from what its report has measured; None where there is no run. Raises RunError where
+    nothing was measured yet."""
     from messnet.records.run_directory import RunDirectory
 
     directory = RunDirectory(run)
-    if not directory.measurements.exists:
+    if not directory.exists:
         return None
+    if not directory.measurements.exists:
+        raise RunError(
+            f"nothing was measured in {run} yet, and measuring needs torch, which is not installed: "
+            f"pip install 'messnet[train]'"
+        )
     print(f"messnet: torch is not installed: the page shows what {run} has measured before", file=sys.stderr)
     from messnet.report.page import read_inputs, render_report
 

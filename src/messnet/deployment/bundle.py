@@ -159,6 +159,18 @@ class Bundle:
         with _contents(self.path) as contents:
             return b"".join(_chunks(contents, name, self.manifest.files[name]))
 
+    @property
+    def weights(self) -> str:
+        """The name of the file of weights for torch. Raises RunError where there is none."""
+        name = self.manifest.runtimes["torch"].files.get("weights") if "torch" in self.manifest.runtimes else None
+        if name is None:
+            kinds = ", ".join(self.manifest.runtimes) or "nothing that runs"
+            raise RunError(
+                f"{self.path} holds no weights for torch, but {kinds}: run its graphs with --runtime onnxruntime, and "
+                f"export from the run that it came from"
+            )
+        return name
+
     def choose(self, instance: str | Instance | None) -> Instance:
         """The bundle's own instance, or one that was given. Raises RunError for another's name."""
         manifest = self.manifest

@@ -160,6 +160,7 @@ def _load_bundle(
         chosen = bundle.choose(instance)
         runner = _bundled_graphs(bundle, how.graph_runtime, how)
     else:
+        _ = bundle.weights  # what the bundle lacks is told before what is not installed
         with needing_extras():
             from messnet.deployment.restoring import restore_bundle
 

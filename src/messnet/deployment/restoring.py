@@ -57,9 +57,7 @@ def restore_bundle(
     """
     manifest, path = bundle.manifest, bundle.path
     chosen = bundle.choose(instance)
-    weights = manifest.runtimes["torch"].files.get("weights") if "torch" in manifest.runtimes else None
-    if weights is None:
-        raise RunError(f"{path} holds no weights for torch; it is for {', '.join(manifest.runtimes) or 'no runtime'}")
+    weights = bundle.weights
     named = manifest.network.model
     if ":" in named and model is None:
         raise RunError(

@@ -36,6 +36,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             f"cannot read {path}: it has more than {limit / 1e6:.0f} million pixels, which a small file made to fill "
             f"the memory has too; cut it into parts, or for a file of your own give `predict` --large-images and tiles"
         ) from error
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {path}: expected the name of a file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: expected an image; name the files in it") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(unreadable(path, error)) from error
 

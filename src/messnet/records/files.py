@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
 
-from messnet.errors import RunError
+from messnet.errors import RecipeError, RunError
 
 # What json, zipfile, NumPy and the codec raise for bytes that are not theirs: KeyError for a member, an array or a key
 # that is not there, RuntimeError for an encrypted zip and for JSON too deep. No TypeError and no AttributeError: those
@@ -37,6 +37,17 @@ def expect_free(out: Path) -> None:
     """Raises RunError where there is something at ``out`` that is no empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RunError(f"{out} exists already; name another place, or remove it")
+
+
+def expect_recipe(path: Path) -> None:
+    """Raises RecipeError where there is neither a file nor a folder at ``path``; reading it says whether it is a recipe
+    or a run, for which packages are needed that may be missing."""
+    if not path.exists():
+        what = "no recipe" if path.suffix in (".yaml", ".yml") else "no run and no recipe"
+        raise RecipeError(
+            f"there is {what} {path}: expected the folder of a run or a YAML file; those that come with messnet are in "
+            "configs/"
+        )
 
 
 def write_folder(out: Path, files: Mapping[str, bytes]) -> None:

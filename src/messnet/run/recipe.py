@@ -21,6 +21,7 @@ from messnet.images.preprocessing import IMAGENET, Normalisation
 from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
 from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain, type_options
+from messnet.records.files import expect_recipe
 from messnet.records.names import GraphRuntime, Precision, expect_runtime, precision_named
 from messnet.searching.options import SearchOptions
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
@@ -129,12 +130,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError, one line, for a missing file, an unknown key or a value of the wrong kind.
     """
+    expect_recipe(path)
     if not path.is_file():
-        what = "no recipe" if path.suffix in (".yaml", ".yml") else "no run and no recipe"
-        raise RecipeError(
-            f"there is {what} {path}: expected the folder of a run or a YAML file; those that come with messnet are in "
-            "configs/"
-        )
+        raise RecipeError(f"{path} is a folder: expected a recipe, a YAML file")
     return _recipe(_read_yaml(path), overrides, source=str(path))
 
 

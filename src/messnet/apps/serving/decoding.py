@@ -67,7 +67,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         got = f"{len(data)} bytes of something else" if data else "nothing"
         raise RequestError(415, f"expected {names}, got {got}; send the file as it is") from error
     except Exception as error:  # a decoder meets damage with anything from SyntaxError to struct.error
-        raise RequestError(422, f"the image is damaged ({type(error).__name__}: {error}); send it again") from error
+        why = str(error) or type(error).__name__
+        raise RequestError(422, f"the image is damaged ({why}); send it again") from error
 
 
 def read_exactly(stream: IO[bytes], count: int) -> bytes:
