@@ -283,4 +283,4 @@ def test_an_image_that_would_fill_the_memory_is_refused(tiny_run: Path, tmp_path
         done = predict_files(session, [folder], tmp_path / f"out{batch_size}", PredictOptions(batch_size=batch_size))
         assert [Path(record["image"]).name for record in done.records] == ["0.png", "2.png"]
         (line,) = done.failed
-        assert re.search(r"1\.png: 160 x 128 pixels would take about \d+ GB of memory .* --tile", line)
+        assert re.search(r"1\.png: 160 x 128 pixels would take about \d+ GB of memory, .* --tile", line)

@@ -47,6 +47,7 @@ class StandIn:
     instance = Instance(name="stand-in", setting="input_dependent", exits=EXITS)
     palette = PALETTE
     class_names, labels = ("a", "b"), "input"
+    resize = input_size = None
 
     def __init__(self, confidences: Any = (0.9,), before: Callable[[int], None] = lambda call: None) -> None:
         self.confidences, self.before = confidences, before
