@@ -170,6 +170,27 @@ def test_missing_folders(root: Path) -> None:
         read(root)
 
 
+@pytest.mark.parametrize(("kind", "ending"), [("labels", "_mask"), ("annotations", "_gt"), ("masks", "_labels")])
+def test_other_names_of_masks(root: Path, kind: str, ending: str) -> None:
+    folder = (root / "train/masks").rename(root / "train" / kind)
+    (folder / "x.png").rename(folder / f"x{ending}.png")
+    for name in ("y", "z"):
+        Image.fromarray(IMAGE).save(root / f"train/images/{name}.png")
+    Image.fromarray(MASK).save(folder / f"y{ending}.png")
+    dataset = read(root)
+    assert dataset.names == ("x", "y")
+    assert dataset.left_out == ("z",)
+    (folder / f"y{ending}.png").unlink()
+    with pytest.raises(DataError, match=r"no mask for y, z: expected .*; add the masks, or take these names out of"):
+        read(root)
+
+
+def test_a_size_is_said_before_foreign_values(root: Path) -> None:
+    Image.fromarray(IMAGE[:40]).save(root / "train/masks/x.png")
+    with pytest.raises(DataError, match=r"is 64 x 40 pixels but .* is 64 x 48"):
+        read(root)[0]
+
+
 def test_pairs_must_be_whole(root: Path) -> None:
     image, mask = root / "train/images/x.png", root / "train/masks/x.png"
     mask.rename(mask.with_name("y.png"))

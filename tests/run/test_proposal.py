@@ -67,7 +67,7 @@ def test_photographs_are_resized(tmp_path: Path) -> None:
         ([0, 255], ("background", "foreground"), (0, 255)),
         ([1, 2, 3], ("class_1", "class_2", "class_3"), (1, 2, 3)),
         ([7, 9, 40], ("class_7", "class_9", "class_40"), (7, 9, 40)),
-        ([(0, 0, 0), (128, 0, 0)], ("colour_000000", "colour_800000"), (0, 0x800000)),
+        ([(0, 0, 0), (128, 0, 0)], ("colour_0x000000", "colour_0x800000"), (0, 0x800000)),
     ],
 )
 def test_classes_from_the_values_of_masks(
@@ -85,6 +85,43 @@ def test_names_in_a_file_of_the_users(tmp_path: Path) -> None:
     assert proposed(root).data.class_names == ("no", "traffic light: red")
     (root / "classes.txt").write_text("of another number\n")
     assert proposed(root).data.class_names == ("class_0", "class_1")
+
+
+COLOURS = [(0, 0, 0), (128, 128, 128), (128, 64, 128)]
+ASSIGNED = (("road", "sky"), (0x804080, 0x808080), 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        # A list of names: no colour is paired by its place, and black is void where the list has void.
+        ("classes.txt", "sky\nroad\nvoid\n", (("colour_0x804080", "colour_0x808080"), (0x804080, 0x808080), 0)),
+        ("classes.txt", "sky\nroad\n", (("colour_0x804080", "colour_0x808080"), (0x804080, 0x808080), 0)),
+        ("classes.txt", "sky 128 128 128\nroad 128 64 128\nvoid 0 0 0\n", ASSIGNED),
+        ("classes.txt", "128, 128, 128, sky\n128, 64, 128, road\n0, 0, 0, Unlabelled\n", ASSIGNED),
+        ("classes.txt", "sky #808080\nroad 0x804080\nignore #000000\nabsent 7 7 7\n", ASSIGNED),
+        (
+            "labelmap.txt",
+            "# label:color_rgb:parts:actions\nvoid:0,0,0::\nsky:128,128,128::\nroad:128,64,128::\n",
+            ASSIGNED,
+        ),
+    ],
+)
+def test_names_of_colours(
+    tmp_path: Path, file: str, text: str, expected: tuple[tuple[str, ...], tuple[int, ...], int]
+) -> None:
+    root = folder(tmp_path / "data", COLOURS)
+    (root / file).write_text(text)
+    data = proposed(root).data
+    assert (data.class_names, data.mask_values, data.void_index) == expected
+    assert ("from your list" in propose_recipe(root)) == (expected == ASSIGNED)
+
+
+def test_a_name_that_means_void(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", [0, 1, 2])
+    (root / "classes.txt").write_text("sky\nroad\nvoid\n")
+    data = proposed(root).data
+    assert (data.class_names, data.mask_values, data.void_index) == (("sky", "road"), (0, 1), 2)
 
 
 @pytest.mark.parametrize("splits", [("training", "validation"), ("train", "test"), ("train", "valid")])

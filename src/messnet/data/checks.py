@@ -129,6 +129,12 @@ def check_dataset(
     return tally.report()
 
 
+def left_out_note(dataset: SegmentationDataset) -> str:
+    """A line where images have no mask and are left out, else nothing."""
+    names = dataset.left_out if isinstance(dataset, FileDataset) else ()
+    return f"{len(names)} images without a mask are left out: {some(names)}" if names else ""
+
+
 def failed_report(error: DataError) -> DatasetReport:
     """The report of a split that cannot be opened at all."""
     return DatasetReport(num_images=0, problems=(str(error),))
@@ -262,6 +268,8 @@ class _Tally:
         return ""
 
     def _notes(self) -> Iterator[str]:
+        if note := left_out_note(self.dataset):
+            yield note
         if len(self.sizes) > 1:
             yield "images differ in size: training needs a crop (pretrain.augment.crop, distill.augment.crop)"
         # A class name that no mask has is often one that was listed in the wrong place.

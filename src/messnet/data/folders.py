@@ -1,16 +1,19 @@
 """Images and masks in folders.
 
 Either ``root/SPLIT/images`` and ``root/SPLIT/masks``; or ``root/images`` and ``root/masks`` with ``root/SPLIT.txt``, a
-list of names, one a line. ``images/NAME.jpg`` (or .jpeg, .png, .bmp, .webp, .tif, .tiff) belongs to
-``masks/NAME.png``: one channel, 8 bits, class indices; of a palette PNG the indices count, not the colours. Masks with
-other values, or RGB masks, are read with ``mask_values``.
+list of names, one a line. ``masks`` may be called ``labels`` or ``annotations``. ``images/NAME.jpg`` (or .jpeg, .png,
+.bmp, .webp, .tif, .tiff) belongs to ``masks/NAME.png``, or to ``NAME_mask.png``, ``NAME_label.png``, ``NAME_gt.png``:
+one channel, 8 bits, class indices; of a palette PNG the indices count, not the colours. Masks with other values, or RGB
+masks, are read with ``mask_values``.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +21,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.image_files import FileDataset, MaskReader, expect_class_names, read_colours, read_indices
+from messnet.data.image_files import FileDataset, MaskReader, expect_class_names, mask_value, read_colours, read_indices
 from messnet.data.listings import bare_name, composed, list_files, read_text, some
 from messnet.errors import DataError
 from messnet.images.colours import default_palette
 from messnet.images.reading import IMAGE_SUFFIXES
 
 LAYOUT = "expected SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt"
+MASK_FOLDERS = ("masks", "labels", "annotations")
+_MASK_ENDING = re.compile(r"[-_.](masks?|labels?|gt|ground_?truth|seg|segmentation|annotations?)$", re.IGNORECASE)
+"""What tools add to an image's name to name its mask."""
 
 
 def open_folder(
@@ -45,25 +51,30 @@ def open_folder(
     """
     num_classes = len(expect_class_names(class_names))
     values = tuple(mask_values) or tuple(range(num_classes))
-    if len(set(values)) != num_classes or not all(0 <= value <= 0xFFFFFF for value in values):
-        raise DataError(
-            f"mask_values {some(values)} for {num_classes} class names: expected as many different ones, "
-            "0 to 255 or colours 0xRRGGBB"
-        )
     # No byte holds such a value, so the masks cannot be of indices.
     is_colour = max(values) > IGNORE_INDEX
+    shown = partial(mask_value, is_colour=is_colour)
+    if len(set(values)) != num_classes or not all(0 <= value <= 0xFFFFFF for value in values):
+        raise DataError(
+            f"mask_values {some(list(map(shown, values)))} for {num_classes} class names: expected as many "
+            "different ones, 0 to 255 or colours 0xRRGGBB"
+        )
     if void_index is not None:
         limit = 0xFFFFFF if is_colour else IGNORE_INDEX
         if mask_values and (void_index in values or not 0 <= void_index <= limit):
-            raise DataError(f"void_index is a mask value that is no class, 0 to {limit}, not {void_index}")
+            raise DataError(
+                f"void_index is a mask value that is no class, 0 to {shown(limit)}, not {shown(void_index)}"
+            )
         if not mask_values and not num_classes <= void_index <= limit:
             raise DataError(f"void_index is {num_classes} to {limit}, beyond the class indices, not {void_index}")
     if palette is None:
         colours = np.array([(value >> 16, value >> 8 & 255, value & 255) for value in values], np.uint8)
         palette = colours if is_colour else default_palette(num_classes)
-    pairs = find_pairs(Path(root), split)
+    pairs, unlabelled = find_pairs(Path(root), split)
     reader = _reader(values, void_index, is_colour=is_colour)
-    return FileDataset(pairs, reader, class_names=class_names, palette=palette, cache=cache)
+    dataset = FileDataset(pairs, reader, class_names=class_names, palette=palette, cache=cache)
+    dataset.left_out = unlabelled
+    return dataset
 
 
 def count_mask_values(masks: Sequence[Path]) -> Counter[int]:
@@ -90,9 +101,13 @@ def _reader(values: Sequence[int], void_index: int | None, *, is_colour: bool) -
         void.append(IGNORE_INDEX)
     classes |= dict.fromkeys(void, IGNORE_INDEX)
     is_plain = tuple(values) == tuple(range(len(values)))
-    shown = [f"0x{value:06x}" for value in values] if is_colour else values
-    known = f"0 to {len(values) - 1} for {len(values)} classes" if is_plain else f"mask_values {some(shown)}"
-    words = " and ".join(f"0x{value:06x}" if is_colour else str(value) for value in void) or "none"
+    shown = partial(mask_value, is_colour=is_colour)
+    known = (
+        f"0 to {len(values) - 1} for {len(values)} classes"
+        if is_plain
+        else f"mask_values {some(list(map(shown, values)))}"
+    )
+    words = " and ".join(map(shown, void)) or "none"
     return MaskReader(
         classes,
         f"{known}, and {words} for void; correct the mask, class_names or void_index, or say "
@@ -100,8 +115,9 @@ def _reader(values: Sequence[int], void_index: int | None, *, is_colour: bool) -
     )
 
 
-def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """(image, mask) paths, by name; in the order of SPLIT.txt where there is one."""
+def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], tuple[str, ...]]:
+    """(image, mask) paths, by name, in the order of SPLIT.txt where there is one; and the names of the images that have
+    no mask, which are left out. The split "" holds all images of ``root/images``."""
     listing = root / f"{split}.txt"
     if (root / split).is_dir():
         base = root / split
@@ -111,14 +127,15 @@ def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
         raise DataError(f"no folder {root}: {LAYOUT} in it")
     else:
         raise DataError(f"no split {split!r} in {root}: {LAYOUT}")
-    for folder in (base / "images", base / "masks"):
-        if not folder.is_dir():
-            raise DataError(f"no folder {folder}: {LAYOUT} in {root}")
+    folder = next((base / name for name in MASK_FOLDERS if (base / name).is_dir()), base / MASK_FOLDERS[0])
+    for needed in (base / "images", folder):
+        if not needed.is_dir():
+            raise DataError(f"no folder {needed}: {LAYOUT} in {root}")
 
-    masks = _by_stem(base / "masks", (".png",))
     images = _by_stem(base / "images", IMAGE_SUFFIXES)
+    masks = _by_stem(folder, (".png",), images)
 
-    if base == root:
+    if base == root and split:
         # As it is first: a.jpg.png is an image whose name is a.jpg.
         lines = (composed(line.strip()) for line in read_text(listing).splitlines())
         names = [line if line in images else bare_name(line, IMAGE_SUFFIXES) for line in lines if line]
@@ -128,24 +145,30 @@ def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
         # Here a mask without an image is a lost image; with a list it may belong to another split.
         names = list(images)
         if lost := [name for name in masks if name not in images]:
-            raise DataError(
-                f"no image for {some([masks[name].name for name in lost])} in {base / 'masks'}: add or remove"
-            )
+            raise DataError(f"no image for {some([masks[name].name for name in lost])} in {folder}: add or remove")
     if not names:
         where = f"in {base / 'images'}" if base != root else f"named in {listing}"
         raise DataError(f"no images {where}: expected files {', '.join(IMAGE_SUFFIXES)}")
-    if unlabelled := [name for name in names if name not in masks]:
-        raise DataError(f"no mask for {some(unlabelled)}: expected {base / 'masks' / (unlabelled[0] + '.png')}")
-    return [(images[name], masks[name]) for name in names]
+    unlabelled = tuple(name for name in names if name not in masks)
+    # Where most have none, the masks have other names, or lie elsewhere.
+    if 2 * len(unlabelled) > len(names):
+        raise DataError(
+            f"no mask for {some(unlabelled)}: expected {folder / (unlabelled[0] + '.png')}; add the masks, or take "
+            f"these names out of {listing if base == root and split else base / 'images'}"
+        )
+    return [(images[name], masks[name]) for name in names if name in masks], unlabelled
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """The files with one of these suffixes, in any case, by their names without it; sorted."""
+def _by_stem(folder: Path, suffixes: Sequence[str], images: Collection[str] = ()) -> dict[str, Path]:
+    """The files with one of these suffixes, in any case, by their names without it; sorted. Masks are found under the
+    name of the one of ``images`` that they belong to."""
     found: dict[str, Path] = {}
     for name, path in list_files(folder).items():
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in suffixes:
             continue
+        if stem not in images and (bare := _MASK_ENDING.sub("", stem)) in images:
+            stem = bare
         if stem in found:
             raise DataError(f"{found[stem]} and {path.name} share one name: keep one of them")
         found[stem] = path

@@ -63,6 +63,8 @@ class FileDataset(Generic[Label]):
         self._cache: dict[int, SegmentationSample] | None = {} if cache else None
         self.groups: tuple[str, ...] = ()
         """The group of each image, in order; empty where none is known."""
+        self.left_out: tuple[str, ...] = ()
+        """Names of images that are not in this split because they have no mask."""
         self.resize: int | None = None
         """Pixels of the shorter side that images and masks are brought to; None: as they are."""
 
@@ -88,15 +90,12 @@ class FileDataset(Generic[Label]):
         try:
             mask = self._read_label(label, (image.shape[0], image.shape[1]))
         except SampleError as error:
-            if isinstance(label, Path):  # the message names the mask; annotations have no file of their own
-                raise
-            raise SampleError(f"{path}: {error}", kind=error.kind, values=error.values) from error
-        if mask.shape != image.shape[:2]:
-            raise SampleError(
-                f"{label} is {mask.shape[1]} x {mask.shape[0]} pixels but {path} is "
-                f"{image.shape[1]} x {image.shape[0]} (width x height): a mask has the size of its image",
-                kind="mask of another size",
-            )
+            if not isinstance(label, Path):  # annotations have no file of their own that the message would name
+                raise SampleError(f"{path}: {error}", kind=error.kind, values=error.values) from error
+            # Said first, whatever else is wrong: a mask that was resized with smooth edges has foreign ids, too.
+            _expect_size(path, image, label, _size_of(label))
+            raise
+        _expect_size(path, image, label, (mask.shape[0], mask.shape[1]))
         group = self.groups[index] if self.groups else ""
         sample = SegmentationSample(name=composed(path.stem), image=image, mask=mask, group=group)
         if self.resize is not None:
@@ -123,6 +122,25 @@ class FileDataset(Generic[Label]):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             pass  # reading the sample says why
         return FileHeader(size, image_format, _label_format(label), brightest)
+
+
+def _expect_size(path: Path, image: NDArray[np.uint8], label: object, size: tuple[int, int] | None) -> None:
+    """Raises SampleError where the mask ``label``, (height, width) ``size``, is not as large as its image."""
+    if size is not None and size != image.shape[:2]:
+        raise SampleError(
+            f"{label} is {size[1]} x {size[0]} pixels but {path} is {image.shape[1]} x {image.shape[0]} "
+            "(width x height): a mask has the size of its image",
+            kind="mask of another size",
+        )
+
+
+def _size_of(mask: Path) -> tuple[int, int] | None:
+    """(height, width), from the beginning of the file; None where it cannot be read."""
+    try:
+        with Image.open(mask) as file:
+            return file.height, file.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -216,7 +234,7 @@ class MaskReader:
             labels = np.array([self.classes.get(int(value), -1) for value in found], np.int16)
         if (labels < 0).any():
             wrong = found[labels < 0].tolist()
-            shown = [f"0x{value:06x}" for value in wrong] if self.is_colour else wrong
+            shown = [mask_value(value, is_colour=self.is_colour) for value in wrong]
             raise SampleError(
                 f"{where} has the {'colours' if self.is_colour else 'ids'} {some(shown)}: expected {self.expected}",
                 kind="unknown ids",
@@ -226,6 +244,11 @@ class MaskReader:
             # No -1 is looked up any more, which uint8 would turn into 255, void.
             return self._table.astype(np.uint8)[values]
         return labels.astype(np.uint8)[places].reshape(values.shape)
+
+
+def mask_value(value: int, *, is_colour: bool) -> str:
+    """A value of a mask as recipes and messages say it."""
+    return f"0x{value:06x}" if is_colour else str(value)
 
 
 def expect_class_names(names: Sequence[str]) -> tuple[str, ...]:

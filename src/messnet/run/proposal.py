@@ -15,6 +15,7 @@ from pathlib import Path
 from messnet.data import SegmentationDataset
 from messnet.data.checks import DatasetReport, check_dataset
 from messnet.data.folders import count_mask_values, find_pairs, open_folder
+from messnet.data.image_files import mask_value
 from messnet.data.listings import composed, read_text, some
 from messnet.data.polygons import BACKGROUND, Labelled, count_labels, has_polygons, open_polygons, read_annotations
 from messnet.data.polygons import VOID as VOID_LABELS
@@ -26,6 +27,15 @@ from messnet.run.checks import proposed_crop
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 """Names that splits have in people's folders, the usual one first."""
 NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")
+COLOUR_FILES = ("labelmap.txt",)
+"""Where CVAT writes `name:r,g,b:parts:actions`."""
+_COLOUR = r"(?:(?:#|0x)(?P<hex>[0-9a-fA-F]{6})|(?P<red>\d{1,3})[\s,;]+(?P<green>\d{1,3})[\s,;]+(?P<blue>\d{1,3}))"
+# A name begins with a letter, so that `0 128 128 128 sky` is not taken for the colour 0, 128, 128.
+COLOUR_LINES = (
+    re.compile(rf"{_COLOUR}[\s,;:=]+(?P<name>[^\W\d].*)"),
+    re.compile(rf"(?P<name>[^\W\d].*?)[\s,;:=]+{_COLOUR}(?::.*)?"),
+)
+VOID_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
 MAX_CROP = 384
 """Pixels of a side of the crop: what trains in an hour or two on a processor."""
 RARE = 0.02
@@ -44,10 +54,12 @@ class _Classes:
     names: tuple[str, ...]
     values: tuple[int, ...]
     """The mask value of each class; colours 0xRRGGBB."""
-    has_void: bool
-    """Whether 255 occurs, and is no class."""
+    void: int | None
+    """The mask value that is no class but void."""
     is_named: bool
     """Whether a file of the user's has the names."""
+    unassigned: tuple[str, ...] = ()
+    """Names in a file of the user's that does not say which colour is whose."""
     is_drawn: bool = False
     """Whether they are labels of outlines, which are no mask values."""
 
@@ -57,7 +69,7 @@ class _Classes:
 
     def shown(self, value: int) -> str:
         """A mask value as a recipe says it."""
-        return f"0x{value:06x}" if max(self.values) > VOID else str(value)
+        return mask_value(value, is_colour=max(self.values) > VOID)
 
 
 def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
@@ -72,15 +84,16 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
         classes = _classes_drawn([image for name in splits.values() for image in read_annotations(root, name)])
     else:
         splits = {split: _split_name(root, names) for split, names in SPLITS.items()}
-        masks = [mask for name in splits.values() for _, mask in find_pairs(root, name)]
+        masks = [mask for name in splits.values() for _, mask in find_pairs(root, name)[0]]
         classes = _classes_of(root, count_mask_values(masks))
     reports = []
     for name in splits.values():
         values = () if classes.is_plain else classes.values
+        void = None if classes.void == VOID else classes.void
         dataset: SegmentationDataset = (
             open_polygons(root, name, class_names=classes.names)
             if classes.is_drawn
-            else open_folder(root, name, class_names=classes.names, mask_values=values)
+            else open_folder(root, name, class_names=classes.names, mask_values=values, void_index=void)
         )
         reports.append(check_dataset(dataset, progress=progress))
     train, val = reports
@@ -114,21 +127,48 @@ def _classes_of(root: Path, counts: Counter[int]) -> _Classes:
             f"the masks hold {len(counts)} different values: soft edges, JPEG, or photographs; save masks as PNG "
             "without smoothing, one value for each class"
         )
+    if max(counts) > VOID:
+        return _colour_classes(root, sorted(counts))
     # Black and white: here 255 is what was drawn, not void.
     is_binary = sorted(counts) == [0, VOID]
-    is_colour = max(counts) > VOID
-    values = tuple(sorted(value for value in counts if is_colour or is_binary or value != VOID))
+    values = tuple(sorted(value for value in counts if is_binary or value != VOID))
+    void = VOID if VOID in counts and not is_binary else None
+    listed = _names_in_files(root)
+    if len(listed) > len(values):  # the list names void too, which 255 is or which no mask has
+        listed = tuple(name for name in listed if not _is_void(name))
+    names = listed if len(listed) == len(values) else ()  # a list that does not fit the masks is of something else
+    if void is None and (void_names := [name for name in names if _is_void(name)][:1]):
+        void = values[names.index(void_names[0])]
+        kept = [(name, value) for name, value in zip(names, values, strict=True) if value != void]
+        names, values = tuple(name for name, _ in kept), tuple(value for _, value in kept)
     if len(values) < 2:
         raise DataError(
             f"the masks hold nothing but {some(sorted(counts))}: a network learns to tell 2 classes or more apart"
         )
-    names = _names_in_files(root, len(values))
-    if names is not None:
-        return _Classes(names, values, VOID in counts and not is_binary and not is_colour, is_named=True)
-    if is_binary:
-        return _Classes(("background", "foreground"), values, has_void=False, is_named=False)
-    made_up = tuple(f"colour_{value:06x}" if is_colour else f"class_{value}" for value in values)
-    return _Classes(made_up, values, VOID in counts and not is_colour, is_named=False)
+    made_up = ("background", "foreground") if is_binary else tuple(f"class_{value}" for value in values)
+    return _Classes(names or made_up, values, void, is_named=bool(names))
+
+
+def _colour_classes(root: Path, colours: Sequence[int]) -> _Classes:
+    """Classes of RGB masks. A list of names alone does not say which colour is whose, whatever its order is."""
+    named = _colours_in_files(root)
+    listed = () if named else _names_in_files(root)
+    void = next((colour for colour in colours if _is_void(named.get(colour, ""))), None)
+    if 0 in colours and any(map(_is_void, listed)):
+        void = 0  # black is what every tool of this kind paints where nothing is labelled
+    elif 0 in colours and len(listed) == len(colours) - 1 and BACKGROUND[0] not in listed:
+        void = 0  # each of the names has a colour without it
+    values = tuple(colour for colour in colours if colour != void)
+    if len(values) < 2:
+        shown = some([mask_value(colour, is_colour=True) for colour in colours])
+        raise DataError(f"the masks hold nothing but {shown}: a network learns to tell 2 classes or more apart")
+    names = tuple(named.get(colour, f"colour_{mask_value(colour, is_colour=True)}") for colour in values)
+    left = tuple(name for name in listed if void is None or not _is_void(name))
+    return _Classes(names, values, void, is_named=set(values) <= set(named), unassigned=left)
+
+
+def _is_void(name: str) -> bool:
+    return name.strip("_ ").casefold() in VOID_NAMES
 
 
 def _classes_drawn(images: Sequence[Labelled]) -> _Classes:
@@ -141,16 +181,38 @@ def _classes_drawn(images: Sequence[Labelled]) -> _Classes:
         )
     # First, as most tools number it 0.
     names = (BACKGROUND[0], *labels)
-    return _Classes(names, tuple(range(len(names))), has_void=False, is_named=True, is_drawn=True)
+    return _Classes(names, tuple(range(len(names))), void=None, is_named=True, is_drawn=True)
 
 
-def _names_in_files(root: Path, count: int) -> tuple[str, ...] | None:
+def _names_in_files(root: Path) -> tuple[str, ...]:
+    """The lines of the first list of names that is there."""
     for file in NAME_FILES:
         if (root / file).is_file():
-            names = [composed(line.strip()) for line in read_text(root / file).splitlines() if line.strip()]
-            if len(names) == count:  # a list that does not fit the masks is of something else
-                return tuple(names)
-    return None
+            return tuple(composed(line.strip()) for line in read_text(root / file).splitlines() if line.strip())
+    return ()
+
+
+def _colours_in_files(root: Path) -> dict[int, str]:
+    """Names by colours 0xRRGGBB, from the first file each of whose lines has a name and its colour."""
+    for file in (*COLOUR_FILES, *NAME_FILES):
+        if not (root / file).is_file():
+            continue
+        lines = [composed(line.strip()) for line in read_text(root / file).splitlines()]
+        # CVAT's first line says what the columns are; #808080 begins a colour.
+        lines = [line for line in lines if line and not re.match(r"#(?![0-9a-fA-F]{6}\b)", line)]
+        matches = [next(filter(None, (form.fullmatch(line) for form in COLOUR_LINES)), None) for line in lines]
+        found: dict[int, str] = {}
+        for match in filter(None, matches):
+            digits = match["hex"] or "".join(f"{int(match[part]):02x}" for part in ("red", "green", "blue"))
+            if len(digits) != 6:
+                raise DataError(f"{root / file}: {match[0]!r} has a colour beyond 255; correct it")
+            if (other := found.setdefault(int(digits, 16), match["name"])) != match["name"]:
+                raise DataError(f"{root / file} gives {other!r} and {match['name']!r} one colour: give each its own")
+        if len(set(found.values())) != len(found):
+            raise DataError(f"{root / file} gives one name to several colours: give each a name of its own")
+        if found and None not in matches:
+            return found
+    return {}
 
 
 def _data_lines(
@@ -162,6 +224,10 @@ def _data_lines(
         f"  root: {_quoted(str(root.resolve()))}",
     ]
     lines += [f"  {split}_split: {_quoted(name)}" for split, name in splits.items() if split != name]
+    if classes.unassigned:
+        listed = f"your list has these names, but not their colours: {', '.join(classes.unassigned)}; put each in the "
+        listed += "place of its colour_0x..., or write lines `name r g b` in your list and call `messnet init` again"
+        lines += textwrap.wrap(listed, 110, initial_indent="  # ", subsequent_indent="  # ")
     lines.append(f"  class_names: # {'from your list' if classes.is_named else 'made up: give them their names'}")
     width = max(len(json.dumps(name, ensure_ascii=False)) for name in classes.names)
     for name, value in zip(classes.names, classes.values, strict=True):
@@ -174,11 +240,14 @@ def _data_lines(
         )
     else:
         lines.append(f"  mask_values: [{', '.join(map(classes.shown, classes.values))}] # of each class, in order")
-        if classes.has_void:
-            share = f"{train.void_share:.2%} of the training pixels"
+        share = f"{train.void_share:.2%} of the training pixels"
+        if classes.void == VOID:
             lines.append(f"  # Mask value 255 is void, it counts nowhere: {share}.")
-        if_void = "take out its name and its value, and say void_index: VALUE."
-        lines.append(f"  # If one of them is no class but void, {if_void}")
+        elif classes.void is not None:
+            lines.append(f"  void_index: {classes.shown(classes.void)} # taken for void, it counts nowhere: {share}")
+        if classes.void in (None, VOID):
+            if_void = "take out its name and its value, and say void_index: VALUE."
+            lines.append(f"  # If one of them is no class but void, {if_void}")
     return lines + _size_lines(train) + _group_lines(compare_splits(train, val), val)
 
 
