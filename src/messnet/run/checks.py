@@ -10,7 +10,7 @@ from functools import partial
 from tqdm import tqdm
 
 from messnet.data import SegmentationDataset
-from messnet.data.checks import DatasetReport, ImageFacts, check_dataset
+from messnet.data.checks import DatasetReport, ImageFacts, check_dataset, left_out_note
 from messnet.data.sources import SOURCES
 from messnet.data.transforms import build_augmentation
 from messnet.errors import DataError
@@ -33,6 +33,8 @@ def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDa
         if data.source == "scenes" and (split == "train" or data.group is None):
             reports.append(_unread(dataset))
             continue
+        if note := left_out_note(dataset):
+            tqdm.write(f"{split}: {note}")
         progress = partial(tqdm, desc=f"check {split}", unit="img")
         reports.append(check_dataset(dataset, num_threads=reading_threads(data.source), progress=progress))
     # A broken image first: what a recipe asks of the images can be judged once all of them can be read.

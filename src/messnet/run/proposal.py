@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from messnet.data import SegmentationDataset
-from messnet.data.checks import DatasetReport, check_dataset
+from messnet.data.checks import DatasetReport, check_dataset, left_out_note
 from messnet.data.folders import count_mask_values, find_pairs, open_folder
 from messnet.data.image_files import mask_value
 from messnet.data.listings import composed, read_text, some
@@ -86,7 +86,7 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
         splits = {split: _split_name(root, names) for split, names in SPLITS.items()}
         masks = [mask for name in splits.values() for _, mask in find_pairs(root, name)[0]]
         classes = _classes_of(root, count_mask_values(masks))
-    reports = []
+    reports, left_out = [], []
     for name in splits.values():
         values = () if classes.is_plain else classes.values
         void = None if classes.void == VOID else classes.void
@@ -96,6 +96,8 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
             else open_folder(root, name, class_names=classes.names, mask_values=values, void_index=void)
         )
         reports.append(check_dataset(dataset, progress=progress))
+        if note := left_out_note(dataset):
+            left_out.append(f"{name}: {note}")
     train, val = reports
     if problems := (*train.problems, *val.problems):
         raise DataError(f"{problems[0]} ({len(problems)} such: `messnet check-data {root}`)")
@@ -104,6 +106,7 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
             f"# Proposed by `messnet init {root}`, from {train.num_images} training and {val.num_images} validation",
             "# images. Read it, correct it, then `messnet check-data THIS_FILE` and `messnet run THIS_FILE`.",
             *_data_lines(root, splits, classes, train, val),
+            *_comments(left_out),
             *_network_lines(),
             *_training_lines(train),
             "",
