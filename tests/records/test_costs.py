@@ -67,6 +67,9 @@ def test_the_columns_of_some_exits() -> None:
     assert make_costs().column("memory_bytes", []).prefix(1) == 200
     with pytest.raises(RunError, match="another head space"):
         make_costs().column("macs", [Exit(1, "nothing")])
+    early = replace(make_costs(), heads={Exit(2, "final"): make_costs().heads[Exit(2, "final")]})
+    with pytest.raises(RunError, match=r"before the heads were attached: call messnet\.profile\(net, \.\.\.\) again"):
+        early.column("macs", [Exit(0, "a")])
 
 
 @pytest.mark.parametrize(("name", "unit"), [("macs", 1), ("latency_ms", 1 / 4), ("latency_p95_ms", 1 / 2)])

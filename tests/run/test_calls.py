@@ -86,7 +86,32 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     again = build(seed=7)
     messnet.pretrain(again, Pairs(), PRETRAIN, folder=tmp_path)
     assert_equal(tensors(again), tensors(whole))
-    assert not (tmp_path / "pretrain.checkpoint").exists()
+
+
+def test_a_training_that_had_finished_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the interval of checkpoints; no item of the data is read again."""
+    long = {"checkpoint_every": 200}
+    stage1, stage2 = replace(PRETRAIN, **long), replace(DISTILL, **long)  # type: ignore[arg-type]
+
+    def road(net: messnet.MultiExitNet, data: Pairs) -> messnet.MultiExitNet:
+        messnet.pretrain(net, data, stage1, folder=tmp_path)
+        messnet.distill(net, data, SPACE, stage2, folder=tmp_path)
+        return net
+
+    first = tensors(road(build(), Pairs()))
+    assert "finished before" not in capsys.readouterr().err
+    assert_equal(tensors(road(build(seed=7), Unreadable())), first)
+    assert f"distill: finished before, kept in {tmp_path / 'distill.checkpoint'}" in capsys.readouterr().err
+    with pytest.raises(messnet.MessError, match="made from another recipe"):  # heads of another backbone
+        messnet.distill(build(seed=7), Pairs(), SPACE, stage2, folder=tmp_path)
+
+
+def test_no_iterations_keep_the_model_and_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    net, before = build(), tensors(build())
+    messnet.pretrain(net, Unreadable(), replace(PRETRAIN, iterations=0))
+    net.drop_heads()
+    assert_equal(tensors(net), before)
+    assert "learning rate" not in capsys.readouterr().err
 
 
 class Breaking(Pairs):
@@ -99,6 +124,11 @@ class Breaking(Pairs):
         if self.read > 9:
             raise RuntimeError
         return super().__getitem__(index)
+
+
+class Unreadable(Pairs):
+    def __getitem__(self, index: int) -> object:
+        raise AssertionError("an item was read")
 
 
 def test_the_whole_road(tmp_path: Path) -> None:

@@ -140,7 +140,12 @@ class CostTable(Stored, what="a cost table", made_by="profile", version=2):
         latency."""
         missing = [exit for exit in exits if exit not in self.heads]
         if missing:
-            raise RunError(f"the cost table has no exit {missing[0]}: it was made for another head space")
+            headless = all(exit == self.final_exit for exit in self.heads)
+            when = "before the heads were attached" if headless else "for another head space"
+            raise RunError(
+                f"the cost table has no exit {missing[0].exit_index} with the head {missing[0].head}: it was "
+                f"made {when}: call messnet.profile(net, ...) again after distill (of a run: `messnet profile RUN`)"
+            )
         # The final exit decides nothing, so the table has no policy for it.
         nothing = PartCost(macs=0, macs_paper=0, parameters=0, memory_bytes=0, latency_ms=0, latency_p95_ms=0)
         indices = [exit.exit_index for exit in exits]

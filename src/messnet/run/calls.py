@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import torch
+
 from messnet import evaluation, training
 from messnet.data import SegmentationDataset
 from messnet.data.objects import PairSource, as_dataset
 from messnet.evaluation import EvaluationOptions
-from messnet.images.preprocessing import IMAGENET
 from messnet.network.exit_head import HeadSpace
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.codec import to_plain
@@ -40,12 +41,13 @@ def pretrain(
 
     ``data`` is anything with a length whose items are (image, mask): image (H, W, 3) uint8 RGB, mask (H, W) of class
     indices or 255 for void. ``val``, of the same kind, is looked at now and then. ``folder`` takes the curves
-    (logs/pretrain.csv) and a checkpoint: the same call goes on from there where it was stopped. Images are loaded in
-    this process unless ``compute`` says otherwise.
+    (logs/pretrain.csv) and a checkpoint: the same call goes on from there where it was stopped, and trains nothing
+    where it had finished. Images are loaded in this process unless ``compute`` says otherwise.
 
-    Raises DataError for what is no image with a mask of its size, MessError when the loss is not finite.
+    Raises DataError for what is no image with a mask of its size, MessError when the loss is not finite, RunError for a
+    folder whose checkpoint was made with other options, other data or another model.
     """
-    with _training("pretrain", net, data, val, folder, options) as given:
+    with _training("pretrain", net, data, val, folder, [options]) as given:
         training.pretrain(net, given.data, options, compute, given.checkpoint, given.monitor)
 
 
@@ -64,7 +66,11 @@ def distill(
 
     The answer names the heads whose loss was no longer finite, with the iteration; they are left out.
     """
-    with _training("distill", net, data, val, folder, options, heads) as given:
+    # Heads belong to the very backbone that they were trained on.
+    backbone = hashlib.sha256()
+    for tensor in net.model_state_dict().values():
+        backbone.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    with _training("distill", net, data, val, folder, [options, heads], backbone.hexdigest()) as given:
         return training.distill(net, given.data, heads, options, compute, given.checkpoint, given.monitor)
 
 
@@ -92,20 +98,23 @@ def _training(
     data: PairSource,
     val: PairSource | None,
     folder: str | Path | None,
-    *options: TrainOptions | HeadSpace,
+    options: Sequence[TrainOptions | HeadSpace],
+    backbone: str = "",
 ) -> Iterator[_Given]:
     """What a stage takes, made of what the user gave. Afterwards ``net`` is in eval mode, and its parameters need
     gradients or none as before: stage 2 freezes the backbone."""
-    # A state of other options must not be gone on from.
-    own = () if net.normalisation == IMAGENET else (net.normalisation,)
-    made_from = hashlib.sha256(json.dumps([to_plain(one) for one in (*options, *own)]).encode()).hexdigest()[:16]
+    # A state of other options, data or another model must not be gone on from.
+    shapes = {name: list(tensor.shape) for name, tensor in net.model_state_dict().items()}
+    cuts = [point.node for point in net.exit_points]
+    given = [to_plain(one) for one in (*options, net.normalisation)]
+    facts = json.dumps([given, len(data), cuts, shapes, backbone])
+    made_from = hashlib.sha256(facts.encode()).hexdigest()[:16]
     frozen = [parameter for parameter in net.parameters() if not parameter.requires_grad]
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as where:
         checkpoint = Checkpoint(Path(where) / f"{name}.checkpoint", made_from=made_from)
         monitor = Monitor(Path(where) / "logs", as_dataset(val, net.num_classes)) if val is not None else None
         # The user's objects are checked item by item, as they are read: nobody has looked at them before.
         yield _Given(as_dataset(data, net.num_classes), checkpoint, monitor)
-        checkpoint.discard()  # only where the stage has come to its end; a stopped one goes on from it
     net.requires_grad_(True).eval()
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -35,7 +35,9 @@ class Checkpoint:
             ) from error
         # States from before there were fingerprints have none, and are taken on trust.
         if state.pop("made_from", self.made_from) != self.made_from:
-            raise RunError(f"{self.path} was made from another recipe; delete it to start anew with this one")
+            raise RunError(
+                f"{self.path} was made from another recipe (other options, data or weights); delete it to start anew with this one"
+            )
         return state
 
     def save(self, state: Mapping[str, object]) -> None:

@@ -107,6 +107,8 @@ def train(
 
     Raises RecipeError where validation is to decide and nothing is validated.
     """
+    if not options.iterations:
+        return
     if (stage.ends_at_best or stage.patience) and (monitor is None or compute.validate_every == 0):
         key = f"{name}.keep is 'best'" if stage.ends_at_best else f"{name}.patience is {stage.patience}"
         raise RecipeError(f"{key} but nothing is validated: set compute.validate_every, or leave it out")
@@ -114,13 +116,15 @@ def train(
     if leads:
         checkpoint.expect_writable()
         _warn_of_emulation(stage.fabric.device, compute)
-        say(_plan_in_words(name, options))
     average = WeightAverage(stage.trained, options.ema) if options.ema is not None else None
     done, best, stale = 0, -math.inf, 0
     if saved := cast(Saved | None, checkpoint.load()):
         _load(saved, stage, average)
         done, best, stale = int(saved["iteration"]), float(saved.get("best", -math.inf)), int(saved.get("stale", 0))
     ends = _is_over(stage, stale)
+    if leads:
+        is_over = ends or done == options.iterations
+        say(f"{name}: finished before, kept in {checkpoint.path}" if is_over else _plan_in_words(name, options))
     # Of processes that share each batch only the first writes: all have the same network.
     recorder = _Recorder(name, stage, options, compute, monitor if leads else None, average, done)
     batch = options.batch_size
@@ -147,7 +151,9 @@ def train(
             if average is not None:
                 average.update()
             bar.update(batch)
-            saves, looks = iteration % options.checkpoint_every == 0, recorder.is_due(iteration)
+            # The last state too: a stage that is called again when it is over is not trained again.
+            saves = iteration % options.checkpoint_every == 0 or iteration == options.iterations
+            looks = recorder.is_due(iteration)
             if not (saves or looks or iteration % SHOW_EVERY == 0):
                 continue
             shown, score = recorder.record(iteration, learning_rate, latest)
