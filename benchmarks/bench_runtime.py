@@ -46,7 +46,7 @@ from messnet.deployment.graph_runner import GraphRunner
 from messnet.deployment.graphs import make_graphs
 from messnet.deployment.measurement import measure_session
 from messnet.deployment.quantising import quantise
-from messnet.deployment.restoring import bundle_tensors, restore_bundle, restore_run
+from messnet.deployment.restoring import restore_bundle, restore_run
 from messnet.deployment.runner import Runner
 from messnet.deployment.session import Result, Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
@@ -410,8 +410,8 @@ def opened(options: argparse.Namespace) -> Opened:
     if options.recipe is None:
         raise SystemExit("a bundle has no images: name the recipe that has, --recipe RECIPE --data-root FOLDER")
     blueprint, part, instance = restore_bundle(open_bundle(options.run), options.instance)
-    net, own = blueprint.build(tuple(choice.exit for choice in instance.exits)), bundle_tensors(part)
-    for name, place in bundle_tensors(net).items():
+    net, own = blueprint.build(tuple(choice.exit for choice in instance.exits)), part.tensors()
+    for name, place in net.tensors().items():
         if name in own:
             place.copy_(own[name])
     root = () if options.data_root is None else ("--data.root", str(options.data_root))

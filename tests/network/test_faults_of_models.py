@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -180,6 +181,53 @@ def test_what_cannot_be_is_refused_at_conversion(name: str, message: str) -> Non
     with pytest.raises(ModelError, match=message) as info:
         convert(MODELS[name](3), images(1), num_exits=2)
     assert "\n" not in str(info.value)
+
+
+class Ending(nn.Module):
+    """A model with something behind its logits."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.end = MODELS["net_wrapped"](3), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(F.interpolate(self.model(x), x.shape[-2:], mode="bilinear"))
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (nn.Softmax(1), "Ending ends in a softmax, .* return what goes into the softmax"),
+        (lambda y: y.softmax(1), "Ending ends in a softmax"),
+        (nn.Sigmoid(), "Ending ends in a sigmoid"),
+        (
+            lambda y: y.permute(0, 2, 3, 1),
+            r"Ending gives \(1, 32, 48, 3\), classes last; .* return y.permute\(0, 3",
+        ),
+    ],
+)
+def test_what_are_no_logits_is_refused(end: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        convert(Ending(end), images(1), num_exits=2)
+    convert(Ending(nn.LogSoftmax(1)), images(1), num_exits=2)
+
+
+class Asking(Net):
+    def forward(self, x: Tensor, meta: dict[str, int]) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Asking, "Asking.forward takes more than one image batch .*'meta'.*: wrap it in a module whose forward"),
+        (lambda k: MODELS["pyramid"], "must be a torch.nn.Module, got a .*: call it and give what it returns"),
+        (lambda k: Net(k).state_dict(), "got weights alone: build the model and load them into it"),
+    ],
+)
+def test_what_is_no_model_of_images_is_refused(model: Callable[[int], nn.Module], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        convert(model(3), images(1), num_exits=2)
 
 
 def test_a_hook_that_changes_what_a_layer_gives_is_told() -> None:

@@ -116,6 +116,17 @@ def test_a_prefix_stays_where_the_model_has_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_model_that_was_wrapped_later_takes_the_names_of_before(tmp_path: Path, prefix: str) -> None:
+    path = saved(tmp_path / "w.pth", prefixed(prefix))
+    wrapped = nn.ModuleDict({"model": small_model()})
+    assert load_weights(wrapped, path) == []
+    assert all(torch.equal(wrapped.state_dict()[f"model.{name}"], tensor) for name, tensor in STATE.items())
+    del wrapped["model"].classifier
+    with pytest.raises(ModelError, match=r"unexpected model\.classifier\.weight, model\.classifier\.bias"):
+        load_weights(wrapped, path)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
 def test_an_auxiliary_classifier_without_a_place_is_left_out_and_said(tmp_path: Path, prefix: str) -> None:
     path = saved(tmp_path / "w.pth", prefixed(prefix, {**STATE, **AUXILIARY}))
     model = small_model()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -15,6 +18,8 @@ import messnet
 from helpers.training import CLASSES, DISTILL, HERE, PRETRAIN, SIZE, SPACE, Noise, assert_equal, build, tensors
 from messnet.data.objects import as_dataset
 from messnet.errors import DataError
+from messnet.network.zoo import mobilenetv2_fcn
+from messnet.records.instance import whole_model
 from messnet.training import pretrain as stage1
 from messnet.training.checkpoint import Checkpoint
 
@@ -72,6 +77,29 @@ def test_another_number_of_classes_is_refused() -> None:
         as_dataset([], 4)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.utils.data.DataLoader([(0, 0)]), "a DataLoader has not: give its .dataset"),
+        (None, "a NoneType has not: give a list or a torch Dataset"),
+    ],
+)
+def test_what_is_no_data_set_is_told(data: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_dataset(data, CLASSES)  # type: ignore[arg-type]
+
+
+def test_without_heads_the_final_exit_alone_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    net = build()
+    tables = messnet.evaluate(net, Pairs())
+    assert "evaluate: no heads are attached" in capsys.readouterr().err
+    assert len(messnet.search(tables, messnet.profile(net, SIZE), maximise="miou").instance.exits) == 1
+    assert "searching 1 instance: no heads are attached" in capsys.readouterr().err
+    for wrong in ({"class_names": ("a", "b")}, {"palette": np.zeros((7, 3), np.uint8)}):
+        with pytest.raises(messnet.MessError, match=r"has \d entries and the network tells 3 classes apart"):
+            messnet.Session(net, whole_model(net.exits[-1]), **wrong)  # type: ignore[arg-type]
+
+
 def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     whole, net = build(), build()
     stage1(whole, Noise(), PRETRAIN, HERE, Checkpoint(tmp_path / "whole"))
@@ -104,6 +132,54 @@ def test_a_training_that_had_finished_is_kept(tmp_path: Path, capsys: pytest.Cap
     assert f"distill: finished before, kept in {tmp_path / 'distill.checkpoint'}" in capsys.readouterr().err
     with pytest.raises(messnet.MessError, match="made from another recipe"):  # heads of another backbone
         messnet.distill(build(seed=7), Pairs(), SPACE, stage2, folder=tmp_path)
+
+
+ELSEWHERE = """
+from pathlib import Path
+import numpy as np
+import messnet
+from helpers.training import Noise, build, SIZE
+net = build(seed=7)
+net.load("net.safetensors")
+tables = messnet.ExitTables.from_bytes(Path("tables.npz").read_bytes())
+costs = messnet.CostTable.from_json(Path("costs.json").read_text())
+found = messnet.search(tables, costs, maximise="miou", max_cost_ratio=0.9, setting="budgeted")
+np.save("labels.npy", messnet.Session(net, found.instance).predict(Noise()[0].image)[0].labels)
+Path("found.json").write_text(found.instance.to_json())
+"""
+
+
+def test_a_network_is_kept_and_searched_again_in_another_process(tmp_path: Path) -> None:
+    net, data = build(), Pairs()
+    messnet.distill(net, data, SPACE, replace(DISTILL, iterations=1))
+    net.save(tmp_path / "net.safetensors")
+    (tmp_path / "tables.npz").write_bytes(messnet.evaluate(net, data).to_bytes())
+    messnet.profile(net, SIZE).to_json(tmp_path / "costs.json")
+    code = f"import sys; sys.path[:0] = {sys.path!r}\n{ELSEWHERE}"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+    instance = messnet.Instance.from_json((tmp_path / "found.json").read_text())
+    expected = messnet.Session(net, instance).predict(Noise()[0].image)[0].labels
+    np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), expected)
+    again = build(seed=7)
+    again.load(tmp_path / "net.safetensors")
+    assert again.exits == net.exits
+    assert_equal(tensors(again), tensors(net))
+
+
+def test_a_kept_network_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    net = build()
+    net.save(file)
+    other = messnet.convert(mobilenetv2_fcn(CLASSES, width=0.25, depth=0.01), torch.zeros(1, 3, *SIZE), num_exits=2)
+    with pytest.raises(messnet.MessError, match=r"net\.safetensors is of a network with exits after \w+, \w+, and"):
+        other.load(file)
+    four = messnet.convert(mobilenetv2_fcn(4, width=0.25, depth=0.01), torch.zeros(1, 3, *SIZE), num_exits=3)
+    with pytest.raises(messnet.MessError, match=r"net\.safetensors does not fit the model: .* expected \(4,"):
+        four.load(file)
+    for content in (b"garbage", safetensors.torch.save({"a": torch.zeros(1)})):
+        file.write_bytes(content)
+        with pytest.raises(messnet.MessError, match=r"expected a file that net\.save\(path\) wrote"):
+            net.load(file)
 
 
 def test_no_iterations_keep_the_model_and_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from messnet.records.instance import ExitChoice, Instance
 from messnet.records.names import CostName
 from messnet.searching.grid import Grid, columns_of, cost_of, route
 from messnet.searching.objective import Objective
-from messnet.searching.optima import Front, choose, pareto_front, search
+from messnet.searching.optima import Front, choose, pareto_front, search, search_for
 
 
 def brute_force(
@@ -91,8 +91,9 @@ def test_a_coarse_grid_is_a_part_of_the_complete_one() -> None:
         assert all(choice.pixel_threshold in (None, 0.9) for choice in point.instance.exits)
 
 
-def test_search_tells_what_it_did() -> None:
+def test_search_tells_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     tables, costs = tiny(3)
+    search_for(tables, costs, Objective(max_drop_pp=1.0), grid=COMPLETE)  # compiles where nothing is compiled yet
     result = search(tables, costs, minimise="macs", max_drop_pp=1.0, name="cheap", grid=COMPLETE)
     assert result.instance.name == "cheap"
     assert result.instance.objective == "cheapest in macs at <= 1 pp drop"
@@ -103,6 +104,7 @@ def test_search_tells_what_it_did() -> None:
     assert "static truncated model" in result.verdict
     assert result.gap_cost == result.gap_miou == 0
     assert "uniform heads" in result.verdict or "no early exit" in result.verdict
+    assert capsys.readouterr().err == f"searching {result.proof.num_declared:,} instances\n".replace(",", " ")
     chosen = [[choice.exit for choice in point.instance.exits] for point in result.runners_up]
     assert len(chosen) > 1
     assert [choice.exit for choice in result.instance.exits] not in chosen

@@ -57,7 +57,14 @@ def test_a_resumed_curve_is_the_uninterrupted_one(tmp_path: Path, stage: str) ->
 def test_the_curves_exits_are_the_schemes(tmp_path: Path) -> None:
     for scheme, early in (("baseline", []), ("end_to_end", ["exit0", "exit1"])):
         options = replace(PRETRAIN, scheme=scheme, iterations=1)
-        pretrain(build(), Noise(), options, LOOKING, Checkpoint(tmp_path / scheme), Monitor(tmp_path / scheme, Noise()))
+        pretrain(
+            build(),
+            Noise(),
+            options,
+            LOOKING,
+            Checkpoint(tmp_path / f"{scheme}.checkpoint"),
+            Monitor(tmp_path / scheme, Noise()),
+        )
         (row,) = rows(tmp_path / scheme / "pretrain.csv")
         names = [*early, "final"]
         assert [*row] == ["iteration", "learning_rate", *(f"{k}.{n}" for k in ("loss", "miou") for n in names)]

@@ -78,7 +78,13 @@ class ObjectDataset:
 
 def as_dataset(data: PairSource, num_classes: int) -> ObjectDataset:
     """``data`` with checks, as training and evaluation take it. Its ``class_names`` and ``palette`` (K, 3) RGB are
-    taken where it has them. Raises DataError when it is empty, or names another number of classes."""
+    taken where it has them. Raises DataError for what has no items, or names another number of classes."""
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        batches = getattr(data, "dataset", None) is not None
+        raise DataError(
+            f"a data set has a length and items data[i], each (image, mask); a {type(data).__name__} has not: "
+            + ("give its .dataset, messnet makes batches itself" if batches else "give a list or a torch Dataset")
+        )
     if len(data) == 0:
         raise DataError("the data set is empty: expected one image at least")
     names = expect_class_names(getattr(data, "class_names", None) or [f"class {k}" for k in range(num_classes)])

@@ -30,7 +30,7 @@ from messnet.deployment.graph_runner import OUTPUT, Graph, GraphRunner, graphs_f
 from messnet.deployment.graphs import MadeStages, make_graphs
 from messnet.deployment.loading import COSTS, WORKLOAD, default_runtime
 from messnet.deployment.quantising import METHOD, EightBits, check_quantised, quantise
-from messnet.deployment.restoring import bundle_tensors, expect_finite, restore_bundle, restore_run
+from messnet.deployment.restoring import expect_finite, restore_bundle, restore_run
 from messnet.deployment.runner import Runner
 from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
@@ -112,11 +112,11 @@ def export(
         raise RunError(f"a bundle of {path} with neither weights nor graphs could not run: add --runtime onnxruntime")
     exits = tuple(choice.exit for choice in chosen.exits)
     net.keep_only(exits)
-    expect_finite(bundle_tensors(net), str(path))  # or whoever opens the bundle is refused
+    expect_finite(net.tensors(), str(path))  # or whoever opens the bundle is refused
     files, runtimes, provenance = _cost_tables(path, *taken.tables, exits, tables), {}, taken.provenance
     if weights:
         # safetensors takes no two tensors that share memory.
-        tensors = {name: tensor.contiguous().clone() for name, tensor in bundle_tensors(net).items()}
+        tensors = {name: tensor.contiguous().clone() for name, tensor in net.tensors().items()}
         files[_WEIGHTS] = safetensors.torch.save(tensors)
         runtimes["torch"] = Runtime(files={"weights": _WEIGHTS})
     if graphs or eight_bits:

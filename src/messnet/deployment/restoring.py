@@ -42,7 +42,7 @@ def restore_run(path: Path, instance: str | Instance | None = None) -> tuple[Blu
         net.heads.load_state_dict({name: heads[name] for name in net.heads.state_dict()})
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise RunError(f"the weights in {path} are damaged or of another network ({error})") from error
-    expect_finite(bundle_tensors(net), str(path))
+    expect_finite(net.tensors(), str(path))
     return blueprint, net, chosen
 
 
@@ -81,7 +81,7 @@ def restore_bundle(
         tensors = safetensors.torch.load(bundle.read(weights))
     except (SafetensorError, KeyError) as error:  # KeyError: a number format that safetensors does not know
         raise RunError(f"{path}/{weights} cannot be read ({error}); export the bundle again") from error
-    places = bundle_tensors(net)
+    places = net.tensors()
     expect_fit(tensors, places, source=f"{path}/{weights}")
     for name, place in places.items():
         if tensors[name].dtype != place.dtype:
@@ -101,12 +101,6 @@ def expect_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             raise RunError(
                 f"{source}: {name} holds NaN or infinite weights, from a training that failed; train it again"
             )
-
-
-def bundle_tensors(net: MultiExitNet) -> dict[str, Tensor]:
-    """What a bundle holds of ``net``, by name: the user's model under its own names, the heads by exit; not copied."""
-    model = {f"model.{name}": tensor for name, tensor in net.model_state_dict().items()}
-    return model | {f"heads.{name}": tensor for name, tensor in net.heads.state_dict().items()}
 
 
 def graph_runner(

@@ -39,12 +39,16 @@ def as_image(value: ImageLike) -> NDArray[np.uint8]:
         case Image.Image():
             return rgb_of(value.copy())  # which turns it upright in place
         case np.ndarray():
-            return _checked(value, "an array is (H, W, 3)")
+            if value.ndim == 3 and value.shape[0] == 3 != value.shape[2]:
+                raise DataError(f"an array is (H, W, 3), not {value.shape}: image.transpose(1, 2, 0) makes it so")
+            return _checked(value, value.shape, "an array is (H, W, 3)")
         case Tensor():
             planes = value.detach().cpu().numpy()
             if planes.ndim != 3 or planes.shape[0] != 3:
-                raise DataError(f"a tensor is one RGB image (3, H, W), not {planes.shape}: give a batch as a list")
-            return _checked(np.ascontiguousarray(np.moveaxis(planes, 0, -1)), "a tensor is (3, H, W)")
+                last = planes.ndim == 3 and planes.shape[2] == 3
+                advice = "image.permute(2, 0, 1) makes it so" if last else "give a batch as a list"
+                raise DataError(f"a tensor is one RGB image (3, H, W), not {planes.shape}: {advice}")
+            return _checked(np.ascontiguousarray(np.moveaxis(planes, 0, -1)), planes.shape, "a tensor is (3, H, W)")
     raise DataError(f"an image is a path, a Pillow image, an array or a tensor, not {type(value).__name__}: convert it")
 
 
@@ -58,13 +62,10 @@ def each_image(images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[np.u
         yield as_image(images)  # type: ignore[arg-type]
 
 
-def _checked(image: NDArray[Any], expected: str) -> NDArray[np.uint8]:
-    """The same as uint8."""
+def _checked(image: NDArray[Any], given: tuple[int, ...], expected: str) -> NDArray[np.uint8]:
+    """The same as uint8; ``given`` is the shape that it came in."""
     if image.ndim != 3 or image.shape[2] != 3 or not (image.dtype == np.uint8 or image.dtype.kind == "f"):
-        raise DataError(
-            f"{expected}, uint8 or floating in [0, 1], RGB; this one is {image.shape} {image.dtype}, channels last: "
-            "convert it"
-        )
+        raise DataError(f"{expected}, RGB, uint8 or floating in [0, 1]; this one is {given} {image.dtype}: convert it")
     if not image.size:
         raise DataError(f"an image has at least one pixel, this one is {image.shape}")
     if image.dtype == np.uint8:

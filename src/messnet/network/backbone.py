@@ -31,6 +31,7 @@ from messnet.network.tracing import (
     WAY_OUT,
     UntraceableError,
     drop_dead_code,
+    expect_classes_first,
     module_stack,
     run_error,
     trace,
@@ -183,6 +184,7 @@ def cut_model(
     graph = _Graph(traced, example_input)
     notes = _kept_whole(whole)
     notes += graph.strip_upsampling()
+    graph.expect_logits(model)
     head, note = find_head(model, head, graph.modules())
     graph.end_backbone(head)
     notes += note
@@ -406,6 +408,18 @@ class _Graph:
             drop_dead_code(self.traced.graph, self.traced)
             self.traced.recompile()
         return []
+
+    def expect_logits(self, model: nn.Module) -> None:
+        """Raises ModelError for a model that ends in probabilities, or gives classes last."""
+        node, logits = self.logits, self.value(self.logits)
+        expect_classes_first(logits, self.shape[-2:], model)
+        last = type(self.traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+        name = str(getattr(last, "__name__", last)).lower().removesuffix("2d")
+        if name in ("softmax", "sigmoid") and logits.shape[1] > 1:
+            raise ModelError(
+                f"{type(model).__name__} ends in a {name}, which gives probabilities; expected logits (N, K, h, w), as "
+                f"losses and confidences take them: return what goes into the {name}"
+            )
 
     def end_backbone(self, head: str) -> None:
         """Sets where the segmentation head begins. Raises ModelError when nothing of it is in the graph."""

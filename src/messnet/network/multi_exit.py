@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 
 from messnet.errors import ModelError
@@ -19,7 +25,9 @@ from messnet.network.tracing import UntraceableError, unwrapped
 from messnet.network.weights import expect_fit
 from messnet.policy.labels import upsampled_labels
 from messnet.policy.reference import on_processor
+from messnet.records.codec import from_plain, to_plain
 from messnet.records.exit_point import ExitPoint
+from messnet.records.files import write_atomically, writing
 from messnet.records.instance import FINAL_HEAD, Exit
 
 
@@ -162,13 +170,68 @@ class MultiExitNet(nn.Module):
         """The user's model: its tensors under its own names, heads left out."""
         return self.backbone.model_state_dict()
 
-    def load_model_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """All its tensors, not copied: the user's model as "model." and its own names, heads as "heads.EXIT.HEAD."."""
+        model = {f"model.{name}": tensor for name, tensor in self.model_state_dict().items()}
+        return model | {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the weights of the model and of its heads to ``path``, a safetensors file, whole or not at all.
+        ``load`` reads it. Raises RunError when the disk is full or read-only."""
+        heads = tuple(exit for exit in self.exits if exit.head != FINAL_HEAD)
+        form = _Form(exit_points=self._early_nodes(), heads=heads, normalisation=self.normalisation)
+        # Copied, for safetensors takes no two tensors that share memory.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors().items()}
+        with writing(Path(path)):
+            write_atomically(Path(path), safetensors.torch.save(tensors, {"messnet": json.dumps(to_plain(form))}))
+
+    def load(self, path: str | Path) -> None:
+        """Takes weights, heads and normalisation from a file that ``save`` wrote of a network converted alike: the same
+        model, the same exit points.
+
+        Raises ModelError that says what does not fit, or that the file cannot be read.
+        """
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                form = from_plain(json.loads(file.metadata()["messnet"]), _Form)
+            tensors = safetensors.torch.load_file(path)
+        except (OSError, TypeError, KeyError, ValueError, SafetensorError) as error:  # TypeError: it has no metadata
+            raise ModelError(f"{path} cannot be read ({error}); expected a file that net.save(path) wrote") from error
+        if form.exit_points != self._early_nodes():
+            raise ModelError(
+                f"{path} is of a network with exits after {', '.join(form.exit_points)}, and this one's are after "
+                f"{', '.join(self._early_nodes())}: convert the same model, with exit_points={[*form.exit_points]}"
+            )
+        model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        self.load_model_state_dict(model, source=str(path))
+        self.drop_heads()
+        for exit_index, head in form.heads:
+            self.add_head(exit_index, HeadConfig.parse(head))
+        heads = {name.removeprefix("heads."): tensor for name, tensor in tensors.items() if name.startswith("heads.")}
+        expect_fit(heads, self.heads.state_dict(), source=str(path))
+        self.heads.load_state_dict(heads)
+        self.normalisation = form.normalisation
+
+    def _early_nodes(self) -> tuple[str, ...]:
+        return tuple(point.node for point in self.exit_points[:-1])
+
+    def load_model_state_dict(self, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
         """Loads tensors under the names of the user's model. Raises ModelError that lists what does not fit."""
         own = self.model_state_dict()
-        expect_fit(state, own, source="the state dict")
+        expect_fit(state, own, source=source)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What a file of ``MultiExitNet.save`` says of the network beside its tensors."""
+
+    exit_points: tuple[str, ...]
+    """Nodes of the early ones."""
+    heads: tuple[Exit, ...]
+    normalisation: Normalisation
 
 
 def convert(
@@ -192,11 +255,22 @@ def convert(
 
     Raises ModelError when the model cannot be converted.
     """
+    if not isinstance(model, nn.Module):
+        advice = "call it and give what it returns" if callable(model) else "build the model and load them into it"
+        what = "weights alone" if isinstance(model, Mapping) else f"a {type(model).__name__}"
+        raise ModelError(f"model must be a torch.nn.Module, got {what}: {advice}")
     if example_input.dim() != 4 or example_input.shape[1] != 3:
         raise ModelError(f"example_input must be RGB images (N, 3, H, W), got {tuple(example_input.shape)}")
     if isinstance(exit_points, str):
         raise ModelError(f"exit_points must be a list of module paths, got the string {exit_points!r}")
     model = unwrapped(model)
+    try:
+        inspect.signature(model.forward).bind(example_input)
+    except TypeError as error:
+        raise ModelError(
+            f"{type(model).__name__}.forward takes more than one image batch ({error}): wrap it in a module whose "
+            f"forward(x) gives it the rest"
+        ) from error
     try:
         backbone: Backbone = cut_model(
             model, example_input, num_exits=num_exits, exit_points=exit_points, head=head, exit_cost=exit_cost

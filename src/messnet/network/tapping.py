@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from messnet.costs.workload import in_eval_mode, metering
 from messnet.errors import ModelError
 from messnet.network.backbone import Backbone, State, block_kind, closest, distinct, find_head
-from messnet.network.tracing import logits_of, run_error
+from messnet.network.tracing import expect_classes_first, logits_of, run_error
 from messnet.records.exit_point import ExitPoint
 
 
@@ -153,6 +153,8 @@ def _walk(tapped: TappedModel, x: Tensor, ran: list[nn.Module]) -> list[tuple[Ex
             dilation=dilation,
             macs=macs,
         )
+        if not path:
+            expect_classes_first(value, x.shape[-2:], tapped.model)
         found.append((point, sum(p.numel() for p in new)))
     if len(found) != len(paths):
         raise ModelError(

@@ -6,7 +6,7 @@ import pickle
 import random
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations, takewhile
 from pathlib import Path
@@ -91,6 +91,20 @@ def logits_of(output: Any, model: nn.Module) -> Any:
         f"{type(model).__name__} returned {kind}; expected logits (N, K, H, W) as a tensor, under the key 'out' or as "
         f".logits: wrap it in a module that returns those"
     )
+
+
+def expect_classes_first(logits: Tensor, size: Sequence[int], model: nn.Module) -> None:
+    """Raises ModelError for ``logits`` that are shaped as (N, h, w, K) from images of ``size`` (H, W), whose rows would
+    be taken for classes."""
+
+    def looks_like_image(height: int, width: int) -> bool:
+        return 2 / 3 <= (size[0] * width) / (size[1] * height) <= 3 / 2
+
+    if logits.dim() == 4 and looks_like_image(*logits.shape[1:3]) and not looks_like_image(*logits.shape[2:]):
+        raise ModelError(
+            f"{type(model).__name__} gives {tuple(logits.shape)}, classes last; expected logits (N, K, h, w): return "
+            f"y.permute(0, 3, 1, 2)"
+        )
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, type]]:

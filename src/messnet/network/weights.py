@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -36,9 +36,10 @@ def load_weights(model: nn.Module, source: str | Path) -> list[str]:
 
     ``source`` is a .safetensors file, a torch state dict (.pt, .pth, alone or in a checkpoint; read as weights only: no
     code in it is run), or torchvision's name of weights, which are downloaded once. Names may begin with whatever the
-    model was wrapped in; what a file holds besides, such as a criterion, is left out then. So are tensors of an
-    auxiliary classifier that the model does not have. Where only the last layer (of the model, and of its auxiliary
-    classifier) differs, and only in the number of classes, that layer keeps its initial weights and the rest is loaded.
+    model was wrapped in, or lack the name under which ``model`` holds it now; what a file holds besides, such as a
+    criterion, is left out then. So are tensors of an auxiliary classifier that the model does not have. Where only the
+    last layer (of the model, and of its auxiliary classifier) differs, and only in the number of classes, that layer
+    keeps its initial weights and the rest is loaded.
 
     Raises ModelError when it cannot be read, or a tensor is missing, unexpected, of another shape, no floating-point
     one or not finite; nothing is loaded then.
@@ -160,19 +161,28 @@ def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dic
         if not any(wrapper in name.split(".") for name in own):
             without = {".".join(p for p in name.split(".") if p != wrapper): tensor for name, tensor in state.items()}
             state = without if len(without) == len(state) else state
-    fits = Counter(
-        name.removesuffix(suffix)
-        for name, suffixes in ((name, accumulate(reversed(name.split(".")), "{1}.{0}".format)) for name in state)
-        for suffix in suffixes
-        if suffix in own and name.removesuffix(suffix)[-1:] in ("", ".")
-    )
-    # Of prefixes that fit as many names the empty one, which leaves nothing out.
-    prefix = max(fits, key=lambda one: (fits[one], not one)) if fits else ""
+    prefix, fitting = _prefix(state, own)
+    lacking, more = _prefix(own, state)
+    if more > fitting:  # the model is wrapped, and was not yet when the file was made
+        return {lacking + name: tensor for name, tensor in state.items()}, []
     beside = [name for name in state if not name.startswith(prefix)]
     kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     outer = list(dict.fromkeys(name.partition(".")[0] for name in beside))
     note = f"{len(beside)} tensors of {_listed(outer)} left out, the model's own begin with {prefix}"
     return kept, [note] if beside else []
+
+
+def _prefix(longer: Iterable[str], known: Container[str]) -> tuple[str, int]:
+    """What stands before names of ``longer`` that are ``known`` without it, and how many are."""
+    fits = Counter(
+        name.removesuffix(suffix)
+        for name in longer
+        for suffix in accumulate(reversed(name.split(".")), "{1}.{0}".format)
+        if suffix in known and name.removesuffix(suffix)[-1:] in ("", ".")
+    )
+    # Of prefixes that fit as many names the empty one, which leaves nothing out.
+    prefix = max(fits, key=lambda one: (fits[one], not one)) if fits else ""
+    return prefix, fits[prefix]
 
 
 def _with_tied(

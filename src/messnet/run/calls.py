@@ -23,6 +23,7 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
 from messnet.training import ComputeOptions, DistillOptions, Monitor, PretrainOptions, TrainOptions
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.journal import say
 
 _HERE = ComputeOptions(num_workers=0)
 """Images are loaded in this process: what a notebook defines cannot be sent to another one on every system."""
@@ -82,6 +83,8 @@ def evaluate(
 
     Raises DataError for what is no image with a mask of its size, ModelError for logits that are not finite.
     """
+    if len(net.exits) == 1:
+        say("evaluate: no heads are attached (messnet.distill attaches them): this is the final exit alone")
     return evaluation.evaluate(net, as_dataset(data, net.num_classes), options, device)
 
 

@@ -96,7 +96,10 @@ def _tell_of_stage1(run: Run, net: MultiExitNet, before: ExitTables) -> None:
     """What stage 1 made of a delivered model, before hours go into heads of one that it spoilt."""
     delivered = baseline_miou_of(before)
     if not run.recipe.pretrain.iterations:
-        say(f"pretrain: the model is kept as delivered, {100 * delivered:.2f} % mIoU on the validation images")
+        say(
+            f"pretrain: the model is kept as delivered, {100 * delivered:.2f} % mIoU on the validation images; compare "
+            "with the mIoU you know: a difference means other normalisation, classes or image sizes"
+        )
         return
     after = baseline_miou_of(evaluate(net, run.dataset("val"), run.recipe.evaluate, run.device))
     advice = f": worse than it came; {STAGE_1_ADVICE}" if after < delivered else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.costs import CostTable
@@ -26,7 +28,7 @@ from messnet.searching.answers import (
     SearchSetting,
 )
 from messnet.searching.anytime import search_anytime
-from messnet.searching.exact import Control, Outcome, Problem, Region, solve
+from messnet.searching.exact import Control, Outcome, Problem, Region, loops_to_compile, solve
 from messnet.searching.grid import Grid, route
 from messnet.searching.measure import CostMeasure, Routed, reached_of
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
@@ -91,7 +93,7 @@ def search(
     grid: Grid | None = None,
     name: str = "instance",
     time_limit: float | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> SearchResult:
     """The best instance for one objective: ``search_for`` with the fields of an Objective as keywords.
 
@@ -146,6 +148,9 @@ def search_for(
     problem = Problem(tables, measure, objective, grid)
     region = _region(problem, objective)
     control = Control(time_limit=time_limit, should_stop=should_stop, progress=progress)
+    if progress:
+        most = 1 if setting == "budgeted" else problem.grid.max_exits
+        tqdm.write(words.beginning(problem.declared(most), compiles=loops_to_compile()), file=sys.stderr)
     outcome = solve(problem, region, setting=setting, control=control)
     # Nothing within the constraints: what would be, if one of them were relaxed.
     if not outcome.best:

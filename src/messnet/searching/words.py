@@ -471,5 +471,13 @@ def _exits(instance: Instance) -> str:
     return " > ".join(f"{choice.exit_index}:{choice.head}" for choice in instance.exits)
 
 
+def beginning(num_declared: int, *, compiles: bool) -> str:
+    """What a search says before it begins."""
+    if num_declared == 1:
+        return "searching 1 instance: no heads are attached, the tables know the final exit alone"
+    first = "; first numba compiles the search, once on this machine, which takes a minute or more" if compiles else ""
+    return f"searching {_spaced(num_declared)} instances{first}"
+
+
 def _spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")

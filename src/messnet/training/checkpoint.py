@@ -36,7 +36,8 @@ class Checkpoint:
         # States from before there were fingerprints have none, and are taken on trust.
         if state.pop("made_from", self.made_from) != self.made_from:
             raise RunError(
-                f"{self.path} was made from another recipe (other options, data or weights); delete it to start anew with this one"
+                f"{self.path} was made from another recipe (other options, data or weights); delete it to start anew "
+                f"with this one"
             )
         return state
 

@@ -25,17 +25,19 @@ A bound is used to rule out only; what is answered was evaluated exactly. Bounds
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from messnet.errors import RecipeError
 from messnet.searching.answers import Proof, SearchSetting
+from messnet.searching.exact import enumeration
 from messnet.searching.exact.candidates import evaluate_choice
-from messnet.searching.exact.compiling import loops_running
+from messnet.searching.exact.compiling import COMPILED, loops_running
 from messnet.searching.exact.outcome import Control, Outcome, Region, Tuning
 from messnet.searching.exact.problem import Problem
 from messnet.searching.exact.solver import Solver
 from messnet.searching.exact.strips import FrontSolver
 
-__all__ = ["Control", "Outcome", "Problem", "Region", "Tuning", "solve"]
+__all__ = ["Control", "Outcome", "Problem", "Region", "Tuning", "loops_to_compile", "solve"]
 
 
 def solve(
@@ -68,3 +70,14 @@ def solve(
     best = (front[::-1] if region.goal == "miou" else front)[: tuning.num_best]
     proof = Proof(num_declared=len(front), num_evaluated=len(front))
     return Outcome(front=front, static=(), best=best, proof=proof, incumbents=())
+
+
+def loops_to_compile() -> bool:
+    """Whether numba still has to compile the inner loops, which takes a minute or more: it has kept nothing on the disk
+    that is younger than the source."""
+    if not COMPILED:
+        return False
+    loop = enumeration.try_pairs_before
+    kept = Path(loop.stats.cache_path).glob("enumeration.try_pairs_before-*.nbi")  # type: ignore[attr-defined]
+    installed = Path(enumeration.__file__).stat().st_mtime
+    return not any(file.stat().st_mtime > installed for file in kept)
