@@ -132,9 +132,7 @@ def test_a_backbone_starts_from_weights_that_are_tried_before_training(
     assert "fits 0 of the backbone's 15 tensors" in capsys.readouterr().err
     main(["profile", str(recipe(tmp_path, "net_wrapped", f", backbone_weights: {tmp_path}/w.pth")), "--out", run])
     main(["pretrain", run, "--pretrain.learning_rate", "0"])
-    assert (
-        "15 of the backbone's 15 tensors are loaded by order; new: the head net.classifier" in capsys.readouterr().err
-    )
+    assert "15 of the backbone's 15 tensors are loaded by name; new: the head net.classifier" in capsys.readouterr().err
     stage1 = safetensors.torch.load_file(tmp_path / "run" / "stage1.safetensors")
     for name, tensor in backbone.items():
         if name.endswith(("weight", "bias")):

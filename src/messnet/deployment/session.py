@@ -177,6 +177,12 @@ class Session:
         self.instance = instance
         self.policy = Policy.parse(instance.policy)
         if not isinstance(network, Runner):
+            for what, given in (("class_names", class_names), ("palette", () if palette is None else palette)):
+                if len(given) not in (0, network.num_classes):
+                    raise ModelError(
+                        f"{what} has {len(given)} entries and the network tells {network.num_classes} classes apart: "
+                        "give one for each, in the order of its logits"
+                    )
             from messnet.deployment.torch_runner import TorchRunner  # and with it torch, which graphs do without
 
             network = TorchRunner(network, self.policy, device=device)
@@ -185,12 +191,6 @@ class Session:
             self.runner.expect(choice.exit)  # raises for one that the network does not have
         thresholds = [choice.pixel_threshold for choice in instance.exits if choice.pixel_threshold is not None]
         self._pixel_threshold = thresholds[-1] if thresholds else _PIXEL_THRESHOLD
-        for what, given in (("class_names", class_names), ("palette", () if palette is None else palette)):
-            if len(given) and not isinstance(network, Runner) and len(given) != network.num_classes:
-                raise ModelError(
-                    f"{what} has {len(given)} entries and the network tells {network.num_classes} classes apart: give "
-                    f"one for each, in the order of its logits"
-                )
         self.class_names = tuple(class_names)
         self.palette = palette
         self.costs = costs

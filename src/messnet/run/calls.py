@@ -70,7 +70,7 @@ def distill(
     # Heads belong to the very backbone that they were trained on.
     backbone = hashlib.sha256()
     for tensor in net.model_state_dict().values():
-        backbone.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        backbone.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     with _training("distill", net, data, val, folder, [options, heads], backbone.hexdigest()) as given:
         return training.distill(net, given.data, heads, options, compute, given.checkpoint, given.monitor)
 
