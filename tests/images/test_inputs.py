@@ -72,10 +72,10 @@ def test_pictures_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:
         (np.full((2, 2, 3), np.nan), "lie in [0, 1]"),
         (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
         (torch.zeros(20, 30, 3), "(3, H, W), not (20, 30, 3): image.permute(2, 0, 1) makes it so"),
-        (PIXELS.transpose(2, 0, 1), "(H, W, 3), not (3, 20, 30): image.transpose(1, 2, 0) makes it so"),
+        (PIXELS.transpose(2, 0, 1), "this one is (3, 20, 30) uint8: image.transpose(1, 2, 0) makes it so"),
         (
             torch.zeros(3, 20, 30, dtype=torch.int32),
-            "a tensor is (3, H, W), RGB, uint8 or floating in [0, 1]; this one is (3, 20, 30) int",
+            "a tensor is (3, H, W), uint8 or floating in [0, 1], RGB; this one is (3, 20, 30) int",
         ),
         (torch.zeros(2, 3, 4, 4), "give a batch as a list"),
         (to_tensor(Image.fromarray(PIXELS)) * 4 - 2, "leave the normalisation out"),

@@ -39,8 +39,6 @@ def as_image(value: ImageLike) -> NDArray[np.uint8]:
         case Image.Image():
             return rgb_of(value.copy())  # which turns it upright in place
         case np.ndarray():
-            if value.ndim == 3 and value.shape[0] == 3 != value.shape[2]:
-                raise DataError(f"an array is (H, W, 3), not {value.shape}: image.transpose(1, 2, 0) makes it so")
             return _checked(value, value.shape, "an array is (H, W, 3)")
         case Tensor():
             planes = value.detach().cpu().numpy()
@@ -65,7 +63,10 @@ def each_image(images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[np.u
 def _checked(image: NDArray[Any], given: tuple[int, ...], expected: str) -> NDArray[np.uint8]:
     """The same as uint8; ``given`` is the shape that it came in."""
     if image.ndim != 3 or image.shape[2] != 3 or not (image.dtype == np.uint8 or image.dtype.kind == "f"):
-        raise DataError(f"{expected}, RGB, uint8 or floating in [0, 1]; this one is {given} {image.dtype}: convert it")
+        advice = (
+            "image.transpose(1, 2, 0) makes it so" if given[0] == 3 != given[-1] == image.shape[-1] else "convert it"
+        )
+        raise DataError(f"{expected}, uint8 or floating in [0, 1], RGB; this one is {given} {image.dtype}: {advice}")
     if not image.size:
         raise DataError(f"an image has at least one pixel, this one is {image.shape}")
     if image.dtype == np.uint8:
