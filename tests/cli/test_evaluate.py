@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import messnet
 from helpers.images import smooth_image
 from messnet.cli import main
+from messnet.deployment.bundle import open_bundle, write_bundle
 from messnet.records.instance import whole_model
 from messnet.records.run_directory import RunDirectory
 
@@ -121,3 +123,30 @@ def test_what_does_not_fit_is_one_line(
         main(["evaluate", str(tiny_run), *(word.format(data=labelled) for word in words)])
     assert stopped.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--mask-values", *"01234567"], ["--mask-values", "0x0,0x1,2,3,4,5,6,7"]])
+def test_a_bundle_knows_the_masks_it_was_trained_on(
+    labelled: Path, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a copy of a bundle whose masks have class k as k + 1; other values given are those of another folder."""
+    bundle = open_bundle(Path(__file__).parents[2] / "examples/scenes_mobilenetv2.mess")
+    manifest, data = bundle.manifest, tmp_path / "test"
+    shift = 0 if words else 1
+    masks = {"mask_values": [k + 1 for k in range(CLASSES)], "void_index": VOID}
+    files = {name: bundle.read(name) for name in manifest.files}
+    made = replace(manifest, provenance={**manifest.provenance, "masks": masks})
+    copy = write_bundle(tmp_path / "copy.mess", made, files).path
+    for kind in ("images", "masks"):
+        (data / kind).mkdir(parents=True)
+    Image.open(labelled / "images/0.png").save(data / "images/0.png")
+    mask = np.array(Image.open(labelled / "masks/0.png"))
+    Image.fromarray(np.where(mask == VOID, VOID, mask + shift).astype(np.uint8)).save(data / "masks/0.png")
+    (score,) = _scores(capsys, copy, "--data", data, *words, *(["--void-index", VOID] if words else []))
+    assert np.array(score["confusion"]).sum() == (mask != VOID).sum()
+
+
+def test_a_mask_value_that_is_no_number_is_named(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "any.mess", "--data", str(labelled), "--mask-values", "0x10,road"])
+    assert "--mask-values: 'road' is no whole number" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +39,17 @@ if TYPE_CHECKING:
 _SESSION = SessionOptions()
 
 
+def _values(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """A list as recipes take it: "1 2", "1,2" or "[1, 2]"."""
+    found = []
+    for word in re.split(r"[\s,\[\]]+", " ".join(token.value for token in tokens)):
+        try:
+            found += [int(word.replace("#", "0x"), 0)] if word else []
+        except ValueError:
+            raise RecipeError(f"--mask-values: {word!r} is no whole number and no colour 0xRRGGBB") from None
+    return tuple(found)
+
+
 @app.command(
     help_epilogue=examples(
         "evaluate runs/demo",
@@ -57,7 +69,10 @@ def evaluate(
     merge: Annotated[bool, Parameter(negative="")] = False,
     data: Path | None = None,
     void_index: int | None = None,
-    mask_values: tuple[int, ...] | None = None,
+    mask_values: Annotated[
+        tuple[int, ...] | None,
+        Parameter(converter=_values, n_tokens=1, accepts_keys=False, consume_multiple=True, negative=()),
+    ] = None,
     session: Annotated[SessionOptions, Parameter(name="*", group="What is deployed, with --data")] = _SESSION,
     as_json: AsJson = False,
 ) -> None:
@@ -72,8 +87,8 @@ def evaluate(
         shard: Only this part of the images, K/N, into RUN/tables.KofN.npz.
         merge: Put the parts that shards left together.
         data: Score what is deployed on the images of this folder, which has images/ and masks/ (or val/).
-        void_index: With --data: the mask value to ignore, beside 255; by default the run's.
-        mask_values: With --data: the mask value of class 0, 1, ...; by default the run's.
+        void_index: With --data: the mask value to ignore, beside 255; by default as in training.
+        mask_values: With --data: the mask value of class 0, 1, ...; by default as in training.
     """
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")
@@ -153,13 +168,15 @@ def _labelled(
     from messnet.records.run_directory import RunDirectory
 
     if is_bundle(target):
-        class_names: Sequence[str] = open_bundle(target).manifest.class_names
+        manifest = open_bundle(target).manifest
+        class_names: Sequence[str] = manifest.class_names
+        own: object = {"void_index": manifest.masks.void_index, "mask_values": manifest.masks.mask_values}
     else:
         directory = RunDirectory(target)
         class_names, own = directory.tables.read().class_names, directory.record().recipe.get("data")
-        # Masks of another folder are most likely made as those that the run was made from.
-        if isinstance(own, dict) and void_index is None and mask_values is None:
-            void_index, mask_values = own.get("void_index"), tuple(own.get("mask_values") or ())
+    # Masks of another folder are most likely made as those that the network was trained on.
+    if isinstance(own, dict) and void_index is None and mask_values is None:
+        void_index, mask_values = own.get("void_index"), tuple(own.get("mask_values") or ())
     folder = data.resolve()
     if not any((folder / name).exists() for name in ("images", "val", "val.txt")):
         raise DataError(f"--data {data} holds no images/ and masks/, nor a split val: name the folder above them")

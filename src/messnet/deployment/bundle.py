@@ -102,6 +102,14 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masks:
+    """How the masks that it was trained on say classes, as ``open_folder`` takes it."""
+
+    mask_values: tuple[int, ...] = ()
+    void_index: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a bundle says of itself: all that a reader needs but the weights."""
 
@@ -118,9 +126,15 @@ class Manifest:
     runtimes: dict[str, Runtime]
     """What each of them runs, by its name: "torch"."""
     provenance: dict[str, Any]
-    """The stages that made it: when, how long, with which versions."""
+    """The stages that made it: when, how long, with which versions. ``masks`` lies here too: a key of the manifest's
+    own would be unknown to the messnets before it, which then refuse the bundle."""
     files: dict[str, StoredFile] = field(default_factory=dict)
     """All files but the manifest, by path inside the bundle."""
+
+    @property
+    def masks(self) -> Masks:
+        """Empty where masks are of plain indices, and in bundles of before."""
+        return from_plain(self.provenance.get("masks", {}), Masks)
 
     def to_json(self) -> str:
         """With a SHA-256 of the record itself at its end."""
@@ -360,6 +374,7 @@ def _expect_sound(manifest: Manifest) -> None:
     in_heads = [int(number) for choice in exits for number in re.findall(r"[0-9]{1,9}", choice.head)]
     (height, width), multiples = manifest.preprocessing.input_size, _size_multiples(manifest)
     sound = {
+        "masks": _within([*manifest.masks.mask_values, manifest.masks.void_index or 0], 0, 0xFFFFFF),
         "a name": all(len(word) <= _MAX_WORD for word in words),
         "class_names": 0 < len(classes) <= _MAX_CLASSES,
         "palette": len(manifest.palette) == len(classes) and _within(chain(*manifest.palette), 0, 255),

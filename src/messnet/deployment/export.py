@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import safetensors.torch
@@ -188,7 +188,11 @@ def _from_run(run: RunDirectory, instance: str | None) -> _Source:
     restored = restore_run(run.path, instance)
     workload = run.profile.read().to_json().encode()
     measured = {file.path: file.path.read_bytes() for file in run.all_measured()}
-    return _Source(run.path.resolve().name, *restored, (workload, measured), run.record().stages)
+    record = run.record()
+    data = cast("Mapping[str, object]", record.recipe.get("data", {}))
+    masks = {name: data[name] for name in ("mask_values", "void_index") if data.get(name) not in (None, [])}
+    provenance = {**record.stages, **({"masks": masks} if masks else {})}
+    return _Source(run.path.resolve().name, *restored, (workload, measured), provenance)
 
 
 def _from_bundle(bundle: Bundle, instance: str | None, model: str | None) -> _Source:
