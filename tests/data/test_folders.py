@@ -113,7 +113,7 @@ def test_cache_reads_a_file_once(root: Path) -> None:
     (root / "train/images/x.png").unlink()
     assert cached[-1] is before
     assert not before.image.flags.writeable
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="there is no image"):
         uncached[0]
 
 
