@@ -67,6 +67,7 @@ def test_pictures_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:
         (None, "not NoneType"),
         ({"image": PIXELS}, "not dict"),
         (PIXELS[..., :1], "(20, 30, 1) uint8"),
+        (np.array(5), "this one is () int64"),
         (PIXELS.astype(np.int32), "(20, 30, 3) int32"),
         (PIXELS.astype(float), "lie in [0, 1]"),
         (np.full((2, 2, 3), np.nan), "lie in [0, 1]"),

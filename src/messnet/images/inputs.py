@@ -63,9 +63,9 @@ def each_image(images: ImageLike | Sequence[ImageLike]) -> Iterator[NDArray[np.u
 def _checked(image: NDArray[Any], given: tuple[int, ...], expected: str) -> NDArray[np.uint8]:
     """The same as uint8; ``given`` is the shape that it came in."""
     if image.ndim != 3 or image.shape[2] != 3 or not (image.dtype == np.uint8 or image.dtype.kind == "f"):
-        advice = (
-            "image.transpose(1, 2, 0) makes it so" if given[0] == 3 != given[-1] == image.shape[-1] else "convert it"
-        )
+        # A tensor's channels are last by now, an array's may be first.
+        turned = image.shape[:1] == (3,) and image.shape[-1] != 3
+        advice = "image.transpose(1, 2, 0) makes it so" if turned else "convert it"
         raise DataError(f"{expected}, uint8 or floating in [0, 1], RGB; this one is {given} {image.dtype}: {advice}")
     if not image.size:
         raise DataError(f"an image has at least one pixel, this one is {image.shape}")
