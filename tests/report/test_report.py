@@ -277,6 +277,14 @@ def test_terminal_table_explains_its_margins(inputs: ReportInputs) -> None:
     assert console.file.getvalue().count("standard errors") == 1
 
 
+def test_a_final_exit_that_learnt_too_little_is_told(inputs: ReportInputs) -> None:
+    baseline = replace(inputs.measurements.rows[0], miou=0.42, macs=100e9)
+    row = replace(inputs.measurements.rows[2], miou=0.46, macs=50e9)
+    said = "more accurate than the final exit"
+    assert said in measurements_markdown(replace(inputs.measurements, rows=[baseline, row]))
+    assert said not in measurements_markdown(replace(inputs.measurements, rows=[baseline, replace(row, miou=0.425)]))
+
+
 def test_headline_of_an_untrained_network_says_so(inputs: ReportInputs) -> None:
     baseline = replace(inputs.measurements.rows[0], miou=0.053)
     row = replace(inputs.measurements.rows[2], miou=0.14, miou_change_error=0.001)

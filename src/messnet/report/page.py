@@ -390,6 +390,14 @@ def _warnings(measurements: Measurements) -> list[str]:
 def _doubts(row: Measurement, measurements: Measurements) -> Iterator[str]:
     """Why the figures of a row may not be what they seem."""
     instance = row.instance
+    gained_pp, within_pp = 100 * (row.judged_miou - _baseline(measurements).miou), margin_pp(row, measurements) or 0.0
+    if gained_pp > max(1.0, within_pp) and row.judged_macs < _baseline(measurements).judged_macs:
+        yield (
+            "it is more accurate than the final exit, which has learnt too little: train longer "
+            "(pretrain.iterations); until then every comparison with it flatters"
+        )
+    if len(instance.exits) > 1 and (most := max(row.judged_shares(), key=lambda place: place.share)).share > 0.995:
+        yield f"every image stops at exit {most.exit_index}: this is a shorter network, not one that chooses"
     if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE:
         yield (
             f"the running instance has mIoU {row.miou:.6f}, the tables say {row.miou_from_tables:.6f}; equal they "
