@@ -183,7 +183,7 @@ def test_a_merge_says_what_is_missing_and_refuses_what_is_foreign(tmp_path: Path
 def test_a_shards_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     Checkpoint(tmp_path / "c", made_from="a").save({"iteration": 3})
     assert Checkpoint(tmp_path / "c", made_from="a").load() == {"iteration": 3}
-    with pytest.raises(RunError, match="was made from another recipe; delete it"):
+    with pytest.raises(RunError, match=r"was made from another recipe .*delete it"):
         Checkpoint(tmp_path / "c", made_from="b").load()
 
 
