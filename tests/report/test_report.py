@@ -280,9 +280,17 @@ def test_terminal_table_explains_its_margins(inputs: ReportInputs) -> None:
 def test_a_final_exit_that_learnt_too_little_is_told(inputs: ReportInputs) -> None:
     baseline = replace(inputs.measurements.rows[0], miou=0.42, macs=100e9)
     row = replace(inputs.measurements.rows[2], miou=0.46, macs=50e9)
-    said = "more accurate than the final exit"
+    said = "the final exit has learnt too little"
     assert said in measurements_markdown(replace(inputs.measurements, rows=[baseline, row]))
     assert said not in measurements_markdown(replace(inputs.measurements, rows=[baseline, replace(row, miou=0.425)]))
+
+
+def test_an_instance_that_never_chooses_is_told(inputs: ReportInputs) -> None:
+    baseline, _, row = inputs.measurements.rows
+    said = f"{row.instance.name}: every image stops at exit 0"
+    assert said not in measurements_markdown(inputs.measurements)
+    stops = replace(row, exit_taken=[0] * len(row.exit_taken))
+    assert said in measurements_markdown(replace(inputs.measurements, rows=[baseline, stops]))
 
 
 def test_headline_of_an_untrained_network_says_so(inputs: ReportInputs) -> None:

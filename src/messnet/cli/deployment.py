@@ -180,7 +180,8 @@ def export(
         miou = f"mIoU {int8['miou_instance_float']:.2%} -> {int8['miou_instance']:.2%}, " if int8["labelled"] else ""
         print(
             f"int8 against float on {int8['images']:.0f} images: {miou}{int8['equal_exits']:.1%} of exits, "
-            f"{int8['equal_pixels']:.2%} of pixels equal, at most {int8['loss_pp']:.2f} pp lost"
+            f"{int8['equal_pixels']:.2%} of pixels equal, "
+            + (f"at most {int8['loss_pp']:.2f} pp lost" if int8["loss_pp"] > 0 else "no mIoU lost")
         )
 
 

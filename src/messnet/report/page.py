@@ -139,6 +139,7 @@ def terminal_table(measurements: Measurements, missing: Sequence[str] = ()) -> T
     """The end-to-end table for a terminal of 100 columns; ``missing`` as ``not_in_table`` gives it."""
     table = Table(title=Text(headline(measurements)), caption_justify="left")
     notes = [f"not in the table: {sentence}" for sentence in missing]
+    notes += [f"warning: {sentence}" for sentence in _cautions(measurements)]
     if _is_cross_fitted(measurements):
         notes.append(
             "mIoU, work and exits are of images judged by instances chosen without them; latency is what ships"
@@ -384,20 +385,37 @@ def class_columns(measurements: Measurements) -> dict[str, Sequence[float | None
 
 
 def _warnings(measurements: Measurements) -> list[str]:
-    return [f"{row.instance.name}: {text}" for row in measurements.rows for text in _doubts(row, measurements)]
+    doubts = [f"{row.instance.name}: {text}" for row in measurements.rows for text in _doubts(row, measurements)]
+    return [*_cautions(measurements), *doubts]
+
+
+def _cautions(measurements: Measurements) -> Iterator[str]:
+    """What makes a gain look larger than it is."""
+    if any(_outdoes(row, measurements) for row in measurements.rows):
+        yield (
+            "the final exit has learnt too little, for exits before it are more accurate: train longer "
+            "(pretrain.iterations); until then every comparison with it flatters"
+        )
+    last = _baseline(measurements).instance.exits[-1].exit_index
+    for row in measurements.rows:
+        most = max(row.judged_shares(), key=lambda place: place.share)
+        if most.share > 0.995 and most.exit_index < last:
+            yield (
+                f"{row.instance.name}: every image stops at exit {most.exit_index}: this is a shorter network, not "
+                "one that chooses"
+            )
+
+
+def _outdoes(row: Measurement, measurements: Measurements) -> bool:
+    """Whether less work is clearly more accurate than the final exit, which routing alone does not do."""
+    baseline, within_pp = _baseline(measurements), margin_pp(row, measurements) or 0.0
+    gained_pp = 100 * (row.judged_miou - baseline.miou)
+    return gained_pp > max(1.0, within_pp) and row.judged_macs < baseline.judged_macs
 
 
 def _doubts(row: Measurement, measurements: Measurements) -> Iterator[str]:
     """Why the figures of a row may not be what they seem."""
     instance = row.instance
-    gained_pp, within_pp = 100 * (row.judged_miou - _baseline(measurements).miou), margin_pp(row, measurements) or 0.0
-    if gained_pp > max(1.0, within_pp) and row.judged_macs < _baseline(measurements).judged_macs:
-        yield (
-            "it is more accurate than the final exit, which has learnt too little: train longer "
-            "(pretrain.iterations); until then every comparison with it flatters"
-        )
-    if len(instance.exits) > 1 and (most := max(row.judged_shares(), key=lambda place: place.share)).share > 0.995:
-        yield f"every image stops at exit {most.exit_index}: this is a shorter network, not one that chooses"
     if abs(row.miou - row.miou_from_tables) > MIOU_TOLERANCE:
         yield (
             f"the running instance has mIoU {row.miou:.6f}, the tables say {row.miou_from_tables:.6f}; equal they "
