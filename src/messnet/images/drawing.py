@@ -44,7 +44,7 @@ def legend(
     """A strip (h, ``width``, 3) to go below a picture: each class's colour in ``palette`` (K, 3) and its name, in as
     many rows as they take; of ``labels`` (H, W) only the classes that occur. h is even, as videos ask for."""
     shown = range(len(class_names)) if labels is None else np.unique(labels[labels < len(class_names)]).tolist()
-    size = min(28, max(11, width // 36))  # of the letters, in pixels
+    size = max(12, width // 48)  # of the letters, in pixels: readable when a large picture is shown small
     font, draw = ImageFont.load_default(size), ImageDraw.Draw(Image.new("RGB", (1, 1)))
     line, places, x, y = 2 * (3 * size // 4), [], 0, 0
     for k in shown:

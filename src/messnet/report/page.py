@@ -440,14 +440,15 @@ def _where(measurements: Measurements) -> str:
     else:
         groups = "" if expected.num_groups == expected.num_images else f" in {expected.num_groups} groups"
         text += (
-            f"mIoU, work and exits are cross-fitted: each of the {expected.num_images} validation images{groups} is "
-            f"judged by instances that were chosen without its part, one of {expected.num_folds}. Latency is of the "
-            "instance that ships, which was chosen on all of them with limits tightened until they hold."
+            f"mIoU, work and exits are what to expect on new images: the {expected.num_images} validation "
+            f"images{groups} were divided into {expected.num_folds} parts, and the images of each part are judged by "
+            "instances that were searched on the other parts. Latency is that of the instance which ships, searched on "
+            "all parts."
         )
     if _has_margins(measurements):
         text += (
-            " Behind ± stand 1.96 standard errors (of mIoU: of its change) over the draw of the reported images, from "
-            "leaving them out one by one, groups whole."
+            " ± is 1.96 standard errors, 95 % confidence: how far other images of this kind would move the figure, or "
+            "below an mIoU its change."
         )
     return text
 
