@@ -53,6 +53,19 @@ def test_a_folder_is_enough(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert check(capsys, folder, *NAMES).count("ground") == 2
 
 
+def test_colours_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RGB masks without a recipe: their colours, and masks of another size, not a problem for each mask."""
+    for path in folder.glob("*/masks/*.png"):
+        Image.fromarray(np.array([(128, 64, 128), (0, 0, 192)], np.uint8)[np.array(Image.open(path))]).save(path)
+    text = check(capsys, folder)
+    assert "colour_0x0000c0" in text
+    assert "no class names given: the colours found are shown; `messnet init" in text
+    Image.open(folder / "val/masks/p1.png").resize((8, 6)).save(folder / "val/masks/p1.png")
+    out, error = fails(capsys, folder)
+    assert "1 x mask of another size" in out
+    assert error == "messnet: the data set has 1 problem, listed above"
+
+
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(check(capsys, folder, *NAMES, "--json"))
     assert record["in_both_splits"] == []

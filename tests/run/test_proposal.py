@@ -15,7 +15,7 @@ from messnet.data.sources import open_dataset
 from messnet.errors import DataError
 from messnet.records.exit_tables import ExitTables
 from messnet.run.checks import recipe_problems
-from messnet.run.proposal import propose_recipe
+from messnet.run.proposal import propose_recipe, split_images
 from messnet.run.recipe import Recipe, load_recipe
 
 SIZE = (64, 80)
@@ -167,6 +167,29 @@ def test_groups_are_proposed_where_they_can_be_used(tmp_path: Path) -> None:
 def test_masks_that_are_no_classes(tmp_path: Path, values: list[object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         propose_recipe(folder(tmp_path / "data", values))
+
+
+def test_a_split_is_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twelve scenes of three nearly equal images each: none is in both lists."""
+    root = tmp_path / "data"
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    for k in range(36):
+        image = smooth_image(*SIZE, seed=k // 3) // 2 + k % 3
+        Image.fromarray(image).save(root / f"images/{k:03}.png")
+        Image.fromarray(np.full(SIZE, k % 2, np.uint8)).save(root / f"labels/{k:03}_mask.png")
+    with pytest.raises(DataError, match=r"no split train .* --split 0.2` writes such lists"):
+        propose_recipe(root)
+    main(["init", str(root), "--split", "0.25", "--out", str(tmp_path / "mine.yaml")])
+    assert "split: 27 images in" in capsys.readouterr().out
+    train, val = (
+        [int(name) // 3 for name in (root / f"{split}.txt").read_text().split()] for split in ("train", "val")
+    )
+    assert (len(train), len(val), {*train} & {*val}) == (27, 9, set())
+    with pytest.raises(DataError, match="has the split train, val already: leave --split out"):
+        split_images(root, 0.2)
+    with pytest.raises(DataError, match="--split 2 is no share of the images"):
+        split_images(root, 2)
 
 
 def test_folders_that_are_not_there(tmp_path: Path) -> None:

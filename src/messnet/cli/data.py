@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,10 @@ def check_data(
         for split, found in reports.items():
             print(f"{split}\n{found.to_text()}\n")
         if is_unnamed:
-            print("no class names given: the ids found are shown; name them with --data.class_names")
+            kind = "colours" if max(recipe.data.mask_values, default=0) > len(UNNAMED) else "ids"
+            print(
+                f"no class names given: the {kind} found are shown; `messnet init {target}` writes a recipe with them"
+            )
         for note in notes:
             print(f"note: {note}")
         if both.shared:
@@ -120,10 +124,29 @@ def _recipe_to_check(target: Path, overrides: Sequence[str]) -> tuple[Recipe, bo
         return recipe, False
     # How many classes there are is not known before the masks are read, so as many as ids of 8 bits are named by their
     # numbers, and the report leaves out those that no mask has.
+    if not data.mask_values and (colours := _colours(data)):
+        from messnet.data.image_files import mask_value
+
+        shown = tuple(f"colour_{mask_value(value, is_colour=True)}" for value in colours)
+        return replace(recipe, data=replace(data, class_names=shown, mask_values=colours)), True
     names = UNNAMED[: len(data.mask_values)] if data.mask_values else UNNAMED
     if not data.mask_values and data.void_index is not None and data.void_index < len(names):
         names = names[: data.void_index]  # ids are consecutive, so that void comes after them
     return replace(recipe, data=replace(data, class_names=names)), True
+
+
+def _colours(data: DataOptions) -> tuple[int, ...]:
+    """The colours of RGB masks but for void; none where masks are indices, or photographs."""
+    from messnet.data.folders import count_mask_values, find_pairs
+
+    found: set[int] = set()
+    for split in (data.train_split, data.val_split):
+        with suppress(DataError, OSError):  # the check says what is wrong
+            for _, mask in find_pairs(data.root or Path(), split)[0]:
+                with suppress(DataError, OSError):
+                    found |= {*count_mask_values([mask])}
+    values = tuple(sorted(found - {data.void_index}))
+    return values if 2 <= len(values) <= len(UNNAMED) and values[-1] > len(UNNAMED) else ()
 
 
 def _check_splits(options: DataOptions) -> tuple[dict[str, DatasetReport], dict[str, SegmentationDataset]]:
@@ -181,13 +204,17 @@ def _plot(reports: Mapping[str, DatasetReport], datasets: Mapping[str, Segmentat
     save_figure(figure, path, dpi=110)
 
 
-@app.command(help_epilogue=examples("init photos/", "init photos/ --out photos.yaml"))
+@app.command(help_epilogue=examples("init photos/", "init photos/ --out photos.yaml", "init photos/ --split 0.2"))
 def init(
     data: Annotated[
         Path, Parameter(help="A folder with train/ and val/: images/ and masks/ in each, lists, or outlines.")
     ],
     *,
     out: Annotated[Path, Parameter(help="Where the recipe goes.")] = Path("recipe.yaml"),
+    split: Annotated[
+        float | None,
+        Parameter(help="First write train.txt and val.txt into the folder, with this share for validation."),
+    ] = None,
 ) -> None:
     """Look at a folder of images and masks and write a commented recipe for it, with the classes, void, groups, sizes
     and class weights that were found."""
@@ -195,11 +222,17 @@ def init(
         raise DataError(f"there is no folder {data}: name the one that holds train/ and val/")
     from tqdm import tqdm
 
-    from messnet.run.proposal import propose_recipe
+    from messnet.run.proposal import propose_recipe, split_images
 
     if out.exists():
         raise MessError(f"{out} exists already: name another file with --out, or delete it")
-    write_atomically(out, propose_recipe(data, progress=partial(tqdm, desc="look", unit="img")))
+    progress = partial(tqdm, desc="look", unit="img")
+    if split is not None:
+        train, val = split_images(data, split, progress=progress)
+        print(
+            f"split: {train} images in {data / 'train.txt'}, {val} in {data / 'val.txt'}; those alike are in one list"
+        )
+    write_atomically(out, propose_recipe(data, progress=progress))
     print(f"recipe: {out}; read it, name the classes, then `messnet check-data {out}` and `messnet run {out}`")
 
 

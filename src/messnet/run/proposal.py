@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from messnet.data import SegmentationDataset
-from messnet.data.checks import DatasetReport, check_dataset, left_out_note
+from messnet.data.checks import SHOWN, DatasetReport, check_dataset, left_out_note
 from messnet.data.folders import count_mask_values, find_pairs, open_folder
-from messnet.data.image_files import mask_value
+from messnet.data.groups import near_duplicates, proposed_pattern, thumbnail
+from messnet.data.image_files import mask_value, read_image
 from messnet.data.listings import composed, read_text, some
 from messnet.data.polygons import BACKGROUND, Labelled, count_labels, has_polygons, open_polygons, read_annotations
 from messnet.data.polygons import VOID as VOID_LABELS
 from messnet.data.splits import SplitComparison, compare_splits
 from messnet.errors import DataError
+from messnet.records.files import write_atomically
 from messnet.records.groups import group_ids
 from messnet.run.checks import proposed_crop
 
@@ -100,7 +104,9 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
             left_out.append(f"{name}: {note}")
     train, val = reports
     if problems := (*train.problems, *val.problems):
-        raise DataError(f"{problems[0]} ({len(problems)} such: `messnet check-data {root}`)")
+        raise DataError(
+            f"{len(problems)} problems: {'; '.join(problems[:SHOWN])} (`messnet check-data {root}` says more)"
+        )
     return "\n".join(
         (
             f"# Proposed by `messnet init {root}`, from {train.num_images} training and {val.num_images} validation",
@@ -114,13 +120,53 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
     )
 
 
+def split_images(root: Path, share: float, *, progress: Progress = iter) -> tuple[int, int]:
+    """Writes train.txt and val.txt for the images of ``root/images``, about ``share`` (0 to 1) of them for validation,
+    and returns how many each has. Images that belong together, by their names or nearly the same, are in one of them.
+
+    Raises DataError where there is a split already, or nothing to divide.
+    """
+    if not 0 < share < 1:
+        raise DataError(f"--split {share} is no share of the images for validation: expected one such as 0.2")
+    if there := [name for names in SPLITS.values() for name in names if _is_split(root, name)]:
+        raise DataError(f"{root} has the split {some(there)} already: leave --split out, or remove it")
+    pairs = find_pairs(root, "")[0]
+    names = [composed(image.stem) for image, _ in pairs]
+    thumbnails = [thumbnail(read_image(pairs[v][0])) for v in progress(range(len(pairs)))]
+    pattern = proposed_pattern(names, thumbnails)
+    alike = map(str, near_duplicates(thumbnails).tolist())
+    groups = group_ids([re.findall(pattern, name)[0] for name in names] if pattern else [*alike])
+    sizes = np.bincount(groups)
+    if len(sizes) < 3:
+        raise DataError(
+            f"the {len(names)} images of {root} are of {len(sizes)} groups that are alike, too few to divide: "
+            "write train.txt and val.txt yourself"
+        )
+    chosen: list[int] = []
+    for group in np.random.default_rng(0).permutation(len(sizes)).tolist():
+        if sizes[[*chosen, group]].sum() <= share * len(names):
+            chosen.append(group)
+    if len(chosen) < 2:  # a run selects on one group of the validation images and reports on another
+        chosen = np.argsort(sizes, kind="stable")[:2].tolist()
+    is_val = np.isin(groups, chosen)
+    for split, wanted in (("train", False), ("val", True)):
+        lines = [name for name, held in zip(names, is_val.tolist(), strict=True) if held is wanted]
+        write_atomically(root / f"{split}.txt", "\n".join(lines) + "\n")
+    return int((~is_val).sum()), int(is_val.sum())
+
+
+def _is_split(root: Path, name: str) -> bool:
+    return (root / name).is_dir() or (root / f"{name}.txt").is_file()
+
+
 def _split_name(root: Path, names: tuple[str, ...]) -> str:
     for name in names:
-        if (root / name).is_dir() or (root / f"{name}.txt").is_file():
+        if _is_split(root, name):
             return name
+    own = f"; `messnet init {root} --split 0.2` writes such lists" if (root / "images").is_dir() else ""
     raise DataError(
         f"no split {' or '.join(names)} in {root}: expected {names[0]}/images and {names[0]}/masks, or images, masks "
-        f"and {names[0]}.txt, a list of names"
+        f"and {names[0]}.txt, a list of names{own}"
     )
 
 
