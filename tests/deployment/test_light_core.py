@@ -22,6 +22,7 @@ import messnet
 from helpers.images import smooth_image
 from helpers.light import REPOSITORY, LightEnvironment
 from messnet.apps.tiling import predict_tiled
+from messnet.deployment.loading import load
 from messnet.deployment.session import Session
 from messnet.records.instance import Instance, whole_model
 from messnet.records.measurements import Measurement, Measurements
@@ -299,3 +300,8 @@ def test_what_is_missing_is_told_before_what_is_not_installed(
     assert done.returncode == 2
     assert re.search(line, done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_session_says_what_it_is() -> None:
+    words = "drop-2pp of camvid_mobilenetv2.mess: onnxruntime f32, exits 2 and 3, 360 x 480, 11 classes"
+    assert repr(load(GRAPHS)) == f"<Session {words}>"

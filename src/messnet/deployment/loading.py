@@ -179,6 +179,7 @@ def _load_bundle(
         full_size=full_size,
         workload=_table(tables.get(WORKLOAD, b""), chosen),
         labels=labels,
+        source=bundle.path,
     )
 
 
@@ -216,6 +217,7 @@ def _load_run(path: Path, chosen: Instance, how: _How, full_size: bool, labels: 
         full_size=full_size,
         workload=_table(run.profile.path.read_bytes(), chosen) if run.profile.exists else None,
         labels=labels,
+        source=path,
     )
 
 

@@ -163,6 +163,7 @@ class Session:
         full_size: bool = True,
         workload: CostTable | None = None,
         labels: LabelSize = "input",
+        source: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """A network is run by torch on ``device``. ``costs`` are those of this runtime on this device: the time that
@@ -205,6 +206,8 @@ class Session:
         """What was counted of every part at ``input_size``, on no device; None where there is no such table."""
         self.labels = labels
         """The size that labels are made at."""
+        self.source = source
+        """The bundle or run that this was loaded from; None where it was made of a network."""
         self._now = clock
         self._clock = _Clock(costs, instance.exits)
 
@@ -213,7 +216,8 @@ class Session:
         exits = f"exit {indices[0]}" if len(indices) == 1 else f"exits {', '.join(indices[:-1])} and {indices[-1]}"
         size = "" if self.input_size is None else f", {self.input_size[0]} x {self.input_size[1]}"
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
-        return f"<Session {self.instance.name}: {self.runtime} {self.precision}, {exits}{size}{classes}>"
+        source = "" if self.source is None else f" of {self.source.resolve().name}"
+        return f"<Session {self.instance.name}{source}: {self.runtime} {self.precision}, {exits}{size}{classes}>"
 
     @property
     def runtime(self) -> RuntimeName:
