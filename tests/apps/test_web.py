@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -61,14 +61,24 @@ RESIZED = """async ([pixels, width, height, wide, high]) => {
 
 
 class _Quiet(SimpleHTTPRequestHandler):
+    """Holds back the file that is called ``late`` until ``asked_for`` has been set."""
+
+    late = ""
+    asked_for = Event()
+
+    def do_GET(self) -> None:
+        if self.path.startswith(f"/{self.late or None}"):
+            self.asked_for.wait(60)
+        super().do_GET()
+
     def log_message(self, *_: object) -> None:
         pass
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
+def served(folder: Path, handler: type[_Quiet] = _Quiet) -> Iterator[str]:
     """As `python -m http.server --directory`, until the block ends."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/"
@@ -156,6 +166,26 @@ def test_every_exit_is_that_of_a_session(folder: Path, browser: Any, session: me
     page.set_input_files("#file", list_images(IMAGES)[0])
     expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
     context.close()
+
+
+# The service worker, after which the page loads once more; the model.
+@in_browser
+@pytest.mark.parametrize("file", ["offline.js", "model.json"])
+def test_an_image_chosen_while_the_model_loads_is_kept(folder: Path, browser: Any, file: str) -> None:
+    class Slow(_Quiet):
+        late, asked_for = file, Event()
+
+    with served(folder, Slow) as address:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address)
+        expect(page.locator("#headline")).to_have_text("Loading the model …")
+        page.set_input_files("#file", list_images(IMAGES)[0])
+        expect(page.locator("#detail")).to_have_text("Your image is next.")
+        Slow.asked_for.set()
+        expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+        assert page.evaluate("caches.has('messnet held')") is False
+        context.close()
 
 
 @in_browser

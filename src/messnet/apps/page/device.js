@@ -6,13 +6,15 @@ export const texts = {
   footer: ["Milliseconds are this device’s: each stage of the network, its decision and its labels."],
 };
 
+const HELD = "messnet held"; // the cache for an image while the page loads once more
 const PIXELS_EQUAL = 0.999; // of another processor than WebAssembly's, at every exit
 let model, variants, computing, info;
 
-// The model as the service's /v1/info describes it; it is loaded, and has run once.
-export async function open() {
+// The model as the service's /v1/info describes it; it is loaded, and has run once. `waiting` returns the image that was
+// chosen meanwhile, if any: should the page load once more, it is `held` of what the next call returns.
+export async function open(waiting) {
   if (typeof WebAssembly !== "object") throw new Error("This browser has no WebAssembly, which runs the network: use a current one.");
-  const offline = await keepOffline();
+  const offline = await keepOffline(waiting), held = await takeHeld();
   try {
     model = await (await fetch("model.json")).json();
   } catch {
@@ -27,6 +29,7 @@ export async function open() {
   if (model.graphs.f32 && await navigator.gpu?.requestAdapter()) variants.push({ precision: "f32", threads, gpu: true, name: "f32, WebGPU" });
   info = {
     ...model,
+    held,
     variants: variants.map((variant) => variant.name),
     note: [
       self.crossOriginIsolated ? "" : "One thread, for the browser gives WebAssembly more only over HTTPS or from localhost.",
@@ -147,18 +150,26 @@ async function expectAgreement(next, canvas) {
 
 // Lets offline.js answer for this folder: it keeps what it has seen, and isolates the page, which threads need. A page
 // that is not isolated yet loads once more. Returns whether the browser takes part.
-async function keepOffline() {
+async function keepOffline(waiting) {
   const container = navigator.serviceWorker;
   if (!container) return false; // neither HTTPS nor localhost
   const tooLate = new Promise((done) => setTimeout(done, 5000)); // it may fail without a word
   await Promise.race([controlled(container), tooLate]);
   if (container.controller && !self.crossOriginIsolated && !sessionStorage.getItem("messnet-isolating")) {
     sessionStorage.setItem("messnet-isolating", "once");
+    if (waiting()) await (await caches.open(HELD)).put("image", new Response(waiting()));
     location.reload();
     await new Promise(() => {});
   }
   sessionStorage.removeItem("messnet-isolating");
   return Boolean(container.controller);
+}
+
+async function takeHeld() {
+  if (!self.caches) return; // as with service workers: nothing was held
+  const held = await caches.match("image", { cacheName: HELD });
+  await caches.delete(HELD);
+  return held?.blob();
 }
 
 async function controlled(container) {

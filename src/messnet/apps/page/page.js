@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 const shareText = (share) => share === 0 ? "0 %" : share < 0.001 ? "< 0.1 %" : percent(share);
-let info, current, running, camera, refinements = [], shown = -1;
+let info, waiting, current, running, camera, refinements = [], shown = -1;
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -37,8 +37,9 @@ async function start() {
     if (file) take(file);
   });
   for (const [id, text] of Object.entries(source.texts)) $(id).replaceChildren(...text);
+  say("Loading the model …");
   try {
-    info = await source.open();
+    info = await source.open(() => waiting);
   } catch (error) {
     say("No model");
     complain(error.message);
@@ -73,6 +74,8 @@ async function start() {
   showValues();
   drawExits();
   drawKeys();
+  waiting ??= info.held;
+  if (waiting) await take(waiting);
 }
 
 // What the instance does of its own, in words.
@@ -159,6 +162,11 @@ function filming(begun) {
 }
 
 async function take(blob, button = null) {
+  if (!info) {
+    waiting = blob;
+    if ($("error").hidden) say("Loading the model …", "Your image is next."); // and not where it could not be loaded
+    return;
+  }
   if (camera) await film();
   for (const other of $("samples").querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
   let bitmap = null;
