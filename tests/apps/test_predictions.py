@@ -40,7 +40,7 @@ def photos(tmp_path: Path) -> Path:
 def test_files_hold_what_the_session_says(tiny_run: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     session = load(tiny_run, instance="max-miou")
-    records = predict_files(session, [photos], out).records
+    records = predict_files(session, [photos], out, PredictOptions(legend=False)).records
     summary = json.loads((out / "predictions.json").read_text())
     assert summary["predictions"] == records
     assert summary["instance"] == "max-miou"
@@ -211,14 +211,21 @@ def test_files_of_ones_own_may_be_large(tmp_path: Path, session: Session, monkey
     assert len(predict_files(session, [folder], tmp_path / "out", options).records) == 1
 
 
-def test_overlays_have_a_legend_on_request(tmp_path: Path, session: Session) -> None:
-    folder = many(tmp_path / "images", [(64, 80)])
-    plain = predict_files(session, [folder], tmp_path / "plain").records[0]["overlay"]
-    shown = predict_files(session, [folder], tmp_path / "shown", PredictOptions(legend=True)).records[0]["overlay"]
-    with Image.open(tmp_path / "plain" / plain) as one, Image.open(tmp_path / "shown" / shown) as other:
-        assert other.width == one.width
-        assert other.height > one.height
-        np.testing.assert_array_equal(np.array(other)[:64], np.array(one))
+def test_overlays_have_a_legend_where_it_takes_at_most_half_their_height(tmp_path: Path, session: Session) -> None:
+    sizes = {"0.png": (20, 80), "1.png": (240, 320)}
+    folder, overlays = many(tmp_path / "images", [*sizes.values()]), {}
+    for wanted in (None, False, True):
+        out = tmp_path / str(wanted)
+        predict_files(session, [folder], out, PredictOptions(legend=wanted))
+        overlays[wanted] = [np.array(Image.open(out / "overlays" / name)) for name in sizes]
+    for i, (height, width) in enumerate(sizes.values()):
+        plain, named = overlays[False][i], overlays[True][i]
+        assert plain.shape == (height, width, 3)
+        assert named.shape[1] == width
+        np.testing.assert_array_equal(named[:height], plain)
+        fits = i == 1
+        assert (len(named) <= 1.5 * height) == fits, "two images that tell the rule"
+        np.testing.assert_array_equal(overlays[None][i], named if fits else plain)
 
 
 def test_what_is_not_wanted_is_not_written(tmp_path: Path, session: Session) -> None:
@@ -258,7 +265,7 @@ def test_a_disk_that_is_full_ends_the_command(tmp_path: Path, session: Session) 
 def test_large_images_are_scaled_and_told_of_once(tiny_run: Path, tmp_path: Path) -> None:
     session = load(tiny_run, full_size=False)  # 64 x 80
     folder = many(tmp_path / "images", [(64, 80), (192, 240), (256, 320)])
-    done = predict_files(session, [folder], tmp_path / "out")
+    done = predict_files(session, [folder], tmp_path / "out", PredictOptions(legend=False))
     assert done.notes == [
         "1.png has 240 x 192 pixels, the network learned on 80 x 64: larger images are scaled to that first, "
         "--full-size computes them as they are"

@@ -161,9 +161,9 @@ def clip(tmp_path: Path) -> Path:
     return write_video(tmp_path / "clip.mp4", grey(24))
 
 
-def test_frames_have_a_legend_of_all_classes_on_request(clip: Path, tmp_path: Path) -> None:
+def test_frames_have_a_legend_of_all_classes(clip: Path, tmp_path: Path) -> None:
     session = StandIn()
-    predict_video(session, clip, tmp_path, VideoOptions(legend=True, max_frames=2))
+    predict_video(session, clip, tmp_path, VideoOptions(max_frames=2))
     for picture in read_video(tmp_path / "overlay.mp4"):
         strip = picture[SIZE[0] :]
         assert len(strip) > 0
@@ -174,7 +174,7 @@ def test_frames_have_a_legend_of_all_classes_on_request(clip: Path, tmp_path: Pa
 def test_every_frame_of_a_file_in_order(clip: Path, tmp_path: Path) -> None:
     confidences = [0.9, 0.85, 0.79, 0.81, 0.83, 0.9]
     session = StandIn(confidences)
-    options = VideoOptions(hysteresis=0.2, masks=True, queue_frames=2)
+    options = VideoOptions(hysteresis=0.2, masks=True, queue_frames=2, legend=False)
     timeline = predict_video(session, clip, tmp_path / "out", options)
     # At 0.79 deeper; back at 0.84 or more only, which comes two frames later.
     assert [frame.exit_index for frame in timeline.frames] == [1, 1, 4, 4, 4, 1] * 4
@@ -288,7 +288,7 @@ def numbered(number: int) -> np.ndarray:
 def test_the_times_are_those_of_the_container(tmp_path: Path) -> None:
     clip = write_video(tmp_path / "clip.mp4", [numbered(i) for i in range(24)])
     path = with_durations(clip, tmp_path / "phone.mp4", DURATIONS)
-    timeline = predict_video(StandIn(), path, tmp_path / "out")
+    timeline = predict_video(StandIn(), path, tmp_path / "out", VideoOptions(legend=False))
     known = np.cumsum([0, *DURATIONS[:-1]]) / 10_240
     np.testing.assert_allclose([frame.time_s for frame in timeline.frames], known, atol=1e-6)
     assert [frame.frame for frame in timeline.frames] == list(range(24))

@@ -56,8 +56,9 @@ class PredictOptions:
     """The least that neighbouring tiles share, in pixels; None: an eighth of the tile's shorter side."""
     overlays: bool = True
     """Write the image with its classes laid over it."""
-    legend: bool = False
-    """Below each overlay the colours and names of the classes that were found."""
+    legend: bool | None = None
+    """Below each overlay the colours and names of the classes that were found; None: where they take at most half of
+    the picture's height."""
     confidence: bool = True
     """Write the confidence map as a picture."""
     large_images: bool = False
@@ -326,10 +327,10 @@ def _files_of(
         record["overlay"] = f"overlays/{name}"
 
         def picture() -> bytes:
-            parts = [overlay(image, resize_map(result.labels, image.shape[:2]), palette)]
-            if options.legend:
-                parts.append(legend(image.shape[1], session.class_names, palette, result.labels))
-            return as_png(Image.fromarray(np.concatenate(parts)), compress_level=_FAST)
+            size = image.shape[0], image.shape[1]
+            shown = overlay(image, resize_map(result.labels, size), palette)
+            strip = legend(size, session.class_names, palette, result.labels, wanted=options.legend)
+            return as_png(Image.fromarray(np.concatenate([shown, strip])), compress_level=_FAST)
 
         draw[record["overlay"]] = picture
     if options.confidence:

@@ -67,8 +67,8 @@ class VideoOptions:
     lies above the threshold; see ``exit_control``. 0: the instance's own rule."""
     masks: bool = False
     """Write every frame's mask too, masks/000000.png and so on."""
-    legend: bool = False
-    """Below every frame the colours and names of all classes."""
+    legend: bool | None = None
+    """Below every frame the colours and names of all classes; None: where they take at most half of its height."""
     max_frames: int | None = None
     """Stop after so many, at least 1; None: at the end, or for a camera when interrupted."""
     queue_frames: int = 4
@@ -326,8 +326,8 @@ class _Writer:
         out.mkdir(parents=True, exist_ok=True)
         height, width = size
         # Below every picture: all classes, for frames are of one size.
-        self._legend = legend(width, session.class_names, session.palette) if options.legend else None
-        height += 0 if self._legend is None else len(self._legend)
+        self._legend = legend(size, session.class_names, session.palette, wanted=options.legend)
+        height += len(self._legend)
         self._video = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*CODEC), rate, (width, height))
         if not self._video.isOpened():
             self._temporary.unlink(missing_ok=True)
@@ -368,8 +368,7 @@ class _Writer:
     def _add(self, frame: _Frame, labels: NDArray[np.uint8], record: FrameRecord) -> None:
         picture = self._draw(frame.image, labels, self._palette)
         _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
-        if self._legend is not None:
-            picture = np.concatenate([picture, self._legend])
+        picture = np.concatenate([picture, self._legend])
         due = round(frame.time_s * self._rate)
         if self._held is not None:  # not shown at all where both fall into one frame
             self._write(self._held, due - self._begin)

@@ -44,7 +44,7 @@ def predict(
     tile: tuple[int, int] | None = None,
     tile_overlap: int | None = None,
     overlay: bool = True,
-    legend: Annotated[bool, Parameter(negative="")] = False,
+    legend: bool | None = None,
     confidence: bool = True,
     labels: LabelSize = "input",
     full_size: Annotated[bool, Parameter(negative="")] = False,
@@ -74,7 +74,8 @@ def predict(
         tile_overlap: What neighbouring tiles share at least, in pixels; by default an eighth of the shorter side. Given
             alone: tiles of the size that the network was trained on.
         overlay: Write OUT/overlays.
-        legend: Below overlays and video frames the colours and names of the classes.
+        legend: Below overlays and video frames the colours and names of the classes; by default where they take at
+            most half of the picture's height.
         confidence: Write OUT/confidence.
         labels: The size of OUT/masks: that of the image, or that of the logits, a stride coarser and not upsampled.
         full_size: Compute large images and frames as they are, as --tile and --large-images do too. Otherwise those of

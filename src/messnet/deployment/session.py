@@ -83,10 +83,8 @@ class Result:
         With a ``legend`` it is higher: below are the colours and names of the classes that were found."""
         assert self.image is not None
         picture = drawing.overlay(self.image, resize_map(self.labels, self._size), self._colours)
-        if legend:
-            strip = drawing.legend(picture.shape[1], self._names, self._colours, self.labels)
-            picture = np.concatenate([picture, strip])
-        return Image.fromarray(picture)
+        strip = drawing.legend(self._size, self._names, self._colours, self.labels, wanted=legend)
+        return Image.fromarray(np.concatenate([picture, strip]))
 
     def save(self, path: str | Path) -> None:
         """The class indices (H, W) as a PNG whose palette colours them, written whole or not at all.

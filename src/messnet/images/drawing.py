@@ -39,27 +39,39 @@ def coloured(
 
 
 def legend(
-    width: int, class_names: Sequence[str], palette: NDArray[np.uint8], labels: NDArray[np.uint8] | None = None
+    size: tuple[int, int],
+    class_names: Sequence[str],
+    palette: NDArray[np.uint8],
+    labels: NDArray[np.uint8] | None = None,
+    *,
+    wanted: bool | None = True,
 ) -> NDArray[np.uint8]:
-    """A strip (h, ``width``, 3) to go below a picture: each class's colour in ``palette`` (K, 3) and its name, in as
-    many rows as they take; of ``labels`` (H, W) only the classes that occur. h is even, as videos ask for."""
+    """A strip (h, width, 3) to go below a picture of ``size`` (height, width): each class's colour in ``palette``
+    (K, 3) and its name, in as many rows as they take; of ``labels`` (H, W) only the classes that occur. h is even, as
+    videos ask for, and 0 where the strip is not ``wanted``, or, with None, would be higher than half the picture."""
+    height, width = size
     shown = range(len(class_names)) if labels is None else np.unique(labels[labels < len(class_names)]).tolist()
-    size = max(12, width // 48)  # of the letters, in pixels: readable when a large picture is shown small
-    font, draw = ImageFont.load_default(size), ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    line, places, x, y = 2 * (3 * size // 4), [], 0, 0
+    letters = max(12, width // 48)  # of the letters, in pixels: readable when a large picture is shown small
+    font, draw = ImageFont.load_default(letters), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    line, places, x, y = 2 * (3 * letters // 4), [], 0, 0
     for k in shown:
-        length = round(draw.textlength(class_names[k], font)) + 2 * size
+        length = round(draw.textlength(class_names[k], font)) + 2 * letters
         if x and x + length > width:
             x, y = 0, y + line
         places.append((x, y, k))
         x += length
-    strip = Image.new("RGB", (width, y + line + 2 * (size // 4)), "white")
+    high = y + line + 2 * (letters // 4)
+    if wanted is None:
+        wanted = 2 * high <= height  # a small picture would be mostly legend
+    if not wanted:
+        return np.empty((0, width, 3), np.uint8)
+    strip = Image.new("RGB", (width, high), "white")
     draw = ImageDraw.Draw(strip)
     for x, y, k in places:
-        left, middle = x + size // 3, y + line // 2 + size // 4
-        box = (left, middle - size // 3, left + 2 * (size // 3), middle + size // 3)
+        left, middle = x + letters // 3, y + line // 2 + letters // 4
+        box = (left, middle - letters // 3, left + 2 * (letters // 3), middle + letters // 3)
         draw.rectangle(box, tuple(palette[k].tolist()), outline="grey")
-        draw.text((left + size, middle), class_names[k], "black", font, anchor="lm")
+        draw.text((left + letters, middle), class_names[k], "black", font, anchor="lm")
     return np.array(strip)
 
 
