@@ -33,7 +33,7 @@ from messnet.report.page import (
     render_report,
     terminal_table,
 )
-from messnet.report.wording import spoken
+from messnet.report.wording import about, spoken
 from messnet.searching.findings import Findings
 from messnet.searching.objective import Objective
 from messnet.searching.words import objective_text
@@ -334,3 +334,19 @@ def test_markdown_table_has_a_row_per_measurement(inputs: ReportInputs) -> None:
 def test_importing_the_report_loads_no_torch() -> None:
     command = "import sys, messnet.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "1 s"),
+        (9.6, "10 s"),
+        (52, "50 s"),
+        (148, "2 min 30 s"),
+        (700, "12 min"),
+        (7900, "2 h 10 min"),
+        (5e4, "14 h"),
+    ],
+)
+def test_estimates_have_two_digits(seconds: float, said: str) -> None:
+    assert about(seconds) == said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from messnet.network.zoo import mobilenetv2_fcn
 from messnet.records.measurements import Gallery, Measurements
 from messnet.records.run_directory import RunDirectory
 from messnet.run.opening import open_run
-from messnet.run.stages import STAGES, run_stage
+from messnet.run.stages import STAGES, forecast, run_stage
 from messnet.searching.cross_fitting import Folds
 from messnet.searching.findings import Findings
 from messnet.searching.grid import cost_of, route
@@ -64,6 +65,21 @@ main(sys.argv[1:])
 @pytest.fixture
 def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+def test_the_time_of_trainings_is_told_before_they_begin(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = open_run(tiny_recipe, ["--distill.iterations", "3000"], out=tmp_path / "run")
+    run_stage(run, "profile")
+    before = {name: tensor.clone() for name, tensor in run.initial().state_dict().items()}
+    time = r"about \d+ (s|min|h)( \d+ (s|min))?"
+    line = rf"training takes {time}: stage 1 \(pretrain\) {time}, stage 2 \(distill\) {time} \(on this machine: cpu, .*"
+    assert re.fullmatch(line, forecast(run))
+    after = run.initial().state_dict()  # training begins as it would have
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert snapshot(tmp_path / "run").keys() == {"exits.json", "profile.json", "run.json"}
+    run.checkpoint("pretrain").save({"iteration": 10})  # under way: its bar says how long
+    assert re.fullmatch(rf"stage 2 \(distill\) {time} \(on this machine: .*", forecast(run))
 
 
 def test_what_a_run_leaves(tiny_run: Path) -> None:

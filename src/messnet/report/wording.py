@@ -105,3 +105,11 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def about(seconds: float) -> str:
+    """A duration that is only estimated, with about two digits: "40 s", "12 min", "2 h 10 min", "14 h"."""
+    for step, from_ in ((3600, 36_000), (600, 7200), (60, 600), (30, 120), (5, 10)):
+        if seconds >= from_:
+            return duration(round(seconds / step) * step)
+    return f"{max(1, round(seconds))} s"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from messnet.deployment.graphs import MadeStages
@@ -19,6 +20,7 @@ from messnet.records.exit_tables import ExitTables
 from messnet.records.names import Precision, RuntimeName
 from messnet.records.shard import WHOLE, Shard
 from messnet.report.page import STAGE_1_ADVICE, read_inputs, render_report
+from messnet.report.wording import about
 from messnet.run.choosing import search_all
 from messnet.run.deploying import deploy
 from messnet.run.measuring import build_network, logits_in, start_from_weights
@@ -28,7 +30,7 @@ from messnet.run.shards import Part, discard_parts, expect_whole, join, pack, re
 from messnet.run.stage import Stage
 from messnet.searching.findings import Findings
 from messnet.searching.measure import baseline_miou_of
-from messnet.training import distill, pretrain, space_exits
+from messnet.training import distill, distill_seconds, pretrain, pretrain_seconds, space_exits
 from messnet.training.journal import say
 
 
@@ -316,3 +318,32 @@ STAGES = {
 def run_stage(run: Run, name: str, *, again: bool = False) -> bool:
     """Does one stage unless it is done; ``again`` repeats it where that is cheap. Tells whether it did."""
     return STAGES[name].ensure(run, again=again)
+
+
+FEWEST = 40
+"""Iterations of a training below which timing some of them first would take a tenth of it."""
+
+
+def forecast(run: Run) -> str:
+    """How long the trainings of a run that has been profiled will take on this machine, in a sentence, from a few
+    iterations of each. Empty where it cannot or need not be told: a training under way has a bar that says so, and one
+    of several processes is not begun twice."""
+    recipe, seconds = run.recipe, dict[str, float]()
+    if recipe.compute.is_parallel:
+        return ""
+    for name, options in (("pretrain", recipe.pretrain), ("distill", recipe.distill)):
+        if STAGES[name].is_done(run) or run.checkpoint(name).path.exists() or options.iterations < FEWEST:
+            continue
+        net, train = run.network(), run.dataset("train")
+        if name == "pretrain":
+            seconds[name] = pretrain_seconds(net, train, recipe.pretrain, recipe.compute)
+        else:
+            seconds[name] = distill_seconds(net, train, recipe.heads, recipe.distill, recipe.compute)
+    if not seconds:
+        return ""
+    numbers = {"pretrain": "stage 1", "distill": "stage 2"}
+    parts = [f"{numbers[name]} ({name}) about {about(each)}" for name, each in seconds.items()]
+    whole = f"training takes about {about(sum(seconds.values()))}: " if parts[1:] else ""
+    threads = torch.get_num_threads()
+    where = run.device.type if run.device.type != "cpu" else f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{whole}{', '.join(parts)} (on this machine: {where}); evaluate, search and report come after it"

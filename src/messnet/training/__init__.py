@@ -9,8 +9,8 @@ goes on exactly as it would have.
 
 from messnet.training.journal import Monitor
 from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions
-from messnet.training.stage1 import active_exits, pretrain
-from messnet.training.stage2 import distill, space_exits
+from messnet.training.stage1 import active_exits, pretrain, pretrain_seconds
+from messnet.training.stage2 import distill, distill_seconds, space_exits
 
 __all__ = [
     "ComputeOptions",
@@ -20,6 +20,8 @@ __all__ = [
     "TrainOptions",
     "active_exits",
     "distill",
+    "distill_seconds",
     "pretrain",
+    "pretrain_seconds",
     "space_exits",
 ]

@@ -18,7 +18,17 @@ from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor
-from messnet.training.loop import class_weights, diverged, every, layout, mix, optimizer_of, set_learning_rate, train
+from messnet.training.loop import (
+    class_weights,
+    diverged,
+    every,
+    layout,
+    mix,
+    optimizer_of,
+    set_learning_rate,
+    train,
+    training_seconds,
+)
 from messnet.training.losses import cross_entropy, pixel_weight
 from messnet.training.options import ComputeOptions, PretrainOptions, Schedule
 
@@ -53,11 +63,22 @@ def pretrain(
     """
     fabric = compute.launch()
     weights = class_weights(options, dataset, net.num_classes, fabric.device)
+    stage = _prepared(net, options, fabric, weights)
+    train("pretrain", stage, dataset, options, compute, checkpoint, monitor)
+
+
+def pretrain_seconds(
+    net: MultiExitNet, dataset: SegmentationDataset, options: PretrainOptions, compute: ComputeOptions
+) -> float:
+    """How long ``pretrain`` will take on this machine, by a few iterations of it, which spoil ``net``."""
+    return training_seconds(_prepared(net, options, compute.launch(), None), dataset, options, compute)
+
+
+def _prepared(net: MultiExitNet, options: PretrainOptions, fabric: Fabric, weights: Tensor | None) -> _Pretraining:
     net.drop_heads()
     early = range(0 if options.scheme == "baseline" else net.num_exits - 1)
     plain = [net.add_head(i, plain_head_config(), seed=options.seed) for i in early]
-    stage = _Pretraining(net, plain, options, fabric, weights)
-    train("pretrain", stage, dataset, options, compute, checkpoint, monitor)
+    return _Pretraining(net, plain, options, fabric, weights)
 
 
 class _State(TypedDict):

@@ -18,7 +18,17 @@ from messnet.records.instance import Exit
 from messnet.training.checkpoint import Checkpoint
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, say
-from messnet.training.loop import class_weights, diverged, every, layout, mix, optimizer_of, set_learning_rate, train
+from messnet.training.loop import (
+    class_weights,
+    diverged,
+    every,
+    layout,
+    mix,
+    optimizer_of,
+    set_learning_rate,
+    train,
+    training_seconds,
+)
 from messnet.training.losses import Teacher, distillation_loss, teach
 from messnet.training.options import ComputeOptions, DistillOptions
 
@@ -58,14 +68,10 @@ def distill(
     fabric = compute.launch()
     weights = class_weights(options, dataset, net.num_classes, fabric.device)
     wanted = space_exits(net, space) if exits is None else tuple(exits)
-    teachers = _teachers(net, wanted) if options.loss == "self_distillation" else ()
     begun = {exit: net.head(exit).state_dict() for exit in net.exits[:-1]} if options.plain_heads == "stage1" else {}
-    net.drop_heads()
-    # Seeded by the recipe and its own name, a head begins with the same weights in whichever shard it is trained.
-    for exit in (*wanted, *(exit for exit in teachers if exit not in wanted)):
-        net.add_head(exit.exit_index, HeadConfig.parse(exit.head), seed=options.seed)
-        if exit in begun:
-            net.head(exit).load_state_dict(begun[exit])
+    _attach(net, wanted, options)
+    for exit in begun.keys() & {*net.exits}:
+        net.head(exit).load_state_dict(begun[exit])
     if not options.iterations:
         _expect_trained(wanted, begun)
         return {}
@@ -74,6 +80,24 @@ def distill(
     stage.stop_broken_heads()
     net.drop_heads(keep=[exit for exit in wanted if exit not in stage.stopped])
     return {exit: iteration for exit, iteration in stage.stopped.items() if exit in wanted}
+
+
+def distill_seconds(
+    net: MultiExitNet, dataset: SegmentationDataset, space: HeadSpace, options: DistillOptions, compute: ComputeOptions
+) -> float:
+    """How long ``distill`` will take on this machine, by a few iterations of it, which spoil ``net``."""
+    wanted = space_exits(net, space)
+    _attach(net, wanted, options)
+    return training_seconds(_Distillation(net, wanted, options, compute.launch(), None), dataset, options, compute)
+
+
+def _attach(net: MultiExitNet, wanted: Sequence[Exit], options: DistillOptions) -> None:
+    """The heads to be trained, and those that teach them, in place of all that ``net`` has."""
+    teachers = _teachers(net, wanted) if options.loss == "self_distillation" else ()
+    net.drop_heads()
+    # Seeded by the recipe and its own name, a head begins with the same weights in whichever shard it is trained.
+    for exit in (*wanted, *(exit for exit in teachers if exit not in wanted)):
+        net.add_head(exit.exit_index, HeadConfig.parse(exit.head), seed=options.seed)
 
 
 def _teachers(net: MultiExitNet, wanted: Sequence[Exit]) -> tuple[Exit, ...]:
