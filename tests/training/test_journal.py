@@ -6,6 +6,7 @@ import csv
 import errno
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from helpers.training import CLASSES, DISTILL, HERE, PRETRAIN, SPACE, Interrupting, Noise, assert_equal, build, tensors
 from messnet.data import SegmentationSample
-from messnet.errors import RecipeError, RunError
+from messnet.errors import DataError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.exit_head import plain_head_config
 from messnet.training import Monitor, distill, pretrain
@@ -52,6 +53,39 @@ def test_a_resumed_curve_is_the_uninterrupted_one(tmp_path: Path, stage: str) ->
     final = "final" if stage == "pretrain" else "exit1"
     assert all(0 <= float(row[f"miou.{final}"]) <= 1 and float(row[f"loss.{final}"]) > 0 for row in rows(path))
     assert all(all(row.values()) for row in rows(path))  # the exits that had their turn between two rows too
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_states_saved_by_the_clock_change_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    def train(checkpoint: Checkpoint, folder: Path) -> dict[str, torch.Tensor]:
+        net, rest = build(), (LOOKING, checkpoint, Monitor(folder, Noise()))
+        if stage == "pretrain":
+            pretrain(net, Noise(), replace(PRETRAIN, iterations=4, checkpoint_every=3), *rest)
+        else:
+            distill(net, Noise(), SPACE, replace(DISTILL, checkpoint_every=3), *rest)
+        return tensors(net)
+
+    whole = train(Checkpoint(tmp_path / "a"), tmp_path / "whole")
+    for after in (1, 2):  # of three: neither is a checkpoint's iteration
+        with pytest.raises(KeyboardInterrupt):
+            train(Interrupting(tmp_path / "c", after, seconds=0), tmp_path / "part")
+    capsys.readouterr()
+    assert_equal(train(Checkpoint(tmp_path / "c"), tmp_path / "part"), whole)
+    assert f"{stage}: goes on after iteration 2 of 4, from {tmp_path / 'c'}" in capsys.readouterr().err
+    # The losses of exits that had their turn before the kill too: one early exit has it in an iteration of stage 1.
+    curves = [(tmp_path / f"{folder}/{stage}.csv").read_bytes() for folder in ("part", "whole")]
+    assert curves[0] == curves[1]
+
+
+def test_a_start_that_left_no_state_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "pretrain: an earlier start left no checkpoint"
+    for broken in (True, False):
+        data = Noise(broken=broken)
+        with suppress(DataError):
+            pretrain(build(), data, PRETRAIN, LOOKING, Checkpoint(tmp_path / "c"), Monitor(tmp_path, Noise()))
+        assert (said in capsys.readouterr().err) is not broken
 
 
 def test_the_curves_exits_are_the_schemes(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ class Checkpoint:
     path: Path
     made_from: str = field(default="", kw_only=True)
     """Fingerprint of the recipe, where a state of another one must not be taken for this one's."""
+    seconds: float = field(default=120.0, kw_only=True)
+    """The most that a kill of a training may lose, up to the iteration under way, however rare its checkpoints are."""
 
     def load(self) -> dict[str, object] | None:
         """The last state saved, None if there is none. Raises RunError when it cannot be read."""

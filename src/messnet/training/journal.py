@@ -60,6 +60,7 @@ class Journal:
         self._board = (
             _open_tensorboard(folder / "tensorboard" / name, done) if kind in ("tensorboard", "both") else None
         )
+        self.has_begun_before = self.path is not None and self.path.exists()
         if self.path is not None:
             with writing(self.path):
                 write_atomically(self.path, self._text(self._kept(self.path, done), header=True))

@@ -50,6 +50,8 @@ class Saved(TypedDict):
     """Looks at validation images since then; where there is a patience."""
     average: NotRequired[Mapping[str, Tensor]]
     """As ``WeightAverage.state_dict`` gave it, where there is one."""
+    untold: NotRequired[list[tuple[int, str, Tensor]]]
+    """Losses of exits, taken since the last record of figures; where there are any."""
 
 
 class Stage(Protocol):
@@ -124,17 +126,24 @@ def train(
         _warn_of_emulation(stage.fabric.device, compute)
     average = WeightAverage(stage.trained, options.ema) if options.ema is not None else None
     done, best, stale = 0, -math.inf, 0
+    # Of each exit that had a turn since the last record: one early exit has it in an iteration of stage 1. They stay on
+    # the device until they are told, so that it need not be waited for in every iteration.
+    latest: dict[Exit, Tensor] = {}
     if saved := cast(Saved | None, checkpoint.load()):
         _load(saved, stage, average)
         done, best, stale = int(saved["iteration"]), float(saved.get("best", -math.inf)), int(saved.get("stale", 0))
+        latest = {Exit(i, head): loss.to(stage.fabric.device) for i, head, loss in saved.get("untold", [])}
     ends = _is_over(stage, stale)
+    is_over = ends or done == options.iterations
     if leads:
-        is_over = ends or done == options.iterations
         say(f"{name}: finished before, kept in {checkpoint.path}" if is_over else _plan_in_words(name, options))
     # Of processes that share each batch only the first writes: all have the same network.
     recorder = _Recorder(name, stage, options, compute, monitor if leads else None, average, done)
-    batch = options.batch_size
-    latest: dict[Exit, Tensor] = {}
+    if leads and 0 < done and not is_over:
+        say(f"{name}: goes on after iteration {done} of {options.iterations}, from {checkpoint.path}")
+    elif recorder.journal is not None and recorder.journal.has_begun_before and not done:
+        say(f"{name}: an earlier start left no checkpoint ({checkpoint.path}): begins anew at iteration 0")
+    batch, saved_at = options.batch_size, time.monotonic()
     with (
         closing(recorder),
         tqdm(
@@ -151,35 +160,37 @@ def train(
             if ends:
                 break
             learning_rate = _learning_rate(options, iteration)
-            # Of each exit that had a turn since the last record: one early exit has it in an iteration of stage 1.
-            # They stay on the device until they are told, so that it need not be waited for in every iteration.
             latest |= stage.step(iteration, learning_rate, images, labels)
             if average is not None:
                 average.update()
             bar.update(batch)
             # The last state too: a stage that is called again when it is over is not trained again.
             saves = iteration % options.checkpoint_every == 0 or iteration == options.iterations
-            looks = recorder.is_due(iteration)
-            if not (saves or looks or iteration % SHOW_EVERY == 0):
-                continue
-            shown, score = recorder.record(iteration, learning_rate, latest)
-            latest = {}
-            bar.set_postfix({"iteration": iteration} | {key: f"{value:.3f}" for key, value in shown.items()})
-            improves, best = stage.keeps_best and score > best, max(best, score)
+            looks, improves = recorder.is_due(iteration), False
+            if saves or looks or iteration % SHOW_EVERY == 0:
+                shown, score = recorder.record(iteration, learning_rate, latest)
+                latest = {}
+                bar.set_postfix({"iteration": iteration} | {key: f"{value:.3f}" for key, value in shown.items()})
+                improves, best = stage.keeps_best and score > best, max(best, score)
             if looks:
                 stale = 0 if improves else stale + 1
                 ends = _is_over(stage, stale)
                 saves |= ends  # or the stage, called again, would go on
+            # By the clock nothing but a state is saved: figures and heads that diverged depend on the iterations alone.
+            saves |= time.monotonic() - saved_at >= checkpoint.seconds
             if leads and (saves or improves):
                 state: Saved = {"stage": stage.state_dict(), "iteration": iteration, "best": best, "stale": stale}
                 if average is not None:
                     state["average"] = average.state_dict()
+                if latest:
+                    state["untold"] = [(*exit, loss) for exit, loss in latest.items()]
                 # The best one first: a kill between the two leaves a last state that is repeated from, never one whose
                 # "best" speaks of weights that were not written.
                 if improves:
                     checkpoint.best.save(state)
                 if saves:
                     checkpoint.save(state)
+                    saved_at = time.monotonic()
             if ends and leads:
                 say(f"{name}: ended at iteration {iteration}, {stale} looks at validation images after the best one")
     if stage.ends_at_best and leads and (kept := cast(Saved | None, checkpoint.best.load())):

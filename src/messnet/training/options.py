@@ -147,7 +147,8 @@ class TrainOptions:
     """Weight of each class in the loss; None: all 1; "auto": 1 / log(1.02 + share of the class in the training labels),
     scaled to mean 1 over the pixels (ENet, Paszke et al. 2016)."""
     checkpoint_every: int = 200
-    """Iterations between two checkpoints: the most that a kill can lose."""
+    """Iterations between two checkpoints, the most that a kill can lose. Where so many take longer than two minutes, a
+    checkpoint is saved every two minutes too."""
     seed: int = 0
 
     def __post_init__(self) -> None:
