@@ -139,7 +139,7 @@ def train(
         say(f"{name}: finished before, kept in {checkpoint.path}" if is_over else _plan_in_words(name, options))
     # Of processes that share each batch only the first writes: all have the same network.
     recorder = _Recorder(name, stage, options, compute, monitor if leads else None, average, done)
-    if leads and 0 < done and not is_over:
+    if leads and done > 0 and not is_over:
         say(f"{name}: goes on after iteration {done} of {options.iterations}, from {checkpoint.path}")
     elif recorder.journal is not None and recorder.journal.has_begun_before and not done:
         say(f"{name}: an earlier start left no checkpoint ({checkpoint.path}): begins anew at iteration 0")
