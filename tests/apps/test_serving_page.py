@@ -95,7 +95,7 @@ def test_an_image_exit_by_exit(page: Any, session: messnet.Session, tmp_path: Pa
     assert len(shares) == len(session.class_names)
     common = int(np.bincount(expected[1].labels.ravel()).argmax())
     share = (expected[1].labels == common).mean()
-    name, shown_share = shares[common].removesuffix(" %").rsplit(" ", 1)
+    name, shown_share = shares[common].removesuffix(" %").rsplit(maxsplit=1)
     assert name == session.class_names[common]
     assert float(shown_share) == pytest.approx(100 * share, abs=0.0501)
 
@@ -140,10 +140,19 @@ def test_by_keyboard(page: Any, session: messnet.Session) -> None:
     expect(page.locator("#exits [aria-pressed=true] b")).to_have_text("Exit 0")
 
 
-def test_what_is_no_image_and_what_is_too_large(page: Any, tmp_path: Path) -> None:
+def test_what_is_no_image_and_what_is_too_large(page: Any, session: messnet.Session, tmp_path: Path) -> None:
+    Image.fromarray(smooth_image(48, 64)).save(tmp_path / "good.png")
+    page.set_input_files("#file", tmp_path / "good.png")
+    expect(page.locator("#keys")).to_contain_text("%")
     (tmp_path / "a.png").write_text("no image")
     page.set_input_files("#file", tmp_path / "a.png")
-    expect(page.locator("#error")).to_contain_text("expected a JPEG, PNG, WebP or BMP image, got 8 bytes")
+    expect(page.locator("#error")).to_have_text(
+        "a.png is no image that the browser can read: expected a JPEG, PNG, WebP or BMP file."
+    )
+    # Nothing is left of the image before.
+    expect(page.locator("#headline")).to_have_text("No result")
+    expect(page.locator("#keys li")).to_have_text([*session.class_names])
+    expect(page.locator("#exits .thumb")).to_have_text([""] * 4)
     Image.fromarray(smooth_image(150, 300)).save(tmp_path / "b.png")
     page.set_input_files("#file", tmp_path / "b.png")
     expect(page.locator("#detail")).to_contain_text(f"181 {TIMES} 90 pixels, scaled down here from 300 {TIMES} 150.")

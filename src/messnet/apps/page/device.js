@@ -60,7 +60,6 @@ export function chosen() {
 }
 
 export async function* refine({ canvas }, rule, signal) {
-  if (!canvas) throw new Error("This is no image that the browser can read: expected a JPEG, PNG, WebP or BMP file.");
   const mine = computing;
   await mine.start(canvas);
   if (signal.aborted) return; // or the next exit of the picture that came since would be taken for this one's

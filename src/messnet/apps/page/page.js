@@ -53,7 +53,7 @@ async function start() {
   const first = info.exits.find((exit) => exit.image_threshold !== null && exit.image_threshold <= 1);
   if (first) $("threshold").value = Math.round(100 * first.image_threshold);
   setDeadlineRange(Math.max(...info.exits.map((exit) => exit.warm_up_latency_ms)));
-  $("no-samples").hidden = info.samples.length > 0;
+  reveal(false);
   info.samples.forEach((name, index) => {
     const image = element("img", { src: `/samples/${index}`, alt: `Sample ${name}` });
     const button = element("button", { type: "button", "aria-pressed": "false" }, image);
@@ -169,18 +169,20 @@ async function take(blob, button = null) {
   }
   if (camera) await film();
   for (const other of $("samples").querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
-  let bitmap = null;
+  let bitmap;
   try {
     // Its own numbers, as files are read everywhere else here: nothing is converted between colour spaces.
     bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
-  } catch { /* the source says what is wrong with it */ }
-  if (bitmap) {
-    draw(bitmap, bitmap.width, bitmap.height);
-    if (current.note) blob = await new Promise((done) => $("photo").toBlob(done, "image/jpeg", 0.92));
-  } else {
-    current = { note: "" };
+  } catch {
+    if (running) running.abort();
+    current = running = undefined;
     reveal(false);
+    clear("No result");
+    complain(`${blob.name ?? "This"} is no image that the browser can read: expected a JPEG, PNG, WebP or BMP file.`);
+    return;
   }
+  draw(bitmap, bitmap.width, bitmap.height);
+  if (current.note) blob = await new Promise((done) => $("photo").toBlob(done, "image/jpeg", 0.92));
   current.blob = blob;
   await run();
 }
@@ -188,6 +190,7 @@ async function take(blob, button = null) {
 function reveal(picture) {
   $("picture").hidden = $("another").hidden = !picture;
   $("invitation").hidden = picture;
+  $("no-samples").hidden = picture || info.samples.length > 0;
   $("drop").classList.toggle("full", picture);
 }
 
@@ -214,30 +217,35 @@ async function run() {
   if (!current) return;
   if (running) running.abort();
   const mine = running = new AbortController();
-  refinements = [];
+  if (camera) refinements = []; // the last frame's result stays in sight
+  else clear("Computing …");
   shown = -1;
   complain("");
-  if (!camera) {
-    drawExits();
-    say("Looking …");
-  }
   const rule = {};
   if (stopRule() === "instance") rule.stop = "instance";
   if (stopRule() === "threshold") rule.threshold = $("threshold").value / 100;
   if (stopRule() === "deadline") rule.deadline_ms = Number($("deadline").value);
   try {
-    const picture = { blob: current.blob, canvas: $("picture").hidden ? null : $("photo") };
-    for await (const record of source.refine(picture, rule, mine.signal)) {
+    for await (const record of source.refine({ blob: current.blob, canvas: $("photo") }, rule, mine.signal)) {
       if (mine !== running) return;
       if (record.stopped) finish(record.stopped);
       else await receive(record, mine);
     }
   } catch (error) {
     if (mine !== running || error.name === "AbortError") return;
-    say("No result");
+    running = undefined;
+    clear("No result");
     complain(error.message);
     $("mask").getContext("2d").clearRect(0, 0, $("mask").width, $("mask").height);
   }
+}
+
+// Takes away what was found in an image before.
+function clear(headline) {
+  refinements = [];
+  say(headline);
+  drawExits();
+  drawKeys();
 }
 
 async function receive(record, mine) {
@@ -295,7 +303,8 @@ function drawExits(ended = false) {
       button.addEventListener("click", () => show(position));
     } else {
       button.disabled = true;
-      thumb.append(ended ? "not run" : "");
+      const next = running && position === refinements.length ? "computing …" : "";
+      thumb.append(ended ? "not run" : next);
     }
     if (cost) button.append(element("small", {}, cost));
     return element("li", {}, button);

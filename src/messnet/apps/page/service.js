@@ -2,7 +2,7 @@
 
 export const texts = {
   privacy: ["It goes to this service and nowhere else."],
-  "no-samples": ["This model came without samples; start the service with --samples FOLDER to offer some."],
+  "no-samples": ["Start the service with --samples FOLDER to offer images here."],
   footer: [
     "Milliseconds are the network’s own, on the machine that serves this page. The same from a program: ",
     link("/openapi.json", "openapi.json"), ", ", link("/v1/info", "model"), ", ", link("/metrics", "metrics"), ".",
