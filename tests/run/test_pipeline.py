@@ -133,7 +133,7 @@ def test_a_run_from_before_an_option_existed_goes_on(copied_run: Path) -> None:
     assert run.recipe.distill.filter_kl is False
     assert not any(run_stage(run, stage) for stage in STAGES)
     forget(RunDirectory(copied_run))
-    with pytest.raises(RunError, match=r"distill\.filter_kl = False, this recipe says True"):
+    with pytest.raises(RunError, match=r"distill\.filter_kl was False and is True"):
         open_run(copied_run, ["--distill.filter_kl", "true"])
 
 
@@ -150,11 +150,19 @@ def test_other_formats_are_written_again_without_training(copied_run: Path) -> N
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        (["--data.scenes.seed", "9"], "data.scenes.seed = 0, this recipe says 9"),
-        (["--model.width", "0.5"], "model.width = 0.25, this recipe says 0.5"),
+        (["--data.scenes.seed", "9"], "with another recipe: data.scenes.seed was 0 and is 9; keep the old values"),
+        (["--model.width", "0.5"], "model.width was 0.25 and is 0.5"),
         (["--heads.extra_blocks", "1"], "heads.extra_blocks"),
-        (["--pretrain.iterations", "46"], "pretrain.iterations = 45, this recipe says 46"),
+        (["--pretrain.iterations", "46"], "pretrain.iterations was 45 and is 46"),
         (["--distill.augment.hflip", "0"], "distill.augment.hflip"),
+        # Of an option that is younger than runs its default, of many the first five, in the order of the stages.
+        (
+            ["--distill.seed", "1", "--heads.extra_blocks", "1", "--model.width", "0.5", "--pretrain.seed", "2"]
+            + ["--pretrain.optimizer", "adamw", "--data.scenes.size", "[32, 40]", "--distill.alpha", "0.25"],
+            "recipe: data.scenes.size was [64, 80] and is [32, 40], model.width was 0.25 and is 0.5, "
+            "pretrain.optimizer was sgd and is adamw, pretrain.seed was 0 and is 2, "
+            "heads.extra_blocks was [0] and is [1], and 2 more; keep",
+        ),
     ],
 )
 def test_another_recipe_is_refused(tiny_run: Path, tiny_recipe: Path, override: list[str], named: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -56,31 +57,39 @@ def _known_recipe(directory: RunDirectory) -> dict[str, Plain]:
 
 
 def _refuse_other_recipe(directory: RunDirectory, known: Mapping[str, object], record: Mapping[str, object]) -> None:
-    for stage in STAGES.values():
-        if not stage.is_training:
-            continue
-        # A training that has begun leaves a checkpoint, one that has ended a fingerprint.
-        if directory.fingerprint(stage.name) is None and not directory.checkpoint(stage.name).exists():
-            continue  # not begun: may still change
-        advice = "choose another directory with --out, or delete it"
-        if STAGES["pretrain"].inputs(known) == STAGES["pretrain"].inputs(record):
-            advice = (
-                f"choose another directory with --out (stage 1 is the same: `messnet distill RECIPE --out OTHER "
-                f"--pretrained {directory.path}` takes it over), or delete it"
-            )
-        _expect_same(stage, known, record, was=f"{directory.path} was made", advice=advice)
+    # A training that has begun leaves a checkpoint, one that has ended a fingerprint; others may still change.
+    begun = [
+        stage
+        for stage in STAGES.values()
+        if stage.is_training
+        and (directory.fingerprint(stage.name) is not None or directory.checkpoint(stage.name).exists())
+    ]
+    if not begun:
+        return
+    taken = f"`messnet distill RECIPE --out OTHER --pretrained {directory.path}` takes it over"
+    is_shared = STAGES["pretrain"].inputs(known) == STAGES["pretrain"].inputs(record)
+    another = f"choose another directory with --out{f' (stage 1 is the same: {taken})' if is_shared else ''}"
+    advice = f"keep the old values, {another}, or delete {directory.path}"
+    # The last one's sections hold those of the trainings before it.
+    _expect_same(begun[-1], known, record, was=f"{directory.path} was made", advice=advice)
 
 
 def _expect_same(
     stage: Stage, known: Mapping[str, object], record: Mapping[str, object], *, was: str, advice: str
 ) -> None:
-    """Raises RunError that names the first key where two recipes differ in what ``stage`` is made from."""
+    """Raises RunError that says where two recipes differ in what ``stage`` is made from."""
+    old, new = dict(_flat(known)), dict(_flat(record))
+    inputs = sorted({key for one in (known, record) for key, _ in _flat(stage.inputs(one))})
     # In the order of the stage's sections, so that the first difference is the one that matters most.
-    old, new = dict(_flat(stage.inputs(known))), dict(_flat(stage.inputs(record)))
-    for section in stage.sections:
-        for key in sorted(key for key in old.keys() | new.keys() if key.startswith(f"{section}.")):
-            if old.get(key) != new.get(key):
-                raise RunError(f"{was} with {key} = {old.get(key)}, this recipe says {new.get(key)}: {advice}")
+    ordered = [key for section in stage.sections for key in inputs if key.startswith(f"{section}.")]
+    if differing := [key for key in ordered if old.get(key) != new.get(key)]:
+        words = ", ".join(f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}" for key in differing[:5])
+        more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise RunError(f"{was} with another recipe: {words}{more}; {advice}")
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else reprlib.repr(value)  # the first six of many class names
 
 
 def _flat(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
