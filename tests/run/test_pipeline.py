@@ -157,8 +157,15 @@ def test_other_formats_are_written_again_without_training(copied_run: Path) -> N
         (["--distill.augment.hflip", "0"], "distill.augment.hflip"),
         # Of an option that is younger than runs its default, of many the first five, in the order of the stages.
         (
-            ["--distill.seed", "1", "--heads.extra_blocks", "1", "--model.width", "0.5", "--pretrain.seed", "2"]
-            + ["--pretrain.optimizer", "adamw", "--data.scenes.size", "[32, 40]", "--distill.alpha", "0.25"],
+            [
+                "--distill.seed=1",
+                "--pretrain.optimizer=adamw",
+                "--model.width=0.5",
+                "--pretrain.seed=2",
+                "--heads.extra_blocks=1",
+                "--data.scenes.size=32,40",
+                "--distill.alpha=0.25",
+            ],
             "recipe: data.scenes.size was [64, 80] and is [32, 40], model.width was 0.25 and is 0.5, "
             "pretrain.optimizer was sgd and is adamw, pretrain.seed was 0 and is 2, "
             "heads.extra_blocks was [0] and is [1], and 2 more; keep",

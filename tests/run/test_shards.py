@@ -235,7 +235,10 @@ def test_stage_1_is_shared_by_runs_that_agree(
     rest[1] = str(tmp_path / "other")
     with pytest.raises(SystemExit):
         main(["distill", recipe, "--pretrain.scheme", "baseline", *rest])
-    assert "was pretrained with another recipe: pretrain.scheme was exit_aware and is baseline; stage 1" in capsys.readouterr().err
+    assert (
+        "was pretrained with another recipe: pretrain.scheme was exit_aware and is baseline; stage 1"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "other/stage1.safetensors").exists()
 
 
