@@ -36,7 +36,7 @@ def test_instances_of_before_say_what_their_costs_are() -> None:
     assert Selection.from_figures(several.selected_on) == Selection(
         num_images=10, unit=CostUnit("macs", relative=True), miou=0.5, cost=0.7, baseline_miou=0.6, baseline_cost=1.0
     )
-    assert "50.00 % mIoU at 0.7x the model's macs" in words.describe(several)[0]
+    assert "50.00 % mIoU at 0.7x the model's macs" in words.describe(several)[1]
     assert Selection.from_figures({"miou": 0.71}) is None
 
 
@@ -108,16 +108,16 @@ def test_a_largest_cost_in_units_is_not_looked_up_on_a_relative_front() -> None:
 @pytest.mark.parametrize(
     ("miou", "cost", "said"),
     [
-        (0.51, 0.5e9, "beats R: 1.00 pp more mIoU for 50.0 % less work"),
-        (0.51, 1.0e9, "beats R: 1.00 pp more mIoU at the same work"),
-        (0.51, 1.5e9, "1.00 pp more mIoU for 50.0 % more work than R"),
-        (0.50, 0.5e9, "beats R: the same mIoU for 50.0 % less work"),
+        (0.51, 0.5e9, "better than R: 1.00 pp more mIoU, 50.0 % less work"),
+        (0.51, 1.0e9, "better than R: 1.00 pp more mIoU, the same work"),
+        (0.51, 1.5e9, "against R: 1.00 pp more mIoU, 50.0 % more work"),
+        (0.50, 0.5e9, "better than R: the same mIoU, 50.0 % less work"),
         (0.50, 1.0e9, "no better than R"),
-        (0.50, 1.5e9, "is worse than R: the same mIoU for 50.0 % more work"),
-        (0.4714, 0.69e9, "2.86 pp less mIoU for 31.0 % less work than R"),
-        (0.49, 1.0e9, "is worse than R: 1.00 pp less mIoU at the same work"),
-        (0.49, 1.5e9, "is worse than R: 1.00 pp less mIoU for 50.0 % more work"),
-        (0.50001, 0.9999e9, "beats R: under 0.01 pp more mIoU for under 0.1 % less work"),
+        (0.50, 1.5e9, "worse than R: the same mIoU, 50.0 % more work"),
+        (0.4714, 0.69e9, "against R: 2.86 pp less mIoU, 31.0 % less work"),
+        (0.49, 1.0e9, "worse than R: 1.00 pp less mIoU, the same work"),
+        (0.49, 1.5e9, "worse than R: 1.00 pp less mIoU, 50.0 % more work"),
+        (0.50001, 0.9999e9, "better than R: under 0.01 pp more mIoU, under 0.1 % less work"),
     ],
 )
 def test_rivals_in_words_for_every_sign_of_the_differences(miou: float, cost: float, said: str) -> None:
@@ -133,9 +133,11 @@ def test_rivals_in_words_for_every_sign_of_the_differences(miou: float, cost: fl
         has_early_exits=True,
         uniform=rival,
     )
-    verdict = words.verdict(replace(result, comparison=comparison))
-    assert verdict.startswith(said.replace("R", "the best static truncated model"))
-    assert verdict.endswith("; " + said.replace("R", "uniform heads (a)"))
+    single, *alike = words.verdict(replace(result, comparison=comparison)).split("; ")
+    name = "the best network with a single exit (0:a > 1:final, 50.00 % mIoU at 1 GMACs)"
+    assert single == said.replace("R", name)
+    # One head at all exits that is no better is what the instance has.
+    assert alike == ([] if "no better" in said else [said.replace("R", "the same head at all exits (a)")])
 
 
 def test_a_rival_that_costs_nothing_is_no_share() -> None:
@@ -143,8 +145,9 @@ def test_a_rival_that_costs_nothing_is_no_share() -> None:
     result = search(tables, costs, max_drop_pp=1.0, grid=COMPLETE)
     free, dear = (FrontPoint(miou=0.5, cost=cost, instance=result.instance) for cost in (0.0, 3e6))
     comparison = Comparison(chosen=dear, unit=CostUnit("parameters"), static=free, has_early_exits=False, uniform=None)
-    said = "is worse than the best static truncated model: the same mIoU for 3 million parameters more"
-    assert words.verdict(replace(result, comparison=comparison)).startswith(said)
+    verdict = words.verdict(replace(result, comparison=comparison))
+    assert verdict.startswith("worse than the best network with a single exit (")
+    assert verdict.endswith("): the same mIoU, 3 million parameters more")
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
@@ -187,7 +190,7 @@ def test_a_search_tells_what_was_reached_of_every_limit_and_floor(num_devices: i
                 class_name="1", value=pytest.approx(intersection / (predicted + labelled - intersection)), limit=0.05
             ),
         ]
-        line = words.describe(result.instance)[0]
+        line = words.describe(result.instance)[1]
         assert "; 95th percentile of latency " in line
         assert "x the model's latency_ms (at most 1.5x)" in line
         assert "(at least 0.05)" in line
@@ -205,21 +208,18 @@ def test_limits_of_one_device_are_told_in_their_units() -> None:
     assert (figures["latency_ms.p95"], figures["limit:latency_ms.p95"]) == (38.21, 40.0)
     assert Selection.from_figures(figures) == selection
     instance = Instance(name="x", setting="budgeted", exits=(), selected_on=figures)
-    assert words.describe(instance)[0].endswith(
+    assert words.describe(instance)[1].endswith(
         "; 95th percentile of latency 38.21 ms (at most 40 ms); IoU of car: red.mean 0.6123 (at least 0.6)"
     )
 
 
 @pytest.mark.parametrize(
     ("cost", "said"),
-    [(0.5e9, "0.5 GMACs against the model's 60.00 % mIoU at 1 GMACs, 2.00x less work"),
-     (1e9, "1 GMACs against the model's 60.00 % mIoU at 1 GMACs"),
-     (1.5e9, "1.5 GMACs against the model's 60.00 % mIoU at 1 GMACs, 1.50x more work"),
-     (0.0, "0 GMACs against the model's 60.00 % mIoU at 1 GMACs")],
+    [(0.5e9, "0.5 GMACs, 2.00x less work"), (1e9, "1 GMACs"), (1.5e9, "1.5 GMACs, 1.50x more work"), (0.0, "0 GMACs")],
 )  # fmt: skip
 def test_an_instance_beside_the_model_in_words(cost: float, said: str) -> None:
     selection = Selection(
         num_images=3, unit=CostUnit("macs"), miou=0.5, cost=cost, baseline_miou=0.6, baseline_cost=1e9
     )
     instance = Instance(name="x", setting="budgeted", exits=(), selected_on=selection.to_figures())
-    assert words.describe(instance)[0].endswith(f"50.00 % mIoU at {said}")
+    assert words.describe(instance)[1].endswith(f": 50.00 % mIoU at {said}; your model: 60.00 % mIoU at 1 GMACs")

@@ -176,7 +176,9 @@ def search(
         found = Findings.from_json(opened.directory.front.read())
         files = [opened.directory.instance(name) for name in found.names]
         instances = [file.read() for file in files if file.exists]
-        texts, fronts, unit = [words.finding(one) for one in found.found], {**found.fronts}, CostUnit("macs")
+        fronts, unit = {**found.fronts}, CostUnit("macs")
+        told = {one.name: words.found(one) for one in found.found if one.is_found}
+        texts = [words.finding(one) for one in found.found if not one.is_found]
         judged = [(one.expected.macs, one.expected.miou) for one in found.judged]
         fronts |= {"expected on new images": judged} if judged else {}
     else:
@@ -207,9 +209,11 @@ def search(
                 time_limit=time_limit,
             )
         instances, unit = [result.instance], result.selection.unit
-        texts = [result.verdict, result.certificate]
-        texts += [f"runner-up: {words.runner_up(one, unit)}" for one in result.runners_up]
-        texts = [_alternative(one, unit) for one in alternatives] + texts
+        # An anytime instance has no rivals: its verdict is its figures, which it has already.
+        compared = [result.verdict] if setting != "anytime" else []
+        told = {name: [*compared, result.certificate]}
+        texts = [_alternative(one, unit) for one in alternatives]
+        texts += [f"next best: {words.runner_up(one, unit)}" for one in result.runners_up]
         found_fronts = {one.name: one.result.front for one in alternatives if one.result} or {setting: result.front}
         fronts = {key: [(point.cost, point.miou) for point in points] for key, points in found_fronts.items()}
         if front is not None:
@@ -227,8 +231,10 @@ def search(
         print(json.dumps([json.loads(instance.to_json()) for instance in instances], indent=1))
         return
     for instance in instances:
-        print("\n".join(words.describe(instance)))
-    print("\n".join(texts))
+        clauses = "; ".join(filter(None, told.get(instance.name, ()))).split("; ")
+        print("\n".join([*words.describe(instance), *(f"  {clause}" for clause in clauses if clause)]))
+    for text in texts:
+        print(text)
 
 
 def _are_of_precisions(directory: RunDirectory, costs: Sequence[Path]) -> bool:

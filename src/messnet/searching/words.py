@@ -7,7 +7,7 @@ found.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from math import inf, isclose
 
@@ -133,9 +133,13 @@ def finding(one: OneFinding) -> str:
         return f"{one.name}: {infeasible(one.infeasible)}"
     if not one.is_found and one.tightened is not None:
         return f"{one.name}: {not_kept(one.tightened)}"
-    compared = [_against(one.comparison)] if one.comparison else []
-    proved = [_proved(one.proof, one.tightened)] if one.proof else []
-    return f"{one.name}: {'; '.join([*compared, *proved])}"
+    return f"{one.name}: {'; '.join(found(one))}"
+
+
+def found(one: OneFinding) -> list[str]:
+    """How an instance of a recipe's objective compares, and what was proved of it."""
+    compared = _against(one.comparison) if one.comparison else []
+    return [*compared, *([_proved(one.proof, one.tightened)] if one.proof else [])]
 
 
 def _proved(proved: Proof, tightened: Tightened | None) -> str:
@@ -143,67 +147,72 @@ def _proved(proved: Proof, tightened: Tightened | None) -> str:
     if tightened is None:
         return proof(proved)
     if tightened.searched is None:
-        return (
-            "your model itself: no limit that was tried leaves an instance that is "
-            f"{objective_text(tightened.asked)} on images not seen and better than it; {_nearest_expected(tightened)}"
-        )
-    limits = " and ".join(_text(tightened.searched)[1])
-    return f"searched at {limits}: {proof(proved)}" if limits else proof(proved)
+        within = _within(tightened.asked)
+        return f"your model itself: no better instance with {within} on new images could be confirmed{_nearest(tightened)}"
+    if tightened.searched == tightened.asked:
+        return proof(proved)
+    return f"limits tightened to {_within(tightened.searched)}, so that they hold on new images; {proof(proved)}"
+
+
+def _within(objective: Objective) -> str:
+    return " and ".join(_text(objective)[1]) or "no limits"
 
 
 def proof(proved: Proof) -> str:
     """What was proved over the declared grid; a front that is proved from some mIoU on says so."""
-    grid = f"the declared grid of {_spaced(proved.num_declared)} instances"
+    grid = f"{_spaced(proved.num_declared)} combinations of exits, heads and thresholds"
     evaluated, gap = _spaced(proved.num_evaluated), f"{100 * (proved.gap_miou or 0):.2g} pp"
     # From the strongest statement to the weakest.
+    done = f"{evaluated} were evaluated, bounds rule out the others"
     if proved.optimal:
-        return f"optimal over {grid}: {evaluated} were evaluated, all others were bounded"
+        return f"optimal among {grid}: {done}"
     if not proved.stopped:
-        done = f"{evaluated} were evaluated, all others were bounded"
-        return f"no instance of {grid} has a larger mIoU at its cost by more than {gap}: {done}"
+        return f"at most {gap} below the best mIoU at its cost among {grid}: {done}"
     why = f"stopped ({proved.stopped}) after {evaluated} of {grid}"
     if proved.gap_miou is None:
-        return f"{why}: the best of those, nothing is proved of the others"
-    known = f"no other has a larger mIoU at its cost by more than {gap}"
+        return f"{why}: the best of those, the others may be better"
+    known = f"at most {gap} below the best mIoU at its cost"
     if proved.exact_from is not None:
         how = f"to {100 * proved.precision:.2g} pp" if proved.precision else "exact"
-        known = f"{how} at mIoU >= {proved.exact_from:.4f}; below, {known}"
+        known = f"{how} where mIoU >= {proved.exact_from:.4f}, elsewhere {known}"
     if proved.gap_cost is not None:
-        known = f"within {100 * proved.gap_cost:.2g} % of the least cost; {known}"
+        known = f"at most {100 * proved.gap_cost:.2g} % above the least cost; {known}"
     return f"{why}: {known}"
 
 
 def not_kept(tightened: Tightened) -> str:
     """Why no limits hold on new images, and what came nearest."""
-    return (
-        f"no instance is {objective_text(tightened.asked)} on images not seen, with any of the tighter limits that "
-        f"were tried; {_nearest_expected(tightened)}; relax a constraint"
-    )
+    within = _within(tightened.asked)
+    return f"no instance with {within} on new images could be confirmed{_nearest(tightened)}; relax a constraint"
 
 
-def _nearest_expected(tightened: Tightened) -> str:
-    return f"the nearest has {expected(tightened.expected)}"
+def _nearest(tightened: Tightened) -> str:
+    return "" if _is_model(tightened.expected) else f"; the nearest: {expected(tightened.expected)}"
+
+
+def _is_model(one: Expected | Selection) -> bool:
+    """Whether figures are those of the user's model itself."""
+    known = one.baseline_miou is not None and one.baseline_cost is not None
+    return known and not _sign(one.miou, one.baseline_miou or 0.0) and not _sign(one.cost, one.baseline_cost or 0.0)
 
 
 def _promise(promise: Promise) -> str:
     guarantee, steps = promise.guarantee, promise.num_steps
     # What is drawn: images, or groups of them that belong together.
-    drawn = f"{promise.num_images} calibration images"
-    loss, drawn_from = "an image's expected loss", "these and new images"
+    drawn, new, share = f"{promise.num_images} calibration images", "images", "the share of correct pixels"
     if promise.num_groups != promise.num_images:
-        drawn = f"{promise.num_groups} groups of {promise.num_images} calibration images"
-        loss, drawn_from = "the expected loss of a new group (the mean of its images)", "these and new groups"
+        drawn, new = f"{promise.num_groups} groups of {drawn}", "groups"
+        share = "a group's mean share of correct pixels"
     if promise.step == 0:
         text = "every image runs to the final exit and loses nothing against it"
         if steps:
             text += f": none of {steps} steps from there to the searched thresholds could be certified"
     else:
         text = (
-            f"{loss} of correct pixels against the final exit is <= {guarantee.epsilon:g} with "
-            f"probability >= {1 - guarantee.delta:g} over the draw of {drawn}, if "
-            f"{drawn_from} are drawn independently from one source: p-value {promise.p_value:.3g} at mean loss "
-            f"{promise.mean_loss:.3g}, step {promise.step} of {steps} from the final exit to the searched thresholds, "
-            "tested in this order"
+            f"guaranteed: on new {new} {share} is on average at most {guarantee.epsilon:g} below the final exit's, with "
+            f"probability >= {1 - guarantee.delta:g} over the draw of {drawn}, if these and new {new} are drawn "
+            f"independently from one source (p-value {promise.p_value:.3g} at mean loss {promise.mean_loss:.3g}, step "
+            f"{promise.step} of {steps} from the final exit to the searched thresholds)"
         )
     return f"{text}; {_shortfall(promise, promise.shortfall)}" if promise.shortfall else text
 
@@ -217,12 +226,11 @@ def _shortfall(promise: Promise, short: Shortfall) -> str:
             f"{num_drawn} calibration {images} can certify no epsilon below {short.least_epsilon:.3g}, even without "
             f"any loss; {epsilon:g} takes {takes}"
         )
-    ahead = f"the steps ahead have mean losses up to {short.worst_loss:.3g}"
+    ahead = f"the steps that are left have mean losses up to {short.worst_loss:.3g}"
     if short.worst_loss >= epsilon:
         return f"{ahead}: more {images} would not certify the searched thresholds"
-    if short.images_needed is None:
-        return f"{ahead}: more than {MOST_IMAGES} {images} would be needed to certify the searched thresholds"
-    return f"{ahead}: about {short.images_needed} {images} like these would certify the searched thresholds"
+    needed = f"more than {MOST_IMAGES}" if short.images_needed is None else f"about {short.images_needed}"
+    return f"{ahead}: to certify the searched thresholds takes {needed} {images} like these"
 
 
 # -- how it compares -----------------------------------------------------------------------------------------------
@@ -233,32 +241,28 @@ def verdict(result: SearchResult) -> str:
     if result.retreat is not None:
         return _retreat(result.retreat)
     if result.comparison is not None:
-        return _against(result.comparison)
-    return _anytime_verdict(result.selection)
+        return "; ".join(_against(result.comparison))
+    return _anytime(result.selection)
 
 
-def _against(comparison: Comparison) -> str:
-    return f"{_against_static(comparison)}; {_against_uniform(comparison)}"
-
-
-def _against_static(comparison: Comparison) -> str:
-    best, rival, unit = comparison.chosen, comparison.static, comparison.unit
-    if rival is None:
-        return "no static truncated model meets the constraints, this instance does"
-    name = "the best static truncated model"
-    if _same(best, rival):
-        return f"no better than {name}: {_point(best, unit)} both"
-    return f"{_versus(best, rival, unit, name)}; {_point(best, unit)} against {_point(rival, unit)}"
-
-
-def _against_uniform(comparison: Comparison) -> str:
-    best, rival = comparison.chosen, comparison.uniform
-    if not comparison.has_early_exits:
-        return "it has no early exit whose head could be uniform"
-    if rival is None:
-        return "with one head at all of its exits no instance meets the constraints"
-    name = f"uniform heads ({rival.instance.exits[0].head})"
-    return f"no better than {name}" if _same(best, rival) else _versus(best, rival, comparison.unit, name)
+def _against(comparison: Comparison) -> list[str]:
+    """A sentence for the best network that has but one exit, and one for the best with one head at all exits."""
+    best, static, uniform, unit = comparison.chosen, comparison.static, comparison.uniform, comparison.unit
+    if static is None:
+        told = ["no network with a single exit is within the limits"]
+    elif len(best.instance.exits) == 1 and _same(best, static):
+        more = "" if best.instance.setting == "budgeted" else ", and no better one with early exits was found"
+        told = [f"the best network with a single exit{more}"]
+    else:
+        figures = _figure(static.miou, static.cost, unit)
+        name = f"the best network with a single exit ({_exits(static.instance)}, {figures})"
+        told = [_versus(best, static, unit, name)]
+    if comparison.has_early_exits and uniform is None:
+        told.append("no instance with the same head at all of these exits is within the limits")
+    # An instance that has one head everywhere is its own rival.
+    elif comparison.has_early_exits and uniform is not None and not _same(best, uniform):
+        told.append(_versus(best, uniform, unit, f"the same head at all exits ({uniform.instance.exits[0].head})"))
+    return told
 
 
 def _same(best: FrontPoint, rival: FrontPoint) -> bool:
@@ -271,13 +275,13 @@ def _sign(value: float, other: float) -> int:
 
 
 def _versus(best: FrontPoint, rival: FrontPoint, unit: CostUnit, name: str) -> str:
-    """Two different points in a sentence: "beats" and "is worse than" only where neither figure says otherwise."""
+    """Two points in a sentence: "better" and "worse" only where neither figure says otherwise."""
     miou, cost = _sign(best.miou, rival.miou), _sign(best.cost, rival.cost)
-    points, work = _miou_change(best.miou, rival.miou), _cost_change(best, rival, unit)
-    difference = f"{points} {'for' if cost else 'at'} {work}"
-    if miou * cost > 0:  # more of both, or less of both: a matter of what is wanted
-        return f"{difference} than {name}"
-    return f"{'beats' if miou > 0 or cost < 0 else 'is worse than'} {name}: {difference}"
+    if not miou and not cost:
+        return f"no better than {name}"
+    # More of both, or less of both: a matter of what is wanted.
+    how = "against" if miou * cost > 0 else "better than" if miou > 0 or cost < 0 else "worse than"
+    return f"{how} {name}: {_miou_change(best.miou, rival.miou)}, {_cost_change(best, rival, unit)}"
 
 
 def _miou_change(miou: float, other: float) -> str:
@@ -301,22 +305,24 @@ def _cost_change(best: FrontPoint, rival: FrontPoint, unit: CostUnit) -> str:
 def _retreat(retreat: Retreat) -> str:
     before, after, model = retreat.before, retreat.after, "unknown"
     if after.baseline_miou is not None and after.baseline_cost is not None:
-        model = f"{100 * after.baseline_miou:.2f} % at {amount(after.unit, after.baseline_cost)}"
+        model = _figure(after.baseline_miou, after.baseline_cost, after.unit)
     return (
-        f"retreated from mIoU {100 * before.miou:.2f} % at {amount(before.unit, before.cost)} to "
-        f"{100 * after.miou:.2f} % at {amount(after.unit, after.cost)} (the model itself: {model})"
-        + ("" if retreat.still_met else ": no longer what was asked for")
+        f"thresholds raised to keep the guarantee: {_figure(after.miou, after.cost, after.unit)}, before "
+        f"{_figure(before.miou, before.cost, before.unit)}, your model {model}"
+        + ("" if retreat.still_met else "; no longer what was asked for")
     )
 
 
-def _anytime_verdict(selection: Selection) -> str:
-    figures, model, miou = selection.anytime, selection.baseline_cost, selection.baseline_miou
-    if figures is None or not model or miou is None:
+def _anytime(selection: Selection) -> str:
+    """The first and the last result of an anytime instance."""
+    figures, model, unit = selection.anytime, selection.baseline_cost, selection.unit
+    if figures is None or not model:
         return ""
     return (
-        f"first result (mIoU {figures.first_miou:.4f}) at {figures.first_cost / model:.2f}x the model, last "
-        f"(mIoU {selection.miou:.4f}, the model's {miou:.4f}) at {selection.cost / model:.2f}x, "
-        f"{figures.overhead:.1%} more than the last exit alone; area {figures.area:.4f}"
+        f"first result {_figure(figures.first_miou, figures.first_cost, unit)} "
+        f"({figures.first_cost / model:.2f}x the model's), last {_figure(selection.miou, selection.cost, unit)} "
+        f"({selection.cost / model:.2f}x, {100 * figures.overhead:.1f} % more than the last exit alone); area under "
+        f"the curve {figures.area:.4f}"
     )
 
 
@@ -327,8 +333,16 @@ def infeasible(why: Infeasible) -> str:
     """Why no instance meets an objective, and the nearest points."""
     if why.points and not why.further:
         asked = [] if why.least_miou is None else [f"mIoU >= {100 * why.least_miou:.2f} %"]
-        asked += [] if why.largest_cost is None else [f"<= {amount(why.unit, why.largest_cost)}"]
-        return f"no instance has {' and '.join(asked)}: {'; '.join(_nearest(why))}; relax a constraint"
+        limit, is_work = why.largest_cost, why.unit.name in ("macs", "macs_paper") and not why.unit.relative
+        # Whoever asks for so little means another unit.
+        if limit is not None and is_work and limit < why.points[0].cost / 1000:
+            return (
+                f"--max-cost {limit:g} is in multiply-accumulates per image; {next(_nearest_points(why))}; for a share "
+                "of your model's work say --max-cost-ratio 0.5; for milliseconds add --cost latency_ms --costs FILE, "
+                "the table of `messnet profile RUN --measure`"
+            )
+        asked += [] if limit is None else [f"<= {amount(why.unit, limit)}"]
+        return f"no instance has {' and '.join(asked)}: {'; '.join(_nearest_points(why))}; relax a constraint"
     notes = []
     if why.points:
         notes.append(f"the most accurate within the further limits has {_point(why.points[-1], why.unit)}")
@@ -338,7 +352,7 @@ def infeasible(why: Infeasible) -> str:
     return f"no instance is {objective_text(why.objective)}: {reason}; relax a constraint"
 
 
-def _nearest(why: Infeasible) -> Iterable[str]:
+def _nearest_points(why: Infeasible) -> Iterator[str]:
     affordable = [point for point in why.points if why.largest_cost is None or point.cost <= why.largest_cost]
     accurate = [point for point in why.points if why.least_miou is None or point.miou >= why.least_miou]
     if affordable and why.largest_cost is not None:
@@ -376,15 +390,21 @@ def anytime_infeasible(objective: AnytimeObjective, possible: tuple[AnytimeFigur
 
 
 def describe(instance: Instance) -> list[str]:
-    """An instance's objective and figures, what to expect of it, then a line for each of its exits."""
+    """An instance's objective, what to expect of it, its figures, then a line for each of its exits."""
     selection = Selection.from_figures(instance.selected_on)
-    lines = [f"{instance.name}: {instance.objective}" + (f"; {_figures(selection)}" if selection else "")]
-    if instance.expected is not None:
+    lines = [f"{instance.name}: {instance.objective}"]
+    # Of the model itself there is nothing to expect: it loses nothing.
+    if instance.expected is not None and not _is_model(instance.expected):
         lines.append(f"  expected on new images: {expected(instance.expected)}")
+    if selection:
+        lines.append(f"  on the {selection.num_images} images it was chosen on: {_figures(selection)}")
     for choice in instance.exits:
-        rule = "a result" if instance.setting == "anytime" else "last"
-        if choice.image_threshold is not None:
-            rule = f"stop if {choice.image_threshold:.1%} of the pixels have confidence >= {choice.pixel_threshold:g}"
+        rule = "all images" if len(instance.exits) == 1 else "all other images"
+        if instance.setting == "anytime":
+            rule = "gives a result"
+        elif choice.image_threshold is not None:
+            share = 100 * choice.image_threshold
+            rule = f"images with >= {share:.1f} % of the pixels at confidence >= {choice.pixel_threshold:g}"
         lines.append(f"  exit {choice.exit_index}  {choice.head:28} {rule}")
     return lines
 
@@ -394,23 +414,20 @@ def expected(one: Expected) -> str:
     change, margin = 100 * (one.miou - one.baseline_miou), 100 * CONFIDENT * one.drop_error
     spread = 100 * CONFIDENT * one.cost_error / one.cost if one.cost else 0.0
     text = (
-        f"{100 * one.miou:.2f} % mIoU ({change:+.2f} ± {margin:.2f} pp against the model) at "
+        f"{100 * one.miou:.2f} % mIoU ({change:+.2f} ± {margin:.2f} pp against your model) at "
         f"{amount(one.unit, one.cost)} ± {spread:.0f} %{_times(one.cost, one.baseline_cost, one.unit)}"
     )
     return "; ".join([text, *map(_reached, one.costs), *map(_reached, one.ious)])
 
 
 def _figures(selection: Selection) -> str:
-    unit = selection.unit
-    text = f"on {selection.num_images} selection images {_figure(selection.miou, selection.cost, unit)}"
-    if selection.baseline_cost and selection.baseline_miou is not None and not selection.anytime:
-        model = _figure(selection.baseline_miou, selection.baseline_cost, unit)
-        text += f" against the model's {model}{_times(selection.cost, selection.baseline_cost, unit)}"
-    if figures := selection.anytime:
-        first = _figure(figures.first_miou, figures.first_cost, unit)
-        text += f"; the first result {first}, overhead {figures.overhead:.1%}, area {figures.area:.4f}"
+    unit, cost, model = selection.unit, selection.cost, selection.baseline_cost
+    text = _anytime(selection) or f"{_figure(selection.miou, cost, unit)}{_times(cost, model or 0.0, unit)}"
+    if model and selection.baseline_miou is not None:
+        its_own = f"; your model: {_figure(selection.baseline_miou, model, unit)}"
+        text += ", as your model" if _is_model(selection) else its_own
     if selection.loss is not None:
-        text += f"; {selection.loss:.2%} of an image's pixels lost"
+        text += f"; {100 * selection.loss:.2f} % of an image's pixels lost against the final exit"
     return "; ".join([text, *(_reached(one) for one in selection.reached)])
 
 
