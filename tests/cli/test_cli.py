@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -304,7 +305,12 @@ def test_measured_tables_of_a_run(
     run = shutil.copytree(tiny_run, tmp_path / "run")
     before = snapshot(run)
     table = strict_json(says("profile", run, *MEASURE, "--json"))
-    says("profile", run, *MEASURE, "--name", "mine")
+    said = says("profile", run, *MEASURE, "--name", "mine")
+    # It ends with the command that uses what was measured.
+    assert shlex.split(said.splitlines()[-1].partition("messnet ")[2]) == [
+        *["search", str(run), "--name", "fast", "--minimise", "latency_ms", "--max-drop-pp", "1"],
+        *["--costs", str(run / "costs" / "mine.json")],
+    ]
     assert set(snapshot(run)) - set(before) == {"costs/cpu-1threads-float32-b1.json", "costs/mine.json"}
     assert strict_json((run / "costs/cpu-1threads-float32-b1.json").read_text()) == table
     assert table["additivity"]["num_instances"] == 20

@@ -151,7 +151,7 @@ def test_what_was_asked_is_said_in_words(inputs: ReportInputs, asked: Objective,
     assert spoken(objective_text(asked)) == said
     row = inputs.measurements.rows[1]
     rows = [inputs.measurements.rows[0], replace(row, instance=replace(row.instance, objective=objective_text(asked)))]
-    assert f"| {said} |" in measurements_markdown(replace(inputs.measurements, rows=rows), [])
+    assert f"| {row.instance.name}, {said} |" in measurements_markdown(replace(inputs.measurements, rows=rows), [])
 
 
 def test_odd_names_are_escaped(page: str, inputs: ReportInputs) -> None:
@@ -328,7 +328,7 @@ def test_markdown_table_has_a_row_per_measurement(inputs: ReportInputs) -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(inputs.measurements.rows)
     assert {line.count("|") for line in table} == {6}
-    assert "| cheapest at <= 1 pp | 71.91, -0.32 pp |" in text
+    assert "| cheapest-1pp, cheapest at <= 1 pp | 71.91, -0.32 pp |" in text
 
 
 def test_importing_the_report_loads_no_torch() -> None:

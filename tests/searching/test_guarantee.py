@@ -385,7 +385,7 @@ def test_what_is_certified_is_told() -> None:
     p = p_value(np.random.default_rng(0).permutation(losses), Guarantee(epsilon=0.06, delta=0.1))
     assert p <= 0.1
     for words in (
-        "the share of correct pixels is on average at most 0.06 below the final exit's, with probability >= 0.9",
+        "the share of correct pixels is at most 0.06 below the final exit's on average, with probability >= 0.9",
         "the draw of 80 calibration images",
         f"p-value {p:.3g} at mean loss {losses.mean():.3g}, step {step} of {length}",
         "drawn independently from one source",
@@ -538,7 +538,10 @@ def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "at least 238" in search("--guarantee", "0.01", "0.1")
     assert [choice.head for choice in Instance.from_json(written.read_text()).exits] == ["final"]
     (lax,) = json.loads(search("--guarantee", "0.9", "0.5", "--json"))
-    assert "at most 0.9 below the final exit's, with probability >= 0.5 over the draw of 8 calibration images" in lax["certificate"]
+    assert (
+        "at most 0.9 below the final exit's on average, with probability >= 0.5 over the draw of 8 calibration images"
+        in lax["certificate"]
+    )
     assert Instance.from_json(written.read_text()).certificate == lax["certificate"]
     assert "calibration" not in search()
 

@@ -140,6 +140,7 @@ def profile(
         how["dtype"] = DTYPES[precision]
         del how["precision"]
     latency = LatencyOptions(**how, **pace) if measure else None  # type: ignore[arg-type]
+    use = ""
     if is_model:
         # To time every head of the space takes minutes, to time two an exit tells already whether an exit can pay. Who
         # names heads gets those.
@@ -153,8 +154,12 @@ def profile(
         opened = do_stage("profile", Path(target), overrides, out, quiet=as_json)
         costs = opened.costs()
         if latency:
-            stated = f"{runtime}-{latency.name}" if runtime in GRAPH_RUNTIMES else latency.name
-            costs = measure_run(opened, latency, plain_name(name or stated), runtime or "torch")
+            table = plain_name(name or (f"{runtime}-{latency.name}" if runtime in GRAPH_RUNTIMES else latency.name))
+            costs = measure_run(opened, latency, table, runtime or "torch")
+            use = (
+                f"once trained, search on this table: messnet search {opened.directory.path} --name fast --minimise "
+                f"latency_ms --max-drop-pp 1 --costs {opened.directory.measured(table).path}"
+            )
         found = Profile.of(opened.network(), costs)
     costs = found.costs
     # For a recipe --out is the run directory, and the table is in it.
@@ -171,6 +176,8 @@ def profile(
     console.print(cost_table(costs, [(p.module, f"{p.channels} at 1/{p.output_stride}") for p in found.exit_points]))
     for note in (*found.notes, *cost_notes(costs)):
         console.print(note, markup=False, highlight=False)
+    if use:  # a command stays on one line, to be copied
+        print(use)
 
 
 def _plot_cuts(found: Profile, path: Path) -> None:

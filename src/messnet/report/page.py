@@ -175,7 +175,9 @@ def _cells(line: _Line) -> list[list[str]]:
     """The cells of a row, each the parts that a plain table puts one below or behind the other."""
     shares = [f"{place.name} {100 * place.share:.0f}{place.margin} %" for place in line.exits]
     latency = [f"{line.latency} [{line.latency_p95}]" if line.latency else "", line.speed, line.predicted]
-    return [[line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
+    # Warnings and the table by class go by the name.
+    named = "" if line.title.startswith(line.name) else line.name
+    return [[named, line.title], [line.miou, line.miou_change], [line.gmacs, line.work], latency, shares]
 
 
 def exit_rows(tables: ExitTables, costs: CostTable) -> list[ExitRow]:
@@ -564,7 +566,7 @@ def _depth_figure(measurements: Measurements, costs: CostTable) -> _DepthFigure 
     alt = f"exit taken against {measure}, one point per image, a bar at each exit's mean"
     return _DepthFigure(
         figure=as_svg(figure, "depth", alt),
-        instance=row.instance.objective or row.instance.name,
+        instance=spoken(row.instance.objective) or row.instance.name,
         measure=measure,
         groups=[(name, len(here), float(here.mean()) if len(here) else float("nan")) for name, here in by_exit],
         sentence=_correlation_in_words(rank_correlation(difficulty, taken), len(taken)),

@@ -74,7 +74,7 @@ def verdict(one: OneFinding) -> str:
             told.append(f"The best that was found among {number} combinations of exits, heads and thresholds{known}")
     rivals = one.comparison
     if rivals is not None and rivals.static is None:
-        told.append("No network that always stops at the same place does what was asked")
+        told.append("No network with a single exit does what was asked")
     elif rivals is not None and rivals.static is not None:
         chosen, static = rivals.chosen, rivals.static
         change = 100 * (static.miou - chosen.miou)
@@ -83,7 +83,7 @@ def verdict(one: OneFinding) -> str:
             "as much" if 0.995 < ratio < 1.005 else f"{100 * abs(ratio - 1):.0f} % {'more' if ratio > 1 else 'less'}"
         )
         at = "the same mIoU" if abs(change) < 0.005 else f"{abs(change):.2f} pp {'more' if change > 0 else 'less'} mIoU"
-        told.append(f"The best network that always stops at the same place takes {costs} work at {at}")
+        told.append(f"The best network with a single exit takes {costs} work at {at}")
     return ". ".join(told)
 
 

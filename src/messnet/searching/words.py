@@ -148,7 +148,9 @@ def _proved(proved: Proof, tightened: Tightened | None) -> str:
         return proof(proved)
     if tightened.searched is None:
         within = _within(tightened.asked)
-        return f"your model itself: no better instance with {within} on new images could be confirmed{_nearest(tightened)}"
+        return (
+            f"your model itself: no better instance with {within} on new images could be confirmed{_nearest(tightened)}"
+        )
     if tightened.searched == tightened.asked:
         return proof(proved)
     return f"limits tightened to {_within(tightened.searched)}, so that they hold on new images; {proof(proved)}"
@@ -209,7 +211,7 @@ def _promise(promise: Promise) -> str:
             text += f": none of {steps} steps from there to the searched thresholds could be certified"
     else:
         text = (
-            f"guaranteed: on new {new} {share} is on average at most {guarantee.epsilon:g} below the final exit's, with "
+            f"guaranteed: on new {new} {share} is at most {guarantee.epsilon:g} below the final exit's on average, with "
             f"probability >= {1 - guarantee.delta:g} over the draw of {drawn}, if these and new {new} are drawn "
             f"independently from one source (p-value {promise.p_value:.3g} at mean loss {promise.mean_loss:.3g}, step "
             f"{promise.step} of {steps} from the final exit to the searched thresholds)"
