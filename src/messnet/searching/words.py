@@ -211,8 +211,8 @@ def _promise(promise: Promise) -> str:
             text += f": none of {steps} steps from there to the searched thresholds could be certified"
     else:
         text = (
-            f"guaranteed: on new {new} {share} is at most {guarantee.epsilon:g} below the final exit's on average, with "
-            f"probability >= {1 - guarantee.delta:g} over the draw of {drawn}, if these and new {new} are drawn "
+            f"guaranteed: on new {new} {share} is at most {guarantee.epsilon:g} below the final exit's on average, "
+            f"with probability >= {1 - guarantee.delta:g} over the draw of {drawn}, if these and new {new} are drawn "
             f"independently from one source (p-value {promise.p_value:.3g} at mean loss {promise.mean_loss:.3g}, step "
             f"{promise.step} of {steps} from the final exit to the searched thresholds)"
         )
