@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from messnet.data import SegmentationSample
+from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.data.scenes import Scenes, ScenesOptions
-from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation, stack_samples
+from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation, padding_share, stack_samples
 from messnet.errors import DataError, RecipeError
 from messnet.images.preprocessing import IMAGENET, MEAN, STD, Normalisation, normalise
 
@@ -66,6 +66,16 @@ def test_outside_is_void_and_of_the_mean_colour(normalisation: Normalisation) ->
     assert (y != 255).sum() == 48 * 64
     assert x.permute(1, 2, 0)[y == 255].abs().max() < 0.01
     assert x.permute(1, 2, 0)[y != 255].abs().max() > 0.5
+
+
+def test_the_share_of_padding_is_what_is_void_on_average() -> None:
+    torch.manual_seed(0)
+    image, mask = np.zeros((30, 40, 3), np.uint8), np.zeros((30, 40), np.uint8)
+    for crop in ((60, 50), (20, 80), (30, 40), (8, 8), None):
+        options = AugmentOptions(crop=crop, scale_min=0.5, scale_max=2.0)
+        augment = build_augmentation(options)
+        void = [(augment(image, mask)[1] == IGNORE_INDEX).double().mean().item() for _ in range(400)]
+        assert padding_share(options, (30, 40)) == pytest.approx(np.mean(void), abs=4 * np.std(void) / 20 + 0.01)
 
 
 def test_flip_is_a_flip() -> None:

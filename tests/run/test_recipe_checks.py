@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from messnet.cli import main
-from messnet.data.checks import check_dataset
+from messnet.data.checks import DatasetReport, check_dataset
 from messnet.data.sources import open_dataset
 from messnet.errors import DataError, RecipeError
 from messnet.run.checks import expect_sound, proposed_crop, recipe_notes, recipe_problems
@@ -147,8 +147,26 @@ def test_both_commands_say_it(root: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_trained_model_is_advised_to_be_kept_first() -> None:
-    record = {"model": {"weights": "own.pth"}}
-    (note,) = recipe_notes(recipe_from_record(record))
+    record, none = {"model": {"weights": "own.pth"}}, DatasetReport(num_images=0)
+    (note,) = recipe_notes(recipe_from_record(record), none)
     assert "try pretrain.iterations: 0 first" in note
-    assert recipe_notes(recipe_from_record({**record, "pretrain": {"iterations": 0}})) == ()
-    assert recipe_notes(recipe_from_record({})) == ()
+    assert recipe_notes(recipe_from_record({**record, "pretrain": {"iterations": 0}}), none) == ()
+    assert recipe_notes(recipe_from_record({}), none) == ()
+
+
+def test_both_commands_say_that_a_crop_is_mostly_padding(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(recipe_file(root))
+    main(["check-data", recipe, "--pretrain.augment.crop", "64,96", "--distill.augment.crop", "64,96"])
+    note = "note: crops of 64x96 (pretrain.augment.crop and distill.augment.crop) are larger than most training images"
+    said = capsys.readouterr().out
+    assert note in said
+    # A crop of twice the sides holds (s / 2)^2 of an image scaled by s, on average over s from 0.5 to 2.
+    assert f"{1 - (2**3 - 0.5**3) / 3 / 4 / 1.5:.0%} of what is trained on is padding" in said
+    assert "try [32, 32] or less" in said
+    expect(load_recipe(Path(recipe), ["--distill.augment.crop", "64,96"]))
+    assert "note: crops of 64x96 (distill.augment.crop) are larger" in capsys.readouterr().err
+    expect(load_recipe(Path(recipe), ["--distill.augment.crop", "32,48"]))  # padded where an image is scaled down
+    scenes = {"data": {"source": "scenes"}, "pretrain": {"augment": {"crop": [400, 400]}}}
+    assert "note:" not in capsys.readouterr().err
+    expect(recipe_from_record(scenes))
+    assert "note: crops of 400x400 (pretrain.augment.crop) are larger" in capsys.readouterr().err

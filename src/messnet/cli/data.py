@@ -67,7 +67,7 @@ def check_data(
     both = compare_splits(reports["train"], reports["val"])
     # A folder alone has no recipe yet that could be refused.
     refused = () if _is_folder(target) or len(datasets) < 2 else recipe_problems(recipe, *reports.values())
-    notes = (*both.notes, *recipe_notes(recipe))
+    notes = (*both.notes, *recipe_notes(recipe, reports["train"]))
     # Drawn and written before a problem ends the command: they are what one looks at to find it.
     if plot is not None:
         _plot(reports, datasets, plot)

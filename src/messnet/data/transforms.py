@@ -74,6 +74,15 @@ def build_augmentation(options: AugmentOptions, normalisation: Normalisation = I
     return augment
 
 
+def padding_share(options: AugmentOptions, size: tuple[int, int]) -> float:
+    """Share of the pixels of an augmented image of ``size`` (height, width) that lie outside of it, on average; [0, 1].
+    They are void: training computes them and learns nothing from them."""
+    scales = np.linspace(options.scale_min, options.scale_max, 100)
+    # A side that is longer than the crop fills it.
+    filled = [np.minimum(1, scales * side / cropped) for side, cropped in zip(size, options.crop or size, strict=True)]
+    return float(1 - np.mean(filled[0] * filled[1]))
+
+
 def stack_samples(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """A batch: images (N, 3, h, w) and masks (N, h, w). Raises DataError when samples are of several sizes."""
     if len(sizes := {tuple(mask.shape) for _, mask in samples}) > 1:

@@ -12,14 +12,17 @@ from tqdm import tqdm
 from messnet.data import SegmentationDataset
 from messnet.data.checks import DatasetReport, ImageFacts, check_dataset, left_out_note
 from messnet.data.sources import SOURCES
-from messnet.data.transforms import build_augmentation
+from messnet.data.transforms import build_augmentation, padding_share
 from messnet.errors import DataError
 from messnet.records.groups import group_ids, halves
 from messnet.run.recipe import Recipe
+from messnet.training.journal import say
 from messnet.training.options import TrainOptions
 
 LARGEST_CROP = 768
 """Pixels of a side of a crop that is proposed: what trains on common hardware."""
+MUCH_PADDING = 0.3
+"""Random scaling alone pads a seventh of crops that are as large as the images."""
 
 
 def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDataset) -> None:
@@ -34,7 +37,7 @@ def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDa
             reports.append(_unread(dataset))
             continue
         if note := left_out_note(dataset):
-            tqdm.write(f"{split}: {note}")
+            say(f"{split}: {note}")
         progress = partial(tqdm, desc=f"check {split}", unit="img")
         reports.append(check_dataset(dataset, num_threads=reading_threads(data.source), progress=progress))
     # A broken image first: what a recipe asks of the images can be judged once all of them can be read.
@@ -42,6 +45,8 @@ def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDa
     if found := found or recipe_problems(recipe, *reports):
         more = f" (and {len(found) - 1} more: `messnet check-data`)" if len(found) > 1 else ""
         raise DataError(f"{found[0]}{more}")
+    for note in _padding_notes(recipe, reports[0]):
+        say(f"note: {note}")
 
 
 def reading_threads(source: str) -> int:
@@ -52,8 +57,10 @@ def reading_threads(source: str) -> int:
 def _unread(scenes: SegmentationDataset) -> DatasetReport:
     """The report of generated scenes, which are of one size, labelled, and of all classes."""
     names = scenes.class_names
+    height, width = scenes[0].mask.shape
     return DatasetReport(
         num_images=len(scenes),
+        sizes={f"{height}x{width}": len(scenes)},
         class_share=dict.fromkeys(names, 1 / len(names)),
         class_images=dict.fromkeys(names, len(scenes)),
         images=tuple(ImageFacts(str(v), "", "", b"", True) for v in range(len(scenes))),
@@ -72,14 +79,32 @@ def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) ->
     )
 
 
-def recipe_notes(recipe: Recipe) -> tuple[str, ...]:
+def recipe_notes(recipe: Recipe, train: DatasetReport) -> tuple[str, ...]:
     """What would be better otherwise, though a run by ``recipe`` would go to its end: one line each."""
+    notes = [*_padding_notes(recipe, train)]
     if recipe.model.weights and recipe.pretrain.iterations:
-        return (
+        notes.append(
             f"model.weights are of a trained model, and stage 1 trains it on for {recipe.pretrain.iterations} "
-            "iterations: try pretrain.iterations: 0 first, which keeps it to the bit and trains heads only",
+            "iterations: try pretrain.iterations: 0 first, which keeps it to the bit and trains heads only"
         )
-    return ()
+    return tuple(notes)
+
+
+def _padding_notes(recipe: Recipe, train: DatasetReport) -> Iterator[str]:
+    """A line where crops are so much larger than the images that padding is a large part of what is trained on."""
+    trained = [options for options in (recipe.pretrain, recipe.distill) if options.iterations]
+    for augment in dict.fromkeys(options.augment for options in trained):
+        sizes = {_size(size): count for size, count in train.sizes.items()}
+        padded = sum(count * padding_share(augment, size) for size, count in sizes.items()) / max(
+            1, sum(sizes.values())
+        )
+        if augment.crop is not None and padded > MUCH_PADDING:
+            keys = " and ".join(f"{one.section}.augment.crop" for one in trained if one.augment == augment)
+            yield (
+                f"crops of {augment.crop[0]}x{augment.crop[1]} ({keys}) are larger than most training images, "
+                f"{next(iter(train.sizes))} and scaled by {augment.scale_min:g} to {augment.scale_max:g}: {padded:.0%} "
+                f"of what is trained on is padding, from which nothing is learnt; try {[*proposed_crop(train)]} or less"
+            )
 
 
 def _training_problems(options: TrainOptions, train: DatasetReport) -> Iterator[str]:
@@ -104,11 +129,16 @@ def proposed_crop(report: DatasetReport, largest: int = LARGEST_CROP) -> tuple[i
     """(height, width) that most images of a split can fill: medians in whole multiples of 32, at most ``largest``."""
     sides: tuple[list[int], list[int]] = ([], [])
     for size, count in report.sizes.items():
-        for side, length in zip(sides, size.split("x"), strict=True):
-            side += [int(length)] * count
-    # No sizes are known of generated scenes: they are of one size, and no crop is proposed for them.
+        for side, length in zip(sides, _size(size), strict=True):
+            side += [length] * count
     height, width = (statistics.median(side or [largest]) for side in sides)
     return _whole(height, largest), _whole(width, largest)
+
+
+def _size(words: str) -> tuple[int, int]:
+    """(height, width) of a report's "HEIGHTxWIDTH"."""
+    height, width = words.split("x")
+    return int(height), int(width)
 
 
 def _whole(length: float, largest: int) -> int:
