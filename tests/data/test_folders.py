@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.folders import open_folder
+from messnet.data.folders import contents, open_folder
 from messnet.data.image_files import FileDataset
 from messnet.errors import DataError
 from messnet.images.colours import default_palette
@@ -162,20 +162,38 @@ def test_missing_folders(root: Path) -> None:
     layout = "expected SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt"
     with pytest.raises(DataError, match=f"no folder .*nowhere: {layout}"):
         read(root / "nowhere")
-    with pytest.raises(DataError, match=f"no split 'test' in .*: {layout}"):
+    with pytest.raises(DataError, match=rf"no split 'test' in .*, which holds train/ \(2 files\): {layout}"):
         read(root, "test")
     (root / "train/masks/x.png").unlink()
     (root / "train/masks").rmdir()
-    with pytest.raises(DataError, match=f"no folder .*train/masks: {layout}"):
+    with pytest.raises(DataError, match=rf"no folder .*train/masks: {layout} in .*; .* holds images/ \(1 file\)$"):
         read(root)
 
 
-@pytest.mark.parametrize(("kind", "ending"), [("labels", "_mask"), ("annotations", "_gt"), ("masks", "_labels")])
-def test_other_names_of_masks(root: Path, kind: str, ending: str) -> None:
+def test_what_a_folder_holds(tmp_path: Path) -> None:
+    assert contents(tmp_path) == "0 files"
+    for name in ("Photos/a", "Photos/b", "Labels/a", "readme", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert contents(tmp_path) == "Labels/ (1 file), Photos/ (2 files) and 1 file"
+
+
+@pytest.mark.parametrize(
+    ("images", "kind", "ending"),
+    [
+        ("images", "labels", "_mask"),
+        ("imgs", "annotations", "_gt"),
+        ("images", "masks", "_labels"),
+        ("Photos", "Mask", "_L"),
+        ("Images", "GT", "-a_b"),
+    ],
+)
+def test_other_names_of_masks(root: Path, images: str, kind: str, ending: str) -> None:
+    source = (root / "train/images").rename(root / "train" / images)
     folder = (root / "train/masks").rename(root / "train" / kind)
     (folder / "x.png").rename(folder / f"x{ending}.png")
     for name in ("y", "z"):
-        Image.fromarray(IMAGE).save(root / f"train/images/{name}.png")
+        Image.fromarray(IMAGE).save(source / f"{name}.png")
     Image.fromarray(MASK).save(folder / f"y{ending}.png")
     dataset = read(root)
     assert dataset.names == ("x", "y")

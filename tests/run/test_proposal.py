@@ -178,7 +178,7 @@ def test_a_split_is_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
         image = smooth_image(*SIZE, seed=k // 3) // 2 + k % 3
         Image.fromarray(image).save(root / f"images/{k:03}.png")
         Image.fromarray(np.full(SIZE, k % 2, np.uint8)).save(root / f"labels/{k:03}_mask.png")
-    with pytest.raises(DataError, match=r"no split train .* --split 0.2` writes such lists"):
+    with pytest.raises(DataError, match=r"no split train .* labels/ \(36 files\): .* --split 0.2` writes such lists"):
         propose_recipe(root)
     main(["init", str(root), "--split", "0.25", "--out", str(tmp_path / "mine.yaml")])
     assert "split: 27 images in" in capsys.readouterr().out
@@ -194,7 +194,11 @@ def test_a_split_is_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_folders_that_are_not_there(tmp_path: Path) -> None:
     folder(tmp_path / "data", [0, 1], splits=("train", "rest"))
-    with pytest.raises(DataError, match=r"no split val or valid or validation or test in .*: expected val/images"):
+    own = r"which holds rest/ \(2 files\), train/ \(2 files\): expected val/images .*; move about a fifth"
+    with pytest.raises(DataError, match=f"no split val or valid or validation or test in .*, {own}"):
+        propose_recipe(tmp_path / "data")
+    (tmp_path / "data/train").rename(tmp_path / "data/Pictures")
+    with pytest.raises(DataError, match=r"no split train .* Pictures/ .*; name the folders so; .* --split 0.2` then"):
         propose_recipe(tmp_path / "data")
 
 

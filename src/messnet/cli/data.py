@@ -229,8 +229,14 @@ def init(
     progress = partial(tqdm, desc="look", unit="img")
     if split is not None:
         train, val = split_images(data, split, progress=progress)
+        share = val / (train + val)
+        why = (
+            ""
+            if abs(share - split) < 0.05
+            else f" ({share:.0%}: there are few groups of them, and val has two or more)"
+        )
         print(
-            f"split: {train} images in {data / 'train.txt'}, {val} in {data / 'val.txt'}; those alike are in one list"
+            f"split: {train} images in {data / 'train.txt'}, {val} in {data / 'val.txt'}; alike ones share a list{why}"
         )
     write_atomically(out, propose_recipe(data, progress=progress))
     print(f"recipe: {out}; read it, name the classes, then `messnet check-data {out}` and `messnet run {out}`")

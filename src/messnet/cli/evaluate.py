@@ -163,7 +163,7 @@ def _labelled(
     data: Path, target: Path, void_index: int | None, mask_values: tuple[int, ...] | None
 ) -> SegmentationDataset:
     """The images of a folder, with the classes of a run or a bundle."""
-    from messnet.data.folders import open_folder
+    from messnet.data.folders import IMAGE_FOLDERS, contents, open_folder, subfolder
     from messnet.deployment.bundle import is_bundle, open_bundle
     from messnet.records.run_directory import RunDirectory
 
@@ -178,11 +178,15 @@ def _labelled(
     if isinstance(own, dict) and void_index is None and mask_values is None:
         void_index, mask_values = own.get("void_index"), tuple(own.get("mask_values") or ())
     folder = data.resolve()
-    if not any((folder / name).exists() for name in ("images", "val", "val.txt")):
-        raise DataError(f"--data {data} holds no images/ and masks/, nor a split val: name the folder above them")
-    root, split = (
-        (folder, "val") if any((folder / one).exists() for one in ("val", "val.txt")) else (folder.parent, folder.name)
-    )
+    if not folder.is_dir():
+        raise DataError(f"--data {data} is no folder: name one with images/ and masks/, or with the split val")
+    has_split = any((folder / one).exists() for one in ("val", "val.txt"))
+    if not has_split and subfolder(folder, IMAGE_FOLDERS) is None:
+        raise DataError(
+            f"--data {data} holds no images/ and masks/, nor a split val, but {contents(folder)}: name the folder that "
+            "has them"
+        )
+    root, split = (folder, "val") if has_split else (folder.parent, folder.name)
     return open_folder(root, split, class_names=class_names, void_index=void_index, mask_values=mask_values or ())
 
 

@@ -1,10 +1,11 @@
 """Images and masks in folders.
 
 Either ``root/SPLIT/images`` and ``root/SPLIT/masks``; or ``root/images`` and ``root/masks`` with ``root/SPLIT.txt``, a
-list of names, one a line. ``masks`` may be called ``labels`` or ``annotations``. ``images/NAME.jpg`` (or .jpeg, .png,
-.bmp, .webp, .tif, .tiff) belongs to ``masks/NAME.png``, or to ``NAME_mask.png``, ``NAME_label.png``, ``NAME_gt.png``:
-one channel, 8 bits, class indices; of a palette PNG the indices count, not the colours. Masks with other values, or RGB
-masks, are read with ``mask_values``.
+list of names, one a line. Both folders may have the names of ``IMAGE_FOLDERS`` and ``MASK_FOLDERS``, in any case.
+``images/NAME.jpg`` (or .jpeg, .png, .bmp, .webp, .tif, .tiff) belongs to ``masks/NAME.png``, or to ``NAME_mask.png``,
+``NAME_label.png``, ``NAME_gt.png``, or to whatever ending all masks of the folder share: one channel, 8 bits, class
+indices; of a palette PNG the indices count, not the colours. Masks with other values, or RGB masks, are read with
+``mask_values``.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from PIL import Image
 
 from messnet.data import IGNORE_INDEX
 from messnet.data.image_files import FileDataset, MaskReader, expect_class_names, mask_value, read_colours, read_indices
-from messnet.data.listings import bare_name, composed, list_files, read_text, some
+from messnet.data.listings import bare_name, composed, list_files, read_text, some, visible
 from messnet.errors import DataError
 from messnet.images.colours import default_palette
 from messnet.images.reading import IMAGE_SUFFIXES
 
 LAYOUT = "expected SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt"
-MASK_FOLDERS = ("masks", "labels", "annotations")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "photos", "frames")
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "gt")
+"""Names of folders, the first that is there."""
 _MASK_ENDING = re.compile(r"[-_.](masks?|labels?|gt|ground_?truth|seg|segmentation|annotations?)$", re.IGNORECASE)
 """What tools add to an image's name to name its mask."""
 
@@ -126,13 +129,13 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], tuple[s
     elif not root.is_dir():
         raise DataError(f"no folder {root}: {LAYOUT} in it")
     else:
-        raise DataError(f"no split {split!r} in {root}: {LAYOUT}")
-    folder = next((base / name for name in MASK_FOLDERS if (base / name).is_dir()), base / MASK_FOLDERS[0])
-    for needed in (base / "images", folder):
-        if not needed.is_dir():
-            raise DataError(f"no folder {needed}: {LAYOUT} in {root}")
+        raise DataError(f"no split {split!r} in {root}, which holds {contents(root)}: {LAYOUT}")
+    source, folder = subfolder(base, IMAGE_FOLDERS), subfolder(base, MASK_FOLDERS)
+    if source is None or folder is None:
+        missing = base / ("images" if source is None else "masks")
+        raise DataError(f"no folder {missing}: {LAYOUT} in {root}; {base} holds {contents(base)}")
 
-    images = _by_stem(base / "images", IMAGE_SUFFIXES)
+    images = _by_stem(source, IMAGE_SUFFIXES)
     masks = _by_stem(folder, (".png",), images)
 
     if base == root and split:
@@ -140,35 +143,56 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], tuple[s
         lines = (composed(line.strip()) for line in read_text(listing).splitlines())
         names = [line if line in images else bare_name(line, IMAGE_SUFFIXES) for line in lines if line]
         if absent := [name for name in names if name not in images]:
-            raise DataError(f"{listing} names {some(absent)}, not in {base / 'images'}: list one file name a line")
+            raise DataError(f"{listing} names {some(absent)}, not in {source}: list one file name a line")
     else:
         # Here a mask without an image is a lost image; with a list it may belong to another split.
         names = list(images)
         if lost := [name for name in masks if name not in images]:
             raise DataError(f"no image for {some([masks[name].name for name in lost])} in {folder}: add or remove")
     if not names:
-        where = f"in {base / 'images'}" if base != root else f"named in {listing}"
+        where = f"in {source}" if base != root else f"named in {listing}"
         raise DataError(f"no images {where}: expected files {', '.join(IMAGE_SUFFIXES)}")
     unlabelled = tuple(name for name in names if name not in masks)
     # Where most have none, the masks have other names, or lie elsewhere.
     if 2 * len(unlabelled) > len(names):
         raise DataError(
             f"no mask for {some(unlabelled)}: expected {folder / (unlabelled[0] + '.png')}; add the masks, or take "
-            f"these names out of {listing if base == root and split else base / 'images'}"
+            f"these names out of {listing if base == root and split else source}"
         )
     return [(images[name], masks[name]) for name in names if name in masks], unlabelled
+
+
+def subfolder(base: Path, names: Sequence[str]) -> Path | None:
+    """The folder in ``base`` that has the first of these names, in any case; None where there is none."""
+    there = {path.name.casefold(): path for path in visible(base.iterdir()) if path.is_dir()}
+    return next((there[name] for name in names if name in there), None)
+
+
+def contents(folder: Path) -> str:
+    """What a folder holds, for an error: "Photos/ (60 files), Labels/ (60 files) and 1 file"."""
+    paths = visible(folder.iterdir())
+    folders = [f"{path.name}/ ({_files(len(visible(path.iterdir())))})" for path in paths if path.is_dir()]
+    loose = len(paths) - len(folders)
+    return " and ".join([some(folders)] * bool(folders) + [_files(loose)] * bool(loose or not folders))
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'' if count == 1 else 's'}"
 
 
 def _by_stem(folder: Path, suffixes: Sequence[str], images: Collection[str] = ()) -> dict[str, Path]:
     """The files with one of these suffixes, in any case, by their names without it; sorted. Masks are found under the
     name of the one of ``images`` that they belong to."""
+    split_names = [(*os.path.splitext(name), path) for name, path in list_files(folder).items()]
+    files = [(stem, path) for stem, suffix, path in split_names if suffix.lower() in suffixes]
+    backwards = [stem[::-1] for stem, _ in files]
+    shared = os.path.commonprefix(backwards)[::-1]  # noqa: RUF071  these are no paths
+    shared_endings = [shared[match.start() :] for match in re.finditer("[-_.]", shared)]
     found: dict[str, Path] = {}
-    for name, path in list_files(folder).items():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in suffixes:
-            continue
-        if stem not in images and (bare := _MASK_ENDING.sub("", stem)) in images:
-            stem = bare
+    for stem, path in files:
+        if stem not in images:
+            bare = [_MASK_ENDING.sub("", stem), *map(stem.removesuffix, shared_endings)]
+            stem = next((name for name in bare if name in images), stem)
         if stem in found:
             raise DataError(f"{found[stem]} and {path.name} share one name: keep one of them")
         found[stem] = path

@@ -100,8 +100,9 @@ def _notes(found: SplitComparison, train: DatasetReport, val: DatasetReport) -> 
 def _proposal(pattern: str, train: DatasetReport, val: DatasetReport) -> str:
     counts = [Counter(_group(pattern, image.name) for image in report.images) for report in (train, val)]
     both = [group for group in counts[1] if group in counts[0]]
+    groups = "group" if len(counts[0]) == 1 else "groups"
     text = (
-        f"names show images that belong together, {len(counts[0])} groups in train and {len(counts[1])} in val (such "
+        f"names show images that belong together, {len(counts[0])} {groups} in train and {len(counts[1])} in val (such "
         f"as {', '.join(name for name, _ in (counts[1] or counts[0]).most_common(3))}): data.group: '{pattern}' keeps "
         "each whole when messnet splits the validation images"
     )

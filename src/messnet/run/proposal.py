@@ -16,7 +16,15 @@ import numpy as np
 
 from messnet.data import SegmentationDataset
 from messnet.data.checks import SHOWN, DatasetReport, check_dataset, left_out_note
-from messnet.data.folders import count_mask_values, find_pairs, open_folder
+from messnet.data.folders import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    contents,
+    count_mask_values,
+    find_pairs,
+    open_folder,
+    subfolder,
+)
 from messnet.data.groups import near_duplicates, proposed_pattern, thumbnail
 from messnet.data.image_files import mask_value, read_image
 from messnet.data.listings import composed, read_text, some
@@ -163,10 +171,15 @@ def _split_name(root: Path, names: tuple[str, ...]) -> str:
     for name in names:
         if _is_split(root, name):
             return name
-    own = f"; `messnet init {root} --split 0.2` writes such lists" if (root / "images").is_dir() else ""
+    if subfolder(root, IMAGE_FOLDERS) and subfolder(root, MASK_FOLDERS):
+        advice = f"`messnet init {root} --split 0.2` writes such lists"
+    elif any(_is_split(root, name) for name in SPLITS["train"]):
+        advice = f"move about a fifth of the images and their masks into {names[0]}/"
+    else:
+        advice = f"name the folders so; `messnet init {root} --split 0.2` then writes the lists"
     raise DataError(
-        f"no split {' or '.join(names)} in {root}: expected {names[0]}/images and {names[0]}/masks, or images, masks "
-        f"and {names[0]}.txt, a list of names{own}"
+        f"no split {' or '.join(names)} in {root}, which holds {contents(root)}: expected {names[0]}/images and "
+        f"{names[0]}/masks, or images, masks and {names[0]}.txt, a list of names; {advice}"
     )
 
 
