@@ -45,6 +45,21 @@ def tiny() -> MultiExitNet:
     return net.eval()
 
 
+def test_a_network_is_printed_in_a_line_for_each_exit(tiny: MultiExitNet) -> None:
+    first, *exits, last = repr(tiny).splitlines()
+    assert (first, last) == ("MultiExitNet of 4 exits, 5 classes (", ")")
+    assert len(exits) == 4
+    for i, (line, point) in enumerate(zip(exits, tiny.exit_points, strict=True)):
+        assert line.startswith(f"  exit {i} after {point.module}: {point.channels} channels at 1/")
+    assert exits[0].endswith(", ".join(config.name for config in HEADS))
+    assert exits[3].endswith("your model's own head")
+    short = copy.deepcopy(tiny)
+    short.keep_only([Exit(1, HEADS[0].name)])
+    assert [line.rpartition(", ")[2] for line in repr(short).splitlines()[1:-1]] == ["no heads yet", HEADS[0].name]
+    with pytest.raises(ModelError, match=r"a batch of images such as torch.zeros\(1, 3, 512, 512\), got \(64, 80\)"):
+        convert(nn.Conv2d(3, 5, 1), (64, 80))  # type: ignore[arg-type]
+
+
 def test_the_final_exit_is_the_users_model_in_train_and_eval(
     pair: tuple[nn.Module, nn.Module, MultiExitNet],
 ) -> None:

@@ -9,12 +9,14 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 
-from helpers.tables import COMPLETE, simulate, tiny
+from helpers.tables import COMPLETE, larger, simulate, tiny
 from messnet.errors import InfeasibleError, RecipeError
 from messnet.records.instance import ExitChoice, Instance
+from messnet.records.iou import mean_iou
 from messnet.records.selection import AnytimeFigures, CostUnit, ReachedCost, ReachedIou, Selection
 from messnet.searching import words
 from messnet.searching.answers import Comparison, FrontPoint
+from messnet.searching.grid import Grid
 from messnet.searching.objective import AnytimeObjective, Limit, Objective
 from messnet.searching.optima import choose, pareto_front, search, search_for
 
@@ -148,6 +150,28 @@ def test_a_rival_that_costs_nothing_is_no_share() -> None:
     verdict = words.verdict(replace(result, comparison=comparison))
     assert verdict.startswith("worse than the best network with a single exit (")
     assert verdict.endswith("): the same mIoU, 3 million parameters more")
+
+
+def test_records_are_printed_in_a_line_with_their_main_figures() -> None:
+    tables, costs = larger(99_000)
+    result = search(tables, costs, max_drop_pp=2.0, name="half", grid=Grid(num_image_thresholds=4, max_exits=2))
+    final = mean_iou(tables.intersection[:, -1].sum(0), tables.predicted[:, -1].sum(0), tables.labelled.sum(0))
+    num_images, num_classes = tables.labelled.shape
+    assert repr(tables).startswith(f"<ExitTables of {num_images} images and {num_classes} classes: ")
+    assert repr(tables).endswith(f"; final exit {100 * final:.2f} % mIoU>")
+    assert f"; the model {costs.total_macs() / 1e9:.4g} GMACs" in repr(costs)
+    measured = replace(costs, conditions={"device": "cpu"})
+    assert repr(measured).endswith(f" GMACs, {costs.total('latency_ms'):.4g} ms>")
+    miou = f"{100 * result.selection.miou:.2f} % mIoU"
+    assert repr(result.instance) == (
+        "<Instance half, input_dependent: exits "
+        f"{' > '.join(f'{choice.exit_index}:{choice.head}' for choice in result.instance.exits)}; {miou}>"
+    )
+    assert repr(result).startswith("<SearchResult half: ")
+    assert all("\n" not in repr(one) and len(repr(one)) < 250 for one in (tables, costs, result, result.instance))
+    told = str(result).splitlines()
+    assert told[: 2 + len(result.instance.exits)] == words.describe(result.instance)
+    assert sum(line.startswith("next best: ") for line in told) == len(result.runners_up)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

@@ -178,7 +178,8 @@ def search(
         instances = [file.read() for file in files if file.exists]
         fronts, unit = {**found.fronts}, CostUnit("macs")
         told = {one.name: words.found(one) for one in found.found if one.is_found}
-        texts = [words.finding(one) for one in found.found if not one.is_found]
+        texts = ["\n".join(words.with_findings(one, told.get(one.name, []))) for one in instances]
+        texts += [words.finding(one) for one in found.found if not one.is_found]
         judged = [(one.expected.macs, one.expected.miou) for one in found.judged]
         fronts |= {"expected on new images": judged} if judged else {}
     else:
@@ -209,11 +210,7 @@ def search(
                 time_limit=time_limit,
             )
         instances, unit = [result.instance], result.selection.unit
-        # An anytime instance has no rivals: its verdict is its figures, which it has already.
-        compared = [result.verdict] if setting != "anytime" else []
-        told = {name: [*compared, result.certificate]}
-        texts = [_alternative(one, unit) for one in alternatives]
-        texts += [f"next best: {words.runner_up(one, unit)}" for one in result.runners_up]
+        texts = [str(result), *(_alternative(one, unit) for one in alternatives)]
         found_fronts = {one.name: one.result.front for one in alternatives if one.result} or {setting: result.front}
         fronts = {key: [(point.cost, point.miou) for point in points] for key, points in found_fronts.items()}
         if front is not None:
@@ -230,9 +227,6 @@ def search(
     if as_json:
         print(json.dumps([json.loads(instance.to_json()) for instance in instances], indent=1))
         return
-    for instance in instances:
-        clauses = "; ".join(filter(None, told.get(instance.name, ()))).split("; ")
-        print("\n".join([*words.describe(instance), *(f"  {clause}" for clause in clauses if clause)]))
     for text in texts:
         print(text)
 

@@ -45,6 +45,16 @@ class MultiExitNet(nn.Module):
         """What images become before ``net`` takes them; everything that reads images for it follows this."""
         self.heads = nn.ModuleList(nn.ModuleDict() for _ in backbone.exit_points[:-1])
 
+    def __repr__(self) -> str:
+        """A line for each exit; ``net.backbone`` has the modules."""
+        heads = [", ".join(names) if len(names) < 3 else f"{len(names)} heads" for names in self._heads()]
+        lines = [f"MultiExitNet of {self.num_exits} exits, {self.num_classes} classes ("]
+        # A network that was cut has no final exit, whose head is the model's own.
+        for i, (point, names) in enumerate(zip(self.exit_points, [*heads, "your model's own head"], strict=False)):
+            where = f"{point.channels} channels at 1/{point.output_stride}"
+            lines.append(f"  exit {i} after {point.module}: {where}, {names or 'no heads yet'}")
+        return "\n".join([*lines, ")"])
+
     @property
     def exit_points(self) -> tuple[ExitPoint, ...]:
         """N - 1 early ones, then the end of the backbone."""
@@ -259,6 +269,10 @@ def convert(
         advice = "call it and give what it returns" if callable(model) else "build the model and load them into it"
         what = "weights alone" if isinstance(model, Mapping) else f"a {type(model).__name__}"
         raise ModelError(f"model must be a torch.nn.Module, got {what}: {advice}")
+    if not isinstance(example_input, torch.Tensor):
+        raise ModelError(
+            f"example_input must be a batch of images such as torch.zeros(1, 3, 512, 512), got {example_input!r:.80}"
+        )
     if example_input.dim() != 4 or example_input.shape[1] != 3:
         raise ModelError(f"example_input must be RGB images (N, 3, H, W), got {tuple(example_input.shape)}")
     if isinstance(exit_points, str):

@@ -123,6 +123,14 @@ class CostTable(Stored, what="a cost table", made_by="profile", version=2):
     relative, over ``num_instances``. Empty where that was not checked."""
     provenance: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        latency = f", {self.total('latency_ms'):.4g} ms" if self.conditions else ""
+        height, width = self.input_size
+        return (
+            f"<CostTable of {self.model}, {height} x {width}: {len(self.segments)} exits, {len(self.heads)} heads; the "
+            f"model {self.total_macs() / 1e9:.4g} GMACs{latency}>"
+        )
+
     @property
     def final_exit(self) -> Exit:
         return max(self.heads)  # exits are ordered by exit_index first

@@ -54,6 +54,14 @@ class ExitTables(Stored, what="exit tables", made_by="evaluate"):
     """(V, 2, K): intersection and predicted pixels of the user's model as it was delivered, before it was trained any
     further; None where no weights were given, and in files of before."""
 
+    def __repr__(self) -> str:
+        num_images, num_places = len(self.image_names), len({exit.exit_index for exit in self.exits})
+        miou = f"; final exit {100 * self.miou(np.full(num_images, self.final)):.2f} % mIoU" if num_images else ""
+        return (
+            f"<ExitTables of {num_images} images and {len(self.class_names)} classes: {num_places} exits, "
+            f"{len(self.exits)} heads{miou}>"
+        )
+
     @property
     def final(self) -> int:
         """Position of the final exit in ``exits``."""

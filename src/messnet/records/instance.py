@@ -58,6 +58,11 @@ class Instance(Stored, what="an instance file", made_by="search", indent=2):
     expected: Expected | None = field(default=None, metadata=LEFT_OUT)
     """What to expect on new images; None where it was not cross-fitted, and in files of version 0.2."""
 
+    def __repr__(self) -> str:
+        exits = " > ".join(f"{choice.exit_index}:{choice.head}" for choice in self.exits)
+        miou = f"; {100 * self.selected_on['miou']:.2f} % mIoU" if "miou" in self.selected_on else ""
+        return f"<Instance {self.name}, {self.setting}: exits {exits}{miou}>"
+
 
 def whole_model(final: Exit) -> Instance:
     """The user's model as an instance, "baseline": its final exit alone."""

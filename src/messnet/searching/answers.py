@@ -172,6 +172,18 @@ class SearchResult:
     verdict: str = ""
     """How the instance compares with the best static truncated model and with uniform heads, in words."""
 
+    def __repr__(self) -> str:
+        from messnet.searching import words  # it is made of these records
+
+        point = FrontPoint(miou=self.selection.miou, cost=self.selection.cost, instance=self.instance)
+        return f"<SearchResult {self.instance.name}: {words.runner_up(point, self.selection.unit)}; print it for more>"
+
+    def __str__(self) -> str:
+        """What `messnet search` prints: figures, exits, how they compare, what was proved."""
+        from messnet.searching import words
+
+        return "\n".join(words.described(self))
+
     @property
     def gap_cost(self) -> float | None:
         """Minimised: no instance costs less than (1 - gap) of this one. None: nothing is proved. 0: optimal."""

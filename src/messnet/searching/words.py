@@ -7,7 +7,7 @@ found.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf, isclose
 
@@ -409,6 +409,20 @@ def describe(instance: Instance) -> list[str]:
             rule = f"images with >= {share:.1f} % of the pixels at confidence >= {choice.pixel_threshold:g}"
         lines.append(f"  exit {choice.exit_index}  {choice.head:28} {rule}")
     return lines
+
+
+def described(result: SearchResult) -> list[str]:
+    """The instance of a result, how it compares and what was proved of it, then the next best."""
+    # An anytime instance has no rivals: its verdict is its figures, which it has already.
+    compared = [] if result.instance.setting == "anytime" else [result.verdict]
+    nearby = [f"next best: {runner_up(one, result.selection.unit)}" for one in result.runners_up]
+    return [*with_findings(result.instance, [*compared, result.certificate]), *nearby]
+
+
+def with_findings(instance: Instance, told: Sequence[str]) -> list[str]:
+    """An instance, and below it each clause of what is ``told`` of it."""
+    clauses = "; ".join(filter(None, told)).split("; ")
+    return [*describe(instance), *(f"  {clause}" for clause in clauses if clause)]
 
 
 def expected(one: Expected) -> str:
