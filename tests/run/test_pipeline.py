@@ -19,13 +19,15 @@ import torch
 import yaml
 
 from helpers.files import snapshot
+from messnet.cli import main
+from messnet.data import IGNORE_INDEX
 from messnet.data.scenes import CLASS_NAMES
 from messnet.errors import DataError, ModelError, RecipeError, RunError
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.records.measurements import Gallery, Measurements
 from messnet.records.run_directory import RunDirectory
-from messnet.run.opening import open_run
-from messnet.run.stages import STAGES, forecast, run_stage
+from messnet.run.opening import adopt_pretrained, open_run
+from messnet.run.stages import STAGES, expect_seeing, forecast, run_stage
 from messnet.searching.cross_fitting import Folds
 from messnet.searching.findings import Findings
 from messnet.searching.grid import cost_of, route
@@ -309,6 +311,29 @@ def test_the_gallery_shows_reported_images(tiny_run: Path) -> None:
     assert set(gallery.image_names) <= set(measurements.image_names)
     shown = max(measurements.rows[1:], key=lambda row: scipy.stats.entropy([share for _, share in row.exit_shares()]))
     assert gallery.exits == tuple(choice.exit for choice in shown.instance.exits)
+
+
+def test_stage_2_does_not_begin_after_a_final_exit_of_one_class(
+    tiny_run: Path, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(tiny_recipe, ["--distill.iterations", "40"], out=tmp_path)
+    adopt_pretrained(run, tiny_run)
+    expect_seeing(run)  # it has learnt enough
+    weights = safetensors.torch.load_file(tmp_path / "stage1.safetensors")
+    *_, bias = (name for name, tensor in weights.items() if tensor.shape == (len(CLASS_NAMES),))
+    weights |= {name: torch.zeros_like(weights[name]) for name in (bias, bias.replace("bias", "weight"))}
+    weights[bias][2] = 1
+    safetensors.torch.save_file(weights, tmp_path / "stage1.safetensors")
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(tmp_path)])
+    assert end.value.code == 2
+    masks = np.stack([run.dataset("val")[v].mask for v in range(16)])
+    miou = (masks == 2).sum() / (masks != IGNORE_INDEX).sum() / len({*masks[masks != IGNORE_INDEX].tolist()})
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"takes every pixel of the validation images for {CLASS_NAMES[2]!r} ({100 * miou:.1f} % mIoU)" in said
+    assert f"`messnet distill {tmp_path}` goes on all the same" in said
+    run.checkpoint("distill").path.touch()  # as it leaves when it has begun
+    expect_seeing(run)
 
 
 def test_killed_while_training_it_goes_on_from_the_checkpoint(

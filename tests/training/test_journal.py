@@ -145,7 +145,7 @@ def test_one_class_for_all_is_warned_of_once(tmp_path: Path, capsys: pytest.Capt
     options = replace(PRETRAIN, iterations=12, learning_rate=2.0, scheme="baseline")
     pretrain(build(), OneClass(), options, LOOKING, Checkpoint(tmp_path / "c"), Monitor(tmp_path, Noise()))
     err = capsys.readouterr().err
-    assert err.count("still takes every validation pixel for class 1: look at the masks") == 1
+    assert err.count("still takes every validation pixel for 'b': look at the masks") == 1
     assert "exit 2 (final)" in err
 
 

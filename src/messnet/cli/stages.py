@@ -48,12 +48,14 @@ def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson 
     """Do all stages, or those that are left of a run that was stopped: profile, pretrain, distill, evaluate, search,
     deploy (where the recipe has deploy.precisions) and report."""
     opened = open_target(target, overrides, out)
-    from messnet.run.stages import STAGES, forecast, run_stage
+    from messnet.run.stages import STAGES, expect_seeing, forecast, run_stage
 
     for stage in (name for name, one in STAGES.items() if one.is_wanted(opened.recipe)):
         # Once the model is converted, and before hours go into it.
         if stage == "pretrain" and (line := forecast(opened)):
             print(f"messnet: {line}", file=sys.stderr)
+        if stage == "distill":
+            expect_seeing(opened)
         say(stage, run_stage(opened, stage), as_json)
     print_table(opened.directory, as_json)
 

@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from messnet.deployment.graphs import MadeStages
+from messnet.errors import MessError
 from messnet.evaluation import evaluate, merge_shards
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
@@ -31,7 +33,7 @@ from messnet.run.stage import Stage
 from messnet.searching.findings import Findings
 from messnet.searching.measure import baseline_miou_of
 from messnet.training import distill, distill_seconds, pretrain, pretrain_seconds, space_exits
-from messnet.training.journal import say
+from messnet.training.journal import Validation, say
 
 
 def profile_stage(run: Run) -> None:
@@ -321,7 +323,38 @@ def run_stage(run: Run, name: str, *, again: bool = False) -> bool:
 
 
 FEWEST = 40
-"""Iterations of a training below which timing some of them first would take a tenth of it."""
+"""Iterations of a training below which it is a trial: to time some of them first would take a tenth of it."""
+
+
+def expect_seeing(run: Run) -> None:
+    """Before stage 2 begins. Raises MessError where stage 1 left a final exit that takes every pixel of the validation
+    images for one class: hours would go into heads that learn to do the same. A stage 2 of a few iterations, which
+    only tries whether a run goes through, may begin."""
+    recipe = run.recipe
+    has_begun = STAGES["distill"].is_done(run) or run.checkpoint("distill").path.exists()
+    if has_begun or recipe.distill.iterations < FEWEST:
+        return
+    val, net = run.dataset("val"), run.pretrained().to(run.device)
+    final = net.exits[-1]
+    look = Validation(val, recipe.compute.validate_images).look(net, [final], run.device)
+    if look[final].only_class is None:
+        return
+    # Where a class is rare, the few images that are looked at may lack it.
+    tables = evaluate(net, val, recipe.evaluate, run.device)
+    predicted, labelled = tables.predicted.sum((0, 1)), tables.labelled.sum(0)
+    if np.count_nonzero(predicted) != 1 or np.count_nonzero(labelled) == 1:
+        return
+    advice = (
+        "lower pretrain.learning_rate or raise pretrain.iterations, with another --out"
+        if recipe.pretrain.iterations
+        else "model.weights, model.normalisation or the order of the classes do not fit"
+    )
+    raise MessError(
+        f"the final exit takes every pixel of the validation images for {val.class_names[predicted.argmax()]!r} "
+        f"({100 * baseline_miou_of(tables):.1f} % mIoU), which stage 2 would teach to every head: {advice}, and look "
+        f"at the masks (`messnet check-data {run.directory.path}`); `messnet distill {run.directory.path}` goes on all "
+        "the same"
+    )
 
 
 def forecast(run: Run) -> str:

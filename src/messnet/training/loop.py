@@ -295,13 +295,14 @@ class _Recorder:
         """Once, of exits that were blind at two looks in a row: at the very first one many are."""
         uniform = {exit for exit, result in results.items() if result.only_class is not None}
         lasting, self.uniform = sorted(uniform & self.uniform), uniform
-        if lasting and not self.has_warned:
+        if lasting and not self.has_warned and self.validation is not None:
             self.has_warned = True
             exit = lasting[0]
+            name = self.validation.dataset.class_names[results[exit].only_class or 0]
             others = f" (and {len(lasting) - 1} more)" if len(lasting) > 1 else ""
             say(
                 f"{self.name}: at iteration {iteration} exit {exit.exit_index} ({exit.head}){others} still takes every "
-                f"validation pixel for class {results[exit].only_class}: look at the masks (`messnet check-data`) and "
+                f"validation pixel for {name!r}: look at the masks (`messnet check-data`) and "
                 f"at {self.name}.learning_rate"
             )
 
