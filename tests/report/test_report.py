@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import subprocess
@@ -15,6 +16,7 @@ import scipy.stats
 from rich.console import Console
 
 from helpers.reports import (
+    CLASSES,
     GMACS,
     NUM_EXITS,
     NUM_IMAGES,
@@ -24,6 +26,7 @@ from helpers.reports import (
     make_tables,
 )
 from messnet.errors import RunError
+from messnet.report.classes import missed_by_rows
 from messnet.report.page import (
     ReportInputs,
     headline,
@@ -305,6 +308,32 @@ def test_headline_of_an_untrained_network_says_so(inputs: ReportInputs) -> None:
     assert "Too little" not in headline(replace(measurements, rows=[replace(baseline, miou=0.08), row]))
 
 
+def test_classes_at_zero_are_named(inputs: ReportInputs) -> None:
+    """Sky is never predicted, building only where it is not; road and the last class are in no mask, the last is
+    predicted all the same."""
+    confusion = np.zeros((5, 5), int)
+    confusion[0, 3] = confusion[1, 3] = confusion[3, 1] = confusion[3, 4] = confusion[3, 3] = 10
+    other = confusion.copy()
+    other[3, 2] = 1
+    made = inputs.measurements
+    confusions = [confusion.tolist(), confusion.tolist(), other.tolist()]
+    rows = [replace(row, confusion=one) for row, one in zip(made.rows, confusions, strict=True)]
+    measurements = replace(made, rows=rows, class_names=list(CLASSES))
+    first, second, third = (row.instance.name for row in rows)
+    start = "never predicted: sky; predicted, but never where it is: building; absent in these masks"
+    yet = "absent in these masks, yet predicted, which counts as 0 %:"
+    sentences = [
+        f"{first}, {second}: {start}: road; {yet} {CLASSES[4]}",
+        f"{third}: {start}, yet predicted, which counts as 0 %: road, {CLASSES[4]}",
+    ]
+    assert missed_by_rows(measurements) == sentences
+    assert all(sentence in measurements_markdown(measurements) for sentence in sentences)
+    text = html.unescape(render_report(replace(inputs, measurements=measurements)))
+    assert all(f"{sentence}." in text for sentence in sentences)
+    everywhere = replace(rows[0], confusion=np.ones((5, 5), int).tolist())
+    assert missed_by_rows(replace(measurements, rows=[everywhere])) == []
+
+
 def test_a_routing_unlike_the_tables_is_a_warning(page: str, inputs: ReportInputs) -> None:
     assert 'class="warning"' not in page
     row = replace(inputs.measurements.rows[2], miou_from_tables=inputs.measurements.rows[2].miou + 1e-6)
@@ -344,6 +373,7 @@ def test_importing_the_report_loads_no_torch() -> None:
         (52, "50 s"),
         (148, "2 min 30 s"),
         (700, "12 min"),
+        (3700, "1 h"),
         (7900, "2 h 10 min"),
         (5e4, "14 h"),
     ],

@@ -189,7 +189,7 @@ def print_table(directory: RunDirectory, as_json: bool) -> None:
     """What came of a run: first the sentence to remember, then the tables, then where the page lies."""
     from rich.console import Console
 
-    from messnet.report.classes import class_table, class_terminal_table
+    from messnet.report.classes import class_table, class_terminal_table, missed_by_rows
     from messnet.report.page import class_columns, not_in_table, opening, terminal_table
     from messnet.searching.findings import Findings
 
@@ -204,6 +204,8 @@ def print_table(directory: RunDirectory, as_json: bool) -> None:
     Console().print(f"\n{sentence}.\n", style="bold", markup=False, highlight=False)
     classes = class_table(class_columns(measurements), measurements.class_names)
     show(terminal_table(measurements, missing), class_terminal_table(classes))
+    for sentence in missed_by_rows(measurements):
+        print(sentence)
     if deployed:
         print_deployed(directory, False)
     print(f"report: {directory.report.path}")

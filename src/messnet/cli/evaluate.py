@@ -148,7 +148,7 @@ def evaluate(
     else:
         run = do_stage("evaluate", target, overrides, out, quiet=as_json)
     from messnet.report.classes import class_terminal_table
-    from messnet.report.page import exit_classes, exit_rows, exits_table
+    from messnet.report.page import exit_classes, exit_rows, exits_table, missed_by_final_exit
 
     file = run.directory.deployed_tables(*kind) if deployed else run.directory.tables
     tables, costs = file.read(), run.costs()
@@ -157,6 +157,8 @@ def evaluate(
         print(json.dumps(rows, indent=1))
         return
     show(exits_table(tables, costs), class_terminal_table(exit_classes(tables, rows)))
+    for sentence in missed_by_final_exit(tables):
+        print(sentence)
 
 
 def _labelled(
@@ -207,7 +209,10 @@ def _show_scores(scores: Sequence[Score], as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(score) for score in scores], indent=1))
         return
-    from messnet.report.classes import class_table, class_terminal_table
+    import numpy as np
+
+    from messnet.records.iou import counts_of
+    from messnet.report.classes import class_table, class_terminal_table, missed_classes
 
     first = scores[0]
     title = f"{first.num_images} images, {first.runtime}, {first.precision}, one image at a time"
@@ -220,3 +225,6 @@ def _show_scores(scores: Sequence[Score], as_json: bool) -> None:
         table.add_row(Text(score.instance), miou, Text(f"{score.latency_ms:.1f} [{score.latency_p95_ms:.1f}]"), exits)
     classes = class_table({score.instance: [*score.iou.values()] for score in scores}, [*first.iou])
     show(table, class_terminal_table(classes))
+    counts = {score.instance: counts_of(np.array(score.confusion)) for score in scores}
+    for sentence in missed_classes(counts, [*first.iou]):
+        print(sentence)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from messnet.records.arrays import IntArray
+from messnet.records.iou import counts_of
 from messnet.records.measurements import Measurements
 from messnet.report.wording import markdown_table
 
@@ -16,6 +18,8 @@ MOST_CLASSES = 40
 """More are no picture on a page; measurements.json has them all."""
 LOST_PP = 5.0
 """Percentage points of IoU from which on a class is said to suffer."""
+MOST_NAMED = 12
+"""Names in a sentence."""
 
 
 class _Cell(NamedTuple):
@@ -86,6 +90,39 @@ def class_markdown(table: ClassTable) -> str:
     """``class_table`` as Markdown."""
     rows = ([name, *(f"{cell.iou} {cell.change}".strip() for cell in cells)] for name, cells in table.rows)
     return markdown_table(["IoU by class, %", *table.columns], rows)
+
+
+def missed_classes(counts: Mapping[str, tuple[IntArray, IntArray, IntArray]], class_names: Sequence[str]) -> list[str]:
+    """Sentences about classes whose IoU is 0 or undefined, for each of the networks whose ``counts`` are given:
+    (intersection, predicted, labelled) pixels by class, each (K,). Networks that miss the same share a sentence."""
+    missing: dict[str, list[str]] = {}
+    for name, (right, predicted, labelled) in counts.items():
+        kinds = {
+            "never predicted": (labelled > 0) & (predicted == 0),
+            "predicted, but never where it is": (right == 0) & (labelled > 0) & (predicted > 0),
+            "absent in these masks": (labelled == 0) & (predicted == 0),
+            "absent in these masks, yet predicted, which counts as 0 %": (labelled == 0) & (predicted > 0),
+        }
+        told = [
+            f"{kind}: {_first_of([class_names[k] for k in np.flatnonzero(which).tolist()])}"
+            for kind, which in kinds.items()
+            if which.any()
+        ]
+        if told:
+            missing.setdefault("; ".join(told), []).append(name)
+    return [f"{_first_of(names)}: {text}" for text, names in missing.items()]
+
+
+def missed_by_rows(measurements: Measurements) -> list[str]:
+    """``missed_classes`` of the baseline and each instance; none in files of before."""
+    named = measurements.class_names
+    rows = ((row.instance.name, np.array(row.confusion)) for row in measurements.rows if row.confusion and named)
+    return missed_classes({name: counts_of(confusion) for name, confusion in rows}, named)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def confusions(measurements: Measurements) -> list[Confusion]:

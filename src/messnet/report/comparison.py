@@ -168,6 +168,7 @@ def render_comparison(runs: Sequence[Compared]) -> str:
         sentences=[(run.name, opening(run.measurements, run.deployed)) for run in runs],
         notes=[*comparison_notes(runs)],
         classes=comparison_classes(runs),
+        missed=[],
         confusions=[],
         front=as_svg(drawn, "front", "mIoU against GMACs per image of every run's model and instances"),
     )

@@ -26,7 +26,7 @@ from messnet.records.instance import ExitChoice
 from messnet.records.iou import class_iou, mean_iou
 from messnet.records.measurements import Gallery, Measurement, Measurements, known
 from messnet.records.run_directory import RunDirectory
-from messnet.report.classes import ClassTable, class_markdown, class_table, confusions
+from messnet.report.classes import ClassTable, class_markdown, class_table, confusions, missed_by_rows, missed_classes
 from messnet.report.deployed import deployed_headline, deployed_markdown, deployed_notes, side_by_side
 from messnet.report.figures import as_svg, draw_depth, draw_front, draw_heads, exit_colour
 from messnet.report.gallery import class_legend, confidence_pictures, difficulty_of, exit_name, strips_of, worst_of
@@ -167,7 +167,7 @@ def measurements_markdown(
     if deployed is not None:
         paragraphs.append(deployed_markdown(deployed))
     if classes := class_table(class_columns(measurements), measurements.class_names):
-        paragraphs.append(class_markdown(classes))
+        paragraphs += [class_markdown(classes), *missed_by_rows(measurements)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
@@ -210,6 +210,12 @@ def exit_classes(tables: ExitTables, rows: Sequence[ExitRow]) -> ClassTable | No
         if here:
             columns[f"exit {exit_index}"] = [*max(here, key=lambda row: row["miou"])["iou"].values()]
     return class_table(columns, tables.class_names)
+
+
+def missed_by_final_exit(tables: ExitTables) -> list[str]:
+    """``missed_classes`` of the final exit on all images."""
+    counts = tables.counts(np.full(len(tables.image_names), tables.final))
+    return missed_classes({"final exit": counts}, tables.class_names)
 
 
 def exits_table(tables: ExitTables, costs: CostTable) -> Table:
@@ -494,6 +500,7 @@ def render_report(inputs: ReportInputs) -> str:
         depth=_depth_figure(measurements, inputs.costs),
         heads=_heads_figure(inputs),
         classes=class_table(class_columns(measurements), measurements.class_names),
+        missed=missed_by_rows(measurements),
         confusions=confusions(measurements),
         stages={name: _stage_facts(facts) for name, facts in inputs.provenance.items()},
     )

@@ -109,7 +109,7 @@ def duration(seconds: float) -> str:
 
 def about(seconds: float) -> str:
     """A duration that is only estimated, with about two digits: "40 s", "12 min", "2 h 10 min", "14 h"."""
-    for step, from_ in ((3600, 36_000), (600, 7200), (60, 600), (30, 120), (5, 10)):
+    for step, from_ in ((3600, 36_000), (600, 3600), (60, 600), (30, 120), (5, 10)):
         if seconds >= from_:
             return duration(round(seconds / step) * step)
     return f"{max(1, round(seconds))} s"
