@@ -127,8 +127,8 @@ class CostTable(Stored, what="a cost table", made_by="profile", version=2):
         latency = f", {self.total('latency_ms'):.4g} ms" if self.conditions else ""
         height, width = self.input_size
         return (
-            f"<CostTable of {self.model or 'a network'}, {height} x {width}: {len(self.segments)} exits, {len(self.heads)} heads; the "
-            f"model {self.total_macs() / 1e9:.4g} GMACs{latency}>"
+            f"<CostTable of {self.model or 'a network'}, {height} x {width}: {len(self.segments)} exits, "
+            f"{len(self.heads)} heads; the model {self.total_macs() / 1e9:.4g} GMACs{latency}>"
         )
 
     @property
