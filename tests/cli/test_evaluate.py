@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_one_line(
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["--mask-values", *"01234567"], ["--mask-values", "0x0,0x1,2,3,4,5,6,7"]])
+@pytest.mark.parametrize("words", [[], ["--mask-values", *"01234567"], ["--mask-values", "[0x0,0x1,2,3,4,5,6,7]"]])
 def test_a_bundle_knows_the_masks_it_was_trained_on(
     labelled: Path, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,4 +149,4 @@ def test_a_bundle_knows_the_masks_it_was_trained_on(
 def test_a_mask_value_that_is_no_number_is_named(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["evaluate", "any.mess", "--data", str(labelled), "--mask-values", "0x10,road"])
-    assert "--mask-values: 'road' is no whole number" in capsys.readouterr().err
+    assert "--mask-values[1]: expected a whole number, got 'road'" in capsys.readouterr().err

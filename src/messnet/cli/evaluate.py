@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,17 +36,18 @@ if TYPE_CHECKING:
     from messnet.records.instance import Instance
 
 _SESSION = SessionOptions()
+_VALUES = "--mask-values"
 
 
 def _values(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
-    """A list as recipes take it: "1 2", "1,2" or "[1, 2]"."""
-    found = []
-    for word in re.split(r"[\s,\[\]]+", " ".join(token.value for token in tokens)):
-        try:
-            found += [int(word.replace("#", "0x"), 0)] if word else []
-        except ValueError:
-            raise RecipeError(f"--mask-values: {word!r} is no whole number and no colour 0xRRGGBB") from None
-    return tuple(found)
+    """A list as recipes take it."""
+    from messnet.records.codec import MismatchError, from_plain
+    from messnet.records.written import value_of
+
+    try:
+        return from_plain(value_of([token.value for token in tokens], tuple[int, ...], _VALUES), tuple[int, ...])
+    except MismatchError as error:
+        raise RecipeError(f"{_VALUES}{error.place}: {error.problem}") from None
 
 
 @app.command(
@@ -71,7 +71,9 @@ def evaluate(
     void_index: int | None = None,
     mask_values: Annotated[
         tuple[int, ...] | None,
-        Parameter(converter=_values, n_tokens=1, accepts_keys=False, consume_multiple=True, negative=()),
+        Parameter(
+            converter=_values, n_tokens=1, accepts_keys=False, consume_multiple=True, json_list=False, negative=()
+        ),
     ] = None,
     session: Annotated[SessionOptions, Parameter(name="*", group="What is deployed, with --data")] = _SESSION,
     as_json: AsJson = False,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Literal, cast, get_args, get_origin
+from typing import cast
 
 import yaml
 
@@ -20,16 +18,15 @@ from messnet.evaluation import EvaluationOptions
 from messnet.images.preprocessing import IMAGENET, Normalisation
 from messnet.network.backbone import ExitCost
 from messnet.network.exit_head import HeadSpace
-from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain, type_options
+from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain
 from messnet.records.files import expect_recipe
 from messnet.records.names import GraphRuntime, Precision, expect_runtime, precision_named
+from messnet.records.written import as_meant, value_of
 from messnet.searching.options import SearchOptions
 from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
 
 _MOST_NODES = 100_000
 """Values in a recipe, aliases written out; those that come with messnet have fewer than 200."""
-_COLOUR = re.compile(r"(?:0x|#)([0-9a-fA-F]+)")
-"""A number as messages write colours, 0xRRGGBB, or as web pages do; in quotes YAML reads it as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +196,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         sections = ", ".join(field.name for field in fields(Recipe))
         raise RecipeError(f"{path} must hold sections ({sections}), got {type(values).__name__}")
-    return cast("dict[str, object]", _as_meant(values, texts, Recipe))
+    return cast("dict[str, object]", as_meant(values, texts, Recipe))
 
 
 def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
@@ -216,23 +213,6 @@ def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _as_meant(value: object, text: object, kind: object) -> object:
-    """``value`` as YAML reads it, or ``text`` as it is written where the type ``kind`` is text."""
-    if isinstance(value, dict):
-        named = text if isinstance(text, dict) else {}
-        return {str(key): _as_meant(item, named.get(key), field_type(kind, str(key))) for key, item in value.items()}
-    if isinstance(value, list):
-        texts = text if isinstance(text, list) else [None] * len(value)
-        return [_as_meant(item, texts[i], field_type(kind, i)) for i, item in enumerate(value)]
-    options = type_options(kind)
-    if value == "None" and NoneType in options:
-        return None
-    if int in options and isinstance(value, str) and (colour := _COLOUR.fullmatch(value)):
-        return int(colour.group(1), 16)
-    is_text = any(option in (str, Path) or get_origin(option) is Literal for option in options)
-    return text if is_text and isinstance(text, str) and value is not None else value
-
-
 def _parse_overrides(tokens: Sequence[str]) -> Iterator[tuple[str, object]]:
     """(dotted name, value) of ``--section.key value ...``, the last first. Raises RecipeError for anything else."""
     # Backwards: the words of an option are known when it is reached.
@@ -244,7 +224,7 @@ def _parse_overrides(tokens: Sequence[str]) -> Iterator[tuple[str, object]]:
         option, assigned, first = token.partition("=")
         name = option.removeprefix("--").replace("-", "_")
         kind = _type_of(name, option)
-        yield name, _value_of([first, *words] if assigned else words, kind, option)
+        yield name, value_of([first, *words] if assigned else words, kind, option)
         words = []
     if words:
         raise RecipeError(f"{words[0]!r} is no option of a recipe: expected --section.key value")
@@ -267,29 +247,3 @@ def _names(kind: type, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _names(cast("type", inner), f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", inner
-
-
-def _value_of(words: list[str], kind: object, option: str) -> object:
-    options = type_options(kind)
-    if not words and bool in options:
-        return True
-    if not words:
-        raise RecipeError(f"{option} needs a value")
-    takes_list = any(get_origin(one) in (tuple, list) for one in options)
-    if len(words) > 1 and not takes_list:
-        raise RecipeError(f"{option} takes one value, got {' '.join(words)}")
-    choices = [choice for one in options if get_origin(one) is Literal for choice in get_args(one)]
-    if not takes_list or words[0].startswith("[") or (len(words) == 1 and words[0] in ("null", "None", *choices)):
-        return _scalar(" ".join(words), kind)
-    # A list is written "1 2", "1,2" or "[1, 2]", whatever it holds; a comma in a name needs the last form, and quotes.
-    parts = [part.strip() for word in words for part in word.split(",") if part.strip()]
-    return [_scalar(part, field_type(kind, i)) for i, part in enumerate(parts)]
-
-
-def _scalar(word: str, kind: object) -> object:
-    if word.startswith("#"):  # a colour, and in YAML a comment
-        return _as_meant(word, word, kind)
-    try:
-        return _as_meant(yaml.safe_load(word), yaml.load(word, yaml.BaseLoader), kind)
-    except yaml.YAMLError:  # a text that looks like YAML, such as "a: b: c"
-        return word
