@@ -26,6 +26,7 @@ from helpers.reports import (
     make_tables,
 )
 from messnet.errors import RunError
+from messnet.records.selection import CostUnit, Expected
 from messnet.report.classes import missed_by_rows
 from messnet.report.page import (
     ReportInputs,
@@ -330,6 +331,28 @@ def test_classes_at_zero_are_named(inputs: ReportInputs) -> None:
     assert all(sentence in measurements_markdown(measurements) for sentence in sentences)
     text = html.unescape(render_report(replace(inputs, measurements=measurements)))
     assert all(f"{sentence}." in text for sentence in sentences)
+    # Instances that were chosen without the images found some sky: the table beside the sentence says so.
+    expected = Expected(
+        num_images=48,
+        num_groups=48,
+        num_folds=2,
+        unit=CostUnit("macs", relative=False),
+        miou=0.1,
+        baseline_miou=0.1,
+        drop_error=0.0,
+        cost=1.0,
+        cost_error=0.0,
+        baseline_cost=1.0,
+        macs=1.0,
+        macs_paper=1.0,
+        macs_error=0.0,
+        exit_shares=(),
+        class_iou=(0.1, 0.0, None, 0.2, 0.0),
+    )
+    fitted = replace(rows[0], instance=replace(rows[0].instance, expected=expected))
+    assert missed_by_rows(replace(measurements, rows=[fitted]))[0].startswith(
+        f"{first}: predicted, but never where it is: building; absent"
+    )
     everywhere = replace(rows[0], confusion=np.ones((5, 5), int).tolist())
     assert missed_by_rows(replace(measurements, rows=[everywhere])) == []
 

@@ -115,9 +115,16 @@ def missed_classes(counts: Mapping[str, tuple[IntArray, IntArray, IntArray]], cl
 
 def missed_by_rows(measurements: Measurements) -> list[str]:
     """``missed_classes`` of the baseline and each instance; none in files of before."""
-    named = measurements.class_names
-    rows = ((row.instance.name, np.array(row.confusion)) for row in measurements.rows if row.confusion and named)
-    return missed_classes({name: counts_of(confusion) for name, confusion in rows}, named)
+    counts: dict[str, tuple[IntArray, IntArray, IntArray]] = {}
+    for row in measurements.rows:
+        if row.confusion and measurements.class_names:
+            confusion = np.array(row.confusion, np.int64)
+            # The confusion is of what ships, the table of IoU of instances that were chosen without the image: a class
+            # that has an IoU there is not called missed below it.
+            found = [k for k, iou in enumerate(row.class_iou()) if iou]
+            confusion[found, found] += 1
+            counts[row.instance.name] = counts_of(confusion)
+    return missed_classes(counts, measurements.class_names)
 
 
 def _first_of(names: Sequence[str]) -> str:
