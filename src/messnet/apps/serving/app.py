@@ -407,6 +407,8 @@ async def _say(request: Request, error: Exception) -> Response:
                 headers = {"Connection": "close"}  # what is left of the body is not wanted
         case HTTPException():
             status, text, headers = error.status_code, str(error.detail), dict(error.headers or {})
+            if status in (404, 405):  # of somebody who tries it in a browser, mostly
+                text += ": GET / is a page to try it on, /openapi.json says how programs ask"
         case MessError():
             status, text = 422, str(error)
         case ClientDisconnect():
