@@ -162,7 +162,10 @@ def test_missing_folders(root: Path) -> None:
     layout = "expected SPLIT/images and SPLIT/masks, or images, masks and SPLIT.txt"
     with pytest.raises(DataError, match=f"no folder .*nowhere: {layout}"):
         read(root / "nowhere")
-    with pytest.raises(DataError, match=rf"no split 'test' in .*, which holds train/ \(2 files\): {layout}"):
+    with pytest.raises(
+        DataError,
+        match=rf"no split 'test' in .*, which holds train/images/ \(1 file\), train/masks/ \(1 file\): {layout}",
+    ):
         read(root, "test")
     (root / "train/masks/x.png").unlink()
     (root / "train/masks").rmdir()
@@ -171,11 +174,11 @@ def test_missing_folders(root: Path) -> None:
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:
-    assert contents(tmp_path) == "0 files"
+    assert contents(tmp_path) == "no files"
     for name in ("Photos/a", "Photos/b", "Labels/a", "readme", ".hidden"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert contents(tmp_path) == "Labels/ (1 file), Photos/ (2 files) and 1 file"
+    assert contents(tmp_path) == "1 file, Labels/ (1 file), Photos/ (2 files)"
 
 
 @pytest.mark.parametrize(

@@ -194,11 +194,13 @@ def test_a_split_is_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_folders_that_are_not_there(tmp_path: Path) -> None:
     folder(tmp_path / "data", [0, 1], splits=("train", "rest"))
-    own = r"which holds rest/ \(2 files\), train/ \(2 files\): expected val/images .*; move about a fifth"
+    own = r"which holds rest/images/ \(6 files\), rest/masks/ .*: expected val/images .*; move about a fifth"
     with pytest.raises(DataError, match=f"no split val or valid or validation or test in .*, {own}"):
         propose_recipe(tmp_path / "data")
     (tmp_path / "data/train").rename(tmp_path / "data/Pictures")
-    with pytest.raises(DataError, match=r"no split train .* Pictures/ .*; name the folders so; .* --split 0.2` then"):
+    with pytest.raises(
+        DataError, match=r"no split train .* Pictures/images/ .*; name the folders so; .* --split 0.2` then"
+    ):
         propose_recipe(tmp_path / "data")
 
 

@@ -169,15 +169,11 @@ def subfolder(base: Path, names: Sequence[str]) -> Path | None:
 
 
 def contents(folder: Path) -> str:
-    """What a folder holds, for an error: "Photos/ (60 files), Labels/ (60 files) and 1 file"."""
-    paths = visible(folder.iterdir())
-    folders = [f"{path.name}/ ({_files(len(visible(path.iterdir())))})" for path in paths if path.is_dir()]
-    loose = len(paths) - len(folders)
-    return " and ".join([some(folders)] * bool(folders) + [_files(loose)] * bool(loose or not folders))
-
-
-def _files(count: int) -> str:
-    return f"{count} file{'' if count == 1 else 's'}"
+    """Which files a folder holds, for an error: "1 file, Labels/ (60 files), Photos/ (60 files)"."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    counts = Counter(name.parent for name in names if not any(part.startswith(".") for part in name.parts))
+    files = {place: f"{count} file{'' if count == 1 else 's'}" for place, count in sorted(counts.items())}
+    return some([f"{place}/ ({said})" if place.name else said for place, said in files.items()]) or "no files"
 
 
 def _by_stem(folder: Path, suffixes: Sequence[str], images: Collection[str] = ()) -> dict[str, Path]:
