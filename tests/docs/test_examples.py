@@ -54,6 +54,7 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     session, bundle = namespace["session"], namespace["bundle"]
     assert isinstance(session, messnet.Session)
     assert bundle.manifest.instance == session.instance  # type: ignore[attr-defined]
+    assert repr(bundle).startswith(f"<Bundle {bundle.path}: <Instance instance, ")  # type: ignore[attr-defined]
     tables = namespace["tables"]
     assert isinstance(tables, messnet.ExitTables)
     assert tables.miou(np.full(32, len(tables.exits) - 1)) > 0.1  # one class everywhere has 0.04

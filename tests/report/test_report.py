@@ -26,6 +26,7 @@ from helpers.reports import (
     make_tables,
 )
 from messnet.errors import RunError
+from messnet.records.instance import ExitChoice, Instance
 from messnet.records.selection import CostUnit, Expected
 from messnet.report.classes import missed_by_rows
 from messnet.report.page import (
@@ -37,8 +38,9 @@ from messnet.report.page import (
     render_report,
     terminal_table,
 )
-from messnet.report.wording import about, spoken
-from messnet.searching.findings import Findings
+from messnet.report.wording import about, spoken, verdict
+from messnet.searching.answers import Comparison, FrontPoint
+from messnet.searching.findings import Findings, OneFinding
 from messnet.searching.objective import Objective
 from messnet.searching.words import objective_text
 
@@ -381,6 +383,23 @@ def test_markdown_table_has_a_row_per_measurement(inputs: ReportInputs) -> None:
     assert len(table) == 2 + len(inputs.measurements.rows)
     assert {line.count("|") for line in table} == {6}
     assert "| cheapest-1pp, cheapest at <= 1 pp | 71.91, -0.32 pp |" in text
+
+
+@pytest.mark.parametrize(
+    ("num_exits", "said"),
+    [
+        (1, "It has a single exit: no better one with early exits was found"),
+        (2, "The best network with a single exit takes 100 % more work at 1.00 pp less mIoU"),
+    ],
+)
+def test_a_single_exit_is_not_its_own_rival(num_exits: int, said: str) -> None:
+    exits = tuple(ExitChoice(exit_index=i, head="a") for i in range(num_exits))
+    chosen = FrontPoint(miou=0.5, cost=1e9, instance=Instance(name="x", setting="input_dependent", exits=exits))
+    static = replace(chosen, miou=0.49, cost=2e9)
+    rivals = Comparison(
+        chosen=chosen, unit=CostUnit("macs"), static=static, has_early_exits=num_exits > 1, uniform=chosen
+    )
+    assert verdict(OneFinding(name="x", objective=Objective(), comparison=rivals)) == said
 
 
 def test_importing_the_report_loads_no_torch() -> None:

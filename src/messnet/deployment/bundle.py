@@ -168,6 +168,9 @@ class Bundle:
     path: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        return f"<Bundle {self.path}: {self.manifest.instance!r} for {', '.join(self.manifest.runtimes)}>"
+
     def read(self, name: str) -> bytes:
         """A file that the manifest lists. Raises RunError when it is missing, a link, or not what was written."""
         with _contents(self.path) as contents:

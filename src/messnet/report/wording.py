@@ -75,6 +75,8 @@ def verdict(one: OneFinding) -> str:
     rivals = one.comparison
     if rivals is not None and rivals.static is None:
         told.append("No network with a single exit does what was asked")
+    elif rivals is not None and len(rivals.chosen.instance.exits) == 1:
+        told.append("It has a single exit: no better one with early exits was found")
     elif rivals is not None and rivals.static is not None:
         chosen, static = rivals.chosen, rivals.static
         change = 100 * (static.miou - chosen.miou)

@@ -90,7 +90,8 @@ class Objective(Terms):
     statistic: Statistic = "mean"
     """How the cost is counted over the images: their mean, the costliest one's, or what 95 % of them do not exceed."""
     max_cost: float | None = None
-    """Largest cost per image, in the unit of the cost; with several cost tables it holds on each device."""
+    """Largest cost per image, in the unit of the cost (macs: multiply-accumulates, latency_ms: milliseconds); with
+    several cost tables it holds on each device."""
     max_cost_ratio: float | None = None
     """Largest cost per image, relative to your whole model; with several cost tables it holds on each device."""
     limits_on: tuple[Limit, ...] = ()
