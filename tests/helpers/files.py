@@ -21,9 +21,10 @@ def module_of(path: Path) -> ModuleType:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file below ``folder`` with the hash of its content and its time of writing; empty if there is none."""
+    """Every file below ``folder`` with the hash of its content and its time of writing; empty if there is none. The
+    lock of a run, an empty file, holds nothing."""
     return {
         str(file.relative_to(folder)): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != ".lock"
     }

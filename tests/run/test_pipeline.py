@@ -354,3 +354,24 @@ def test_killed_while_training_it_goes_on_from_the_checkpoint(
         assert run_stage(run, stage)
         assert (out / artefact).read_bytes() == (tiny_run / artefact).read_bytes()
         assert not run.checkpoint(stage).path.exists()
+
+
+def test_two_processes_do_not_work_in_one_run(copied_run: Path) -> None:
+    code = f"""
+from pathlib import Path
+from messnet.run.opening import open_run
+with open_run(Path({str(copied_run)!r})).alone():
+    print("inside", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "inside\n"
+        run = open_run(copied_run)
+        with pytest.raises(RunError, match=re.escape(f"another process is at work in {copied_run}: wait")):
+            run_stage(run, "report", again=True)
+        assert not run_stage(run, "report")  # done: nothing to keep from it
+        other.kill()
+    with run.alone(), open_run(copied_run).alone():  # what was killed holds it no more; blocks lie in each other
+        pass

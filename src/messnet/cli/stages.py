@@ -50,13 +50,14 @@ def run(target: Target, *overrides: Overrides, out: Out = None, as_json: AsJson 
     opened = open_target(target, overrides, out)
     from messnet.run.stages import STAGES, expect_seeing, forecast, run_stage
 
-    for stage in (name for name, one in STAGES.items() if one.is_wanted(opened.recipe)):
-        # Once the model is converted, and before hours go into it.
-        if stage == "pretrain" and (line := forecast(opened)):
-            print(f"messnet: {line}", file=sys.stderr)
-        if stage == "distill":
-            expect_seeing(opened)
-        say(stage, run_stage(opened, stage), as_json)
+    with opened.alone():
+        for stage in (name for name, one in STAGES.items() if one.is_wanted(opened.recipe)):
+            # Once the model is converted, and before hours go into it.
+            if stage == "pretrain" and (line := forecast(opened)):
+                print(f"messnet: {line}", file=sys.stderr)
+            if stage == "distill":
+                expect_seeing(opened)
+            say(stage, run_stage(opened, stage), as_json)
     print_table(opened.directory, as_json)
 
 

@@ -49,5 +49,9 @@ class Deployed(Stored, what="a record of a deployment", made_by="deploy"):
 
     @property
     def best(self) -> DeployedRow:
-        """The fastest instance; the model itself where none was found."""
-        return min((row for row in self.rows if not row.is_model), key=lambda row: row.mean_ms, default=self.model)
+        """The fastest that loses no more than was asked, in the runtime that ships; of two alike the model, which
+        needs no early exits."""
+        kept = self.model.row.judged_miou - self.max_drop_pp / 100
+        here = [row for row in self.rows if row.runtime == self.model.runtime]
+        rows = [row for row in here if not row.is_model or row.row.judged_miou >= kept]
+        return min(rows, key=lambda row: row.mean_ms)

@@ -32,13 +32,18 @@ class SideRow(NamedTuple):
 
 
 def deployed_headline(deployed: Deployed) -> str:
-    """What the fastest instance gains over the model, in the runtime of both, and what it costs."""
+    """What the fastest network gains over the model, in the runtime of both, and what it costs."""
     model, best = deployed.model, deployed.best
     where = f"{RUNTIMES[model.runtime]}, {deployed.threads} thread{'s' * (deployed.threads > 1)}"
     if best is model:
-        lost = f"at most {deployed.max_drop_pp:g} pp"
-        return f"No instance loses {lost}: your model needs {_ms(model)} ms an image ({where})"
-    means = "early exits and int8" if best.precision == "int8" != model.precision else "early exits"
+        loses = f"loses at most {deployed.max_drop_pp:g} pp"
+        if any(not row.is_model for row in deployed.rows):
+            loses += " and is faster"
+        return f"No instance {loses}: your model needs {_ms(model)} ms an image ({where})"
+    if best.is_model:
+        means = f"{best.precision} alone, for early exits gain nothing beside it,"
+    else:
+        means = "early exits and int8" if best.precision == "int8" != model.precision else "early exits"
     return (
         f"Your model needs {_ms(model)} ms an image. With {means} it needs {_ms(best)} ms, "
         f"{fold(model.mean_ms / best.mean_ms, 'faster', 'slower', digits=1)}, "
@@ -57,7 +62,7 @@ def side_by_side(deployed: Deployed) -> list[SideRow]:
             ms=f"{_ms(one)} [{significant(float(np.percentile(one.row.latency_ms, 95)))}]",
             speed="" if one is deployed.model else fold(deployed.model.mean_ms / one.mean_ms, "faster", "slower"),
             megabytes=f"{one.megabytes:.1f}",
-            is_best=one is deployed.best and not one.is_model,
+            is_best=one is deployed.best is not deployed.model,
         )
         for one in deployed.rows
     ]

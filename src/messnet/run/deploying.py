@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -38,8 +39,9 @@ _COMPARED = 8
 
 def deploy(run: Run, made: MadeStages) -> Deployed:
     """What every head costs in each precision, the fastest instance that loses at most ``deploy.max_drop_pp`` in each,
-    a bundle of the fastest of all, and all of them beside the model, in turns. The tables of the precisions are there;
-    ``made`` as for ``graph_runner``, of the trained network. Costs are kept when this is stopped and called again."""
+    all of them beside the model, in turns, and a bundle of the fastest of all, be it the model in one precision. The
+    tables of the precisions are there; ``made`` as for ``graph_runner``, of the trained network. Costs are kept when
+    this is stopped and called again."""
     options, directory, val = run.recipe.deploy, run.directory, run.dataset("val")
     threads = options.threads or torch.get_num_threads()
     # Costs first, one precision after the other: the search compares what was measured on this machine just now.
@@ -85,6 +87,8 @@ def deploy(run: Run, made: MadeStages) -> Deployed:
         rows=rows,
         missing=[f"{one.name}: {one.why_none}" for one in found if one.result is None],
     )
+    if deployed.best.is_model:  # early exits gain nothing beside the precision: what ships has none
+        directory.instance(DEPLOYED).write(replace(model, name=DEPLOYED, precision=deployed.best.precision))
     _bundle(run, directory.read_instance(DEPLOYED), made)
     return deployed
 

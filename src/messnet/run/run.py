@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -31,6 +33,8 @@ from messnet.training import Monitor
 from messnet.training.checkpoint import Checkpoint
 
 Split = Literal["train", "val"]
+# Data workers outlive a killed training by up to five seconds, and hold its lock as long.
+_LOCK_SECONDS = 8
 
 
 class Run:
@@ -46,6 +50,28 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.recipe.compute.fabric().device
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the block runs no other process does a stage of this run. Raises RunError where one does.
+
+        Processes that train together (compute.devices, torchrun) share the directory, and nothing is kept from them.
+        """
+        if self.recipe.compute.is_parallel:
+            yield
+            return
+        # One lock for the process, so that blocks may lie in each other; the system frees it when the process ends.
+        lock = FileLock(self.directory.path / ".lock", is_singleton=True)
+        try:
+            lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout:
+            raise RunError(
+                f"another process is at work in {self.directory.path}: wait until it is done, or stop it first"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def dataset(self, split: Split) -> SegmentationDataset:
         if split not in self._datasets:

@@ -76,7 +76,7 @@ class Stage:
 
     def record(self, run: Run, do: Callable[[Run], None]) -> None:
         """Notes that the stage is done when ``do`` has done it."""
-        with run.directory.finishing(self.name, self.made_from(run)):
+        with run.alone(), run.directory.finishing(self.name, self.made_from(run)):
             do(run)
 
     def follow(self, run: Run) -> None:
