@@ -180,12 +180,19 @@ def test_a_split_is_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
         Image.fromarray(np.full(SIZE, k % 2, np.uint8)).save(root / f"labels/{k:03}_mask.png")
     with pytest.raises(DataError, match=r"no split train .* labels/ \(36 files\): .* --split 0.2` writes such lists"):
         propose_recipe(root)
+    Image.fromarray(smooth_image(*SIZE, seed=99)).save(root / "images/bare.png")
     main(["init", str(root), "--split", "0.25", "--out", str(tmp_path / "mine.yaml")])
-    assert "split: 27 images in" in capsys.readouterr().out
-    train, val = (
-        [int(name) // 3 for name in (root / f"{split}.txt").read_text().split()] for split in ("train", "val")
-    )
+    out = capsys.readouterr().out
+    assert "split: 27 images in" in out
+    names = {split: (root / f"{split}.txt").read_text().split() for split in ("train", "val")}
+    names["train"].remove("bare")
+    train, val = ([int(name) // 3 for name in one] for one in names.values())
     assert (len(train), len(val), {*train} & {*val}) == (27, 9, set())
+    main(["check-data", str(root)])
+    told = "train: 1 image without a mask is left out: bare"
+    assert "mine.yaml with 2 notes on the images; read it" in out
+    assert told in (tmp_path / "mine.yaml").read_text()
+    assert told.removeprefix("train: ") in capsys.readouterr().out
     with pytest.raises(DataError, match="has the split train, val already: leave --split out"):
         split_images(root, 0.2)
     with pytest.raises(DataError, match="--split 2 is no share of the images"):

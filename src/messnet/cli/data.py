@@ -238,8 +238,11 @@ def init(
         print(
             f"split: {train} images in {data / 'train.txt'}, {val} in {data / 'val.txt'}; alike ones share a list{why}"
         )
-    write_atomically(out, propose_recipe(data, progress=progress))
-    print(f"recipe: {out}; read it, name the classes, then `messnet check-data {out}` and `messnet run {out}`")
+    text = propose_recipe(data, progress=progress)
+    write_atomically(out, text)
+    count = text.count("# note: ")
+    notes = f" with {count} note{'s' * (count > 1)} on the images" if count else ""
+    print(f"recipe: {out}{notes}; read it, name the classes, then `messnet check-data {out}` and `messnet run {out}`")
 
 
 @app.command(help_epilogue=examples("recipe configs/demo.yaml", "recipe runs/demo --json"))

@@ -106,7 +106,7 @@ class DatasetReport:
         if self.unlabelled:
             lines.append(f"{len(self.unlabelled)} images without any label: {some(self.unlabelled)}")
         lines += [f"note: {note}" for note in self.notes]
-        lines.append(f"{len(self.problems)} problems" if self.problems else "no problems")
+        lines.append(f"{len(self.problems) or 'no'} problem{'s' * (len(self.problems) != 1)}")
         for kind, count in self.problem_kinds.items():
             lines.append(f"  {count} x {kind}: {WHAT_TO_DO[kind]}")
             if kind == "unknown ids":
@@ -132,7 +132,8 @@ def check_dataset(
 def left_out_note(dataset: SegmentationDataset) -> str:
     """A line where images have no mask and are left out, else nothing."""
     names = dataset.left_out if isinstance(dataset, FileDataset) else ()
-    return f"{len(names)} images without a mask are left out: {some(names)}" if names else ""
+    images = "image without a mask is" if len(names) == 1 else "images without a mask are"
+    return f"{len(names)} {images} left out: {some(names)}" if names else ""
 
 
 def failed_report(error: DataError) -> DatasetReport:

@@ -112,9 +112,8 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
             left_out.append(f"{name}: {note}")
     train, val = reports
     if problems := (*train.problems, *val.problems):
-        raise DataError(
-            f"{len(problems)} problems: {'; '.join(problems[:SHOWN])} (`messnet check-data {root}` says more)"
-        )
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise DataError(f"{count}: {'; '.join(problems[:SHOWN])} (`messnet check-data {root}` says more)")
     return "\n".join(
         (
             f"# Proposed by `messnet init {root}`, from {train.num_images} training and {val.num_images} validation",
@@ -130,15 +129,16 @@ def propose_recipe(root: Path, *, progress: Progress = iter) -> str:
 
 def split_images(root: Path, share: float, *, progress: Progress = iter) -> tuple[int, int]:
     """Writes train.txt and val.txt for the images of ``root/images``, about ``share`` (0 to 1) of them for validation,
-    and returns how many each has. Images that belong together, by their names or nearly the same, are in one of them.
+    and returns how many of each have a mask. Images that belong together, by their names or nearly the same, are in one
+    of them. Images without a mask are in train.txt, so that whatever reads it names them.
 
     Raises DataError where there is a split already, or nothing to divide.
     """
     if not 0 < share < 1:
         raise DataError(f"--split {share} is no share of the images for validation: expected one such as 0.2")
     if there := [name for names in SPLITS.values() for name in names if _is_split(root, name)]:
-        raise DataError(f"{root} has the split {some(there)} already: leave --split out, or remove it")
-    pairs = find_pairs(root, "")[0]
+        raise DataError(f"{root} has the split {some(there)} already: leave --split out to keep it, or remove it")
+    pairs, unlabelled = find_pairs(root, "")
     names = [composed(image.stem) for image, _ in pairs]
     thumbnails = [thumbnail(read_image(pairs[v][0])) for v in progress(range(len(pairs)))]
     pattern = proposed_pattern(names, thumbnails)
@@ -159,6 +159,7 @@ def split_images(root: Path, share: float, *, progress: Progress = iter) -> tupl
     is_val = np.isin(groups, chosen)
     for split, wanted in (("train", False), ("val", True)):
         lines = [name for name, held in zip(names, is_val.tolist(), strict=True) if held is wanted]
+        lines += [] if wanted else unlabelled
         write_atomically(root / f"{split}.txt", "\n".join(lines) + "\n")
     return int((~is_val).sum()), int(is_val.sum())
 
