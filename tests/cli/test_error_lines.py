@@ -16,3 +16,23 @@ def test_names_do_nothing_to_a_terminal(name: str, capsys: pytest.CaptureFixture
     assert said.startswith("messnet: ")
     assert said.removesuffix("\n").isprintable()
     assert "/nowhere/" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("predict", "TARGET is missing"),
+        ("predict a.mess b.png --out", "--out needs a value"),
+        ("predict a.mess b.png --tile", "--tile needs 2 values"),
+        ("predict a.mess b.png --tile 64", "--tile needs 2 values"),
+    ],
+)
+def test_what_is_missing_has_the_name_of_the_help_page(
+    words: str, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"messnet: predict: {missing}; `messnet predict --help` explains it\n"
+    main(["predict", "--help"])
+    assert missing.split()[0] in capsys.readouterr().out

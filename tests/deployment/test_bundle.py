@@ -436,7 +436,9 @@ def test_a_damaged_zip(exported: Path, tmp_path: Path, compression: int) -> None
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
-    for path in (tmp_path / "photo.jpg", tmp_path / "nowhere", tmp_path):
+    with pytest.raises(RunError, match=r"there is no .*nowhere: expected"):
+        load(tmp_path / "nowhere")
+    for path in (tmp_path / "photo.jpg", tmp_path):
         assert not is_bundle(path)
         with pytest.raises(RunError, match=r"is no run directory .* and no bundle"):
             load(path)

@@ -180,6 +180,9 @@ def test_a_split_is_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
         Image.fromarray(np.full(SIZE, k % 2, np.uint8)).save(root / f"labels/{k:03}_mask.png")
     with pytest.raises(DataError, match=r"no split train .* labels/ \(36 files\): .* --split 0.2` writes such lists"):
         propose_recipe(root)
+    with pytest.raises(SystemExit):
+        main(["check-data", str(root)])
+    assert f"`messnet init {root} --split 0.2` writes such lists" in capsys.readouterr().err
     Image.fromarray(smooth_image(*SIZE, seed=99)).save(root / "images/bare.png")
     main(["init", str(root), "--split", "0.25", "--out", str(tmp_path / "mine.yaml")])
     out = capsys.readouterr().out

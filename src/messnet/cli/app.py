@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token
 
 from messnet import __version__
 from messnet.errors import MessError, needing_extras, one_line
@@ -125,7 +125,8 @@ def main(tokens: Sequence[str] | None = None) -> None:
         # Here and not when the interpreter ends, where a reader that went away can no longer be answered with 141.
         sys.stdout.flush()
     except (MessError, CycloptsError) as error:
-        print(f"messnet: {one_line(str(error))}", file=sys.stderr)
+        said = _usage(error) if isinstance(error, MissingArgumentError) else str(error)
+        print(f"messnet: {one_line(said)}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
@@ -142,6 +143,18 @@ def main(tokens: Sequence[str] | None = None) -> None:
         again = f"; `{shlex.join(['messnet', *given])}` goes on from there" if {*given[:1]} & _RESUMED else ""
         print(f"messnet: interrupted; what was finished is kept{again}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _usage(error: MissingArgumentError) -> str:
+    """The missing word under the name that the help page gives it, and where that page is."""
+    assert error.argument is not None  # cyclopts has set it where it raises
+    verb, count = " ".join(error.command_chain or ()), error.argument.token_count()[0]
+    if error.keyword:
+        missing = f"{error.keyword} needs {'a value' if count == 1 else f'{count} values'}"
+    else:
+        is_word = error.argument.field_info.is_positional
+        missing = f"{error.argument.name.removeprefix('--').upper() if is_word else error.argument.name} is missing"
+    return f"{verb}: {missing}; `messnet {verb} --help` explains it"
 
 
 def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Run:

@@ -129,7 +129,9 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], tuple[s
     elif not root.is_dir():
         raise DataError(f"no folder {root}: {LAYOUT} in it")
     else:
-        raise DataError(f"no split {split!r} in {root}, which holds {contents(root)}: {LAYOUT}")
+        flat = subfolder(root, IMAGE_FOLDERS) and subfolder(root, MASK_FOLDERS)
+        advice = f"; `messnet init {root} --split 0.2` writes such lists" if flat else ""
+        raise DataError(f"no split {split!r} in {root}, which holds {contents(root)}: {LAYOUT}{advice}")
     source, folder = subfolder(base, IMAGE_FOLDERS), subfolder(base, MASK_FOLDERS)
     if source is None or folder is None:
         missing = base / ("images" if source is None else "masks")
@@ -148,7 +150,11 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], tuple[s
         # Here a mask without an image is a lost image; with a list it may belong to another split.
         names = list(images)
         if lost := [name for name in masks if name not in images]:
-            raise DataError(f"no image for {some([masks[name].name for name in lost])} in {folder}: add or remove")
+            raise DataError(
+                f"no image for {some([masks[name].name for name in lost])} in {folder}, and {source} holds "
+                f"{some([path.name for path in images.values()]) or 'none'}: a mask has the name of its image, and any "
+                "ending that all masks share; rename them, add the images, or remove the masks"
+            )
     if not names:
         where = f"in {source}" if base != root else f"named in {listing}"
         raise DataError(f"no images {where}: expected files {', '.join(IMAGE_SUFFIXES)}")

@@ -82,6 +82,8 @@ def load(
         precision = precision or chosen.precision
         runs_in = runtime or ("onnxruntime" if precision == "int8" else "torch")
         return _load_run(path, chosen, _How(device, runs_in, precision, threads), full_size, labels)
+    if not path.exists():
+        raise RunError(f"there is no {path}: expected the directory of a run, or a bundle")
     raise RunError(
         f"{path} is no run directory (no run.json) and no bundle (no manifest.json, no zip); start a run with "
         f"`messnet run RECIPE`, make a bundle of it with `messnet export RUN`"
