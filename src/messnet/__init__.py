@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from messnet.data.transforms import AugmentOptions
     from messnet.deployment.export import export
     from messnet.deployment.loading import load
+    from messnet.deployment.quantising import EightBits
     from messnet.deployment.session import Result, Session
     from messnet.errors import MessError
     from messnet.evaluation import EvaluationOptions
@@ -40,6 +41,7 @@ __all__ = [
     "ComputeOptions",
     "CostTable",
     "DistillOptions",
+    "EightBits",
     "EvaluationOptions",
     "Exit",
     "ExitChoice",
@@ -72,6 +74,7 @@ _HOMES = {
     "ComputeOptions": "messnet.training.options",
     "CostTable": "messnet.records.costs",
     "DistillOptions": "messnet.training.options",
+    "EightBits": "messnet.deployment.quantising",
     "EvaluationOptions": "messnet.evaluation",
     "Exit": "messnet.records.instance",
     "ExitChoice": "messnet.records.instance",

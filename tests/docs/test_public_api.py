@@ -13,8 +13,8 @@ import pytest
 import messnet
 
 PROMISED = {
-    "AugmentOptions", "ComputeOptions", "CostTable", "DistillOptions", "EvaluationOptions", "Exit", "ExitChoice",
-    "ExitTables", "HeadConfig", "HeadSpace", "Instance", "LatencyOptions", "MessError", "MultiExitNet",
+    "AugmentOptions", "ComputeOptions", "CostTable", "DistillOptions", "EightBits", "EvaluationOptions", "Exit",
+    "ExitChoice", "ExitTables", "HeadConfig", "HeadSpace", "Instance", "LatencyOptions", "MessError", "MultiExitNet",
     "Normalisation", "PretrainOptions", "Result", "Session", "convert", "distill", "evaluate", "export", "load",
     "pretrain", "profile", "search", "zoo",
 }  # fmt: skip

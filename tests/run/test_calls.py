@@ -221,9 +221,11 @@ def test_the_whole_road(tmp_path: Path) -> None:
     images: Sequence[np.ndarray] = [Noise()[v].image for v in range(len(data))]
     expected = session.predict(images)
     before = tensors(net)
-    bundle = messnet.export(session, tmp_path / "graphs.mess", images=images)
+    pairs = [(Noise()[v].image, Noise()[v].mask) for v in range(len(data))]
+    eight_bits = messnet.EightBits(calibration=images, samples=pairs, max_loss_pp=100)
+    bundle = messnet.export(session, tmp_path / "graphs.mess", images=images, eight_bits=eight_bits)
     assert_equal(tensors(net), before)  # the bundle is cut, the session's network is not
-    assert set(bundle.manifest.runtimes) == {"onnx"}
+    assert set(bundle.manifest.runtimes) == {"onnx", "onnx-int8"}
     bundled = messnet.load(tmp_path / "graphs.mess")
     assert bundled.runtime == "onnxruntime"
     assert bundled.class_names == ("a", "b", "c")
@@ -232,3 +234,10 @@ def test_the_whole_road(tmp_path: Path) -> None:
         assert (ours.labels == theirs.labels).mean() > 0.99
     with pytest.raises(messnet.MessError, match="input_size"):
         messnet.export(messnet.Session(net, found.instance), tmp_path / "other.mess")
+    for wrong, message in (
+        (lambda: messnet.export(net), "a messnet.Session, not a MultiExitNet"),  # type: ignore[arg-type]
+        (lambda: messnet.export(session, eight_bits=True), "eight_bits=True: expected messnet.EightBits"),  # type: ignore[arg-type]
+        (lambda: messnet.export(session, images=pairs), "not tuple"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(messnet.MessError, match=message):
+            wrong()

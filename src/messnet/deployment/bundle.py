@@ -184,7 +184,7 @@ class Bundle:
             kinds = ", ".join(self.manifest.runtimes) or "nothing that runs"
             raise RunError(
                 f"{self.path} holds no weights for torch, but {kinds}: run its graphs with --runtime onnxruntime, and "
-                f"export from the run that it came from"
+                f"export again from its run, or from its session with model='module:function'"
             )
         return name
 

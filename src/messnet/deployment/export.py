@@ -36,6 +36,7 @@ from messnet.deployment.session import Session
 from messnet.deployment.torch_runner import TorchRunner, size_multiple
 from messnet.errors import ModelError, RecipeError, RunError
 from messnet.images.colours import default_palette
+from messnet.images.inputs import as_image
 from messnet.images.preprocessing import resize
 from messnet.network.blueprint import Blueprint
 from messnet.network.multi_exit import MultiExitNet
@@ -76,14 +77,24 @@ def export(
     ``tables`` go with it, by default all there are. ``weights`` for torch, by default of paths; ``graphs`` in ONNX for
     other runtimes, by default of sessions, whose weights are of use only where ``model`` names the function that builds
     the network, "module:function". Graphs are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones
-    where None are given. ``eight_bits`` says how graphs in int8, alone or beside the others, are made and what they may
-    lose; graphs for one image of the size ``static``, (height, width), take no other. ``made`` is what ``make_graphs``
+    where None are given. ``eight_bits`` asks for graphs in int8, alone or beside the others, and says how they are made and
+    what they may lose; graphs for one image of the size ``static``, (height, width), take no other. ``made`` is what ``make_graphs``
     has made of the same network already. The graph of ``labels`` makes them at the image's size, or at that of the
     "logits".
 
     Raises RunError when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be
     cut, or graphs that cannot be made, disagree, or lose more than they may.
     """
+    if not isinstance(source, str | Path | Session):
+        raise RecipeError(
+            f"export takes the path of a run or bundle, or a messnet.Session, not a {type(source).__name__}: of a "
+            "network make messnet.Session(net, found.instance, input_size=(height, width))"
+        )
+    if not isinstance(eight_bits, EightBits | None):
+        raise RecipeError(
+            f"eight_bits={eight_bits!r:.40}: expected messnet.EightBits(calibration=images, samples=[(image, mask), ...])"
+        )
+    images = images and [as_image(image) for image in images]
     out = None if out is None else Path(out)
     is_session = isinstance(source, Session)
     graphs = is_session if graphs is None else graphs

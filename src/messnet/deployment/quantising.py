@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from messnet.deployment.graph_runner import OUTPUT, load_graph, stage_name
 from messnet.deployment.session import Session
 from messnet.errors import ModelError, RecipeError, needing_extras
+from messnet.images.inputs import as_image
 from messnet.images.preprocessing import IMAGENET, Normalisation, normalise, resize, resize_map, resized_size
 from messnet.policy.graph import serialised
 from messnet.records.iou import mean_iou, pixel_counts
@@ -91,7 +92,7 @@ def quantise(
     with needing_extras():
         import onnx
 
-    live: list[tuple[NDArray[np.generic], ...]] = [(normalise(image[None], normalisation),) for image in images]
+    live: list[tuple[NDArray[np.generic], ...]] = [(normalise(as_image(image)[None], normalisation),) for image in images]
     found = {OUTPUT: graphs[OUTPUT]}
     for position in range(len(graphs) - 1):
         name = stage_name(position)
