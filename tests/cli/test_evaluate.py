@@ -12,6 +12,7 @@ from PIL import Image
 
 import messnet
 from helpers.images import smooth_image
+from helpers.light import REPOSITORY
 from messnet.cli import main
 from messnet.deployment.bundle import open_bundle, write_bundle
 from messnet.records.instance import whole_model
@@ -86,6 +87,24 @@ def test_a_bundle_is_scored_alike_in_every_runtime(
     words = capsys.readouterr().out
     assert f"{100 * by_torch['miou']:.2f}" in words
     assert all(name in words for name in by_torch["iou"])
+
+
+def test_large_images_are_scored_as_they_are_predicted(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of more than twice the pixels that the network learned on, 96 x 128."""
+    bundle = REPOSITORY / "examples/scenes_mobilenetv2.mess"
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        picture = Image.open(labelled / kind / "0.png")
+        picture.resize((320, 240), Image.Resampling.NEAREST).save(tmp_path / kind / "0.png")
+    options = (bundle, "--runtime", "onnxruntime", "--data", tmp_path, "--void-index", VOID)
+    for full_size in (False, True):
+        (score,) = _scores(capsys, *options, *["--full-size"] * full_size)
+        session = messnet.load(bundle, runtime="onnxruntime", full_size=full_size)
+        assert score["confusion"] == _counted(session, tmp_path)[0].tolist()
+    main(["evaluate", *map(str, options)])
+    assert "0 has 320 x 240 pixels, the network learned on 128 x 96" in capsys.readouterr().err
 
 
 def test_every_exit_is_told_by_class(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,9 @@ from messnet.records.names import Precision, RuntimeName, expect_runtime
 from messnet.records.shard import Shard
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from messnet.apps.scoring import Score
     from messnet.data import SegmentationDataset
     from messnet.deployment.session import Session
@@ -75,6 +79,7 @@ def evaluate(
             converter=_values, n_tokens=1, accepts_keys=False, consume_multiple=True, json_list=False, negative=()
         ),
     ] = None,
+    full_size: Annotated[bool, Parameter(negative="")] = False,
     session: Annotated[SessionOptions, Parameter(name="*", group="What is deployed, with --data")] = _SESSION,
     as_json: AsJson = False,
 ) -> None:
@@ -91,6 +96,8 @@ def evaluate(
         data: Score what is deployed on the images of this folder, which has images/ and masks/ (or val/).
         void_index: With --data: the mask value to ignore, beside 255; by default as in training.
         mask_values: With --data: the mask value of class 0, 1, ...; by default as in training.
+        full_size: With --data: compute large images as they are. Otherwise those of more than twice the pixels that the
+            network learned on are scaled down to that many first, as predict does; labels are compared at full size.
     """
     if merge and shard:
         raise RecipeError("--merge puts together what is there: give it without --shard")
@@ -106,16 +113,25 @@ def evaluate(
 
             # A run has no graphs in int8: what was searched in it is scored as its weights do.
             own = session.precision if is_bundle(target) else session.precision or "f32"
-            return load(target, **(asdict(session) | {"instance": one, "precision": own}))
+            how = asdict(session) | {"instance": one, "precision": own, "full_size": full_size}
+            return load(target, **how)
 
+        from messnet.apps.predictions import scaling
         from messnet.apps.scoring import score_sessions
 
-        samples = (dataset[v] for v in range(len(dataset)))
-        _show_scores(
-            score_sessions([opened(one) for one in names], ((one.image, one.mask) for one in samples)), as_json
-        )
+        sessions = [opened(one) for one in names]
+        remarks: list[str | None] = []
+
+        def pairs() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+            for sample in (dataset[v] for v in range(len(dataset))):
+                remarks.append(scaling(sessions[0], sample.name, sample.image))
+                yield sample.image, sample.mask
+
+        _show_scores(score_sessions(sessions, pairs()), as_json)
+        if remark := next(filter(None, remarks), None):
+            print(f"messnet: {remark}", file=sys.stderr)
         return
-    if replace(session, runtime=None, precision=None) != _SESSION or void_index is not None or mask_values:
+    if replace(session, runtime=None, precision=None) != _SESSION or void_index is not None or mask_values or full_size:
         raise RecipeError("options of what is deployed need labelled images: add --data FOLDER")
     kind: tuple[RuntimeName, Precision] = session.runtime or "torch", session.precision or "f32"
     expect_runtime(*kind)
