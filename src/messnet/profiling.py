@@ -59,8 +59,8 @@ def profile(
 
     Raises ModelError for a size below 1 x 1, and for a model that cannot be converted.
     """
-    if min(input_size) < 1:
-        raise ModelError(f"an input has at least 1 x 1 pixels, not {input_size[0]} x {input_size[1]}")
+    if len(input_size) != 2 or min(input_size) < 1:
+        raise ModelError(f"input_size is (height, width), at least 1 x 1 pixels, not {input_size}")
     if not isinstance(net, MultiExitNet):
         device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
         net = convert(net, torch.zeros(1, 3, *input_size, dtype=dtype_of(net), device=device))

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,11 +84,43 @@ def test_another_number_of_classes_is_refused() -> None:
     [
         (torch.utils.data.DataLoader([(0, 0)]), "a DataLoader has not: give its .dataset"),
         (None, "a NoneType has not: give a list or a torch Dataset"),
+        ((pair for pair in [(0, 0)]), "a generator has not: give a list or a torch Dataset"),
     ],
 )
 def test_what_is_no_data_set_is_told(data: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         as_dataset(data, CLASSES)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=message):
+        messnet.pretrain(build(), data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalisation", [((0.5,) * 3, (0.25,) * 3), {"mean": (0.5,) * 3}])
+def test_a_normalisation_has_its_own_type(normalisation: Any) -> None:
+    with pytest.raises(messnet.MessError, match="must be messnet.Normalisation"):
+        messnet.convert(mobilenetv2_fcn(3), torch.zeros(1, 3, 32, 64), normalisation=normalisation)
+    with pytest.raises(messnet.MessError, match="three values each"):
+        messnet.Normalisation(mean=0.5)  # type: ignore[arg-type]
+
+
+def test_a_model_that_was_not_converted_is_told() -> None:
+    model: Any = torch.nn.Conv2d(3, CLASSES, 1)
+    final = whole_model(build().exits[-1])
+    for call in (
+        lambda: messnet.pretrain(model, Pairs()),
+        lambda: messnet.distill(model, Pairs()),
+        lambda: messnet.evaluate(model, Pairs()),
+        lambda: messnet.Session(model, final),
+    ):
+        with pytest.raises(messnet.MessError, match="got a Conv2d: net = messnet.convert"):
+            call()
+
+
+def test_neighbours_of_what_is_expected_are_told() -> None:
+    found: Any = SimpleNamespace(instance=whole_model(build().exits[-1]))
+    with pytest.raises(messnet.MessError, match="got a SimpleNamespace: give its .instance"):
+        messnet.Session(build(), found)
+    with pytest.raises(messnet.MessError, match="must be a messnet.HeadSpace.* got a dict"):
+        messnet.distill(build(), Pairs(), {"extra_blocks": 0})  # type: ignore[arg-type]
 
 
 def test_without_heads_the_final_exit_alone_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,19 +170,25 @@ class Session:
         ``full_size``, it sees images of more than twice the pixels of ``input_size`` scaled down to that many; results
         have the image's own size. ``labels`` "logits" are made at the resolution of the logits, which is a stride
         coarser than the image, and are not upsampled."""
+        if not isinstance(instance, Instance):
+            advice = ": give its .instance" if hasattr(instance, "instance") else ""
+            raise ModelError(f"instance must be a messnet.Instance, got a {type(instance).__name__}{advice}")
         if not instance.exits:
             raise ModelError("the instance has no exits")
 
         self.instance = instance
         self.policy = Policy.parse(instance.policy)
         if not isinstance(network, Runner):
+            from messnet.network.multi_exit import expect_converted  # and with it torch, which graphs do without
+
+            expect_converted(network)
             for what, given in (("class_names", class_names), ("palette", () if palette is None else palette)):
                 if len(given) not in (0, network.num_classes):
                     raise ModelError(
                         f"{what} has {len(given)} entries and the network tells {network.num_classes} classes apart: "
                         "give one for each, in the order of its logits"
                     )
-            from messnet.deployment.torch_runner import TorchRunner  # and with it torch, which graphs do without
+            from messnet.deployment.torch_runner import TorchRunner
 
             network = TorchRunner(network, self.policy, device=device)
         self.runner: Runner = network

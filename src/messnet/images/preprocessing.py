@@ -31,6 +31,10 @@ class Normalisation:
     """Per channel, in (0, 1]."""
 
     def __post_init__(self) -> None:
+        if np.shape(self.mean) != (3,) or np.shape(self.std) != (3,):
+            raise RecipeError(
+                f"normalisation: mean {self.mean} and std {self.std} must be three values each, of R, G and B"
+            )
         if not all(0 <= value <= 1 for value in self.mean) or not all(1e-6 <= value <= 1 for value in self.std):
             raise RecipeError(
                 f"normalisation: mean {list(self.mean)} and std {list(self.std)} must be those of pixel values in "

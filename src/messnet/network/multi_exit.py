@@ -277,6 +277,10 @@ def convert(
         raise ModelError(f"example_input must be RGB images (N, 3, H, W), got {tuple(example_input.shape)}")
     if isinstance(exit_points, str):
         raise ModelError(f"exit_points must be a list of module paths, got the string {exit_points!r}")
+    if not isinstance(normalisation, Normalisation):
+        raise ModelError(
+            f"normalisation must be messnet.Normalisation(mean=(r, g, b), std=(r, g, b)), got {normalisation!r:.80}"
+        )
     model = unwrapped(model)
     try:
         inspect.signature(model.forward).bind(example_input)
@@ -306,6 +310,15 @@ def convert(
     net.normalisation = normalisation
     net.training = model.training  # the parts keep their own modes: a part may be frozen
     return net
+
+
+def expect_converted(net: object) -> None:
+    """Raises ModelError for what is not made by ``convert``."""
+    if not isinstance(net, MultiExitNet):
+        raise ModelError(
+            f"net must be a converted network, got a {type(net).__name__}: net = messnet.convert(model, "
+            "torch.zeros(1, 3, height, width)) makes one of your model"
+        )
 
 
 def _expect_usable(model: nn.Module, backbone: Backbone) -> None:

@@ -162,7 +162,10 @@ class CostTable(Stored, what="a cost table", made_by="profile", version=2):
         def values(parts: Sequence[PartCost]) -> FloatArray:
             found = [getattr(part, name) for part in parts]
             if None in found:  # of a network that was counted and not measured
-                raise RunError(f"the cost table has no {name}: measure it with `messnet profile RUN --measure`")
+                raise RunError(
+                    f"the cost table has no {name}: measure it with `messnet profile RUN --measure`, in Python with "
+                    "messnet.profile(net, ..., latency=messnet.LatencyOptions())"
+                )
             # In steps of 1 ns (2^-20 ms) sums are exact, as those of integers are: equal costs stay equal.
             return np.round(np.array(found, np.float64) * 2**20) / 2**20
 

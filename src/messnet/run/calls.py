@@ -15,9 +15,10 @@ import torch
 from messnet import evaluation, training
 from messnet.data import SegmentationDataset
 from messnet.data.objects import PairSource, as_dataset
+from messnet.errors import RecipeError
 from messnet.evaluation import EvaluationOptions
 from messnet.network.exit_head import HeadSpace
-from messnet.network.multi_exit import MultiExitNet
+from messnet.network.multi_exit import MultiExitNet, expect_converted
 from messnet.records.codec import to_plain
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
@@ -67,6 +68,9 @@ def distill(
 
     The answer names the heads whose loss was no longer finite, with the iteration; they are left out.
     """
+    expect_converted(net)
+    if not isinstance(heads, HeadSpace):
+        raise RecipeError(f"heads must be a messnet.HeadSpace(extra_blocks=(0, 1), ...), got a {type(heads).__name__}")
     # Heads belong to the very backbone that they were trained on.
     backbone = hashlib.sha256()
     for tensor in net.model_state_dict().values():
@@ -83,6 +87,7 @@ def evaluate(
 
     Raises DataError for what is no image with a mask of its size, ModelError for logits that are not finite.
     """
+    expect_converted(net)
     if len(net.exits) == 1:
         say("evaluate: no heads are attached (messnet.distill attaches them): this is the final exit alone")
     return evaluation.evaluate(net, as_dataset(data, net.num_classes), options, device)
@@ -106,18 +111,20 @@ def _training(
 ) -> Iterator[_Given]:
     """What a stage takes, made of what the user gave. Afterwards ``net`` is in eval mode, and its parameters need
     gradients or none as before: stage 2 freezes the backbone."""
+    expect_converted(net)
+    # The user's objects are checked item by item, as they are read: nobody has looked at them before.
+    dataset = as_dataset(data, net.num_classes)
     # A state of other options, data or another model must not be gone on from.
     shapes = {name: list(tensor.shape) for name, tensor in net.model_state_dict().items()}
     cuts = [point.node for point in net.exit_points]
     given = [to_plain(one) for one in (*options, net.normalisation)]
-    facts = json.dumps([given, len(data), cuts, shapes, backbone])
+    facts = json.dumps([given, len(dataset), cuts, shapes, backbone])
     made_from = hashlib.sha256(facts.encode()).hexdigest()[:16]
     frozen = [parameter for parameter in net.parameters() if not parameter.requires_grad]
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as where:
         checkpoint = Checkpoint(Path(where) / f"{name}.checkpoint", made_from=made_from)
         monitor = Monitor(Path(where) / "logs", as_dataset(val, net.num_classes)) if val is not None else None
-        # The user's objects are checked item by item, as they are read: nobody has looked at them before.
-        yield _Given(as_dataset(data, net.num_classes), checkpoint, monitor)
+        yield _Given(dataset, checkpoint, monitor)
     net.requires_grad_(True).eval()
     for parameter in frozen:
         parameter.requires_grad_(False)
