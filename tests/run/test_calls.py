@@ -96,7 +96,7 @@ def test_what_is_no_data_set_is_told(data: object, message: str) -> None:
 
 @pytest.mark.parametrize("normalisation", [((0.5,) * 3, (0.25,) * 3), {"mean": (0.5,) * 3}])
 def test_a_normalisation_has_its_own_type(normalisation: Any) -> None:
-    with pytest.raises(messnet.MessError, match="must be messnet.Normalisation"):
+    with pytest.raises(messnet.MessError, match="normalisation must be"):
         messnet.convert(mobilenetv2_fcn(3), torch.zeros(1, 3, 32, 64), normalisation=normalisation)
     with pytest.raises(messnet.MessError, match="three values each"):
         messnet.Normalisation(mean=0.5)  # type: ignore[arg-type]
@@ -111,15 +111,15 @@ def test_a_model_that_was_not_converted_is_told() -> None:
         lambda: messnet.evaluate(model, Pairs()),
         lambda: messnet.Session(model, final),
     ):
-        with pytest.raises(messnet.MessError, match="got a Conv2d: net = messnet.convert"):
+        with pytest.raises(messnet.MessError, match="got a Conv2d: net = "):
             call()
 
 
 def test_neighbours_of_what_is_expected_are_told() -> None:
     found: Any = SimpleNamespace(instance=whole_model(build().exits[-1]))
-    with pytest.raises(messnet.MessError, match="got a SimpleNamespace: give its .instance"):
+    with pytest.raises(messnet.MessError, match="got a SimpleNamespace: give"):
         messnet.Session(build(), found)
-    with pytest.raises(messnet.MessError, match="must be a messnet.HeadSpace.* got a dict"):
+    with pytest.raises(messnet.MessError, match="got a dict"):
         messnet.distill(build(), Pairs(), {"extra_blocks": 0})  # type: ignore[arg-type]
 
 

@@ -77,10 +77,10 @@ def export(
     ``tables`` go with it, by default all there are. ``weights`` for torch, by default of paths; ``graphs`` in ONNX for
     other runtimes, by default of sessions, whose weights are of use only where ``model`` names the function that builds
     the network, "module:function". Graphs are checked against torch on ``images``, (H, W, 3) uint8 RGB, generated ones
-    where None are given. ``eight_bits`` asks for graphs in int8, alone or beside the others, and says how they are made and
-    what they may lose; graphs for one image of the size ``static``, (height, width), take no other. ``made`` is what ``make_graphs``
-    has made of the same network already. The graph of ``labels`` makes them at the image's size, or at that of the
-    "logits".
+    where None are given. ``eight_bits`` asks for graphs in int8, alone or beside the others, and says how they are made
+    and what they may lose; graphs for one image of the size ``static``, (height, width), take no other. ``made`` is
+    what ``make_graphs`` has made of the same network already. The graph of ``labels`` makes them at the image's size,
+    or at that of the "logits".
 
     Raises RunError when something is missing or does not fit, or ``out`` exists; ModelError for a model that cannot be
     cut, or graphs that cannot be made, disagree, or lose more than they may.
@@ -92,7 +92,8 @@ def export(
         )
     if not isinstance(eight_bits, EightBits | None):
         raise RecipeError(
-            f"eight_bits={eight_bits!r:.40}: expected messnet.EightBits(calibration=images, samples=[(image, mask), ...])"
+            f"eight_bits={eight_bits!r:.40}: expected messnet.EightBits(calibration=images, "
+            "samples=[(image, mask), ...])"
         )
     images = images and [as_image(image) for image in images]
     out = None if out is None else Path(out)

@@ -92,7 +92,9 @@ def quantise(
     with needing_extras():
         import onnx
 
-    live: list[tuple[NDArray[np.generic], ...]] = [(normalise(as_image(image)[None], normalisation),) for image in images]
+    live: list[tuple[NDArray[np.generic], ...]] = [
+        (normalise(as_image(image)[None], normalisation),) for image in images
+    ]
     found = {OUTPUT: graphs[OUTPUT]}
     for position in range(len(graphs) - 1):
         name = stage_name(position)
