@@ -169,3 +169,20 @@ def test_a_mask_value_that_is_no_number_is_named(labelled: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["evaluate", "any.mess", "--data", str(labelled), "--mask-values", "0x10,road"])
     assert "--mask-values[1]: expected a whole number, got 'road'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "or --void-index, or say with --mask-values which value is which class"),
+        (["--void-index", "3"], "--void-index is 8 to 255"),
+        (["--mask-values", "1,2"], "--mask-values 1, 2 for 8 class names"),
+    ],
+)
+def test_masks_that_do_not_fit_name_the_options(
+    labelled: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(__file__).parents[2] / "examples/scenes_mobilenetv2.mess"
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(bundle), "--data", str(labelled), *words])
+    assert expected in capsys.readouterr().err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,7 +107,9 @@ def evaluate(
         if overrides or out is not None or shard or merge:
             raise RecipeError("--data scores what is deployed: recipe values, --out, --shard and --merge mean nothing")
         quieten()
-        dataset, names = _labelled(data, target, void_index, mask_values), _names(target, session.instance)
+        names = _names(target, session.instance)
+        with _under_option_names():
+            dataset = _labelled(data, target, void_index, mask_values)
 
         def opened(one: str | Instance | None) -> Session:
             from messnet.deployment.bundle import is_bundle
@@ -127,7 +131,9 @@ def evaluate(
                 remarks.append(scaling(sessions[0], sample.name, sample.image))
                 yield sample.image, sample.mask
 
-        _show_scores(score_sessions(sessions, pairs()), as_json)
+        with _under_option_names():
+            scores = score_sessions(sessions, pairs())
+        _show_scores(scores, as_json)
         if remark := next(filter(None, remarks), None):
             print(f"messnet: {remark}", file=sys.stderr)
         return
@@ -177,6 +183,17 @@ def evaluate(
     show(exits_table(tables, costs), class_terminal_table(exit_classes(tables, rows)))
     for sentence in missed_by_final_exit(tables):
         print(sentence)
+
+
+@contextmanager
+def _under_option_names() -> Iterator[None]:
+    """Errors of a data set name keys of a recipe; with --data there is none, and options stand for the keys."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            re.sub(r"\b(mask_values|void_index)\b", lambda key: f"--{key[0].replace('_', '-')}", str(error))
+        ) from error
 
 
 def _labelled(

@@ -151,9 +151,12 @@ def predict(
         taken = [record["exit_index"] for record in done.records]
         exits = [choice.exit_index for choice in opened.instance.exits]
         ways = [f"{taken.count(one)} {'went on to' if one == exits[-1] else 'left at'} exit {one}" for one in exits]
+        if len(taken) == 1:  # "0 left at exit 2, 1 went on to exit 3" has to be read twice
+            ways = [way.removeprefix("1 ") for way in ways if way.startswith("1 ")]
+        exits_taken = f"{', '.join(ways)}; " if len(exits) > 1 else ""
         took = statistics.median(record["latency_ms"] for record in done.records)
         number = f"{len(taken)} image{'s' * (len(taken) != 1)}"
-        print(f"{number} in {out}/: {', '.join(ways[len(exits) == 1 :])}; median {took:.0f} ms an image")
+        print(f"{number} in {out}/: {exits_taken}median {took:.0f} ms an image")
     # On stderr, for standard output may be read by a program (--json); last, where a person still sees it.
     for line in done.notes:
         print(f"messnet: {line}", file=sys.stderr)
