@@ -221,12 +221,12 @@ def _promise(promise: Promise) -> str:
 
 def _shortfall(promise: Promise, short: Shortfall) -> str:
     epsilon, num_drawn = promise.guarantee.epsilon, promise.num_groups
-    images = "images" if num_drawn == promise.num_images else "groups of images"
+    one, images = ("image", "images") if num_drawn == promise.num_images else ("group of images", "groups of images")
     if short.least_images is None or num_drawn < short.least_images:
         takes = f"more than {MOST_IMAGES}" if short.least_images is None else f"at least {short.least_images}"
         return (
-            f"{num_drawn} calibration {images} can certify no epsilon below {short.least_epsilon:.3g}, even without "
-            f"any loss; {epsilon:g} takes {takes}"
+            f"{num_drawn} calibration {one if num_drawn == 1 else images} can certify no epsilon below "
+            f"{short.least_epsilon:.3g}, even without any loss; {epsilon:g} takes {takes} {images}"
         )
     ahead = f"the steps that are left have mean losses up to {short.worst_loss:.3g}"
     if short.worst_loss >= epsilon:
