@@ -157,6 +157,30 @@ def test_a_model_without_a_graph_is_told_the_line_and_the_way_out() -> None:
     assert str(info.value).endswith(WAY_OUT)
 
 
+# As text: pytest writes the asserts of this module anew.
+GUARDED = """
+def forward(self, x):
+    assert x.shape[2] % 8 == 0 and x.shape[3] % 8 == 0, "a size"
+    assert not x.isnan().any()
+    {more}
+    return self.last(self.body(self.stem(x)))
+"""
+
+
+def test_asserts_are_no_part_of_the_graph_and_other_questions_are() -> None:
+    def guarded(more: str) -> Model:
+        names: dict[str, Callable[[Model, Tensor], object]] = {}
+        exec(GUARDED.format(more=more), names)
+        return Model(block(), names["forward"])
+
+    graph, whole = trace(guarded(more=""))
+    assert not whole
+    assert calls(graph) == calls(trace(Model(block()))[0])
+    assert len(graph.graph.nodes) == len(trace(Model(block()))[0].graph.nodes)
+    with pytest.raises(UntraceableError, match="Model could not be traced"):
+        trace(guarded(more="if x.isnan().any(): raise AssertionError"))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_every_module_is_left_in_its_mode(fails: bool) -> None:
     model = Model(block(), (lambda self, x: self.last(x if x.mean() > 0 else -x)) if fails else None)

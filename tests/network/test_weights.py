@@ -187,6 +187,8 @@ def test_another_number_of_classes_starts_the_last_layer_anew_and_says_so(tmp_pa
     )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, (fresh if name.startswith("classifier") else state)[name])
+    with pytest.raises(ModelError, match=r"classifier.weight is \(21, 4, 1, 1\), expected \(3, 4, 1, 1\)"):
+        load_weights(small_model(), path, new_classifier=False)
 
 
 def test_another_number_of_classes_in_an_auxiliary_classifier_too(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import pickle
 import random
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,6 +183,23 @@ class _Tracer(fx.Tracer):
         childless = next(m.children(), None) is None
         known = isinstance(m, _NormBase) or module_qualified_name in self.whole
         return childless or known or super().is_leaf_module(m, module_qualified_name)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Asserts hold: they guard what is computed and are no part of it. torch's own ``trace_asserts`` reads the
+        bytecode of Python 3.9."""
+        frame = sys._getframe(2)  # whose code asks the proxy
+        code = list(dis.get_instructions(frame.f_code))
+        jump = next(k for k, one in enumerate(code) if one.offset >= frame.f_lasti and "JUMP" in one.opname)
+
+        def fails(instruction: dis.Instruction) -> bool:
+            common = instruction.opname == "LOAD_COMMON_CONSTANT" and instruction.argrepr == "AssertionError"
+            return common or instruction.opname == "LOAD_ASSERTION_ERROR"
+
+        if fails(code[jump + 1]):  # jumps over the failure
+            return "IF_TRUE" in code[jump].opname
+        if any(fails(one) for one in code if one.offset == code[jump].argval):  # the first part of ``assert a and b``
+            return "IF_FALSE" in code[jump].opname
+        return super().to_bool(obj)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         before = _random_state()

@@ -31,7 +31,7 @@ _COUNTER = "num_batches_tracked"
 _NAMED = re.compile(r"\w+_Weights\.\w+")
 
 
-def load_weights(model: nn.Module, source: str | Path) -> list[str]:
+def load_weights(model: nn.Module, source: str | Path, *, new_classifier: bool = True) -> list[str]:
     """Loads ``source`` into ``model`` and returns what was not as expected but harmless, a sentence each.
 
     ``source`` is a .safetensors file, a torch state dict (.pt, .pth, alone or in a checkpoint; read as weights only: no
@@ -39,14 +39,14 @@ def load_weights(model: nn.Module, source: str | Path) -> list[str]:
     model was wrapped in, or lack the name under which ``model`` holds it now; what a file holds besides, such as a
     criterion, is left out then. So are tensors of an auxiliary classifier that the model does not have. Where only the
     last layer (of the model, and of its auxiliary classifier) differs, and only in the number of classes, that layer
-    keeps its initial weights and the rest is loaded.
+    keeps its initial weights and the rest is loaded, unless ``new_classifier`` is off: where nothing will train it.
 
     Raises ModelError when it cannot be read, or a tensor is missing, unexpected, of another shape, no floating-point
     one or not finite; nothing is loaded then.
     """
     own, state = model.state_dict(), _read(str(source))
     fitting, notes = _unwrapped(state, own)
-    for adapt in (_adapted, _with_own_classifier, _with_tied):
+    for adapt in (_adapted, *[_with_own_classifier] * new_classifier, _with_tied):
         fitting, more = adapt(fitting, own, model)
         notes += more
     expect_fit(fitting, own, source=str(source))

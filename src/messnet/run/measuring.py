@@ -87,21 +87,22 @@ def _without_graphs(net: MultiExitNet, input_size: tuple[int, int]) -> tuple[str
     return ()
 
 
-def _load_weights(model: nn.Module, options: ModelOptions) -> list[str]:
+def _load_weights(model: nn.Module, options: ModelOptions, *, is_trained: bool = True) -> list[str]:
     """Loads what the recipe starts from, if anything, and says what was not as expected."""
     if options.weights:
-        return load_weights(model, options.weights)
+        return load_weights(model, options.weights, new_classifier=is_trained)
     if options.backbone_weights:
         return load_backbone_weights(model, options.backbone_weights, head=options.head)
     return []
 
 
-def start_from_weights(net: MultiExitNet, options: ModelOptions) -> None:
+def start_from_weights(net: MultiExitNet, options: ModelOptions, *, is_trained: bool = True) -> None:
     """Loads what the recipe starts from into ``net``, through the plain model: that has all names, the net those it
-    runs. What is not loaded stays as it is in ``net``."""
+    runs. What is not loaded stays as it is in ``net``. Unless the net ``is_trained`` then, weights of another number
+    of classes are refused with a ModelError."""
     model = build_model(options.name, net.num_classes, **options.build_options)
     model.load_state_dict(net.model_state_dict(), strict=False)
-    for note in _load_weights(model, options):
+    for note in _load_weights(model, options, is_trained=is_trained):
         print(note, file=sys.stderr)
     state = model.state_dict()
     # Constants of forward are in the network alone.

@@ -65,7 +65,7 @@ def pretrain_stage(run: Run) -> None:
     recipe, checkpoint = run.recipe, run.checkpoint("pretrain")
     net, fabric = run.initial(), recipe.compute.launch()
     if recipe.model.weights or recipe.model.backbone_weights:
-        start_from_weights(net, recipe.model)
+        start_from_weights(net, recipe.model, is_trained=recipe.pretrain.iterations > 0)
     leads = fabric.global_rank == 0  # of processes that train together one writes
     before = _evaluate_delivered(run, net) if recipe.model.weights and leads else None
     if recipe.pretrain.iterations:
