@@ -10,6 +10,9 @@ from messnet.records.codec import Stored
 from messnet.records.measurements import Measurement
 from messnet.records.names import Precision
 
+WORTH_PERCENT = 5
+"""By how much faster early exits have to be than the model in its fastest precision, to be shipped."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeployedRow:
@@ -49,9 +52,9 @@ class Deployed(Stored, what="a record of a deployment", made_by="deploy"):
 
     @property
     def best(self) -> DeployedRow:
-        """The fastest that loses no more than was asked, in the runtime that ships; of two alike the model, which
-        needs no early exits."""
+        """The fastest that loses no more than was asked, in the runtime that ships. Instances that are less than
+        ``WORTH_PERCENT`` faster than the model are not worth what they lose."""
         kept = self.model.row.judged_miou - self.max_drop_pp / 100
         here = [row for row in self.rows if row.runtime == self.model.runtime]
         rows = [row for row in here if not row.is_model or row.row.judged_miou >= kept]
-        return min(rows, key=lambda row: row.mean_ms)
+        return min(rows, key=lambda row: row.mean_ms if row.is_model else row.mean_ms * (1 + WORTH_PERCENT / 100))

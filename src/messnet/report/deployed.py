@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from messnet.records.deployed import Deployed, DeployedRow
+from messnet.records.deployed import WORTH_PERCENT, Deployed, DeployedRow
 from messnet.report.wording import accuracy, change, fold, markdown_table, significant
 from messnet.searching.words import CONFIDENT
 
@@ -38,10 +38,10 @@ def deployed_headline(deployed: Deployed) -> str:
     if best is model:
         loses = f"loses at most {deployed.max_drop_pp:g} pp"
         if any(not row.is_model for row in deployed.rows):
-            loses += " and is faster"
+            loses += f" and is {WORTH_PERCENT} % faster"
         return f"No instance {loses}: your model needs {_ms(model)} ms an image ({where})"
     if best.is_model:
-        means = f"{best.precision} alone, for early exits gain nothing beside it,"
+        means = f"{best.precision} alone, for early exits gain less than {WORTH_PERCENT} % beside it,"
     else:
         means = "early exits and int8" if best.precision == "int8" != model.precision else "early exits"
     return (
