@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from messnet.data import IGNORE_INDEX
-from messnet.data.folders import contents, open_folder
+from messnet.data.folders import contents, find_pairs, open_folder
 from messnet.data.image_files import FileDataset
 from messnet.errors import DataError
 from messnet.images.colours import default_palette
@@ -203,6 +203,29 @@ def test_other_names_of_masks(root: Path, images: str, kind: str, ending: str) -
     assert dataset.left_out == ("z",)
     (folder / f"y{ending}.png").unlink()
     with pytest.raises(DataError, match=r"no mask for y, z: expected .*; add the masks, or take these names out of"):
+        read(root)
+
+
+@pytest.mark.parametrize("ending", ["", "_seg", "_rgb", "_rgb_mask"])
+def test_images_that_share_an_ending(root: Path, ending: str) -> None:
+    folder = root / "train"
+    for name in ("x", "x_1", "y"):
+        Image.fromarray(IMAGE).save(folder / f"images/{name}_rgb.png")
+        Image.fromarray(MASK).save(folder / f"masks/{name}{ending}.png")
+    (folder / "images/x.png").unlink()
+    if ending:
+        (folder / "masks/x.png").unlink()
+    assert [(image.stem, mask.stem) for image, mask in find_pairs(root, "train")[0]] == [
+        (f"{name}_rgb", f"{name}{ending}") for name in ("x_1", "x", "y")
+    ]
+
+
+def test_masks_of_something_else_are_no_masks_of_these(root: Path) -> None:
+    """All images end in _left, all masks in _right: two cameras, not a photograph and its mask."""
+    folder = root / "train"
+    for kind, ending in (("images", "left"), ("masks", "right")):
+        (folder / kind / "x.png").rename(folder / kind / f"x_{ending}.png")
+    with pytest.raises(DataError, match=r"no image for x_right\.png"):
         read(root)
 
 

@@ -3,7 +3,8 @@
 Either ``root/SPLIT/images`` and ``root/SPLIT/masks``; or ``root/images`` and ``root/masks`` with ``root/SPLIT.txt``, a
 list of names, one a line. Both folders may have the names of ``IMAGE_FOLDERS`` and ``MASK_FOLDERS``, in any case.
 ``images/NAME.jpg`` (or .jpeg, .png, .bmp, .webp, .tif, .tiff) belongs to ``masks/NAME.png``, or to ``NAME_mask.png``,
-``NAME_label.png``, ``NAME_gt.png``, or to whatever ending all masks of the folder share: one channel, 8 bits, class
+``NAME_label.png``, ``NAME_gt.png``, or to whatever ending all masks of the folder share. If all images share an ending,
+as ``a_rgb.jpg`` does, a mask may be without it, ``a.png`` or ``a_mask.png``. Masks have one channel, 8 bits, class
 indices; of a palette PNG the indices count, not the colours. Masks with other values, or RGB masks, are read with
 ``mask_values``.
 """
@@ -182,19 +183,26 @@ def contents(folder: Path) -> str:
     return some([f"{place}/ ({said})" if place.name else said for place, said in files.items()]) or "no files"
 
 
+def _shared_endings(stems: Sequence[str]) -> list[str]:
+    """The endings, from a separator on, that all names share; the longest first."""
+    shared = os.path.commonprefix([stem[::-1] for stem in stems])[::-1]  # noqa: RUF071  these are no paths
+    return [shared[match.start() :] for match in re.finditer("[-_.]", shared)]
+
+
 def _by_stem(folder: Path, suffixes: Sequence[str], images: Collection[str] = ()) -> dict[str, Path]:
     """The files with one of these suffixes, in any case, by their names without it; sorted. Masks are found under the
     name of the one of ``images`` that they belong to."""
     split_names = [(*os.path.splitext(name), path) for name, path in list_files(folder).items()]
     files = [(stem, path) for stem, suffix, path in split_names if suffix.lower() in suffixes]
-    backwards = [stem[::-1] for stem, _ in files]
-    shared = os.path.commonprefix(backwards)[::-1]  # noqa: RUF071  these are no paths
-    shared_endings = [shared[match.start() :] for match in re.finditer("[-_.]", shared)]
+    shared_endings = _shared_endings([stem for stem, _ in files])
+    # a_rgb.jpg may have the mask a_seg.png: images, too, may share an ending. Only the shortest, so that no two meet.
+    ending = next(reversed(_shared_endings([*images])), "")
+    without = {name.removesuffix(ending): name for name in images}
     found: dict[str, Path] = {}
     for stem, path in files:
-        if stem not in images:
-            bare = [_MASK_ENDING.sub("", stem), *map(stem.removesuffix, shared_endings)]
-            stem = next((name for name in bare if name in images), stem)
+        known = _MASK_ENDING.sub("", stem)
+        bare = [stem, known, *map(stem.removesuffix, shared_endings)]
+        stem = next((name for name in bare if name in images), without.get(known, stem))
         if stem in found:
             raise DataError(f"{found[stem]} and {path.name} share one name: keep one of them")
         found[stem] = path
