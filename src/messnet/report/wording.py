@@ -37,7 +37,7 @@ def accuracy(change_pp: float, margin_pp: float | None) -> str:
         text = "no clear change of mIoU"
     else:
         text = f"{abs(change_pp):.1f} pp {'more' if change_pp > 0 else 'less'} mIoU"
-    if margin_pp is not None and math.isfinite(margin_pp):
+    if margin_pp is not None and math.isfinite(margin_pp) and max(abs(change_pp), margin_pp) >= 0.05:
         text += f" ({change_pp:+.1f} ± {margin_pp:.1f} pp)"
     return text
 
