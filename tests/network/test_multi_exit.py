@@ -276,6 +276,11 @@ def test_a_model_with_less_output_than_input_is_upsampled_and_says_so() -> None:
             r"the model gives \(1, 5\) for images \(1, 3, 64, 80\); expected logits \(N, K, H, W\): a classifier\?",
         ),
         (
+            Model(nn.ReLU(), lambda y: y.argmax(1)),
+            {},
+            r"the model gives \(1, 32, 40\) .*: class indices\? leave argmax out",
+        ),
+        (
             Model(nn.ReLU(), lambda y: y if y.mean() > 0 else -y),
             {},
             rf"Model could not be traced at {__file__}:\d+ \(.*if y.mean.*name the exits by module path, exit_points=",

@@ -330,7 +330,7 @@ def _expect_short_directory(path: Path) -> None:
         return  # no zip, as zipfile will say
     is_zip64 = end[max(0, at - 20) :][:4] == b"PK\6\7"
     if is_zip64 or int.from_bytes(end[at + 12 : at + 16], "little") > _MAX_DIRECTORY_BYTES:
-        raise RunError(f"{path} is refused: it lists more files than any bundle has")
+        raise RunError(f"{path} is refused: it lists more files than any bundle has, as torch's weights do")
 
 
 def _chunks(contents: _Folder | _Archive, name: str, expected: StoredFile) -> Iterator[bytes]:

@@ -369,9 +369,9 @@ class _Graph:
         value = self.value(self.logits)
         if not isinstance(value, Tensor) or value.dim() != 4:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ModelError(
-                f"the model gives {got} for images {self.shape}; expected logits (N, K, H, W): a classifier?"
-            )
+            is_map = isinstance(value, Tensor) and value.dim() == 3
+            why = "class indices? leave argmax out" if is_map else "a classifier?"
+            raise ModelError(f"the model gives {got} for images {self.shape}; expected logits (N, K, H, W): {why}")
         self.nodes: list[fx.Node] = []
         self.position: dict[fx.Node, int] = {}
         self.head_start = 0

@@ -63,8 +63,8 @@ def distill(
     folder: str | Path | None = None,
     compute: ComputeOptions = _HERE,
 ) -> dict[Exit, int]:
-    """Stage 2: attaches every head of the space ``heads`` at every early exit point of ``net`` and trains them, in
-    place, on the frozen backbone. The rest as for ``pretrain``.
+    """Stage 2: attaches every head of the space ``heads`` at every early exit point of ``net``, instead of those
+    that it had, and trains them, in place, on the frozen backbone. The rest as for ``pretrain``.
 
     The answer names the heads whose loss was no longer finite, with the iteration; they are left out.
     """
