@@ -219,7 +219,7 @@ def init(
     """Look at a folder of images and masks and write a commented recipe for it, with the classes, void, groups, sizes
     and class weights that were found."""
     if not data.is_dir():
-        raise DataError(f"there is no folder {data}: name the one that holds train/ and val/")
+        raise DataError(f"there is no folder {data}: name the one that holds images/ and masks/, or train/ and val/")
     from tqdm import tqdm
 
     from messnet.run.proposal import propose_recipe, split_images
