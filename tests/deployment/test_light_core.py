@@ -86,7 +86,7 @@ def test_the_command_scores_labelled_images(light: LightEnvironment, session: Se
     for k, (image, mask) in enumerate(zip(IMAGES, masks, strict=True)):
         Image.fromarray(image).save(tmp_path / f"data/images/{k}.png")
         Image.fromarray(mask).save(tmp_path / f"data/masks/{k}.png")
-    done = light.messnet("evaluate", BUNDLE, "--data", tmp_path / "data", "--threads", "1", "--json")
+    done = light.messnet("evaluate", BUNDLE, "--data", tmp_path / "data", "--full-size", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
     (score,) = json.loads(done.stdout)
     assert score["runtime"] == "onnxruntime"
