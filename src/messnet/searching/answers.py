@@ -172,17 +172,14 @@ class SearchResult:
     verdict: str = ""
     """How the instance compares with the best static truncated model and with uniform heads, in words."""
 
-    def __repr__(self) -> str:
-        from messnet.searching import words  # it is made of these records
+    description: str = ""
+    """What `messnet search` prints: figures, exits, how they compare, what was proved."""
 
-        point = FrontPoint(miou=self.selection.miou, cost=self.selection.cost, instance=self.instance)
-        return f"<SearchResult {self.instance.name}: {words.runner_up(point, self.selection.unit)}; print it for more>"
+    def __repr__(self) -> str:
+        return f"<SearchResult {self.description.partition(chr(10))[0] or self.instance.name}; print it for more>"
 
     def __str__(self) -> str:
-        """What `messnet search` prints: figures, exits, how they compare, what was proved."""
-        from messnet.searching import words
-
-        return "\n".join(words.described(self))
+        return self.description or repr(self)
 
     @property
     def gap_cost(self) -> float | None:

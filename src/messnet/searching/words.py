@@ -59,7 +59,8 @@ def with_words(result: SearchResult) -> SearchResult:
     asked = objective_text(result.tightened.asked if result.tightened else result.objective)
     proved = certificate(result)
     instance = replace(result.instance, objective=asked, certificate=proved)
-    return replace(result, instance=instance, certificate=proved, verdict=verdict(result))
+    worded = replace(result, instance=instance, certificate=proved, verdict=verdict(result))
+    return replace(worded, description="\n".join(_described(worded)))
 
 
 # -- what was asked ------------------------------------------------------------------------------------------------
@@ -411,7 +412,7 @@ def describe(instance: Instance) -> list[str]:
     return lines
 
 
-def described(result: SearchResult) -> list[str]:
+def _described(result: SearchResult) -> list[str]:
     """The instance of a result, how it compares and what was proved of it, then the next best."""
     # An anytime instance has no rivals: its verdict is its figures, which it has already.
     compared = [] if result.instance.setting == "anytime" else [result.verdict]
