@@ -184,7 +184,14 @@ def test_a_split_is_made_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["check-data", str(root)])
     assert f"`messnet init {root} --split 0.2` writes such lists" in capsys.readouterr().err
     Image.fromarray(smooth_image(*SIZE, seed=99)).save(root / "images/bare.png")
-    main(["init", str(root), "--split", "0.25", "--out", str(tmp_path / "mine.yaml")])
+    split = ["init", str(root), "--split", "0.25", "--out", str(tmp_path / "mine.yaml")]
+    good = (root / "labels/003_mask.png").read_bytes()
+    (root / "labels/003_mask.png").write_bytes(good[:40])
+    with pytest.raises(SystemExit):
+        main(split)
+    assert not list(root.glob("*.txt"))  # once it is mended, the same call does
+    (root / "labels/003_mask.png").write_bytes(good)
+    main(split)
     out = capsys.readouterr().out
     assert "split: 27 images in" in out
     names = {split: (root / f"{split}.txt").read_text().split() for split in ("train", "val")}

@@ -235,11 +235,17 @@ def init(
             if abs(share - split) < 0.05
             else f" ({share:.0%}: there are few groups of them, and val has two or more)"
         )
-        print(
-            f"split: {train} images in {data / 'train.txt'}, {val} in {data / 'val.txt'}; alike ones share a list{why}"
-        )
-    text = propose_recipe(data, progress=progress)
+    try:
+        text = propose_recipe(data, progress=progress)
+    except MessError:
+        if split is not None:  # the same call, once the images are mended, divides them anew
+            for name in ("train.txt", "val.txt"):
+                (data / name).unlink()
+        raise
     write_atomically(out, text)
+    if split is not None:
+        lists = f"{train} images in {data / 'train.txt'}, {val} in {data / 'val.txt'}"
+        print(f"split: {lists}; alike ones share a list{why}")
     count = text.count("# note: ")
     notes = f" with {count} note{'s' * (count > 1)} on the images" if count else ""
     print(f"recipe: {out}{notes}; read it, name the classes, then `messnet check-data {out}` and `messnet run {out}`")
