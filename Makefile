@@ -29,9 +29,10 @@ demo: $(TRAIN)
 	$(BIN)/messnet run configs/demo.yaml
 
 # Two processes of one thread each: half the time of one process of two threads. When one dies its test fails and the
-# rest of its tests are left out; started anew it would get the same file again, and the run would never end.
+# rest of its tests are left out; started anew it would get the same file again, and the run would never end. Files in
+# their own order: sorted by their number of tests, those of few long ones would come last and leave a process idle.
 test: $(DEV) $(BROWSER_RUNTIME)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 check: $(DEV)
 	$(BIN)/ruff format --check .
