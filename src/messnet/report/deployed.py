@@ -35,20 +35,21 @@ def deployed_headline(deployed: Deployed) -> str:
     """What the fastest network gains over the model, in the runtime of both, and what it costs."""
     model, best = deployed.model, deployed.best
     where = f"{RUNTIMES[model.runtime]}, {deployed.threads} thread{'s' * (deployed.threads > 1)}"
-    if best is model:
-        loses = f"loses at most {deployed.max_drop_pp:g} pp"
-        if any(not row.is_model for row in deployed.rows):
-            loses += f" and is {WORTH_PERCENT} % faster"
-        return f"No instance {loses}: your model needs {_ms(model)} ms an image ({where})"
-    if best.is_model:
-        means = f"{best.precision} alone, for early exits gain less than {WORTH_PERCENT} % beside it,"
-    else:
-        means = "early exits and int8" if best.precision == "int8" != model.precision else "early exits"
-    return (
-        f"Your model needs {_ms(model)} ms an image. With {means} it needs {_ms(best)} ms, "
+    gained = (
         f"{fold(model.mean_ms / best.mean_ms, 'faster', 'slower', digits=1)}, "
-        f"at {accuracy(_change_pp(best, model), _margin_pp(best))}; {where}"
+        f"at {accuracy(_change_pp(best, model), _margin_pp(best))}"
     )
+    opening = f"Your model needs {_ms(model)} ms an image"
+    if best.is_model:
+        if any(not row.is_model for row in deployed.rows):
+            without = f"Early exits would make that less than {WORTH_PERCENT} % faster, so it ships without them"
+        else:
+            without = f"No early exits lose at most {deployed.max_drop_pp:g} pp"
+        if best is not model:
+            opening += f", in {best.precision} {_ms(best)} ms, {gained}"
+        return f"{opening}. {without}; {where}"
+    means = "early exits and int8" if best.precision == "int8" != model.precision else "early exits"
+    return f"{opening}. With {means} it needs {_ms(best)} ms, {gained}; {where}"
 
 
 def side_by_side(deployed: Deployed) -> list[SideRow]:

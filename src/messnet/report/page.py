@@ -173,7 +173,7 @@ def measurements_markdown(
 
 def _cells(line: _Line) -> list[list[str]]:
     """The cells of a row, each the parts that a plain table puts one below or behind the other."""
-    shares = [f"{place.name} {100 * place.share:.0f}{place.margin} %" for place in line.exits]
+    shares = [f"{place.name}: {100 * place.share:.0f}{place.margin} %" for place in line.exits]
     latency = [f"{line.latency} [{line.latency_p95}]" if line.latency else "", line.speed, line.predicted]
     # Warnings and the table by class go by the name.
     named = "" if line.title.startswith(line.name) else line.name

@@ -17,7 +17,9 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def fold(ratio: float, gained: str, lost: str, digits: int = 2) -> str:
-    """A ratio in words, at least 1: "2.40x less", "1.10x more"."""
+    """A ratio in words, at least 1: "2.40x less", "1.10x more"; "the same" where rounding leaves nothing."""
+    if round(ratio, digits) == 1 or round(1 / ratio, digits) == 1:
+        return "the same"
     return f"{ratio:.{digits}f}x {gained}" if ratio >= 1 else f"{1 / ratio:.{digits}f}x {lost}"
 
 
