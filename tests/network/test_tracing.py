@@ -179,6 +179,10 @@ def test_asserts_are_no_part_of_the_graph_and_other_questions_are() -> None:
     assert len(graph.graph.nodes) == len(trace(Model(block()))[0].graph.nodes)
     with pytest.raises(UntraceableError, match="Model could not be traced"):
         trace(guarded(more="if x.isnan().any(): raise AssertionError"))
+    # The assert behind a question does not answer it, and behind the last one there is no jump at all.
+    for more in ("is_dark = bool(x.mean() < 0); assert x.shape[0]; x = -x if is_dark else x", "x = x + bool(x.mean())"):
+        with pytest.raises(UntraceableError, match="Model could not be traced"):
+            trace(guarded(more=more))
 
 
 @pytest.mark.parametrize("fails", [False, True])

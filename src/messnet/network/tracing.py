@@ -189,15 +189,18 @@ class _Tracer(fx.Tracer):
         bytecode of Python 3.9."""
         frame = sys._getframe(2)  # whose code asks the proxy
         code = list(dis.get_instructions(frame.f_code))
-        jump = next(k for k, one in enumerate(code) if one.offset >= frame.f_lasti and "JUMP" in one.opname)
+        asked = next(k for k, one in enumerate(code) if one.offset == frame.f_lasti)
+        # The jump asks itself, or takes what the instruction before it has asked; a jump further on asks another thing.
+        jump = next((k for k in (asked, asked + 1) if "JUMP" in code[k].opname), None)
 
         def fails(instruction: dis.Instruction) -> bool:
             common = instruction.opname == "LOAD_COMMON_CONSTANT" and instruction.argrepr == "AssertionError"
             return common or instruction.opname == "LOAD_ASSERTION_ERROR"
 
-        if fails(code[jump + 1]):  # jumps over the failure
+        if jump is not None and fails(code[jump + 1]):  # jumps over the failure
             return "IF_TRUE" in code[jump].opname
-        if any(fails(one) for one in code if one.offset == code[jump].argval):  # the first part of ``assert a and b``
+        # The first part of ``assert a and b`` jumps to it.
+        if jump is not None and any(fails(one) for one in code if one.offset == code[jump].argval):
             return "IF_FALSE" in code[jump].opname
         return super().to_bool(obj)
 
