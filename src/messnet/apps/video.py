@@ -370,9 +370,11 @@ class _Writer:
         _caption(picture, record, self._exits.index(record.exit_index), len(self._exits))
         picture = np.concatenate([picture, self._legend])
         due = round(frame.time_s * self._rate)
+        # The first picture is shown from the start on, also where a camera's very first frames were dropped.
         if self._held is not None:  # not shown at all where both fall into one frame
             self._write(self._held, due - self._begin)
-        self._held, self._begin = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), due
+            self._begin = due
+        self._held = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         if self._masks:
             path = self._out / "masks" / f"{frame.number:06d}.png"
             write_atomically(path, as_png(mask(labels, self._palette)))
