@@ -160,29 +160,159 @@ def test_a_model_without_a_graph_is_told_the_line_and_the_way_out() -> None:
 # As text: pytest writes the asserts of this module anew.
 GUARDED = """
 def forward(self, x):
-    assert x.shape[2] % 8 == 0 and x.shape[3] % 8 == 0, "a size"
-    assert not x.isnan().any()
-    {more}
+    {before}
     return self.last(self.body(self.stem(x)))
 """
 
 
+class RefusalError(Exception):
+    pass
+
+
+class Checks:
+    """Steps of a forward that look at the size: they raise, or do something else."""
+
+    def raising(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % 8 != 0 or width % 8 != 0:
+            expected = (height // 8 + 1) * 8 if height % 8 != 0 else height
+            for name in ("height", "width"):
+                if name == "height" and width % 8 == 0:
+                    continue
+            raise RefusalError(f"wrong shape {height}x{width}, expected the height {expected}", *"long" * 100)
+        return x
+
+    def raising_at_the_end(self, x: Tensor) -> Tensor:
+        if x.shape[2] % 8 == 0 and x.size(3) % 8 == 0:
+            return x
+        raise RefusalError
+
+    def any_of(self, x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        if any(side % 8 for side in (height, width)):
+            raise RefusalError
+        return x
+
+    def raising_anew(self, x: Tensor) -> Tensor:
+        try:
+            with torch.no_grad():
+                self.raising(x)
+        except RefusalError as error:
+            raise ValueError from error
+        finally:
+            x.size()
+        return x
+
+    def any_image(self, x: Tensor) -> Tensor:
+        if x.ndim == 3 or x.dim() != 4:
+            x = x[None]
+        if x.shape[1] == 1 or x.size(-3) != 3:
+            x = x.repeat(1, 3, 1, 1)
+        return x
+
+    def caught(self, x: Tensor) -> Tensor:
+        try:
+            self.raising(x)
+        except RefusalError:
+            x = F.interpolate(x, (8, 8))
+        return x
+
+    def caught_farther(self, x: Tensor) -> Tensor:
+        try:
+            return self.raising_anew(x)
+        except ValueError:
+            return F.interpolate(x, (8, 8))
+
+    def computing(self, x: Tensor) -> Tensor:
+        if x.shape[2] % 8:
+            x = F.pad(x, (0, 0, 0, 8))
+        return x
+
+    def computing_or_raising(self, x: Tensor) -> Tensor:
+        if x.shape[2] % 8:
+            if x.shape[3] % 8:
+                raise RefusalError
+            x = F.pad(x, (0, 0, 0, 8))
+        return x
+
+    def computing_in_a_loop(self, x: Tensor) -> Tensor:
+        while x.shape[2] % 8:
+            x = F.pad(x, (0, 0, 0, 1))
+            if x.shape[3] > 100:
+                raise RefusalError
+        return x
+
+    def square(self, x: Tensor) -> Tensor:
+        return x if x.shape[2] == x.shape[3] else x.flip(3)
+
+    def one_image(self, x: Tensor) -> Tensor:
+        return -x if x.shape[0] == 1 else x
+
+
+@pytest.mark.parametrize("name", ["raising", "raising_at_the_end", "any_of", "raising_anew", "any_image"])
+def test_checks_of_the_size_are_no_part_of_the_graph(name: str) -> None:
+    check = getattr(Checks(), name)
+    model = Model(block(), lambda self, x: self.last(self.body(self.stem(check(x)))))
+    graph, whole = trace(model.eval(), (16, 24))
+    assert not whole
+    assert len(graph.graph.nodes) == len(trace(Model(block()))[0].graph.nodes)
+    x = torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(graph(x), model(x))
+    if name != "any_image":
+        with pytest.raises((RefusalError, ValueError)):
+            model(x[..., 1:])
+        with pytest.raises(ModelError, match=r"refuses images of 16x23 itself at .*test_tracing.py:\d+ \(.* 8"):
+            trace(model, (16, 23))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["caught", "caught_farther", "computing", "computing_or_raising", "computing_in_a_loop", "square", "one_image"],
+)
+def test_what_is_computed_otherwise_for_other_sizes_has_no_graph(name: str) -> None:
+    check = getattr(Checks(), name)
+    for size in (None, (16, 24), (15, 24)):
+        with pytest.raises(UntraceableError, match=r"Model could not be traced at .*test_tracing.py:\d+ \("):
+            trace(Model(block(), lambda self, x: self.last(self.body(self.stem(check(x))))), size)
+
+
+def test_a_submodule_that_checks_has_a_graph_and_one_that_computes_is_kept_whole() -> None:
+    def checked(name: str) -> nn.Module:
+        module = block()
+        module.forward = lambda x: nn.Sequential.forward(module, getattr(Checks(), name)(x))  # type: ignore[method-assign]
+        return module
+
+    x = torch.randn(1, 3, 16, 15, generator=torch.Generator().manual_seed(0))
+    for name, size in (("raising", (16, 16)), ("computing", (15, 16))):
+        model = Model(nn.Sequential(checked(name), checked(name))).eval()
+        graph, whole = trace(model, size)
+        assert list(whole) == ([] if name == "raising" else ["body.1.0", "body.1.1"])
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(graph(x), model(x))
+
+
 def test_asserts_are_no_part_of_the_graph_and_other_questions_are() -> None:
-    def guarded(more: str) -> Model:
+    def guarded(before: str) -> Model:
         names: dict[str, Callable[[Model, Tensor], object]] = {}
-        exec(GUARDED.format(more=more), names)
+        exec(GUARDED.format(before=before), names)
         return Model(block(), names["forward"])
 
-    graph, whole = trace(guarded(more=""))
-    assert not whole
-    assert calls(graph) == calls(trace(Model(block()))[0])
-    assert len(graph.graph.nodes) == len(trace(Model(block()))[0].graph.nodes)
-    with pytest.raises(UntraceableError, match="Model could not be traced"):
-        trace(guarded(more="if x.isnan().any(): raise AssertionError"))
+    for before in (
+        'assert x.shape[2] % 8 == 0 and x.shape[3] % 8 == 0, "a size"',
+        "assert not x.isnan().any()",
+        "if x.isnan().any(): raise AssertionError",
+    ):
+        graph, whole = trace(guarded(before))
+        assert not whole
+        assert calls(graph) == calls(trace(Model(block()))[0])
+        assert len(graph.graph.nodes) == len(trace(Model(block()))[0].graph.nodes)
     # The assert behind a question does not answer it, and behind the last one there is no jump at all.
-    for more in ("is_dark = bool(x.mean() < 0); assert x.shape[0]; x = -x if is_dark else x", "x = x + bool(x.mean())"):
+    for before in (
+        "is_dark = bool(x.mean() < 0); assert x.shape[0]; x = -x if is_dark else x",
+        "x = x + bool(x.mean())",
+    ):
         with pytest.raises(UntraceableError, match="Model could not be traced"):
-            trace(guarded(more=more))
+            trace(guarded(before))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -180,7 +180,7 @@ def cut_model(
 
     Raises ModelError when the model cannot be cut, its UntraceableError where tapping still works.
     """
-    traced, whole = trace(model)
+    traced, whole = trace(model, example_input.shape[-2:])
     graph = _Graph(traced, example_input)
     notes = _kept_whole(whole)
     notes += graph.strip_upsampling()

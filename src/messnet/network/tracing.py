@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dis
 import pickle
 import random
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations, takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,23 +20,24 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from messnet.costs.workload import users_hooks
 from messnet.errors import ModelError
+from messnet.network.questions import answer_of, failing_answer, is_users
 
 WAY_OUT = 'name the exits by module path, exit_points=["backbone.layer2", ...], and the model is tapped as it runs'
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 class UntraceableError(ModelError):
     """The request needs the graph of a part that has none; the model can still be tapped as it runs."""
 
 
-def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
+def trace(model: nn.Module, size: Sequence[int] | None = None) -> tuple[fx.GraphModule, dict[str, str]]:
     """The graph of ``model`` from images (N, 3, H, W) to logits, and the modules kept as one node each because they
     could not be traced, with the reason.
 
     The graph holds in train() and in eval(): a module whose own code asks for the mode is kept whole too. A tensor that
     ``forward`` makes or holds, neither parameter nor buffer, becomes a buffer of the graph. The model is left in the
-    mode and with the attributes that it came with. Raises UntraceableError, with the line, when the model's own forward
-    cannot be traced.
+    mode and with the attributes that it came with. Checks that end in an error are left out of the graph. Raises
+    UntraceableError, with the line, when the model's own forward cannot be traced; ModelError where a check refuses
+    images of ``size`` (H, W).
     """
     modes = [(module, module.training) for module in model.modules()]
     whole: dict[str, str] = {}
@@ -49,7 +48,7 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
             for training in (True, False):
                 for module, _ in modes:
                     module.training = training
-                graphs.append(_graph(model, whole))
+                graphs.append(_graph(model, whole, size))
             culprit = _first_difference(*graphs)
             if culprit is None:
                 return _graph_module(model, graphs[1]), whole
@@ -163,13 +162,17 @@ class _Rooted(nn.Module):
         return logits_of(self.model(images), self.model)
 
 
+class _UnansweredError(BaseException):
+    """A question that only a run can answer. A model that catches Exception does not catch this."""
+
+
 class _Tracer(fx.Tracer):
     """Keeps as one node each: torch's own modules, modules without children, normalisation layers (timm's subclass
     BatchNorm; traced into, their training mode would be frozen), and those of ``whole``."""
 
-    def __init__(self, model: nn.Module, whole: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, whole: Mapping[str, str], size: Sequence[int] | None) -> None:
         super().__init__()
-        self.model, self.whole = model, whole
+        self.model, self.whole, self.size = model, whole, size
         self.failed: str | None = None
         self.random: str | None = None
         """The innermost module whose forward draws random numbers while it is traced, which would stay the same."""
@@ -185,30 +188,26 @@ class _Tracer(fx.Tracer):
         return childless or known or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Asserts hold: they guard what is computed and are no part of it. torch's own ``trace_asserts`` reads the
-        bytecode of Python 3.9."""
-        frame = sys._getframe(2)  # whose code asks the proxy
-        code = list(dis.get_instructions(frame.f_code))
-        asked = next(k for k, one in enumerate(code) if one.offset == frame.f_lasti)
-        # The jump asks itself, or takes what the instruction before it has asked; a jump further on asks another thing.
-        jump = next((k for k in (asked, asked + 1) if "JUMP" in code[k].opname), None)
-
-        def fails(instruction: dis.Instruction) -> bool:
-            common = instruction.opname == "LOAD_COMMON_CONSTANT" and instruction.argrepr == "AssertionError"
-            return common or instruction.opname == "LOAD_ASSERTION_ERROR"
-
-        if jump is not None and fails(code[jump + 1]):  # jumps over the failure
-            return "IF_TRUE" in code[jump].opname
-        # The first part of ``assert a and b`` jumps to it.
-        if jump is not None and any(fails(one) for one in code if one.offset == code[jump].argval):
-            return "IF_FALSE" in code[jump].opname
-        return super().to_bool(obj)
+        """Checks hold: they guard what is computed and are no part of it."""
+        answer = answer_of(obj.node)
+        if answer is None:
+            frame = sys._getframe(2)  # whose code asks the proxy
+            failing = failing_answer(frame)
+            if failing is None:
+                raise _UnansweredError("what it computes depends on values that there are only when it runs")
+            if self.size is not None and answer_of(obj.node, self.size) == failing:
+                place = _place(traceback.extract_stack(frame, limit=1))
+                raise ModelError(
+                    f"the model refuses images of {self.size[0]}x{self.size[1]} itself{place}; give it another size"
+                )
+            answer = not failing
+        return answer
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         before = _random_state()
         try:
             result = super().call_module(m, forward, args, kwargs)
-        except Exception:
+        except (Exception, _UnansweredError):
             if self.failed is None:  # the innermost is the first to see it
                 self.failed = self.path_of_module(m)
             raise
@@ -266,10 +265,10 @@ class _Traced(NamedTuple):
     """The tensors that it reads besides parameters and buffers of the model, by name."""
 
 
-def _graph(model: nn.Module, whole: dict[str, str]) -> _Traced:
+def _graph(model: nn.Module, whole: dict[str, str], size: Sequence[int] | None) -> _Traced:
     """Traces until it succeeds; the innermost module that fails is kept whole next time, and added to ``whole``."""
     while True:
-        tracer, rooted = _Tracer(model, whole), _Rooted(model)
+        tracer, rooted = _Tracer(model, whole, size), _Rooted(model)
         before = _random_state()
         try:
             # guards such as "height divisible by 32" are control flow on sizes; libraries skip them while tracing
@@ -278,7 +277,7 @@ def _graph(model: nn.Module, whole: dict[str, str]) -> _Traced:
                 rewritten = _rewritten(graph, tracer, rooted)
         except ModelError:
             raise
-        except Exception as error:
+        except (Exception, _UnansweredError) as error:
             why = f"could not be traced{place_of(error)}: {' '.join(str(error).split()).partition('. ')[0]}"
             if not tracer.failed:
                 raise UntraceableError(f"{type(model).__name__} {why}; {WAY_OUT}") from error
@@ -337,12 +336,13 @@ def _graph_module(model: nn.Module, traced: _Traced) -> fx.GraphModule:
     return graph_module
 
 
-def place_of(error: Exception) -> str:
+def place_of(error: BaseException) -> str:
     """The last line of the user's own code that an error went through: " at FILE:LINE (CODE)", "" if there is none."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)
-    ]
-    return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    return _place(frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename))
+
+
+def _place(frames: Iterable[traceback.FrameSummary]) -> str:
+    return "".join(f" at {frame.filename}:{frame.lineno} ({frame.line})" for frame in [*frames][-1:])
 
 
 def _first_difference(one: _Traced, other: _Traced) -> str | None:
