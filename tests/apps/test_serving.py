@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from helpers.serving import (
     fake,
     grey,
     listening,
+    post_whole,
     result,
     running,
     until,
@@ -176,7 +176,7 @@ def test_a_refinement_does_not_wait_for_the_next() -> None:
 
         def one_by_one(image: NDArray[np.uint8], *, deadline_ms: float | None = None) -> Iterator[Any]:
             yield result(image[..., 0], 0)
-            assert session.open.wait(20)
+            assert session.open.wait(120)
             yield result(image[..., 0], 3)
 
         session.anytime = one_by_one  # type: ignore[method-assign]
@@ -381,7 +381,7 @@ def test_too_late() -> None:
     with running(service) as client:
         session.open.clear()
         for path in ("/v1/predict", "/v1/anytime"):
-            response = client.post(path, content=grey(1))
+            response = post_whole(client, path, grey(1))
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
             expect_error(response, r"no answer within 0\.1 s")
             session.open.set()
@@ -413,7 +413,7 @@ def test_a_client_that_goes_away() -> None:
 
 
 def test_the_end_loses_nothing() -> None:
-    session, service = fake(drain_s=0.3, batch_size=2)
+    session, service = fake(drain_s=3, batch_size=2)
     with listening(service) as (server, client), ThreadPoolExecutor(4) as pool:
         assert client.post("/v1/predict", content=grey(9)).status_code == 200
         session.open.clear()
@@ -430,7 +430,7 @@ def test_the_end_loses_nothing() -> None:
             assert b"draining" in answer
         with pytest.raises(httpx.ConnectError):
             httpx.post(str(client.base_url.join("/v1/predict")), content=grey(1), trust_env=False)
-        time.sleep(0.5)  # longer than drain_s
+        until(lambda: server.should_exit)  # drain_s is over
         assert not any(future.done() for future in futures)
         session.open.set()
         assert [labels_of(future.result().content)[0, 0] for future in futures] == [1, 2, 3]
@@ -442,14 +442,16 @@ def test_the_command(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None
     statuses = []
 
     def ask() -> None:
-        until(lambda: port_said(capsys, said), 30)
-        with httpx.Client(base_url=said[-1], trust_env=False) as client:
-            until(lambda: answers(client))
-            statuses.append(client.post("/v1/predict", content=JPEG).status_code)
-            statuses.append(client.get("/v1/info").json()["samples"] != [])
-            sample = client.get("/samples/0")
-            statuses.append(client.post("/v1/predict", content=sample.content).status_code)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            until(lambda: port_said(capsys, said))
+            with httpx.Client(base_url=said[-1], trust_env=False, timeout=120) as client:
+                until(lambda: answers(client))
+                statuses.append(client.post("/v1/predict", content=JPEG).status_code)
+                statuses.append(client.get("/v1/info").json()["samples"] != [])
+                sample = client.get("/samples/0")
+                statuses.append(client.post("/v1/predict", content=sample.content).status_code)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     said: list[str] = []
     before = signal.getsignal(signal.SIGTERM)

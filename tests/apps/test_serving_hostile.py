@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from helpers.serving import (
     grey,
     listening,
     many_scans,
+    post_whole,
     running,
     until,
 )
@@ -60,7 +62,7 @@ def test_decoding_is_bounded_in_time() -> None:
             assert answer.result().status_code == 422
             expect_error(answer.result(), r"more than 0\.2 s of processor time to decode")
         assert [answer.result().status_code for answer in good] == [200] * 4
-        assert client.get("/ready").status_code == 200
+        until(lambda: client.get("/ready").status_code == 200)  # once a new decoder has started
 
 
 @linux  # where all of 127.0.0.0/8 is this machine
@@ -78,12 +80,16 @@ def test_decoding_ends_with_its_request() -> None:
     """Its place at the gate is free when the work has ended, not when the answer is sent."""
     _, service = fake(timeout_s=1, decode_s=600)
     with running(service) as client, ThreadPoolExecutor(4) as pool:
-        for answer in pool.map(lambda _: client.post("/v1/predict", content=SLOW), range(4)):
-            assert answer.status_code == 503
-            expect_error(answer, "no answer within 1 s")
-        until(lambda: service.gate.num_in_work == 0)  # far below the 600 s that the decoder would take
-        assert client.get("/ready").json() == {"status": "overloaded"}
-        assert client.post("/v1/predict", content=grey(7)).status_code == 200
+
+        def given_up() -> bool:
+            for answer in pool.map(lambda _: post_whole(client, "/v1/predict", SLOW), range(4)):
+                assert answer.status_code == 503
+                expect_error(answer, "no answer within 1 s")
+            until(lambda: service.gate.num_in_work == 0)  # far below the 600 s that the decoder would take
+            return client.get("/ready").json() == {"status": "overloaded"}
+
+        until(given_up)  # "no_decoder" where both have ended and none has started anew
+        until(lambda: client.post("/v1/predict", content=grey(7)).status_code == 200)
         assert client.get("/ready").json() == {"status": "ready"}
 
 
@@ -110,7 +116,8 @@ def test_the_network_that_nobody_waits_for_takes_a_place() -> None:
     session, service = fake(timeout_s=0.3, max_queue=1)
     with running(service) as client:
         session.open.clear()
-        assert client.post("/v1/predict", content=grey(1)).status_code == 503
+        # On a busy machine the first may be given up before they come to the network.
+        until(lambda: client.post("/v1/predict", content=grey(1)).status_code in (408, 503) and session.batches)
         until(lambda: service.gate.num_in_work == 0)
         refused = client.post("/v1/predict", content=grey(2))
         assert refused.status_code == 503
@@ -123,14 +130,15 @@ def test_the_network_that_nobody_waits_for_takes_a_place() -> None:
 
 def test_sigterm_ends_it_whatever_is_in_work(tmp_path: Path) -> None:
     """Images that would be decoded for minutes, bodies that never come, heads that never end."""
-    with ServedProcess(tmp_path / "log", timeout_s=2, decode_s=600) as served, ThreadPoolExecutor(4) as pool:
-        slow = [pool.submit(served.client.post, "/v1/predict", content=SLOW) for _ in range(4)]
-        sockets = [served.connect() for _ in range(20)]
+    # In so much time all of them arrive, on a busy machine too.
+    with ServedProcess(tmp_path / "log", timeout_s=5, decode_s=600) as served, ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(served.client.post, "/v1/predict", content=SLOW) for _ in range(3)]
+        sockets = [served.connect() for _ in range(9)]
         for i, kept in enumerate(sockets):
             kept.sendall(
                 [b"", b"POST /v1/pre", b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"][i % 3]
             )
-        until(lambda: "messnet_requests_in_work 10.0" in served.client.get("/metrics").text)
+        until(lambda: "messnet_requests_in_work 6.0" in served.client.get("/metrics").text)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(120) == 0  # SLOW alone takes longer
         # 408: on a busy machine a body may not have arrived whole when draining ended arrivals.
@@ -155,8 +163,9 @@ def test_sigterm_waits_for_no_body(tmp_path: Path) -> None:
 def test_connections_that_ask_nothing_are_closed(sent: bytes) -> None:
     _, service = fake(header_s=0.3)
     with running(service) as client, socket.create_connection((client.base_url.host, client.base_url.port)) as kept:
-        kept.settimeout(60)
-        kept.sendall(sent)
+        kept.settimeout(120)
+        with contextlib.suppress(ConnectionError):  # a busy machine may send it too late
+            kept.sendall(sent)
         assert until_closed(kept)
 
 
@@ -164,11 +173,11 @@ def test_bytes_that_trickle_in_do_not_keep_a_connection() -> None:
     _, service = fake(header_s=0.3)
     with running(service) as client, socket.create_connection((client.base_url.host, client.base_url.port)) as kept:
         kept.settimeout(0.05)
-        kept.sendall(b"GET /health HTTP/1.1\r\n")
+        lines = chain([b"GET /health HTTP/1.1\r\n"], repeat(b"X: 1\r\n"))
 
         def is_closed() -> bool:
             try:
-                kept.sendall(b"X: 1\r\n")
+                kept.sendall(next(lines))
                 return not kept.recv(1)
             except TimeoutError:
                 return False
@@ -183,7 +192,7 @@ def test_an_answer_that_nobody_reads_is_given_up() -> None:
     _, service = fake(large, timeout_s=0.1)
     with running(service) as client, socket.socket() as kept:
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        kept.settimeout(60)
+        kept.settimeout(120)
         kept.connect((client.base_url.host, client.base_url.port))
         before = figure(client, "process_open_fds")
         kept.sendall(b"GET /samples/0 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -211,7 +220,7 @@ def test_many_connections_keep_nobody_out(tmp_path: Path) -> None:
     with ServedProcess(tmp_path / "log", num_files=64, header_s=3600) as served:
         kept = [served.connect() for _ in range(200)]
         for _ in range(3):
-            with httpx.Client(base_url=served.client.base_url, timeout=60, trust_env=False) as client:
+            with httpx.Client(base_url=served.client.base_url, timeout=120, trust_env=False) as client:
                 assert client.get("/health").status_code == 200
                 assert client.post("/v1/predict", content=grey(7)).status_code == 200
         for connection in kept:
@@ -224,7 +233,7 @@ def test_many_connections_keep_nobody_out(tmp_path: Path) -> None:
 
 def test_the_log_is_limited(tmp_path: Path) -> None:
     with ServedProcess(tmp_path / "log") as served:
-        for i in range(120):
+        for i in range(40):
             with served.connect() as kept:
                 kept.sendall(UPGRADE if i % 2 else b"?\r\n\r\n")
                 assert kept.recv(100)
@@ -391,12 +400,12 @@ def test_two_services_on_one_port() -> None:
     command = [sys.executable, "-m", "messnet", "serve", bundle, "--runtime", "onnxruntime", "--port", str(port)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        until(lambda: any(process.poll() is not None for process in both), 60)
+        until(lambda: any(process.poll() is not None for process in both))
         (ended,) = [process for process in both if process.poll() is not None]
         assert ended.returncode == 2
         said = ended.communicate()[1]
         assert re.fullmatch(rf"messnet: cannot listen on 127\.0\.0\.1:{port} .*--port\n", said), said
-        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=60, trust_env=False).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=120, trust_env=False).status_code == 200
     finally:
         for process in both:
             process.kill()

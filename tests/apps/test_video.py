@@ -19,6 +19,7 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
+from helpers.serving import until
 from messnet.apps import video
 from messnet.apps.exit_control import first_confident
 from messnet.apps.predictions import overlay
@@ -69,7 +70,7 @@ class StandIn:
 
 
 class Camera:
-    """Frames as fast as they are asked for, at 100 per second; frame i is of brightness i."""
+    """Frames as fast as they are asked for, announced as 100 per second; frame i is of brightness i."""
 
     def __init__(self, length: int = 10**9) -> None:
         self.next, self.length, self.released = 0, length, False
@@ -78,7 +79,6 @@ class Camera:
         return True
 
     def read(self) -> tuple[bool, Any]:
-        time.sleep(0.002)
         self.next += 1
         if self.next > self.length:
             return False, None
@@ -93,6 +93,34 @@ class Camera:
 
     def release(self) -> None:
         self.released = True
+
+
+class Led(Camera):
+    """Has only as many frames as have been let come, and keeps whoever asks for the next one waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.come, self.asked, self.changed = 1, 0, threading.Condition()
+
+    def read(self) -> tuple[bool, Any]:
+        with self.changed:
+            self.asked += 1
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: self.come >= self.asked, 120)
+            return super().read()
+
+    def let_come(self, count: int) -> None:
+        """Returns when all of them have been taken, and the next one is asked for."""
+        with self.changed:
+            self.come += count
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: self.asked > self.come, 120)
+
+    def end(self) -> None:
+        with self.changed:
+            self.come = self.length = self.next
+            self.come += 1
+            self.changed.notify_all()
 
 
 class Stamped(Camera):
@@ -262,7 +290,8 @@ def test_decoding_goes_on_during_inference_but_not_without_bounds(tmp_path: Path
 
     def wait(call: int) -> None:
         if call in (0, 30):
-            time.sleep(0.3)
+            until(lambda: camera.next - call - 1 >= 6)
+            time.sleep(0.05)  # in which it would decode all there is
             ahead.append(camera.next - call - 1)
 
     timeline = predict_video(
@@ -325,36 +354,48 @@ def test_time_stamps_that_are_missing_or_begin_anew(
 
 
 def test_a_slow_encoder_holds_the_inference_up(clip: Path, tmp_path: Path) -> None:
-    begun, may_go = [], threading.Event()
+    begun: list[int] = []
 
     def slowly(*what: np.ndarray) -> np.ndarray:
-        may_go.wait(10)
+        if not begun:
+            until(lambda: session.calls >= 5)
+            time.sleep(0.05)  # in which it would begin all the others
+            begun.append(session.calls)
         return overlay(*what)
 
-    threading.Timer(0.5, lambda: (begun.append(session.calls), may_go.set())).start()
     session = StandIn()
     assert len(predict_video(session, clip, tmp_path, VideoOptions(queue_frames=3), draw=slowly).frames) == 24
     assert begun == [5]  # one with the encoder, three in the queue, one that waits
 
 
 def test_a_camera_drops_what_is_stale(tmp_path: Path) -> None:
-    camera = Camera()
-    lags = []
+    camera = Led()
 
-    def slowly(call: int) -> None:
-        lags.append(camera.next)
-        time.sleep(0.02)
+    def five_frames_long(call: int) -> None:
+        if call < 11:
+            camera.let_come(5)
+        else:
+            camera.end()
 
     timeline = predict_video(
-        StandIn(before=slowly), 0, tmp_path, VideoOptions(max_frames=12), open_capture=lambda _: camera
+        StandIn(before=five_frames_long), 0, tmp_path, VideoOptions(max_frames=12), open_capture=lambda _: camera
     )
-    numbers = [frame.frame for frame in timeline.frames]
-    assert numbers == sorted(set(numbers))
-    assert len(numbers) == 12
-    assert timeline.dropped == numbers[-1] + 1 - 12 > 12
-    assert max(np.subtract(lags, numbers)) <= 5  # the one in the queue, the one in hand, and what came meanwhile
-    assert len(read_video(tmp_path / "overlay.mp4")) == numbers[-1] + 1  # in place of dropped ones: it keeps time
+    # Always the newest, which alone waits.
+    assert [frame.frame for frame in timeline.frames] == list(range(0, 60, 5))
+    assert timeline.dropped == 44
+    assert len(read_video(tmp_path / "overlay.mp4")) == 56  # in place of dropped ones: it keeps time
     assert (timeline.source, camera.released) == ("camera:0", True)
+
+
+def test_a_camera_whose_first_frames_are_dropped_keeps_time(tmp_path: Path) -> None:
+    """Its first picture stands for them."""
+    writer = video._Writer(StandIn(), tmp_path, SIZE, 10, VideoOptions(), overlay)
+    for number in (3, 5):
+        frame = video._Frame(number, number / 10, grey(1)[0])
+        record = FrameRecord(number, frame.time_s, 1, 0.9, 1.0, "confident", 1)
+        writer.put(frame, SimpleNamespace(labels=np.zeros(SIZE, np.uint8)), record)
+    assert writer.finish() == 2
+    assert len(read_video(tmp_path / "overlay.mp4")) == 6
 
 
 def test_an_interrupt_leaves_a_whole_video(clip: Path, tmp_path: Path) -> None:

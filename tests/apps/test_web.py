@@ -95,6 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    expect.set_options(timeout=120_000)
     with sync_playwright() as p:
         # A second name of this machine, from which a page is not isolated; a camera that shows a test picture.
         args = ["--no-sandbox", "--host-resolver-rules=MAP phone.test 127.0.0.1"]
@@ -112,7 +113,7 @@ def session() -> messnet.Session:
 def opened(context: Any, address: str) -> Any:
     page = context.new_page()
     page.goto(address)
-    expect(page.locator("#headline")).to_have_text("No image yet", timeout=60_000)
+    expect(page.locator("#headline")).to_have_text("No image yet")
     return page
 
 
@@ -137,7 +138,7 @@ def test_every_exit_is_that_of_a_session(folder: Path, browser: Any, session: me
             image = read_image(file)
             page.locator("[value=instance]").check()
             page.set_input_files("#file", file)
-            expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+            expect(page.locator("#detail")).to_contain_text("Stopped: ")
             (own,) = session.predict([image])
             taken.add(own.exit_index)
             expect(page.locator("#headline")).to_contain_text(f"Exit {own.exit_index} after ")
@@ -154,17 +155,17 @@ def test_every_exit_is_that_of_a_session(folder: Path, browser: Any, session: me
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         page.locator("#camera").click()
         # Chromium's own camera: less than twice the pixels that the network learned on.
-        expect(page.locator("#detail")).to_contain_text("640 \N{MULTIPLICATION SIGN} 480 pixels", timeout=60_000)
+        expect(page.locator("#detail")).to_contain_text("640 \N{MULTIPLICATION SIGN} 480 pixels")
         page.locator("#camera").click()
-        expect(page.locator("#camera")).to_have_text("Use the camera", timeout=60_000)
+        expect(page.locator("#camera")).to_have_text("Use the camera")
         Image.fromarray(read_image(file)).resize((1440, 1080)).save(folder.parent / "large.png")
         page.set_input_files("#file", folder.parent / "large.png")
-        expect(page.locator("#detail")).to_contain_text("scaled down here from 1440", timeout=60_000)
+        expect(page.locator("#detail")).to_contain_text("scaled down here from 1440")
     # The server is gone; what has been seen once is enough.
     page.reload()
-    expect(page.locator("#headline")).to_have_text("No image yet", timeout=60_000)
+    expect(page.locator("#headline")).to_have_text("No image yet")
     page.set_input_files("#file", list_images(IMAGES)[0])
-    expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+    expect(page.locator("#detail")).to_contain_text("Stopped: ")
     context.close()
 
 
@@ -183,7 +184,7 @@ def test_an_image_chosen_while_the_model_loads_is_kept(folder: Path, browser: An
         page.set_input_files("#file", list_images(IMAGES)[0])
         expect(page.locator("#detail")).to_have_text("Your image is next.")
         Slow.asked_for.set()
-        expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+        expect(page.locator("#detail")).to_contain_text("Stopped: ")
         assert page.evaluate("caches.has('messnet held')") is False
         context.close()
 
@@ -198,16 +199,16 @@ def test_over_plain_http_and_by_keyboard(folder: Path, browser: Any, session: me
         page.set_input_files("#file", tmp_path / "a.png")
         expect(page.locator("#error")).to_contain_text("no image that the browser can read")
         page.set_input_files("#file", list_images(IMAGES)[0])
-        expect(page.locator("#detail")).to_contain_text("Stopped: ", timeout=60_000)
+        expect(page.locator("#detail")).to_contain_text("Stopped: ")
         page.locator("[value=instance]").focus()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Tab")
         page.keyboard.press("Home")  # nothing has to be confident
-        expect(page.locator("#detail")).to_contain_text("Stopped: confident enough; 1 of 2", timeout=60_000)
+        expect(page.locator("#detail")).to_contain_text("Stopped: confident enough; 1 of 2")
         for _ in range(5):  # each begins anew before the one before has ended
             page.keyboard.press("ArrowRight")
         page.keyboard.press("End")
-        expect(page.locator("#detail")).to_contain_text("Stopped: the last exit", timeout=60_000)
+        expect(page.locator("#detail")).to_contain_text("Stopped: the last exit")
         for place, expected in enumerate(session.anytime(read_image(list_images(IMAGES)[0]))):
             shown = f"{100 * expected.image_confidence:.1f} % confident"
             expect(page.locator("#exits li").nth(place)).to_contain_text(shown)
@@ -234,7 +235,7 @@ def test_a_bundle_in_int8_alone_of_another_normalisation_whose_images_are_resize
         expect(page.locator("#variant option")).to_have_text(["int8, WebAssembly, 2 threads"])
         page.locator("[value=last]").check()
         page.set_input_files("#file", file)
-        expect(page.locator("#detail")).to_contain_text("Stopped: the last exit", timeout=60_000)
+        expect(page.locator("#detail")).to_contain_text("Stopped: the last exit")
         expected = [*session.anytime(read_image(file))][-1]
         assert session.palette is not None
         assert expected.resized_size == (250, 333)
