@@ -36,3 +36,21 @@ def test_what_is_missing_has_the_name_of_the_help_page(
     assert capsys.readouterr().err == f"messnet: predict: {missing}; `messnet predict --help` explains it\n"
     main(["predict", "--help"])
     assert missing.split()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("init photos --model.name x", "init: --model.name is a value of a recipe"),
+        ("predict a.mess b.png --data.resize=64", "`messnet run RECIPE --data.resize VALUE`"),
+        ("predict a.mess b.png --devic cpu", "there is no option --devic. Did you mean --device? `messnet predict --h"),
+        ("predict a.mess --setting x", "predict: there is no option --setting. `messnet predict --help` lists what"),
+    ],
+)
+def test_an_option_that_a_verb_does_not_have_is_told_where_it_belongs(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err

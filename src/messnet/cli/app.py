@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnknownOptionError
 
 from messnet import __version__
 from messnet.errors import MessError, needing_extras, one_line
@@ -125,7 +125,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
         # Here and not when the interpreter ends, where a reader that went away can no longer be answered with 141.
         sys.stdout.flush()
     except (MessError, CycloptsError) as error:
-        said = _usage(error) if isinstance(error, MissingArgumentError) else str(error)
+        said = _usage(error) if isinstance(error, MissingArgumentError | UnknownOptionError) else str(error)
         print(f"messnet: {one_line(said)}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
@@ -145,10 +145,20 @@ def main(tokens: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _usage(error: MissingArgumentError) -> str:
-    """The missing word under the name that the help page gives it, and where that page is."""
+def _usage(error: MissingArgumentError | UnknownOptionError) -> str:
+    """The missing word under the name that the help page gives it, or where an option belongs; and where that page is."""
+    verb = " ".join(error.command_chain or ())
+    if isinstance(error, UnknownOptionError):
+        option = (error.token.keyword or error.token.value).partition("=")[0]
+        if "." in option:
+            return (
+                f"{verb}: {option} is a value of a recipe: write it there, or give it to the verb that takes the "
+                f"recipe, such as `messnet run RECIPE {option} VALUE`"
+            )
+        unknown = str(error).removeprefix("Unknown option: ")
+        return f"{verb}: there is no option {unknown} `messnet {verb} --help` lists what there is"
     assert error.argument is not None  # cyclopts has set it where it raises
-    verb, count = " ".join(error.command_chain or ()), error.argument.token_count()[0]
+    count = error.argument.token_count()[0]
     if error.keyword:
         missing = f"{error.keyword} needs {'a value' if count == 1 else f'{count} values'}"
     else:
