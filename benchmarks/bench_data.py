@@ -30,8 +30,9 @@ from messnet.data import SegmentationDataset
 from messnet.data.camvid import open_camvid
 from messnet.data.checks import check_dataset
 from messnet.data.folders import open_folder
+from messnet.data.options import AugmentOptions
 from messnet.data.scenes import Scenes, ScenesOptions
-from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
+from messnet.data.transforms import TrainingStream, build_augmentation
 from messnet.images.preprocessing import MEAN, STD
 
 SCALES = (0.5, 2.0)

@@ -24,9 +24,10 @@ import torch
 from scipy import ndimage
 
 from messnet.data.sources import open_dataset
-from messnet.evaluation import EvaluationOptions, evaluate
+from messnet.evaluation import evaluate
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.options import EvaluationOptions
 from messnet.policy.policy import Confidence
 from messnet.policy.reference import confidence_map
 from messnet.profiling import profile

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import convert
 from messnet.network.zoo import drn50_fcn, mobilenetv2_fcn
 from messnet.policy.compiled import confident_share

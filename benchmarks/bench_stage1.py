@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.segmentation import fcn_resnet50
 
+from messnet.data.options import AugmentOptions
 from messnet.data.scenes import Scenes, ScenesOptions
-from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation
-from messnet.network.exit_head import plain_head_config
+from messnet.data.transforms import TrainingStream, build_augmentation
+from messnet.network.head_space import plain_head_config
 from messnet.network.multi_exit import convert
-from messnet.training import ComputeOptions, PretrainOptions
+from messnet.training.options import ComputeOptions, PretrainOptions
 from messnet.training.stage1 import _Pretraining
 
 CLASSES = 21

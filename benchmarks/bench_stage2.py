@@ -31,14 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from messnet.data import IGNORE_INDEX
-from messnet.network.exit_head import HeadConfig, HeadSpace
+from messnet.network.head_space import HeadConfig, HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import build_model
 from messnet.records.instance import Exit
-from messnet.training import ComputeOptions, DistillOptions, space_exits
 from messnet.training.dilation import fast_dilation
 from messnet.training.losses import distillation_loss, teach
-from messnet.training.stage2 import _Distillation
+from messnet.training.options import ComputeOptions, DistillOptions
+from messnet.training.stage2 import _Distillation, space_exits
 
 CLASSES = 21
 Figure = tuple[str, float, str, float | None, bool]

@@ -30,7 +30,7 @@ import numpy as np
 from messnet.cli.app import quieten
 from messnet.errors import MessError
 from messnet.evaluation import evaluate
-from messnet.network.exit_head import plain_head_config
+from messnet.network.head_space import plain_head_config
 from messnet.network.zoo import MODELS
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables

@@ -18,7 +18,7 @@ from helpers.images import smooth_image
 from helpers.recipes import TINY_RECIPE
 from messnet.cli import main
 from messnet.images.preprocessing import normalise
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import mobilenetv2_fcn
 

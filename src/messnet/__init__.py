@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from messnet.costs.latency import LatencyOptions
-    from messnet.data.transforms import AugmentOptions
+    from messnet.data.options import AugmentOptions
     from messnet.deployment.export import export
     from messnet.deployment.loading import load
     from messnet.deployment.quantising import EightBits
     from messnet.deployment.session import Result, Session
     from messnet.errors import MessError
-    from messnet.evaluation import EvaluationOptions
     from messnet.images.preprocessing import Normalisation
     from messnet.network import zoo
-    from messnet.network.exit_head import HeadConfig, HeadSpace
+    from messnet.network.head_space import HeadConfig, HeadSpace
     from messnet.network.multi_exit import MultiExitNet, convert
+    from messnet.policy.options import EvaluationOptions
     from messnet.profiling import profile
     from messnet.records.costs import CostTable
     from messnet.records.exit_tables import ExitTables
@@ -70,17 +70,17 @@ __version__ = "0.2.0"
 
 # Resolved when first used: the command's --help and a search should not wait for torch.
 _HOMES = {
-    "AugmentOptions": "messnet.data.transforms",
+    "AugmentOptions": "messnet.data.options",
     "ComputeOptions": "messnet.training.options",
     "CostTable": "messnet.records.costs",
     "DistillOptions": "messnet.training.options",
     "EightBits": "messnet.deployment.quantising",
-    "EvaluationOptions": "messnet.evaluation",
+    "EvaluationOptions": "messnet.policy.options",
     "Exit": "messnet.records.instance",
     "ExitChoice": "messnet.records.instance",
     "ExitTables": "messnet.records.exit_tables",
-    "HeadConfig": "messnet.network.exit_head",
-    "HeadSpace": "messnet.network.exit_head",
+    "HeadConfig": "messnet.network.head_space",
+    "HeadSpace": "messnet.network.head_space",
     "Instance": "messnet.records.instance",
     "LatencyOptions": "messnet.costs.latency",
     "MessError": "messnet.errors",

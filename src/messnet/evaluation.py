@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from messnet.data import SegmentationDataset, SegmentationSample
-from messnet.errors import ModelError, RecipeError, RunError
+from messnet.errors import ModelError, RunError
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet, labels_at
+from messnet.policy.options import EvaluationOptions
 from messnet.policy.policy import Policy
 from messnet.policy.reference import image_confidence
 from messnet.records.arrays import IntArray
@@ -32,24 +33,6 @@ LogitsOf = Callable[[NDArray[np.uint8]], Iterable[tuple[Exit, Tensor]]]
 
 # The arrays that have a row for each image.
 _ARRAYS = ("intersection", "predicted", "labelled", "image_confidence", "difficulty")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Options of the evaluation: which figures are recorded of every image."""
-
-    policies: tuple[str, ...] = ("top1+native",)
-    """Confidence, "top1" or "entropy", + edge refinement, "native", "paper" or "none"; the first is deployed."""
-    pixel_thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
-    """Grid of th_pix, ascending, in [0, 1]."""
-
-    def __post_init__(self) -> None:
-        if not self.policies or not self.pixel_thresholds:
-            raise RecipeError("evaluate.policies and evaluate.pixel_thresholds need at least one value each")
-        if list(self.pixel_thresholds) != sorted(set(self.pixel_thresholds)):
-            raise RecipeError(f"evaluate.pixel_thresholds must ascend, got {self.pixel_thresholds}")
-        for name in self.policies:
-            Policy.parse(name)
 
 
 def evaluate(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from messnet.cli import main
@@ -54,3 +58,23 @@ def test_an_option_that_a_verb_does_not_have_is_told_where_it_belongs(
         main(words.split())
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("recipe RECIPE", 0, "pretrain:\n"),
+        ("run RECIPE --modle.name x", 2, "--modle.name is no option of a recipe: did you mean --model.name?"),
+        ("run RECIPE --pretrain.augment.hflip 2", 2, "hflip lies in [0, 1], not 2"),
+    ],
+)
+def test_a_recipe_is_read_and_refused_without_torch(words: str, code: int, said: str) -> None:
+    demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    # In a process of its own: this one has torch.
+    script = (
+        "import sys; sys.modules['torch'] = None; from messnet.cli import main\n"
+        f"main({words.replace('RECIPE', str(demo)).split()!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr

@@ -20,7 +20,7 @@ from torchvision.models import segmentation as torchvision_models
 from torchvision.models.segmentation import deeplabv3, fcn
 
 from messnet.network import zoo
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 
 CLASSES = 5

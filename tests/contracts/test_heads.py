@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from messnet.network.exit_head import BlockKind, HeadConfig, HeadSpace, build_head
+from messnet.network.exit_head import BlockKind, build_head
+from messnet.network.head_space import HeadConfig, HeadSpace
 
 CHANNELS, CLASSES = 64, 5
 CONFIGS = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from messnet.costs.latency import LatencyOptions
 from messnet.costs.workload import count_module
 from messnet.errors import ModelError, RunError
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.profiling import profile

@@ -4,8 +4,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from messnet.data import IGNORE_INDEX, SegmentationSample
+from messnet.data.options import AugmentOptions, padding_share
 from messnet.data.scenes import Scenes, ScenesOptions
-from messnet.data.transforms import AugmentOptions, TrainingStream, build_augmentation, padding_share, stack_samples
+from messnet.data.transforms import TrainingStream, build_augmentation, stack_samples
 from messnet.errors import DataError, RecipeError
 from messnet.images.preprocessing import IMAGENET, MEAN, STD, Normalisation, normalise
 
@@ -116,7 +117,7 @@ def test_jitter_changes_colour_only() -> None:
 )
 def test_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        build_augmentation(AugmentOptions(**options))
+        AugmentOptions(**options)
 
 
 class Numbered:

@@ -19,7 +19,7 @@ from helpers.images import smooth_image
 from messnet import ExitChoice, Instance, MultiExitNet, Normalisation
 from messnet.cli import main
 from messnet.deployment.quantising import EightBits
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.records.names import Precision, RuntimeName
 from messnet.run.recipe import load_recipe, recipe_to_record

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from messnet.data import IGNORE_INDEX, SegmentationSample
-from messnet.data.transforms import AugmentOptions
+from messnet.data.options import AugmentOptions
 from messnet.errors import DataError
-from messnet.network.exit_head import HeadSpace
+from messnet.network.head_space import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import mobilenetv2_fcn
-from messnet.training import ComputeOptions, DistillOptions, PretrainOptions, pretrain
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions
+from messnet.training.stage1 import pretrain
 
 SIZE, CLASSES = (32, 40), 3
 AUGMENT = AugmentOptions(crop=SIZE)

@@ -14,7 +14,8 @@ from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 from messnet.costs.workload import count_module
 from messnet.deployment.graphs import make_graphs
 from messnet.errors import RecipeError
-from messnet.network.exit_head import HeadConfig, HeadSpace, build_head, plain_head_config
+from messnet.network.exit_head import build_head
+from messnet.network.head_space import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import convert
 from messnet.policy.policy import Policy
 

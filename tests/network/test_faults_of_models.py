@@ -15,7 +15,7 @@ from helpers.peoples_models import MODELS, Net, SpatialGroups, UNet, Wrapped, la
 from messnet.costs.workload import count_module
 from messnet.errors import ModelError
 from messnet.network.backbone import Chain
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import build_noted_model
 from messnet.profiling import profile

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 
 from messnet.errors import ModelError
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert, labels_at, upsample
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.records.instance import FINAL_HEAD, Exit

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from messnet.costs.workload import count_module
 from messnet.data import SegmentationSample
-from messnet.data.transforms import AugmentOptions
+from messnet.data.options import AugmentOptions
 from messnet.deployment.session import Session
 from messnet.errors import ModelError
 from messnet.images.preprocessing import normalise
 from messnet.network.backbone import Chain
-from messnet.network.exit_head import HeadConfig, HeadSpace
+from messnet.network.head_space import HeadConfig, HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.tapping import TappedModel
 from messnet.records.instance import FINAL_HEAD, ExitChoice, Instance
-from messnet.training import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions, distill, pretrain
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions
+from messnet.training.stage1 import pretrain
+from messnet.training.stage2 import distill
 
 CLASSES, SIZE = 3, (32, 40)
 HEADS = (HeadConfig(), HeadConfig(2, 1, True, "deeplabv3"))

@@ -22,8 +22,8 @@ from messnet.data.objects import as_dataset
 from messnet.errors import DataError
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.records.instance import whole_model
-from messnet.training import pretrain as stage1
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.stage1 import pretrain as stage1
 
 
 class Pairs:

@@ -15,9 +15,10 @@ from helpers.images import smooth_image
 from messnet.cli import main
 from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.errors import ModelError, RecipeError, RunError
-from messnet.evaluation import EvaluationOptions, evaluate, merge_shards
+from messnet.evaluation import evaluate, merge_shards
 from messnet.images.preprocessing import normalise
 from messnet.network.multi_exit import MultiExitNet
+from messnet.policy.options import EvaluationOptions
 from messnet.policy.policy import Policy
 from messnet.policy.reference import refined_confidence_map
 from messnet.records.exit_tables import ExitTables

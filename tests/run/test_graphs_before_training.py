@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.peoples_models import Net, layer
-from messnet.network.exit_head import HeadSpace
+from messnet.network.head_space import HeadSpace
 from messnet.run.measuring import profile_model
 from messnet.run.recipe import ModelOptions
 

@@ -21,15 +21,15 @@ from torch import Tensor
 from helpers.training import DISTILL, HERE, SPACE, Noise, assert_equal, build
 from messnet.cli import main
 from messnet.errors import MessError, RecipeError, RunError
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import Exit
 from messnet.records.run_directory import RunDirectory
 from messnet.records.shard import Shard
 from messnet.run.shards import Part, deal, expect_whole, join, pack, read_parts, share, unpack
-from messnet.training import distill, space_exits
 from messnet.training.checkpoint import Checkpoint
-from messnet.training.losses import DistillationLoss
+from messnet.training.options import DistillationLoss
+from messnet.training.stage2 import distill, space_exits
 
 RECIPE = """
 data: {source: scenes, scenes: {size: [64, 64], num_train: 6, num_val: 2}}

@@ -29,9 +29,12 @@ from helpers.training import (
 from messnet.data import IGNORE_INDEX, SegmentationSample
 from messnet.data.transforms import TrainingStream, build_augmentation
 from messnet.errors import RecipeError
-from messnet.training import DistillOptions, Monitor, PretrainOptions, distill, pretrain
 from messnet.training.average import WeightAverage
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.journal import Monitor
+from messnet.training.options import DistillOptions, PretrainOptions
+from messnet.training.stage1 import pretrain
+from messnet.training.stage2 import distill
 
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.004, "weight_decay": 0.1, "ema": 0.7}
 LOOKING = replace(HERE, validate_every=1, validate_images=3)

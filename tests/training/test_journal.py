@@ -18,10 +18,11 @@ from helpers.training import CLASSES, DISTILL, HERE, PRETRAIN, SPACE, Interrupti
 from messnet.data import SegmentationSample
 from messnet.errors import DataError, RecipeError, RunError
 from messnet.images.preprocessing import normalise
-from messnet.network.exit_head import plain_head_config
-from messnet.training import Monitor, distill, pretrain
+from messnet.network.head_space import plain_head_config
 from messnet.training.checkpoint import Checkpoint
-from messnet.training.journal import Journal, Validation
+from messnet.training.journal import Journal, Monitor, Validation
+from messnet.training.stage1 import pretrain
+from messnet.training.stage2 import distill
 
 LOOKING = replace(HERE, validate_images=3)
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from messnet.data import IGNORE_INDEX
 from messnet.errors import DataError
 from messnet.training.losses import (
-    DistillationLoss,
     automatic_class_weights,
     cross_entropy,
     distillation_loss,
     pixel_weight,
     teach,
 )
+from messnet.training.options import DistillationLoss
 
 LOSSES: list[tuple[DistillationLoss, float, bool]] = [
     ("ce", 0.5, False),

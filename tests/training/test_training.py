@@ -31,17 +31,11 @@ from helpers.training import (
 from messnet.data import IGNORE_INDEX
 from messnet.data.transforms import TrainingStream, build_augmentation
 from messnet.errors import DataError, MessError, RecipeError
-from messnet.network.exit_head import HeadSpace, plain_head_config
-from messnet.training import (
-    ComputeOptions,
-    DistillOptions,
-    PretrainOptions,
-    TrainOptions,
-    active_exits,
-    distill,
-    pretrain,
-)
+from messnet.network.head_space import HeadSpace, plain_head_config
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions
+from messnet.training.stage1 import active_exits, pretrain
+from messnet.training.stage2 import distill
 
 
 @pytest.mark.parametrize("num_exits", range(2, 7))

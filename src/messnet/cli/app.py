@@ -146,7 +146,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 
 def _usage(error: MissingArgumentError | UnknownOptionError) -> str:
-    """The missing word under the name that the help page gives it, or where an option belongs; and where that page is."""
+    """The missing word under the name that the help page gives it, or the home of an option, and where that page is."""
     verb = " ".join(error.command_chain or ())
     if isinstance(error, UnknownOptionError):
         option = (error.token.keyword or error.token.value).partition("=")[0]
@@ -169,7 +169,7 @@ def _usage(error: MissingArgumentError | UnknownOptionError) -> str:
 
 def open_target(target: Path, overrides: Sequence[str], out: Path | None) -> Run:
     quieten()
-    expect_recipe(target)
+    recipe_of(target, overrides)  # a slip in it is told before torch is loaded
     from messnet.run.opening import open_run
 
     return open_run(target, overrides, out=out)

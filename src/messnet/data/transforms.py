@@ -7,7 +7,6 @@ resumed, or that runs with another number of workers, sees the same batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,40 +17,17 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from messnet.data import IGNORE_INDEX, SegmentationDataset
-from messnet.errors import DataError, RecipeError
+from messnet.data.options import AugmentOptions
+from messnet.errors import DataError
 from messnet.images.preprocessing import IMAGENET, Normalisation, normalise
 
 Augmentation = Callable[[NDArray[np.uint8], NDArray[np.uint8]], tuple[Tensor, Tensor]]
 """(H, W, 3) image and (H, W) mask to a normalised float32 tensor (3, h, w) and an int64 tensor (h, w)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AugmentOptions:
-    """How training images are varied; the defaults are torchvision's segmentation reference."""
-
-    crop: tuple[int, int] | None = None
-    """(height, width) in pixels of what the network sees. None: the image's own size, then all must be of one size."""
-    scale_min: float = 0.5
-    scale_max: float = 2.0
-    """The image is resized by a factor in [scale_min, scale_max], uniform."""
-    hflip: float = 0.5
-    """Probability of a left-right flip."""
-    color_jitter: float = 0.0
-    """Strength in [0, 1] of random brightness, contrast and saturation; 0 is off. No hue: it alone takes 70 % of the
-    time."""
-
-
 def build_augmentation(options: AugmentOptions, normalisation: Normalisation = IMAGENET) -> Augmentation:
     """Random colour, scale, crop and flip, drawn from torch's global CPU generator, then the ``normalisation``. What
     lies outside of the image is of its mean colour (0 once normalised, up to rounding) and IGNORE_INDEX."""
-    if not 0 < options.scale_min <= options.scale_max:
-        raise RecipeError(f"expected 0 < scale_min <= scale_max, got {options.scale_min} and {options.scale_max}")
-    if options.crop is not None and min(options.crop) < 1:
-        raise RecipeError(f"crop is (height, width) of at least 1 pixel, not {options.crop}")
-    for name, value in (("hflip", options.hflip), ("color_jitter", options.color_jitter)):
-        if not 0 <= value <= 1:
-            raise RecipeError(f"{name} lies in [0, 1], not {value}")
-
     # Colour comes first, while the pixels are bytes and before a crop fills in the mean colour, which stays as it is.
     jitter = v2.ColorJitter(*[options.color_jitter] * 3) if options.color_jitter else v2.Identity()
     flip = v2.RandomHorizontalFlip(options.hflip)
@@ -72,15 +48,6 @@ def build_augmentation(options: AugmentOptions, normalisation: Normalisation = I
         return torch.from_numpy(normalised), labels[0].as_subclass(Tensor).long()
 
     return augment
-
-
-def padding_share(options: AugmentOptions, size: tuple[int, int]) -> float:
-    """Share of the pixels of an augmented image of ``size`` (height, width) that lie outside of it, on average; [0, 1].
-    They are void: training computes them and learns nothing from them."""
-    scales = np.linspace(options.scale_min, options.scale_max, 100)
-    # A side that is longer than the crop fills it.
-    filled = [np.minimum(1, scales * side / cropped) for side, cropped in zip(size, options.crop or size, strict=True)]
-    return float(1 - np.mean(filled[0] * filled[1]))
 
 
 def stack_samples(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import accumulate, islice, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from messnet.costs.latency import node_latencies
 from messnet.costs.workload import Workload, count_nodes, in_eval_mode
 from messnet.errors import ModelError
 from messnet.network.exit_head import BlockKind
-from messnet.network.exit_points import choose_exit_points
+from messnet.network.exit_points import ExitCost, choose_exit_points
 from messnet.network.tracing import (
     WAY_OUT,
     UntraceableError,
@@ -38,8 +38,6 @@ from messnet.network.tracing import (
     writes_in_place,
 )
 from messnet.records.exit_point import ExitPoint
-
-ExitCost = Literal["workload", "latency"]
 
 # Where architectures keep their segmentation head, the first that exists counts.
 _HEAD_NAMES = ("classifier", "decode_head", "segmentation_head", "head")

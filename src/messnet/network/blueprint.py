@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from messnet.images.preprocessing import IMAGENET, Normalisation
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.records.codec import LEFT_OUT, Stored
 from messnet.records.exit_point import ExitPoint

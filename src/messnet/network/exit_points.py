@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from messnet.errors import ModelError
+
+ExitCost = Literal["workload", "latency"]
+"""The cost that the exits divide evenly."""
 
 
 def choose_exit_points(cumulative_costs: Sequence[float], num_exits: int) -> list[int]:

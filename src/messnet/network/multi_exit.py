@@ -18,8 +18,10 @@ from torch import Tensor, fx, nn
 
 from messnet.errors import ModelError
 from messnet.images.preprocessing import IMAGENET, Normalisation
-from messnet.network.backbone import Backbone, ExitCost, State, cut_model
-from messnet.network.exit_head import HeadConfig, build_head
+from messnet.network.backbone import Backbone, State, cut_model
+from messnet.network.exit_head import build_head
+from messnet.network.exit_points import ExitCost
+from messnet.network.head_space import HeadConfig
 from messnet.network.memory_layout import find_memory_format
 from messnet.network.tracing import UntraceableError, unwrapped
 from messnet.network.weights import expect_fit

@@ -12,19 +12,20 @@ from typing import NamedTuple
 
 import torch
 
-from messnet import evaluation, training
+from messnet import evaluation
 from messnet.data import SegmentationDataset
 from messnet.data.objects import PairSource, as_dataset
 from messnet.errors import RecipeError
-from messnet.evaluation import EvaluationOptions
-from messnet.network.exit_head import HeadSpace
+from messnet.network.head_space import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, expect_converted
+from messnet.policy.options import EvaluationOptions
 from messnet.records.codec import to_plain
 from messnet.records.exit_tables import ExitTables
 from messnet.records.instance import Exit
-from messnet.training import ComputeOptions, DistillOptions, Monitor, PretrainOptions, TrainOptions
+from messnet.training import stage1, stage2
 from messnet.training.checkpoint import Checkpoint
-from messnet.training.journal import say
+from messnet.training.journal import Monitor, say
+from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions
 
 _HERE = ComputeOptions(num_workers=0)
 """Images are loaded in this process: what a notebook defines cannot be sent to another one on every system."""
@@ -50,7 +51,7 @@ def pretrain(
     folder whose checkpoint was made with other options, other data or another model.
     """
     with _training("pretrain", net, data, val, folder, [options]) as given:
-        training.pretrain(net, given.data, options, compute, given.checkpoint, given.monitor)
+        stage1.pretrain(net, given.data, options, compute, given.checkpoint, given.monitor)
 
 
 def distill(
@@ -76,7 +77,7 @@ def distill(
     for tensor in net.model_state_dict().values():
         backbone.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     with _training("distill", net, data, val, folder, [options, heads], backbone.hexdigest()) as given:
-        return training.distill(net, given.data, heads, options, compute, given.checkpoint, given.monitor)
+        return stage2.distill(net, given.data, heads, options, compute, given.checkpoint, given.monitor)
 
 
 def evaluate(

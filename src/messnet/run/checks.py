@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from messnet.data import SegmentationDataset
 from messnet.data.checks import DatasetReport, ImageFacts, check_dataset, left_out_note
+from messnet.data.options import padding_share
 from messnet.data.sources import SOURCES
-from messnet.data.transforms import build_augmentation, padding_share
 from messnet.errors import DataError
 from messnet.records.groups import group_ids, halves
 from messnet.run.recipe import Recipe
-from messnet.training.journal import say
 from messnet.training.options import TrainOptions
 
 LARGEST_CROP = 768
@@ -28,8 +27,10 @@ MUCH_PADDING = 0.3
 def expect_sound(recipe: Recipe, train: SegmentationDataset, val: SegmentationDataset) -> None:
     """Reads every image of both splits of the recipe's data once. Generated scenes cannot be broken and are not read.
 
-    Raises DataError for the first thing that a run would stop at, RecipeError for augmentation that cannot be.
+    Raises DataError for the first thing that a run would stop at.
     """
+    from messnet.training.journal import say  # brings torch, which check-data does without
+
     data = recipe.data
     reports = []
     for split, dataset in (("train", train), ("val", val)):
@@ -70,7 +71,7 @@ def _unread(scenes: SegmentationDataset) -> DatasetReport:
 def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) -> tuple[str, ...]:
     """Everything that a run by ``recipe`` would stop at though each image is in order: one line each, with the way out.
 
-    The reports are of all images of both splits. Raises RecipeError for augmentation that cannot be.
+    The reports are of all images of both splits.
     """
     return (
         *(_training_problems(recipe.pretrain, train) if recipe.pretrain.iterations else ()),
@@ -108,7 +109,6 @@ def _padding_notes(recipe: Recipe, train: DatasetReport) -> Iterator[str]:
 
 
 def _training_problems(options: TrainOptions, train: DatasetReport) -> Iterator[str]:
-    build_augmentation(options.augment)
     names, weights = list(train.class_share), options.class_weights
     if isinstance(weights, tuple) and len(weights) != len(names):
         yield (

@@ -25,7 +25,7 @@ from messnet.deployment.runner import Live, Runner
 from messnet.deployment.torch_runner import TorchRunner
 from messnet.errors import MessError, ModelError, RunError
 from messnet.evaluation import LogitsOf
-from messnet.network.exit_head import HeadSpace
+from messnet.network.head_space import HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.weights import load_backbone_weights, load_weights
 from messnet.network.zoo import MODELS, build_model, build_noted_model

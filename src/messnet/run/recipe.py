@@ -14,16 +14,16 @@ import yaml
 
 from messnet.data.sources import DataOptions
 from messnet.errors import RecipeError
-from messnet.evaluation import EvaluationOptions
 from messnet.images.preprocessing import IMAGENET, Normalisation
-from messnet.network.backbone import ExitCost
-from messnet.network.exit_head import HeadSpace
+from messnet.network.exit_points import ExitCost
+from messnet.network.head_space import HeadSpace
+from messnet.policy.options import EvaluationOptions
 from messnet.records.codec import MismatchError, Plain, field_type, from_plain, to_plain
 from messnet.records.files import expect_recipe
 from messnet.records.names import GraphRuntime, Precision, expect_runtime, precision_named
 from messnet.records.written import as_meant, value_of
 from messnet.searching.options import SearchOptions
-from messnet.training import ComputeOptions, DistillOptions, PretrainOptions
+from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions
 
 _MOST_NODES = 100_000
 """Values in a recipe, aliases written out; those that come with messnet have fewer than 200."""

@@ -20,7 +20,7 @@ from messnet.data.sources import open_dataset
 from messnet.deployment.quantising import CALIBRATION
 from messnet.errors import RunError
 from messnet.network.blueprint import Blueprint
-from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
+from messnet.network.head_space import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import MultiExitNet
 from messnet.network.zoo import build_model
 from messnet.records.costs import CostTable
@@ -29,8 +29,8 @@ from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.records.run_directory import RunDirectory
 from messnet.run.recipe import Recipe
 from messnet.run.shards import unpack
-from messnet.training import Monitor
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.journal import Monitor
 
 Split = Literal["train", "val"]
 # Data workers outlive a killed training by up to five seconds, and hold its lock as long.

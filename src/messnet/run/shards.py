@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from messnet.errors import RunError
-from messnet.network.exit_head import HeadConfig, build_head
+from messnet.network.exit_head import build_head
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet
 from messnet.records.instance import Exit
 from messnet.records.run_directory import RunDirectory

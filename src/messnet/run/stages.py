@@ -32,8 +32,9 @@ from messnet.run.shards import Part, discard_parts, expect_whole, join, pack, re
 from messnet.run.stage import Stage
 from messnet.searching.findings import Findings
 from messnet.searching.measure import baseline_miou_of
-from messnet.training import distill, distill_seconds, pretrain, pretrain_seconds, space_exits
 from messnet.training.journal import Validation, say
+from messnet.training.stage1 import pretrain, pretrain_seconds
+from messnet.training.stage2 import distill, distill_seconds, space_exits
 
 
 def profile_stage(run: Run) -> None:

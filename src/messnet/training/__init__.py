@@ -6,22 +6,3 @@ Stage 2, ``distill``: both frozen, every head of the overprovisioned network lea
 Iteration j draws its images, augmentation and dropout from (seed, j) alone, so that training resumed from a checkpoint
 goes on exactly as it would have.
 """
-
-from messnet.training.journal import Monitor
-from messnet.training.options import ComputeOptions, DistillOptions, PretrainOptions, TrainOptions
-from messnet.training.stage1 import active_exits, pretrain, pretrain_seconds
-from messnet.training.stage2 import distill, distill_seconds, space_exits
-
-__all__ = [
-    "ComputeOptions",
-    "DistillOptions",
-    "Monitor",
-    "PretrainOptions",
-    "TrainOptions",
-    "active_exits",
-    "distill",
-    "distill_seconds",
-    "pretrain",
-    "pretrain_seconds",
-    "space_exits",
-]

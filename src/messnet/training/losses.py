@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from messnet.data import IGNORE_INDEX
 from messnet.errors import DataError
-
-DistillationLoss = Literal["pfd", "kd", "self_distillation", "ce"]
+from messnet.training.options import DistillationLoss
 
 
 def cross_entropy(

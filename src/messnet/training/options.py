@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import torch
-from lightning_fabric import Fabric
-from lightning_fabric.accelerators.cpu import CPUAccelerator
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning_fabric.plugins.precision import MixedPrecision, Precision
-from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.strategies.single_device import SingleDeviceStrategy
-
-from messnet.costs.latency import torch_device
-from messnet.data.transforms import AugmentOptions
+from messnet.data.options import AugmentOptions
 from messnet.errors import RecipeError
-from messnet.training.losses import DistillationLoss
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Schedule = Literal["alternating", "modulo"]
 Scheme = Literal["exit_aware", "baseline", "end_to_end"]
 OptimizerName = Literal["sgd", "adamw"]
 LogKind = Literal["csv", "tensorboard", "both", "none"]
-# What Fabric calls them.
-_FABRIC: dict[Literal["f32", "bf16"], Literal["32-true", "bf16-mixed"]] = {"f32": "32-true", "bf16": "bf16-mixed"}
-
-
-class _Xpu(CPUAccelerator):
-    """Intel's accelerator, which Fabric does not bring: one device, which the strategy names."""
-
-    def setup_device(self, device: torch.device) -> None:
-        torch.xpu.set_device(device)
-
-    @staticmethod
-    def is_available() -> bool:
-        return torch.xpu.is_available()
-
-    @staticmethod
-    def name() -> str:
-        return "xpu"
+DistillationLoss = Literal["pfd", "kd", "self_distillation", "ce"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,40 +49,16 @@ class ComputeOptions:
 
     def fabric(self) -> Fabric:
         """The device and the precision; no other process is started or waited for."""
-        try:
-            kind = torch_device(self.device).type
-        except RecipeError as error:
-            raise RecipeError(f"compute.device: {error}") from error
-        precision = _FABRIC[("bf16" if kind == "cuda" else "f32") if self.precision == "auto" else self.precision]
-        if kind == "xpu":
-            if self.is_parallel:
-                raise RecipeError("compute.device xpu trains in one process: leave compute.devices and torchrun out")
-            plugin = Precision() if precision == "32-true" else MixedPrecision(precision, kind)
-            return Fabric(accelerator=_Xpu(), strategy=SingleDeviceStrategy(kind), plugins=[plugin])
-        if not self.is_parallel:
-            return Fabric(accelerator=kind, devices=1, precision=precision)
-        # Most plain heads of stage 1 have no part in an iteration's loss.
-        strategy = DDPStrategy(find_unused_parameters=True)
-        if not TorchElasticEnvironment.detect():
-            return Fabric(accelerator=kind, devices=self.devices, strategy=strategy, precision=precision)
-        # torchrun has started the processes already, on this machine or on several: Fabric must not start others, and
-        # has to be told how many machines there are, which torchrun says only as a quotient.
-        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        return Fabric(
-            accelerator=kind,
-            devices=local,
-            num_nodes=world // local,
-            strategy=strategy,
-            precision=precision,
-            plugins=[TorchElasticEnvironment()],
-        )
+        from messnet.training.fabric import make_fabric  # seconds, which a recipe that is only read should not take
+
+        return make_fabric(self.device, self.precision, self.devices)
 
     @property
     def is_parallel(self) -> bool:
         """True where several processes train together."""
-        if TorchElasticEnvironment.detect():
-            return int(os.environ["WORLD_SIZE"]) > 1
-        return self.devices > 1
+        from messnet.training.fabric import is_parallel
+
+        return is_parallel(self.devices)
 
     def launch(self) -> Fabric:
         """``fabric``, with the other processes started (unless torchrun did) and met; once is as good as twice."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from messnet.data import SegmentationDataset
 from messnet.errors import RecipeError
-from messnet.network.exit_head import plain_head_config
+from messnet.network.head_space import plain_head_config
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.training.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from messnet.data import SegmentationDataset
 from messnet.errors import RecipeError, RunError
-from messnet.network.exit_head import HeadConfig, HeadSpace, plain_head_config
+from messnet.network.head_space import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import Exit
 from messnet.training.checkpoint import Checkpoint
