@@ -351,6 +351,17 @@ def test_a_batch_is_bounded_in_pixels_too() -> None:
     assert session.batches == [1, 2, 2]
 
 
+def test_a_photograph_of_a_telephone_is_taken() -> None:
+    photo = encoded(np.full((3024, 4032, 3), (7, 7, 7), np.uint8), "JPEG")
+    _, service = fake()
+    with running(service) as client:
+        mask = client.post("/v1/predict", content=photo)
+        assert mask.status_code == 200
+        with Image.open(io.BytesIO(mask.content)) as file:
+            assert file.size == (4032, 3024)
+        assert service.options.max_pixels > 5712 * 4284  # as the larger sensors of 2024 have by default
+
+
 def test_a_bug_is_no_secret() -> None:
     _, service = fake()
     with running(service) as client:

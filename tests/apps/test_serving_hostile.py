@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -34,6 +35,7 @@ from helpers.serving import (
     until,
 )
 from messnet.apps.serving.app import Sample, Service
+from messnet.apps.serving.decoders import Decoders
 from messnet.apps.serving.description import describe
 from messnet.apps.serving.options import ServeOptions
 from messnet.errors import RecipeError
@@ -94,6 +96,40 @@ def test_decoding_ends_with_its_request() -> None:
 
 
 @linux
+def test_decoded_images_are_bounded_in_pixels_together() -> None:
+    """Room for four images of 64 x 64, two of them of one client; each takes its place until it is let go."""
+    options = ServeOptions(max_queue=4, max_pixels=64 * 64)
+    data = grey(7, side=64)
+
+    async def decode() -> None:
+        decoders = Decoders(2, options)
+        await decoders.start()
+
+        async def waits(client: str) -> bool:
+            try:
+                await asyncio.wait_for(decoders.decode(data, client), 0.3)
+            except TimeoutError:
+                return True
+            return False
+
+        try:
+            one = [await decoders.decode(data, "a") for _ in range(2)]
+            other = [await decoders.decode(data, "b") for _ in range(2)]
+            assert await waits("c")
+            one.pop()
+            assert await waits("b")  # it has its half
+            third = await decoders.decode(data, "c")
+            part = one.pop()[:1]  # keeps all of the image
+            assert await waits("d")
+            del part
+            assert (await decoders.decode(data, "d") == 7).all()
+            assert len(other) + len(third) == 2 + 64
+        finally:
+            await decoders.stop()
+
+    asyncio.run(decode())
+
+
 def test_decoders_that_end_are_replaced(tmp_path: Path) -> None:
     with ServedProcess(tmp_path / "log") as served:
         before = served.children()

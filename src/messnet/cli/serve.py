@@ -52,4 +52,6 @@ def serve(
 
     if options.workers > 1 and session.threads is None:  # a part of the processors each
         session = replace(session, threads=max(1, (os.cpu_count() or 1) // options.workers))
+    if full_size and options.max_pixels == _LIMITS.max_pixels:  # the network's memory grows with them
+        options = replace(options, max_pixels=_LIMITS.batch_pixels)
     serve_until_stopped(target, options, samples=samples, open_session=partial(session.open, full_size=full_size))

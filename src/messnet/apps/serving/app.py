@@ -115,7 +115,7 @@ class Service:
         self._palette: NDArray[np.uint8] = session.palette
         self._info: ModelInfo = info or {}
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encoder")
-        self._decoders = Decoders(_NUM_DECODERS, max_pixels=self.options.max_pixels, decode_s=self.options.decode_s)
+        self._decoders = Decoders(_NUM_DECODERS, self.options)
         self.gate = Gate(
             self._endpoints(), options=self.options, metrics=self.metrics, num_given_up=lambda: self.worker.num_given_up
         )

@@ -58,7 +58,7 @@ class _Refine:
 class Worker:
     """Runs ``session`` for the event loop it is started in.
 
-    A batch holds at most ``options.batch_size`` images of ``max_pixels`` in all. It waits up to ``batch_wait_ms`` for
+    A batch holds at most ``options.batch_size`` images of ``batch_pixels`` in all. It waits up to ``batch_wait_ms`` for
     more, and only while ``num_requests()``, the number of requests in work, says that more are on their way.
     """
 
@@ -157,7 +157,7 @@ class Worker:
                     break
             except TimeoutError:
                 break
-            if not isinstance(job, _Predict) or pixels + job.image.size // 3 > self._options.max_pixels:
+            if not isinstance(job, _Predict) or pixels + job.image.size // 3 > self._options.batch_pixels:
                 if job is None:  # the end of all work: it is found again after this batch
                     self._queue.put_nowait(None)
                 self._held = job

@@ -7,7 +7,10 @@ import logging
 import os
 import signal
 import sys
+import weakref
 from asyncio.subprocess import PIPE, Process
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from weakref import WeakValueDictionary
 
@@ -15,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from messnet.apps.serving.decoding import ANSWER, READY, REQUEST, RequestError
+from messnet.apps.serving.options import ServeOptions
 
 _RESTART_S = 1.0
-_PIPE_BYTES = 2**20  # the most that Linux gives to anyone; by default an image of 4 megapixels takes 200 turns
+_PIPE_BYTES = 2**20  # the most that Linux gives to anyone; by default a photograph takes thousands of turns
 
 
 class _EndedError(Exception):
@@ -90,12 +94,18 @@ class Decoders:
     An image that takes more than ``decode_s`` seconds of processor time ends its process, and so does one whose
     request is given up: work for an image never outlives its request. Each client has one image decoded at a time:
     whoever sends images that take long waits for them alone.
+
+    While ``options.held_pixels`` are held by those who asked, or half of them by one client, the next image waits.
     """
 
-    def __init__(self, count: int, *, max_pixels: int, decode_s: float) -> None:
-        self._decode_s = decode_s
-        self._all = [_Decoder(max_pixels, decode_s) for _ in range(count)]
+    def __init__(self, count: int, options: ServeOptions) -> None:
+        self._decode_s, self._held_pixels = options.decode_s, options.held_pixels
+        self._all = [_Decoder(options.max_pixels, options.decode_s) for _ in range(count)]
         self._free: asyncio.Queue[_Decoder] = asyncio.Queue()
+        self._held: Counter[str] = Counter()
+        """Pixels of the images that each client has, until they are let go."""
+        self._let_go = asyncio.Event()
+        self._door = asyncio.Lock()
         self._restarts: set[asyncio.Task[None]] = set()
         # A client's turn is gone with the last of its requests.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -116,9 +126,14 @@ class Decoders:
         # Held here by name, for the dictionary itself does not keep it.
         turn = self._turns.setdefault(client, asyncio.Lock())
         async with turn:
-            decoder = await self._free.get()
+            await self._until(lambda: self._held[client] < self._held_pixels / 2)
+            async with self._door:  # one after the other, or many would find the same room
+                await self._until(lambda: self._held.total() < self._held_pixels)
+                decoder = await self._free.get()
             try:
-                return await decoder.ask(data)
+                image = await decoder.ask(data)
+                self._hold(image, client)
+                return image
             except _EndedError as error:
                 raise RequestError(422, self._why(await decoder.ended())) from error
             except asyncio.CancelledError:  # nobody waits for the image any more, so no process may work on it
@@ -131,6 +146,28 @@ class Decoders:
                     restart = asyncio.create_task(self._restart(decoder))
                     self._restarts.add(restart)
                     restart.add_done_callback(self._restarts.discard)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            self._let_go.clear()
+            await self._let_go.wait()
+
+    def _hold(self, image: NDArray[np.uint8], client: str) -> None:
+        """Counts an image until nobody refers to it any more."""
+        loop, pixels = asyncio.get_running_loop(), image.size // 3
+
+        def let_go() -> None:
+            self._held[client] -= pixels
+            self._held += Counter()  # without those who hold none
+            self._let_go.set()
+
+        def in_loop() -> None:  # the last to let go may be another thread
+            with suppress(RuntimeError):  # the service has ended
+                loop.call_soon_threadsafe(let_go)
+
+        self._held[client] += pixels
+        assert image.base is not None
+        weakref.finalize(image.base, in_loop).atexit = False
 
     def _why(self, exit_code: int) -> str:
         if sys.platform != "win32" and exit_code == -signal.SIGPROF:

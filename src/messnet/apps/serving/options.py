@@ -10,9 +10,10 @@ from messnet.errors import RecipeError
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Memory is bounded by them: ``max_queue`` images of ``max_body_mb`` and ``max_pixels`` may be held at once, and
-    one batch of ``max_pixels`` in total goes through the network at a time. So is time: ``decode_s`` for an image,
-    ``timeout_s`` for a request, ``header_s`` for a connection that asks nothing."""
+    """Memory is bounded by them: ``max_queue`` requests of ``max_body_mb`` may be held at once, and of decoded images
+    ``held_pixels`` and two more; one image, or a batch of ``batch_pixels`` in all, goes through the network at a time.
+    So is time: ``decode_s`` for an image, ``timeout_s`` for a request, ``header_s`` for a connection that asks
+    nothing."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every one that the machine has."""
@@ -20,8 +21,10 @@ class ServeOptions:
     """0 takes a free one."""
     max_body_mb: float = 16.0
     """The most that a request may hold, in 10^6 bytes; more is 413."""
-    max_pixels: int = 2**22
-    """The most that an image may have, a side shorter than 64 counted as 64; more is 413, before it is decoded."""
+    max_pixels: int = 25_000_000
+    """The most that an image may have, a side shorter than 64 counted as 64; more is 413, before it is decoded. The
+    default is for photographs as telephones take them. With --full-size, where the network computes all, it is
+    4194304."""
     max_queue: int = 64
     """Requests in work at once, waiting and arriving ones included; one more is 503."""
     max_concurrency: int = 32
@@ -32,7 +35,7 @@ class ServeOptions:
     """Time for a request, from its first byte to its answer; after it 408 while the body comes in, else 503."""
     header_s: float = 10.0
     """Time for the head of a request, from the beginning of its connection or the end of the answer before."""
-    decode_s: float = 2.0
+    decode_s: float = 5.0
     """Processor time to decode one image; more is 422."""
     workers: int = 1
     """Processes that serve the port together, each with a session, a queue and limits of its own. With more than 1,
@@ -67,6 +70,16 @@ class ServeOptions:
             parts = urlsplit(origin)
             if origin != "*" and origin != f"{parts.scheme}://{parts.netloc}":
                 raise RecipeError(f"--cors takes an origin such as https://example.org, or *, got {origin!r}")
+
+    @property
+    def batch_pixels(self) -> int:
+        """The most that the images of a batch have together."""
+        return min(self.max_pixels, 2**22)
+
+    @property
+    def held_pixels(self) -> int:
+        """As many wait decoded, or are computed or answered, before the next image is decoded."""
+        return self.max_queue * self.batch_pixels
 
     @property
     def max_body_bytes(self) -> int:
