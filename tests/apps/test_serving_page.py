@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,28 @@ def test_what_is_no_image_and_what_is_too_large(page: Any, session: messnet.Sess
     page.set_input_files("#file", tmp_path / "b.png")
     expect(page.locator("#detail")).to_contain_text(f"181 {TIMES} 90 pixels, scaled down here from 300 {TIMES} 150.")
     expect(page.locator("#error")).to_be_hidden()
+
+
+def test_of_two_images_chosen_at_once_the_later_is_shown(page: Any) -> None:
+    """Whichever is read first, and whichever has to be scaled down."""
+    large, small = (
+        base64.b64encode(encoded(np.full((*size, 3), 90, np.uint8))).decode() for size in ((4000, 6000), (48, 64))
+    )
+    choose = """async (images) => {
+        const files = images.map((data) => new File([Uint8Array.from(atob(data), (c) => c.charCodeAt())], "a.png"));
+        for (const file of files) {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(file);
+            dispatchEvent(new DragEvent("drop", { dataTransfer, cancelable: true }));
+        }
+        for (const file of [...files, ...files]) await createImageBitmap(file); // no longer than the page takes
+    }"""
+    scaled = f"156 {TIMES} 104 pixels, scaled down here from 6000"
+    for images, said in (([large, small], f"64 {TIMES} 48 pixels."), ([small, large], scaled)):
+        page.evaluate(choose, images)
+        expect(page.locator("#detail")).to_contain_text("Stopped: ")
+        page.wait_for_timeout(300)
+        expect(page.locator("#detail")).to_contain_text(said)
 
 
 def test_it_can_be_read_by_a_machine(page: Any) -> None:

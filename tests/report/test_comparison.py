@@ -16,6 +16,7 @@ from messnet.records.deployed import Deployed, DeployedRow
 from messnet.records.measurements import Gallery, Measurements
 from messnet.records.run_directory import RunDirectory
 from messnet.report.gallery import strips_of, worst_of
+from messnet.report.page import opening
 from messnet.run.recipe import Recipe, recipe_to_record
 
 K = len(CLASSES)
@@ -62,6 +63,28 @@ def runs(measurements: Measurements, deployed: Deployed, tmp_path_factory: pytes
 def iou(confusion: list[list[int]], k: int) -> float:
     pixels = np.array(confusion)
     return float(100 * pixels[k, k] / (pixels[k].sum() + pixels[:, k].sum() - pixels[k, k]))
+
+
+def test_an_older_record_says_what_its_bundle_holds(
+    measurements: Measurements, deployed: Deployed, tmp_path: Path
+) -> None:
+    """It ships an instance that is 2 % faster, which today's rule would not, and does not say so itself."""
+    model, instance = deployed.rows
+    eighths = replace(model, precision="int8", row=replace(model.row, latency_ms=[4.1] * 48))
+    close = replace(deployed, rows=[model, eighths, instance])
+    assert close.best.is_model
+    directory = RunDirectory(write_run(tmp_path / "run", measurements, close))
+    assert "ships" not in directory.deployed.path.read_text()
+    for place, row in ((2, instance), (1, eighths)):
+        directory.instance("deployed").write(replace(row.row.instance, name="deployed", precision="int8"))
+        found = directory.read_deployed()
+        assert found is not None
+        assert found.best is found.rows[place]
+        assert ("early exits and int8 it needs 4.00 ms" in opening(measurements, found)) == (place == 2)
+    # A record that says it needs no instance to be asked.
+    directory.deployed.write(replace(close, ships=2))
+    assert (found := directory.read_deployed()) is not None
+    assert found.ships == 2
 
 
 def test_figures_of_two_runs(

@@ -237,7 +237,8 @@ def print_table(directory: RunDirectory, as_json: bool) -> None:
 def print_deployed(directory: RunDirectory, as_json: bool) -> None:
     from messnet.report.deployed import deployed_terminal_table
 
-    deployed, bundle = directory.deployed.read(), directory.bundle
+    deployed, bundle = directory.read_deployed(), directory.bundle
+    assert deployed is not None  # who calls this has looked
     if as_json:
         print(deployed.to_json(), end="")
         return

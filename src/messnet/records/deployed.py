@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from messnet.records.codec import Stored
+from messnet.records.codec import LEFT_OUT, Stored
 from messnet.records.measurements import Measurement
 from messnet.records.names import Precision
 
@@ -45,6 +45,8 @@ class Deployed(Stored, what="a record of a deployment", made_by="deploy"):
     rows: list[DeployedRow]
     missing: list[str]
     """A sentence for each precision that no instance was found in."""
+    ships: int | None = field(default=None, metadata=LEFT_OUT)
+    """The row of the network that the bundle holds; None: ``chosen``, and in a file it was not recorded yet."""
 
     @property
     def model(self) -> DeployedRow:
@@ -52,9 +54,17 @@ class Deployed(Stored, what="a record of a deployment", made_by="deploy"):
 
     @property
     def best(self) -> DeployedRow:
+        """The network that ships."""
+        return self.rows[self.chosen if self.ships is None else self.ships]
+
+    @property
+    def chosen(self) -> int:
         """The fastest that loses no more than was asked, in the runtime that ships. Instances that are less than
         ``WORTH_PERCENT`` faster than the model are not worth what they lose."""
         kept = self.model.row.judged_miou - self.max_drop_pp / 100
-        here = [row for row in self.rows if row.runtime == self.model.runtime]
-        rows = [row for row in here if not row.is_model or row.row.judged_miou >= kept]
-        return min(rows, key=lambda row: row.mean_ms if row.is_model else row.mean_ms * (1 + WORTH_PERCENT / 100))
+        milliseconds = {
+            place: row.mean_ms * (1 if row.is_model else 1 + WORTH_PERCENT / 100)
+            for place, row in enumerate(self.rows)
+            if row.runtime == self.model.runtime and (not row.is_model or row.row.judged_miou >= kept)
+        }
+        return min(milliseconds, key=milliseconds.__getitem__)

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -165,7 +165,20 @@ class RunDirectory:
     def read_deployed(self) -> Deployed | None:
         """None where the recipe deploys nothing."""
         asked = self.record().recipe.get("deploy", {})
-        return self.deployed.read() if isinstance(asked, dict) and asked.get("precisions") else None
+        if not isinstance(asked, dict) or not asked.get("precisions"):
+            return None
+        deployed, instance = self.deployed.read(), self.instance(DEPLOYED)
+        if deployed.ships is not None or not instance.exists:
+            return deployed
+        # Older records do not say what shipped, and the rule was another one then; the instance of the bundle does.
+        shipped = instance.read()
+        places = [
+            place
+            for place, row in enumerate(deployed.rows)
+            if (row.runtime, row.precision) == (deployed.model.runtime, shipped.precision)
+            and row.is_model == (shipped.exits == deployed.model.row.instance.exits)
+        ]
+        return replace(deployed, ships=places[0]) if places else deployed
 
     @property
     def bundle(self) -> Path:

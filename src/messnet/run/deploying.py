@@ -87,6 +87,7 @@ def deploy(run: Run, made: MadeStages) -> Deployed:
         rows=rows,
         missing=[f"{one.name}: {one.why_none}" for one in found if one.result is None],
     )
+    deployed = replace(deployed, ships=deployed.chosen)
     if deployed.best.is_model:  # early exits gain too little beside the precision: what ships has none
         directory.instance(DEPLOYED).write(replace(model, name=DEPLOYED, precision=deployed.best.precision))
     _bundle(run, directory.read_instance(DEPLOYED), made)

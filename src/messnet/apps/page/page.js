@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 const shareText = (share) => share === 0 ? "0 %" : share < 0.001 ? "< 0.1 %" : percent(share);
-let info, waiting, current, running, camera, refinements = [], shown = -1;
+let info, waiting, taken, current, running, camera, refinements = [], shown = -1;
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -57,10 +57,7 @@ async function start() {
   info.samples.forEach((name, index) => {
     const image = element("img", { src: `/samples/${index}`, alt: `Sample ${name}` });
     const button = element("button", { type: "button", "aria-pressed": "false" }, image);
-    button.addEventListener("click", async () => {
-      const response = await fetch(`/samples/${index}`);
-      take(await response.blob(), button);
-    });
+    button.addEventListener("click", () => take(fetch(`/samples/${index}`).then((response) => response.blob()), button));
     $("samples").append(element("li", {}, button));
   });
   if (info.variants) {
@@ -130,6 +127,7 @@ async function change() {
 
 // Frame by frame: the next one is taken when the last one has left its exit.
 async function film() {
+  taken = undefined; // an image that is still being read comes too late
   if (camera) {
     camera.getTracks().forEach((track) => track.stop());
     camera = null;
@@ -161,6 +159,7 @@ function filming(begun) {
   $("said").setAttribute("aria-live", begun ? "off" : "polite"); // or a screen reader reads out every frame
 }
 
+// Of several that are chosen while the first is still being read, the last one counts.
 async function take(blob, button = null) {
   if (!info) {
     waiting = blob;
@@ -168,12 +167,15 @@ async function take(blob, button = null) {
     return;
   }
   if (camera) await film();
+  const mine = taken = {};
   for (const other of $("samples").querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
   let bitmap;
   try {
+    blob = await blob;
     // Its own numbers, as files are read everywhere else here: nothing is converted between colour spaces.
     bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
   } catch {
+    if (mine !== taken) return;
     if (running) running.abort();
     current = running = undefined;
     reveal(false);
@@ -181,8 +183,12 @@ async function take(blob, button = null) {
     complain(`${blob.name ?? "This"} is no image that the browser can read: expected a JPEG, PNG, WebP or BMP file.`);
     return;
   }
+  if (mine !== taken) return;
+  if (running) running.abort();
+  running = undefined; // what comes of the image before is not shown on this one
   draw(bitmap, bitmap.width, bitmap.height);
   if (current.note) blob = await new Promise((done) => $("photo").toBlob(done, "image/jpeg", 0.92));
+  if (mine !== taken) return;
   current.blob = blob;
   await run();
 }
