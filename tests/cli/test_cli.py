@@ -274,7 +274,16 @@ MEASURE = ("--measure", "--repeats", "2", "--threads", "1")
 
 def test_profile_of_a_model_by_name(tmp_path: Path, says: Callable[..., str]) -> None:
     model = ["mobilenetv2_fcn", "--input-size", "64", "80", "--num-classes", "5", "--model.num_exits", "3"]
-    model += ["--model.width", "0.25", "--heads.channel_reduction", "1", "--heads.extra_blocks", "0"]
+    model += [
+        "--model.width",
+        "0.25",
+        "--model.depth",
+        "0.01",
+        "--heads.channel_reduction",
+        "1",
+        "--heads.extra_blocks",
+        "0",
+    ]
     counted = says("profile", *model, "--out", tmp_path / "counted.json", "--plot", tmp_path / "cuts.png")
     assert "mobilenetv2_fcn at 64x80" in counted
     assert "GMACs each" in counted

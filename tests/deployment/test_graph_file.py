@@ -28,7 +28,9 @@ from messnet.deployment.restoring import graph_runner
 from messnet.deployment.session import Session
 from messnet.errors import RunError
 from messnet.images.preprocessing import normalise
+from messnet.network.exit_head import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
+from messnet.network.zoo import mobilenetv2_fcn
 from messnet.policy.graph import output_graph
 from messnet.policy.policy import Policy
 from messnet.records.instance import ExitChoice, Instance
@@ -204,6 +206,15 @@ def test_a_message_may_come_in_two_pieces() -> None:
     assert len(part.graph.node) > 10
 
 
+@pytest.fixture(scope="module")
+def net() -> MultiExitNet:
+    """Small, as an export takes long for every layer."""
+    torch.manual_seed(0)
+    net = convert(mobilenetv2_fcn(5, width=0.25, depth=0.01), torch.zeros(1, 3, 64, 80), num_exits=2)
+    net.add_head(0, HeadConfig())
+    return net.eval()
+
+
 class _Readings(CalibrationDataReader):
     def __init__(self) -> None:
         image = normalise(smooth_image(64, 80)[None])
@@ -213,10 +224,10 @@ class _Readings(CalibrationDataReader):
         return self._left.pop() if self._left else None
 
 
-def test_exported_graphs_are_what_others_tools_take(small_net: MultiExitNet, tmp_path: Path) -> None:
+def test_exported_graphs_are_what_others_tools_take(net: MultiExitNet, tmp_path: Path) -> None:
     """The full check of the package onnx, and ONNX Runtime's own quantiser, which refused two operator sets."""
-    exits = (small_net.exits[0], small_net.exits[-1])
-    for name, data in make_graphs(small_net, exits, Policy(), (64, 80)).items():
+    exits = (net.exits[0], net.exits[-1])
+    for name, data in make_graphs(net, exits, Policy(), (64, 80)).items():
         model = onnx.load_from_string(data)
         onnx.checker.check_model(model, full_check=True)
         assert [(one.domain, one.version) for one in model.opset_import] == [("", 20)]
@@ -249,12 +260,10 @@ def test_the_examples_hold_what_a_bundle_may() -> None:
     assert expect_self_contained(output_graph(), "output").inputs == ("logits", "size")
 
 
-def test_graphs_of_a_fixed_shape(small_net: MultiExitNet, tmp_path: Path) -> None:
+def test_graphs_of_a_fixed_shape(net: MultiExitNet, tmp_path: Path) -> None:
     """For one image of one size: every shape is a number, the labels are those of the free graphs, tools take them."""
-    exits = (small_net.exits[-1],)
-    free, fixed = (
-        make_graphs(small_net, exits, Policy(), (64, 80), static=static)["stage0"] for static in (False, True)
-    )
+    exits = (net.exits[-1],)
+    free, fixed = (make_graphs(net, exits, Policy(), (64, 80), static=static)["stage0"] for static in (False, True))
     model = onnx.load_from_string(fixed)
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)

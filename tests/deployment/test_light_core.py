@@ -232,7 +232,7 @@ def test_it_serves_with_its_page(light: LightEnvironment, session: Session, phot
                 np.testing.assert_array_equal(np.array(mask), session.predict(IMAGES[:1])[0].labels)
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(120)
 
 
 def _asked(address: str) -> bytes:

@@ -271,7 +271,7 @@ def test_two_processes_share_batches_in_stage_1_and_heads_in_stage_2(pretrained_
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command += [str(script), str(run), "pretrain", "distill"]
     # In a session of its own: torchrun may signal its whole process group when it ends.
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, start_new_session=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580, start_new_session=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["pretrain:", "done", "distill:", "done"]  # the first process speaks
     assert list(json.loads((run / "run.json").read_text())["stages"]) == ["profile", "pretrain", "distill"]
