@@ -202,34 +202,30 @@ def test_cost_tables_go_with_it(run: Path, tmp_path: Path) -> None:
         tables(tmp_path / "other.json")
 
 
-def test_a_bundle_of_a_bundle(exported: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_a_bundle(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What has weights can get graphs, without the run: all else stays as it was."""
     table = CostTable.from_json((exported / "costs/workload.json").read_text())
     table.to_json(tmp_path / "here.json")
-    measured = export(exported, tmp_path / "measured.zip", tables=[tmp_path / "here.json"])
-    again = export(measured.path, tmp_path / "again.mess", graphs=True, images=IMAGES[:1])
-    before, after = open_bundle(exported).manifest, open_bundle(again.path).manifest
+    export(exported, tmp_path / "measured.zip", tables=[tmp_path / "here.json"])
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(IMAGES[0]).save(tmp_path / "photos/one.png")
+    monkeypatch.chdir(tmp_path)
+    main(["export", "measured.zip", "--runtime", "onnx", "--images", "photos"])
+    told = capsys.readouterr().out
+    assert "early in measured-early.mess" in told
+    assert "graphs against torch on 2 images: 100.0% of decisions" in told
+    before, after = open_bundle(exported).manifest, open_bundle(Path("measured-early.mess")).manifest
     assert after.runtimes["onnx"].checked["equal_pixels"] == 1
     assert {*after.files} == {*before.files, "costs/here.json", *after.runtimes["onnx"].files.values()}
     assert {name: after.files[name] for name in before.files} == before.files
     new = {"created": "", "files": {}, "runtimes": {}}
     assert replace(after, **new) == replace(before, **new)
-    for one, other in zip(everything(load(exported)), everything(load(again.path)), strict=True):
+    for one, other in zip(everything(load(exported)), everything(load("measured-early.mess")), strict=True):
         np.testing.assert_array_equal(one.logits, other.logits)
     with pytest.raises(RunError, match="has no instance 'cut'; it has early"):
         export(exported, tmp_path / "x.mess", instance="cut")
-
-
-def test_a_bundle_is_exported_by_its_command(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "photos").mkdir()
-    Image.fromarray(IMAGES[0]).save(tmp_path / "photos/one.png")
-    monkeypatch.chdir(tmp_path)
-    main(["export", str(exported), "--runtime", "onnx", "--images", "photos"])
-    told = capsys.readouterr().out
-    assert "early in early-early.mess" in told
-    assert "graphs against torch on 2 images: 100.0% of decisions" in told
     for tokens in (["--images", "photos"], ["--images", "nowhere", "--runtime", "onnx"]):
         with pytest.raises(SystemExit) as stopped:
             main(["export", str(exported), "--out", "other.mess", *tokens])

@@ -163,8 +163,11 @@ def test_labels_at_the_resolution_of_the_logits(bundle: Path, runtime: Any) -> N
 
 
 def test_a_graph_of_labels_without_upsampling(bundle: Path, tmp_path: Path) -> None:
-    words = ["export", str(bundle), "--runtime", "onnxruntime", "--labels", "logits", "--out", str(tmp_path / "b.mess")]
-    main(words)
+    run = bundle.parent / "run"
+    one = Instance(name="one", setting="budgeted", exits=(ExitChoice(exit_index=0, head=FCN),))
+    (run / "instances/one.json").write_text(one.to_json())
+    words = ["export", str(run), "--instance", "one", "--runtime", "onnxruntime", "--labels", "logits"]
+    main([*words, "--out", str(tmp_path / "b.mess")])
     checked = open_bundle(tmp_path / "b.mess").manifest.runtimes["onnx"].checked
     assert checked["equal_pixels"] == 1
     graph = load_graph((tmp_path / "b.mess/onnx/output.onnx").read_bytes(), "onnxruntime", "f32", 1)
@@ -348,10 +351,10 @@ def test_a_bundle_with_both_runs_in_either(bundle: Path) -> None:
     sessions = [load(bundle, precision="int8"), load(bundle, runtime="openvino", precision="int8")]
     assert [(one.runtime, one.precision) for one in sessions] == [("onnxruntime", "int8"), ("openvino", "int8")]
     assert sessions[0].runner.conditions["dtype"] == "int8"
-    expected = load(bundle).predict(IMAGES)
+    by_torch = load(bundle)
+    expected, deep = by_torch.predict(IMAGES), [[*by_torch.anytime(image)][-1].labels for image in IMAGES]
     for session in sessions:
         found = [[*session.anytime(image)][-1].labels for image in IMAGES]
-        deep = [[*load(bundle).anytime(image)][-1].labels for image in IMAGES]
         assert np.mean([(a == b).mean() for a, b in zip(found, deep, strict=True)]) > 0.9
         assert {result.exit_index for result in session.predict(IMAGES)} <= {result.exit_index for result in expected}
     with pytest.raises(
