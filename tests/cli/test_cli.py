@@ -25,7 +25,7 @@ from messnet.cli import app, main
 from messnet.deployment.loading import load
 from messnet.records.costs import CostTable
 from messnet.report.costs import cost_notes
-from messnet.run.recipe import recipe_from_record
+from messnet.run.recipe import load_recipe, recipe_from_record
 
 VERBS = [
     "check-data", "deploy", "distill", "evaluate", "export", "init", "predict", "pretrain", "profile", "recipe",
@@ -132,6 +132,15 @@ def test_bad_data(
     assert not [word for word in words if word not in message], message
     assert snapshot(tmp_path) == before
     assert not (tmp_path / "run").exists()
+
+
+def test_colours_of_a_recipe_are_shown_as_people_write_them(tmp_path: Path, says: Callable[..., str]) -> None:
+    path, again = tmp_path / "a.yaml", tmp_path / "again.yaml"
+    path.write_text("data: {source: folder, class_names: [a, b], mask_values: [0x804000, 0x80], void_index: 0}")
+    again.write_text(shown := says("recipe", path))
+    assert "void_index: 0x000000\n  mask_values:\n  - 0x804000\n  - 0x000080\n" in shown
+    assert load_recipe(again) == load_recipe(path)
+    assert strict_json(says("recipe", path, "--json"))["data"]["mask_values"] == [0x804000, 0x80]
 
 
 def test_check_data(data: Path, folder_recipe: Path, fails: Callable[..., str], says: Callable[..., str]) -> None:

@@ -257,8 +257,8 @@ def test_pairs_must_be_whole(root: Path) -> None:
     [
         ({"class_names": ()}, "expected 2 to 255 class names, got 0"),
         ({"class_names": NAMES, "void_index": 2}, "void_index is 3 to 255, beyond the class indices, not 2"),
-        ({"class_names": NAMES, "mask_values": (0, 1)}, "mask_values 0, 1 for 3 class names: expected as many"),
-        ({"class_names": NAMES, "mask_values": (0, 1, 1)}, "mask_values 0, 1, 1 for 3 .* expected as many different"),
+        ({"class_names": NAMES, "mask_values": (0, 1)}, r"2 mask_values \(0, 1\) for 3 class names: expected as many"),
+        ({"class_names": NAMES, "mask_values": (0, 1, 1)}, r"3 mask_values \(0, 1, 1\) for 3 .* as many different"),
         ({"class_names": NAMES, "mask_values": (5, 6, 7), "void_index": 6}, "void_index is .* no class, 0 to 255, not"),
         ({"class_names": NAMES, "palette": np.zeros((2, 3))}, r"palette of shape \(2, 3\): expected one RGB colour"),
     ],

@@ -255,12 +255,22 @@ def init(
 def recipe(target: Target, *overrides: Overrides, as_json: AsJson = False) -> None:
     """Print a recipe with every key it has, defaults and overrides included."""
     chosen = recipe_of(target, overrides)
-    from messnet.run.recipe import recipe_to_record
-
-    record = recipe_to_record(chosen)
-    if as_json:
-        print(json.dumps(record, indent=1))
-        return
     import yaml
 
-    print(yaml.safe_dump(record, sort_keys=False), end="")
+    from messnet.data.image_files import mask_value
+    from messnet.run.recipe import recipe_to_record
+
+    data = chosen.data
+    if max(data.mask_values, default=0) >= len(UNNAMED):  # colours, as a recipe is written with them
+        yaml.SafeDumper.add_representer(
+            _Colour,
+            lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:int", mask_value(value, is_colour=True)),
+        )
+        void = None if data.void_index is None else _Colour(data.void_index)
+        chosen = replace(chosen, data=replace(data, mask_values=tuple(map(_Colour, data.mask_values)), void_index=void))
+    record = recipe_to_record(chosen)
+    print(json.dumps(record, indent=1) if as_json else yaml.safe_dump(record, sort_keys=False).rstrip())
+
+
+class _Colour(int):
+    """A mask value 0xRRGGBB."""

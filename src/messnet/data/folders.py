@@ -60,8 +60,8 @@ def open_folder(
     shown = partial(mask_value, is_colour=is_colour)
     if len(set(values)) != num_classes or not all(0 <= value <= 0xFFFFFF for value in values):
         raise DataError(
-            f"mask_values {some(list(map(shown, values)))} for {num_classes} class names: expected as many "
-            "different ones, 0 to 255 or colours 0xRRGGBB"
+            f"{len(values)} mask_values ({some(list(map(shown, values)))}) for {num_classes} class names: expected as "
+            "many different ones, 0 to 255 or colours 0xRRGGBB"
         )
     if void_index is not None:
         limit = 0xFFFFFF if is_colour else IGNORE_INDEX
