@@ -48,7 +48,7 @@ ARTEFACTS = {
     "stage2.safetensors",
     "tables.npz",
 }
-# Dies while the second checkpoint is on its way to its place.
+# Dies with the second checkpoint half written.
 DYING = """
 import os, signal, sys
 replace, written = os.replace, 0
@@ -56,6 +56,7 @@ def dying(source, target):
     global written
     written += str(target).endswith(".checkpoint")
     if written == 2:
+        os.truncate(source, 1000)
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = dying

@@ -1,9 +1,6 @@
 """Both stages: the paper's loss, training that goes on bit for bit where it stopped, heads that see no other head."""
 
 import math
-import multiprocessing
-import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,38 +155,6 @@ def test_a_rate_for_heads_needs_a_final_head() -> None:
     net.backbone.final_head = nn.Identity()
     with pytest.raises(RecipeError, match="a final head with parameters of its own"):
         pretrain(net, Noise(), replace(PRETRAIN, head_learning_rate=1.0), HERE, Checkpoint(Path("c")))
-
-
-def stall_in_the_second_save(path: Path, stalled: Path) -> None:
-    """Runs in a process of its own, which is killed with a checkpoint half written."""
-    fsync, calls = os.fsync, iter(range(100))
-
-    def stalling(descriptor: int) -> None:
-        if next(calls) == 1:
-            os.ftruncate(descriptor, 1000)
-            stalled.touch()
-            time.sleep(1000)
-        fsync(descriptor)
-
-    os.fsync = stalling
-    pretrained(path)
-
-
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    path, stalled = tmp_path / "c", tmp_path / "stalled"
-    # Spawned: a fork of a process whose autograd has threads cannot train.
-    process = multiprocessing.get_context("spawn").Process(target=stall_in_the_second_save, args=(path, stalled))
-    process.start()
-    while not stalled.exists() and process.is_alive():
-        time.sleep(0.1)
-    process.kill()
-    process.join()
-    assert stalled.exists()
-    assert process.exitcode == -9
-    state = Checkpoint(path).load()
-    assert state is not None
-    assert state["iteration"] == 2
-    assert_equal(pretrained(path), pretrained(tmp_path / "whole"))
 
 
 def test_distillation_leaves_the_users_model_alone(tmp_path: Path) -> None:
