@@ -28,7 +28,7 @@ from messnet.deployment.restoring import graph_runner
 from messnet.deployment.session import Session
 from messnet.errors import RunError
 from messnet.images.preprocessing import normalise
-from messnet.network.exit_head import HeadConfig
+from messnet.network.head_space import HeadConfig
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import mobilenetv2_fcn
 from messnet.policy.graph import output_graph
