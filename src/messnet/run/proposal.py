@@ -374,6 +374,8 @@ def _training_lines(train: DatasetReport) -> list[str]:
     share = train.class_share[rarest]
     weights = "auto" if share < RARE else "null"
     why = f"the rarest class, {rarest}, has {share:.2%} of the pixels"
+    if share < RARE:
+        why += "; a long training ends higher with null"
     lines: list[str] = []
     for section, own, iterations in (("pretrain", "scheme: end_to_end", 2000), ("distill", "loss: ce", 1000)):
         lines += [

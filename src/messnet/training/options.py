@@ -97,7 +97,8 @@ class TrainOptions:
     """The loss is taken at every n-th pixel in both directions; 1: all of them. Saves time where heads are light."""
     class_weights: tuple[float, ...] | Literal["auto"] | None = None
     """Weight of each class in the loss; None: all 1; "auto": 1 / log(1.02 + share of the class in the training labels),
-    scaled to mean 1 over the pixels (ENet, Paszke et al. 2016)."""
+    scaled to mean 1 over the pixels (ENet, Paszke et al. 2016). Weights help a short training to find rare classes; a
+    long one ends at a higher mIoU without (docs/results.md)."""
     checkpoint_every: int = 200
     """Iterations between two checkpoints, the most that a kill can lose. Where so many take longer than two minutes, a
     checkpoint is saved every two minutes too."""
