@@ -172,7 +172,7 @@ def test_a_mask_value_that_is_no_number_is_named(labelled: Path, capsys: pytest.
     [
         ([], "or --void-index, or say with --mask-values which value is which class"),
         (["--void-index", "3"], "--void-index is 8 to 255"),
-        (["--mask-values", "1,2"], "--mask-values 1, 2 for 8 class names"),
+        (["--mask-values", "1,2"], "2 --mask-values (1, 2) for 8 class names"),
     ],
 )
 def test_masks_that_do_not_fit_name_the_options(
