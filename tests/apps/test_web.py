@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    expect.set_options(timeout=120_000)
+    expect.set_options(timeout=300_000)
     with sync_playwright() as p:
         # A second name of this machine, from which a page is not isolated; a camera that shows a test picture.
         args = ["--no-sandbox", "--host-resolver-rules=MAP phone.test 127.0.0.1"]
