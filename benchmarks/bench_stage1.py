@@ -1,11 +1,11 @@
 """Stage 1 against torchvision's reference training of the same model at the same batch: images per second.
 
-    python benchmarks/bench_stage1.py [--size 192 192] [--batch 4] [--rounds 3] [--compile] [--json PATH]
+    python benchmarks/bench_stage1.py [--size 192 192] [--batch 4] [--rounds 3] [--json PATH]
 
 The model is torchvision's fcn_resnet50. The reference is its own training step (references/segmentation/train.py):
 logits and auxiliary classifier, cross-entropy + 0.5 x auxiliary, SGD, channels first, as it ships. Ours is an iteration
-of stage 1, alternating schedule, six exits. Both on the same tensors, in turns; the time of loading is measured apart.
-``--compile`` times ours with a compiled forward pass too.
+of stage 1, alternating schedule, six exits; on CUDA a second time with ``compute.cuda_graphs``. All on the same
+tensors, in turns; the time of loading is measured apart.
 
 Ends with one line per figure: name value unit goal ok|short.
 """
@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from messnet.data.scenes import Scenes, ScenesOptions
 from messnet.data.transforms import TrainingStream, build_augmentation
 from messnet.network.head_space import plain_head_config
 from messnet.network.multi_exit import convert
+from messnet.training.cuda_graphs import Recorder
 from messnet.training.options import ComputeOptions, PretrainOptions
 from messnet.training.stage1 import _Pretraining
 
@@ -52,15 +54,14 @@ def reference_step(size: tuple[int, int], device: torch.device) -> Callable[[tor
 
 
 def our_step(
-    size: tuple[int, int], options: PretrainOptions, compute: ComputeOptions, *, compiled: bool = False
+    size: tuple[int, int], options: PretrainOptions, compute: ComputeOptions
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
     torch.manual_seed(0)
     model = fcn_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES)
     net = convert(model, torch.zeros(1, 3, *size), num_exits=6)
     plain = [net.add_head(i, plain_head_config()) for i in range(5)]
-    stage = _Pretraining(net, plain, options, compute.fabric(), None)
-    if compiled:
-        stage.module.compile()
+    fabric = compute.fabric()
+    stage = _Pretraining(net, plain, options, fabric, None, Recorder(compute.records(fabric)))
     iteration = 0
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -103,7 +104,6 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=6, help="a round; 5 show every early exit")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     size = (options.size[0], options.size[1])
@@ -112,11 +112,11 @@ def main() -> None:
     images = torch.randn(options.batch, 3, *size, device=device)
     labels = torch.randint(0, CLASSES, (options.batch, *size), device=device)
     steps = {"torchvision": reference_step(size, device), "ours": our_step(size, PretrainOptions(), compute)}
-    if options.compile:
-        steps["ours_compiled"] = our_step(size, PretrainOptions(), compute, compiled=True)
+    if device.type == "cuda":
+        steps["ours_recorded"] = our_step(size, PretrainOptions(), replace(compute, cuda_graphs=True))
     for name, step in steps.items():
         start = time.perf_counter()
-        images_per_second(step, images, labels, 6 if name == "ours_compiled" else 1)  # every exit is a graph
+        images_per_second(step, images, labels, 6 if name == "ours_recorded" else 1)  # every exit is a graph
         print(f"{name}: warm after {time.perf_counter() - start:.1f} s", flush=True)
     rounds = [
         {name: images_per_second(step, images, labels, options.iterations) for name, step in steps.items()}

@@ -35,6 +35,7 @@ from messnet.network.head_space import HeadConfig, HeadSpace
 from messnet.network.multi_exit import MultiExitNet, convert
 from messnet.network.zoo import build_model
 from messnet.records.instance import Exit
+from messnet.training.cuda_graphs import Recorder
 from messnet.training.dilation import fast_dilation
 from messnet.training.losses import distillation_loss, teach
 from messnet.training.options import ComputeOptions, DistillOptions
@@ -77,7 +78,7 @@ class Bench:
         self.net, self.exits, self.size = net, exits, size
         self.fabric = ComputeOptions(device=device).fabric()
         where = self.fabric.device
-        self.stage = _Distillation(net, exits, DistillOptions(), self.fabric, None)
+        self.stage = _Distillation(net, exits, DistillOptions(), self.fabric, None, Recorder(False))
         images = torch.randn(batch, 3, *size, device=where).to(memory_format=self.stage.layout)
         labels = torch.randint(0, CLASSES, (batch, *size), device=where)
         labels[:, :4] = IGNORE_INDEX

@@ -347,15 +347,16 @@ def _batches(
 def layout(net: MultiExitNet, device: torch.device) -> torch.memory_format:
     """The memory layout to train in: channels last where the model takes it and it is faster.
 
-    It is faster on an accelerator, and on a CPU with depthwise convolutions, whose backward pass it makes several times
-    as fast. Dense ones alone are faster without (ResNet-50: by a fifth).
+    On a CPU that is with depthwise convolutions, whose backward pass it makes several times as fast, and on an
+    accelerator without them: there a step of MobileNetV2 takes a quarter less with channels first
+    (benchmarks/results/training_gpu_202611.md).
     """
     if net.memory_format is torch.contiguous_format:
         return torch.contiguous_format
     # Depthwise is one filter a channel; a convolution of a single channel has one too and is dense.
     convolutions = (m for m in net.backbone.modules() if isinstance(m, nn.Conv2d))
     is_depthwise = any(m.groups == m.in_channels > 1 for m in convolutions)
-    return torch.channels_last if is_depthwise or device.type != "cpu" else torch.contiguous_format
+    return torch.channels_last if is_depthwise is (device.type == "cpu") else torch.contiguous_format
 
 
 def optimizer_of(

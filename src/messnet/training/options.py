@@ -30,6 +30,9 @@ class ComputeOptions:
     precision: Literal["auto", "f32", "bf16"] = "auto"
     """"bf16" is autocast: weights stay float32. "auto": that on CUDA, else float32; on a CPU depthwise backward passes
     are slower in bf16."""
+    cuda_graphs: bool = False
+    """True: on CUDA a step of the training is recorded once and replayed, which spares the processor a thousand kernel
+    launches a step; most for small networks. Crops need one size. Elsewhere, and with several processes, no change."""
     num_workers: int = 1
     """Processes that load and augment images; 0: the training process itself."""
     devices: int = 1
@@ -59,6 +62,10 @@ class ComputeOptions:
         from messnet.training.fabric import is_parallel
 
         return is_parallel(self.devices)
+
+    def records(self, fabric: Fabric) -> bool:
+        """Whether steps are CUDA graphs."""
+        return self.cuda_graphs and fabric.device.type == "cuda" and not self.is_parallel
 
     def launch(self) -> Fabric:
         """``fabric``, with the other processes started (unless torchrun did) and met; once is as good as twice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TypedDict, cast
 
 import torch
@@ -16,6 +17,7 @@ from messnet.network.head_space import plain_head_config
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import FINAL_HEAD, Exit
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.cuda_graphs import Recorder
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor
 from messnet.training.loop import (
@@ -63,7 +65,7 @@ def pretrain(
     """
     fabric = compute.launch()
     weights = class_weights(options, dataset, net.num_classes, fabric.device)
-    stage = _prepared(net, options, fabric, weights)
+    stage = _prepared(net, options, compute, fabric, weights)
     train("pretrain", stage, dataset, options, compute, checkpoint, monitor)
 
 
@@ -71,14 +73,17 @@ def pretrain_seconds(
     net: MultiExitNet, dataset: SegmentationDataset, options: PretrainOptions, compute: ComputeOptions
 ) -> float:
     """How long ``pretrain`` will take on this machine, by a few iterations of it, which spoil ``net``."""
-    return training_seconds(_prepared(net, options, compute.launch(), None), dataset, options, compute)
+    stage = _prepared(net, options, compute, compute.launch(), None)
+    return training_seconds(stage, dataset, options, compute)
 
 
-def _prepared(net: MultiExitNet, options: PretrainOptions, fabric: Fabric, weights: Tensor | None) -> _Pretraining:
+def _prepared(
+    net: MultiExitNet, options: PretrainOptions, compute: ComputeOptions, fabric: Fabric, weights: Tensor | None
+) -> _Pretraining:
     net.drop_heads()
     early = range(0 if options.scheme == "baseline" else net.num_exits - 1)
     plain = [net.add_head(i, plain_head_config(), seed=options.seed) for i in early]
-    return _Pretraining(net, plain, options, fabric, weights)
+    return _Pretraining(net, plain, options, fabric, weights, Recorder(compute.records(fabric)))
 
 
 class _State(TypedDict):
@@ -98,8 +103,10 @@ class _Pretraining:
         options: PretrainOptions,
         fabric: Fabric,
         class_weights: Tensor | None,
+        recorder: Recorder,
     ) -> None:
         self.options, self.fabric, self.net, self.class_weights = options, fabric, net, class_weights
+        self.recorder = recorder
         self.num_parts, self.trained = fabric.world_size, net
         self.ends_at_best, self.patience = options.keep == "best", options.patience
         self.layout = layout(net, fabric.device)
@@ -115,19 +122,24 @@ class _Pretraining:
         rank = (self.fabric.global_rank,) if self.num_parts > 1 else ()
         torch.manual_seed(mix(self.options.seed, "pretrain", iteration, *rank))
         active = self._active(iteration)
-        size = [length // self.options.loss_stride for length in labels.shape[-2:]]
+        images = images.contiguous(memory_format=self.layout)
         labels = every(labels, self.options.loss_stride)
-        normaliser = self._normaliser(labels)
-        with fast_dilation(images.device):
-            outputs = self.module(images.contiguous(memory_format=self.layout), active, size)
-        losses = [cross_entropy(logits, labels, self.class_weights, normaliser=normaliser) for logits in outputs]
         self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(torch.stack(losses).sum())
+        losses = self.recorder(active, partial(self._descend, active), self.module, images, labels)
         self.optimizer.step()
-        shown = torch.stack(losses).detach()
+        shown = losses.clone()  # of a recording, whose next replay would overwrite them
         if self.num_parts > 1:
             shown = _mean_over_processes(self.fabric, shown)
         return dict(zip([self.shown_exits[i] for i in (*active, -1)], shown, strict=True))
+
+    def _descend(self, active: Sequence[int], images: Tensor, labels: Tensor) -> Tensor:
+        """The losses of the active exits and of the final one, with the gradients of their sum left behind."""
+        normaliser = self._normaliser(labels)
+        with fast_dilation(images.device):
+            outputs = self.module(images, active, labels.shape[-2:])
+        losses = [cross_entropy(logits, labels, self.class_weights, normaliser=normaliser) for logits in outputs]
+        self.fabric.backward(torch.stack(losses).sum())
+        return torch.stack(losses).detach()
 
     def _active(self, iteration: int) -> tuple[int, ...]:
         num_early = len(self.shown_exits) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NotRequired, TypedDict, cast
 
 import torch
@@ -16,6 +17,7 @@ from messnet.network.head_space import HeadConfig, HeadSpace, plain_head_config
 from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.instance import Exit
 from messnet.training.checkpoint import Checkpoint
+from messnet.training.cuda_graphs import Recorder
 from messnet.training.dilation import fast_dilation
 from messnet.training.journal import Monitor, say
 from messnet.training.loop import (
@@ -75,7 +77,7 @@ def distill(
     if not options.iterations:
         _expect_trained(wanted, begun)
         return {}
-    stage = _Distillation(net, wanted, options, fabric, weights)
+    stage = _Distillation(net, wanted, options, fabric, weights, Recorder(compute.records(fabric)))
     train("distill", stage, dataset, options, compute, checkpoint, monitor)
     stage.stop_broken_heads()
     net.drop_heads(keep=[exit for exit in wanted if exit not in stage.stopped])
@@ -88,7 +90,9 @@ def distill_seconds(
     """How long ``distill`` will take on this machine, by a few iterations of it, which spoil ``net``."""
     wanted = space_exits(net, space)
     _attach(net, wanted, options)
-    return training_seconds(_Distillation(net, wanted, options, compute.launch(), None), dataset, options, compute)
+    fabric = compute.launch()
+    stage = _Distillation(net, wanted, options, fabric, None, Recorder(compute.records(fabric)))
+    return training_seconds(stage, dataset, options, compute)
 
 
 def _attach(net: MultiExitNet, wanted: Sequence[Exit], options: DistillOptions) -> None:
@@ -138,8 +142,10 @@ class _Distillation:
         options: DistillOptions,
         fabric: Fabric,
         class_weights: Tensor | None,
+        recorder: Recorder,
     ) -> None:
         self.options, self.fabric, self.class_weights = options, fabric, class_weights
+        self.recorder = recorder
         self.layout = layout(net, fabric.device)
         self.net = net.eval().to(fabric.device, memory_format=self.layout)  # type: ignore[call-overload]
         # eval() above keeps the backbone's normalisation statistics; without requires_grad no graph is built through
@@ -163,15 +169,15 @@ class _Distillation:
 
     def step(self, iteration: int, learning_rate: float, images: Tensor, labels: Tensor) -> dict[Exit, Tensor]:
         self._iteration = iteration
-        size = [length // self.options.loss_stride for length in labels.shape[-2:]]
-        features, final = self._observe(images.contiguous(memory_format=self.layout), size)
+        images = images.contiguous(memory_format=self.layout)
         labels = every(labels, self.options.loss_stride)
-        teacher = self._teach(final, labels, None)  # also the last early exit's under self-distillation
+        observed, final, teacher = self.recorder("backbone", self._observe, self.net.backbone, images, labels)
+        features = {**observed}  # of a recording, which keeps its own
         losses: dict[Exit, Tensor] = {}
         for i in reversed(self.points):  # a deeper exit teaches the one before it
             deeper = None
             for exit in [exit for exit in self.optimizers if exit.exit_index == i]:
-                loss, logits = self._train_head(exit, iteration, learning_rate, features[i], teacher, size)
+                loss, logits = self._train_head(exit, iteration, learning_rate, features[i], teacher)
                 losses[exit] = loss
                 # Of the heads at a point the plain one teaches, as it was before its own step of this iteration.
                 if self.options.loss == "self_distillation" and exit.head == plain_head_config().name:
@@ -181,9 +187,11 @@ class _Distillation:
                 teacher = self._teach(final, labels, deeper)
         return losses
 
-    def _observe(self, images: Tensor, size: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
-        """The features at every exit point that has a head, and the final logits (N, K, *size); for labels alone
-        nothing past the deepest head runs, and the logits are zeros."""
+    def _observe(self, images: Tensor, labels: Tensor) -> tuple[dict[int, Tensor], Tensor, Teacher]:
+        """The features at every exit point that has a head, the final logits (N, K, *size of the labels) and what they
+        teach, the last early exit under self-distillation too; for labels alone nothing past the deepest head runs, and
+        the logits are zeros."""
+        size = labels.shape[-2:]
         features: dict[int, Tensor] = {}
         stops_at = self.points[-1] if self.options.loss == "ce" and self.points else None
         with torch.no_grad(), self.fabric.autocast():
@@ -197,7 +205,8 @@ class _Distillation:
                 final = images.new_zeros(len(images), self.net.num_classes, *size)
         # Losses are taken in float32: under autocast the logits are bfloat16, whose 8 bits round log-probabilities
         # away. Features of points without a head are let go here.
-        return {i: features[i] for i in self.points}, upsample(final.float(), size)
+        logits = upsample(final.float(), size)
+        return {i: features[i] for i in self.points}, logits, self._teach(logits, labels, None)
 
     def _teach(self, final: Tensor, labels: Tensor, deeper: Tensor | None) -> Teacher:
         return teach(
@@ -211,20 +220,28 @@ class _Distillation:
         )
 
     def _train_head(
-        self, exit: Exit, iteration: int, learning_rate: float, features: Tensor, teacher: Teacher, size: Sequence[int]
+        self, exit: Exit, iteration: int, learning_rate: float, features: Tensor, teacher: Teacher
     ) -> tuple[Tensor, Tensor]:
         """One step of one head; its loss, and its logits before the step."""
         optimizer = self.optimizers[exit]
         # Seeded for each head: its dropout must not depend on the heads that are trained beside it.
         torch.manual_seed(mix(self.options.seed, *exit, iteration))
-        with self.fabric.autocast(), fast_dilation(features.device):
-            logits: Tensor = self.net.head(exit)(features)
-        logits = upsample(logits.float(), size)
-        loss = distillation_loss(logits, teacher)
-        loss.backward()
+        given = (features, teacher.target, teacher.constant, teacher.normaliser)
+        loss, logits = self.recorder(exit, partial(self._descend, exit), self.net.head(exit), *given)
         set_learning_rate(optimizer, learning_rate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.clone(), logits  # of a recording, whose next replay would overwrite the loss
+
+    def _descend(
+        self, exit: Exit, features: Tensor, target: Tensor, constant: Tensor, normaliser: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a head and its logits, with the gradients left behind."""
+        with self.fabric.autocast(), fast_dilation(features.device):
+            logits: Tensor = self.net.head(exit)(features)
+        logits = upsample(logits.float(), target.shape[-2:])
+        loss = distillation_loss(logits, Teacher(target, constant, normaliser))
+        loss.backward()
         return loss.detach(), logits.detach()
 
     def expect_finite(self, iteration: int, losses: Mapping[Exit, float]) -> None:
