@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from messnet.costs.processor import keep_freed_memory
 from messnet.data import SegmentationDataset, SegmentationSample
 from messnet.errors import ModelError, RunError
 from messnet.images.preprocessing import normalise
@@ -56,6 +57,7 @@ def evaluate(
     the last image that was saved there, if that was of the same origin, part and device; the caller discards it.
     Raises DataError for the first image that cannot be read, ModelError for logits that are not finite.
     """
+    keep_freed_memory()
     # The layout that a Session runs in: another one rounds otherwise.
     net = net.eval().to(device, memory_format=net.memory_format)  # type: ignore[call-overload]
     positions, marked = _positions(part, len(dataset)), _marked(origin, part)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import trange
 
-from messnet.costs.processor import processor_name
+from messnet.costs.processor import keep_freed_memory, processor_name
 from messnet.errors import RecipeError
 
 DType = Literal["float32", "bfloat16", "float16", "int8"]
@@ -93,6 +93,7 @@ class Stopwatch:
     """Laps by name, in milliseconds. ``clock`` tells seconds."""
 
     def __init__(self, device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> None:
+        keep_freed_memory()  # as sessions run
         self._now = clock
         self.laps: defaultdict[Hashable, list[float]] = defaultdict(list)
         self._device = torch.device(device)

@@ -3,6 +3,7 @@ without torch."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 # About 10 microseconds. libgomp's own is some milliseconds.
 _SPINS = "1000"
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 @cache
@@ -39,6 +42,20 @@ def spin_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory of freed tensors, where glibc would give each large one back to the system and
+    get the next one anew, page by page and zeroed: nearly half of the time of a training step on a processor
+    (``benchmarks/results/training_cpu_202611.md``). Other allocators stay as they are. See mallopt(3)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc; TypeError is Windows's
+        return
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    if not mallopt(_MMAP_THRESHOLD, 2**30):  # refused by older versions, which can go without mmap
+        mallopt(_MMAP_MAX, 0)
 
 
 def free_memory() -> int | None:

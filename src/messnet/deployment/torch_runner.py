@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from messnet.costs.latency import device_name, num_threads, torch_device
+from messnet.costs.processor import keep_freed_memory
 from messnet.costs.workload import dtype_of, shadow
 from messnet.deployment.runner import Live, Runner, Step
 from messnet.images.preprocessing import normalise
@@ -40,6 +41,7 @@ class TorchRunner(Runner):
         threads: int | None = None,
         compiled: bool = False,
     ) -> None:
+        keep_freed_memory()
         self._device, self.policy = torch_device(device), policy
         self.device = str(self._device)
         dtype = dtype_of(net) if precision is None else getattr(torch, DTYPES[precision])

@@ -14,6 +14,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
 from messnet.costs.latency import torch_device
+from messnet.costs.processor import keep_freed_memory
 from messnet.errors import RecipeError
 
 # What Fabric calls them.
@@ -49,6 +50,7 @@ def make_fabric(device: str, precision: Literal["auto", "f32", "bf16"], devices:
         kind = torch_device(device).type
     except RecipeError as error:
         raise RecipeError(f"compute.device: {error}") from error
+    keep_freed_memory()
     named = _FABRIC[("bf16" if kind == "cuda" else "f32") if precision == "auto" else precision]
     if kind == "xpu":
         if is_parallel(devices):
