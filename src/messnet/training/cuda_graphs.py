@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from messnet.errors import RecipeError
+
 Result = TypeVar("Result")
 
 # Before a recording PyTorch wants a few runs outside of it, in which libraries choose and prepare their kernels.
@@ -26,7 +28,8 @@ class Recorder:
         """``function(*inputs)``, which may leave gradients with the parameters of ``module``, and change its buffers.
 
         ``key`` says what else the function depends on; each key and each shape of the inputs has a recording of its
-        own. What comes back is overwritten by the next call of any key that was recorded before.
+        own. What comes back is overwritten by the next call of any key that was recorded before. Raises RecipeError
+        for a function that cannot be recorded.
         """
         if not self.enabled:
             return function(*inputs)
@@ -72,8 +75,15 @@ def _record(function: Callable[..., object], module: nn.Module, inputs: tuple[Te
     module.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     # Thread-local: the thread that pins the loader's memory may go on.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = function(*inputs)
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = function(*inputs)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"compute.cuda_graphs: a step of this model cannot be recorded ({said}), as where it asks the device for a "
+            "value: leave it false"
+        ) from error
     gradients = tuple((parameter, parameter.grad) for parameter in parameters)
     for buffer, before in buffers:
         buffer.copy_(before)

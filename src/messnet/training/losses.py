@@ -32,7 +32,8 @@ def cross_entropy(
 def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """The sum of the weights of all valid pixels: their number where all classes weigh 1."""
     valid = labels != IGNORE_INDEX
-    return valid.sum() if class_weights is None else class_weights[labels[valid]].sum()
+    # No choosing of labels[valid]: its size would have to be known, so the processor would wait for the device.
+    return valid.sum() if class_weights is None else (class_weights[labels.where(valid, 0)] * valid).sum()
 
 
 def automatic_class_weights(label_pixels: NDArray[np.int64]) -> NDArray[np.float64]:
