@@ -4,6 +4,9 @@
     messnet pretrain RECIPE --pretrain.scheme baseline --out ORIGINAL        # after `messnet profile`, likewise
     python benchmarks/bench_original.py RUN ORIGINAL
 
+With ``--goes-on`` the original network's own head is trained further first, as stage 2 of RUN trains the exits': by
+cross-entropy, on the frozen backbone, with the same options (kept beside ORIGINAL as gone_on.npz).
+
 For each limit two answers: by the paper's protocol, selected and reported on the same images, and what to expect on new
 images, by cross-fitting (docs/method.md). The first table counts against the original network, the second against the
 run's own final exit; the best static cut stands beside both.
@@ -16,10 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from messnet import search
+from messnet.costs.processor import keep_freed_memory
+from messnet.data import SegmentationDataset
+from messnet.data.transforms import TrainingStream, build_augmentation, stack_samples
 from messnet.errors import InfeasibleError
 from messnet.evaluation import evaluate
+from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically
@@ -27,6 +37,9 @@ from messnet.run.choosing import search_all
 from messnet.run.opening import open_run
 from messnet.run.run import Run
 from messnet.searching.options import SearchOptions
+from messnet.training.loop import _learning_rate, optimizer_of, set_learning_rate
+from messnet.training.losses import cross_entropy
+from messnet.training.options import DistillOptions
 
 QUANTILE = 1.96
 LIMITS = {"max-miou": {"maximise": "miou", "max_cost_ratio": 1.0}} | {
@@ -34,13 +47,37 @@ LIMITS = {"max-miou": {"maximise": "miou", "max_cost_ratio": 1.0}} | {
 }
 
 
-def tables_of(original: Run) -> ExitTables:
-    """The tables of the network alone, made once and kept beside it as final.npz."""
-    path = original.directory.path / "final.npz"
+def tables_of(original: Run, options: DistillOptions | None) -> ExitTables:
+    """The tables of the network alone, made once and kept beside it; ``options``: how its head goes on first."""
+    path = original.directory.path / ("final.npz" if options is None else "gone_on.npz")
     if not path.exists():
-        made = evaluate(original.pretrained(), original.dataset("val"), original.recipe.evaluate, original.device)
+        net = original.pretrained()
+        if options is not None:
+            go_on(net, original.dataset("train"), options)
+        made = evaluate(net, original.dataset("val"), original.recipe.evaluate, original.device)
         write_atomically(path, made.to_bytes())
     return ExitTables.from_bytes(path.read_bytes())
+
+
+def go_on(net: MultiExitNet, dataset: SegmentationDataset, options: DistillOptions) -> None:
+    """Trains the final head alone."""
+    keep_freed_memory()
+    net.eval().to(memory_format=net.memory_format).requires_grad_(False)  # type: ignore[call-overload]
+    final = net.exits[-1]
+    head = net.head(final).train().requires_grad_(True)
+    optimizer = optimizer_of(head.parameters(), options)
+    augment, batch = build_augmentation(options.augment, net.normalisation), options.batch_size
+    stream = TrainingStream(dataset, augment, iterations=options.iterations, batch_size=batch, seed=options.seed)
+    loader = DataLoader(stream, batch, collate_fn=stack_samples)
+    for iteration, (images, labels) in enumerate(tqdm(loader, desc="final head", dynamic_ncols=True), start=1):
+        torch.manual_seed(iteration)
+        with torch.no_grad():
+            *_, state = net.states(images.contiguous(memory_format=net.memory_format))
+        cross_entropy(upsample(net.logits(final, state), labels.shape[-2:]), labels).backward()
+        set_learning_rate(optimizer, _learning_rate(options, iteration))
+        optimizer.step()
+        optimizer.zero_grad()
+    head.eval()
 
 
 def paper_row(tables: ExitTables, costs: CostTable, setting: str, limits: dict[str, object]) -> str:
@@ -73,8 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("original", type=Path)
+    parser.add_argument("--goes-on", action="store_true", help="train the original's head as stage 2 did the exits'")
     given = parser.parse_args()
-    run, original = open_run(given.run, ()), tables_of(open_run(given.original, ()))
+    run = open_run(given.run, ())
+    original = tables_of(open_run(given.original, ()), run.recipe.distill if given.goes_on else None)
     tables, costs = run.tables(), run.costs()
     for name, one in (("original network", tables.with_delivered(original)), ("own final exit", tables)):
         counts = one.baseline.sum(0)
