@@ -303,5 +303,5 @@ def test_what_is_missing_is_told_before_what_is_not_installed(
 
 
 def test_a_session_says_what_it_is() -> None:
-    words = "drop-1pp of camvid_mobilenetv2.mess: onnxruntime f32, exits 1 and 3, 360 x 480, 11 classes"
+    words = "drop-1pp of camvid_mobilenetv2.mess: onnxruntime f32, exits 2, 3 and 4, 360 x 480, 11 classes"
     assert repr(load(GRAPHS)) == f"<Session {words}>"

@@ -33,7 +33,7 @@ def test_the_bundle_runs_alike_in_both_runtimes(precision: Literal["f32", "int8"
         for runtime in ("onnxruntime", "openvino")
     )
     assert ours.exit_index == other.exit_index
-    assert (ours.labels == other.labels).mean() > (0.999 if precision == "f32" else 0.97)
+    assert (ours.labels == other.labels).mean() > (0.999 if precision == "f32" else 0.95)
 
 
 def test_the_run_can_be_searched_again(tmp_path: Path) -> None:
