@@ -37,7 +37,7 @@ from messnet.run.choosing import search_all
 from messnet.run.opening import open_run
 from messnet.run.run import Run
 from messnet.searching.options import SearchOptions
-from messnet.training.loop import _learning_rate, optimizer_of, set_learning_rate
+from messnet.training.loop import _learning_rate, class_weights, every, optimizer_of, set_learning_rate
 from messnet.training.losses import cross_entropy
 from messnet.training.options import DistillOptions
 
@@ -66,6 +66,7 @@ def go_on(net: MultiExitNet, dataset: SegmentationDataset, options: DistillOptio
     final = net.exits[-1]
     head = net.head(final).train().requires_grad_(True)
     optimizer = optimizer_of(head.parameters(), options)
+    weights = class_weights(options, dataset, net.num_classes, torch.device("cpu"))
     augment, batch = build_augmentation(options.augment, net.normalisation), options.batch_size
     stream = TrainingStream(dataset, augment, iterations=options.iterations, batch_size=batch, seed=options.seed)
     loader = DataLoader(stream, batch, collate_fn=stack_samples)
@@ -73,7 +74,8 @@ def go_on(net: MultiExitNet, dataset: SegmentationDataset, options: DistillOptio
         torch.manual_seed(iteration)
         with torch.no_grad():
             *_, state = net.states(images.contiguous(memory_format=net.memory_format))
-        cross_entropy(upsample(net.logits(final, state), labels.shape[-2:]), labels).backward()
+        labels = every(labels, options.loss_stride)
+        cross_entropy(upsample(net.logits(final, state), labels.shape[-2:]), labels, weights).backward()
         set_learning_rate(optimizer, _learning_rate(options, iteration))
         optimizer.step()
         optimizer.zero_grad()
@@ -113,6 +115,8 @@ def main() -> None:
     parser.add_argument("--goes-on", action="store_true", help="train the original's head as stage 2 did the exits'")
     given = parser.parse_args()
     run = open_run(given.run, ())
+    if given.goes_on and not run.recipe.distill.iterations:
+        parser.error(f"--goes-on: stage 2 of {given.run} trained nothing (distill.iterations 0): leave it out")
     original = tables_of(open_run(given.original, ()), run.recipe.distill if given.goes_on else None)
     tables, costs = run.tables(), run.costs()
     for name, one in (("original network", tables.with_delivered(original)), ("own final exit", tables)):

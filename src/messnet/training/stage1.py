@@ -137,9 +137,11 @@ class _Pretraining:
         normaliser = self._normaliser(labels)
         with fast_dilation(images.device):
             outputs = self.module(images, active, labels.shape[-2:])
-        losses = [cross_entropy(logits, labels, self.class_weights, normaliser=normaliser) for logits in outputs]
-        self.fabric.backward(torch.stack(losses).sum())
-        return torch.stack(losses).detach()
+        losses = torch.stack(
+            [cross_entropy(logits, labels, self.class_weights, normaliser=normaliser) for logits in outputs]
+        )
+        self.fabric.backward(losses.sum())
+        return losses.detach()
 
     def _active(self, iteration: int) -> tuple[int, ...]:
         num_early = len(self.shown_exits) - 1
