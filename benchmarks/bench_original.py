@@ -19,17 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from bench_losses import Learner, train
 
 from messnet import search
 from messnet.costs.processor import keep_freed_memory
-from messnet.data import SegmentationDataset
-from messnet.data.transforms import TrainingStream, build_augmentation, stack_samples
 from messnet.errors import InfeasibleError
 from messnet.evaluation import evaluate
-from messnet.network.multi_exit import MultiExitNet, upsample
 from messnet.records.costs import CostTable
 from messnet.records.exit_tables import ExitTables
 from messnet.records.files import write_atomically
@@ -37,8 +32,6 @@ from messnet.run.choosing import search_all
 from messnet.run.opening import open_run
 from messnet.run.run import Run
 from messnet.searching.options import SearchOptions
-from messnet.training.loop import _learning_rate, class_weights, every, optimizer_of, set_learning_rate
-from messnet.training.losses import cross_entropy
 from messnet.training.options import DistillOptions
 
 QUANTILE = 1.96
@@ -53,33 +46,13 @@ def tables_of(original: Run, options: DistillOptions | None) -> ExitTables:
     if not path.exists():
         net = original.pretrained()
         if options is not None:
-            go_on(net, original.dataset("train"), options)
+            keep_freed_memory()
+            net.to(memory_format=net.memory_format).requires_grad_(False)  # type: ignore[call-overload]
+            head = net.head(net.exits[-1])
+            train(net, original.dataset("train"), options, [Learner(net.exits[-1], head, options)], head)
         made = evaluate(net, original.dataset("val"), original.recipe.evaluate, original.device)
         write_atomically(path, made.to_bytes())
     return ExitTables.from_bytes(path.read_bytes())
-
-
-def go_on(net: MultiExitNet, dataset: SegmentationDataset, options: DistillOptions) -> None:
-    """Trains the final head alone."""
-    keep_freed_memory()
-    net.eval().to(memory_format=net.memory_format).requires_grad_(False)  # type: ignore[call-overload]
-    final = net.exits[-1]
-    head = net.head(final).train().requires_grad_(True)
-    optimizer = optimizer_of(head.parameters(), options)
-    weights = class_weights(options, dataset, net.num_classes, torch.device("cpu"))
-    augment, batch = build_augmentation(options.augment, net.normalisation), options.batch_size
-    stream = TrainingStream(dataset, augment, iterations=options.iterations, batch_size=batch, seed=options.seed)
-    loader = DataLoader(stream, batch, collate_fn=stack_samples)
-    for iteration, (images, labels) in enumerate(tqdm(loader, desc="final head", dynamic_ncols=True), start=1):
-        torch.manual_seed(iteration)
-        with torch.no_grad():
-            *_, state = net.states(images.contiguous(memory_format=net.memory_format))
-        labels = every(labels, options.loss_stride)
-        cross_entropy(upsample(net.logits(final, state), labels.shape[-2:]), labels, weights).backward()
-        set_learning_rate(optimizer, _learning_rate(options, iteration))
-        optimizer.step()
-        optimizer.zero_grad()
-    head.eval()
 
 
 def paper_row(tables: ExitTables, costs: CostTable, setting: str, limits: dict[str, object]) -> str:
