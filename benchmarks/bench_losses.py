@@ -61,8 +61,10 @@ class Row:
 PFD, KD = Row(0.5, filters_labels=True), Row(0.5)
 ROWS = {
     "ce": Row(),
-    "ce, rate x 2.5": Row(rate=2.5),
     "ce, rate x 0.4": Row(rate=0.4),
+    "ce, rate x 2.5": Row(rate=2.5),
+    "ce, rate x 5": Row(rate=5),
+    "normalisation statistics alone": Row(rate=0),
     "ce, ema 0.99": Row(ema=0.99),
     "ce, new heads, rate x 5": Row(rate=5, is_new=True),
     "kd": KD,
@@ -123,7 +125,7 @@ def batches(net: MultiExitNet, data: SegmentationDataset, options: DistillOption
     augment, batch = build_augmentation(options.augment, net.normalisation), options.batch_size
     stream = TrainingStream(data, augment, iterations=options.iterations, batch_size=batch, seed=options.seed)
     loader = DataLoader(stream, batch, collate_fn=stack_samples)
-    for images, labels in tqdm(loader, mininterval=10, dynamic_ncols=True):
+    for images, labels in tqdm(loader, mininterval=30, dynamic_ncols=True):
         yield images.contiguous(memory_format=net.memory_format), every(labels, options.loss_stride)
 
 
@@ -153,7 +155,7 @@ def train(
 def score(net: MultiExitNet, data: SegmentationDataset, heads: list[tuple[int, nn.Module]]) -> list[float]:
     """mIoU of each (exit index, head) over all images of ``data``."""
     counts = np.zeros((len(heads), 3, net.num_classes), np.int64)
-    for v in tqdm(range(len(data)), desc="evaluate", mininterval=10, dynamic_ncols=True):
+    for v in tqdm(range(len(data)), mininterval=30, dynamic_ncols=True):
         sample = data[v]
         image = torch.from_numpy(normalise(sample.image, net.normalisation))[None]
         with torch.inference_mode():
