@@ -2,7 +2,7 @@
 
     python benchmarks/bench_losses.py RUN [--exits 1 3 5] [--iterations 300] [--rows ce pfd ...] [--crop 144 208]
 
-RUN has finished stage 1 with early exits; nothing is written there. Each row of the table trains copies of the plain
+RUN has finished stage 1 with early exits, and its weights stay as they are. Each row of the table trains copies of the plain
 heads as stage 1 left them, with the options of RUN's stage 2 but for what the row names. Where the teacher has "gone
 on", it is the final head after as many iterations of cross-entropy on the same frozen backbone. mIoU % on all
 validation images.
@@ -28,13 +28,12 @@ from messnet.data import IGNORE_INDEX, SegmentationDataset
 from messnet.data.transforms import TrainingStream, build_augmentation, stack_samples
 from messnet.images.preprocessing import normalise
 from messnet.network.head_space import plain_head_config
-from messnet.network.multi_exit import MultiExitNet, upsample
+from messnet.network.multi_exit import MultiExitNet, labels_at, upsample
 from messnet.records.instance import Exit
 from messnet.records.iou import mean_iou, pixel_counts
 from messnet.run.opening import open_run
 from messnet.training.average import WeightAverage
 from messnet.training.loop import _learning_rate, class_weights, every, mix, optimizer_of, set_learning_rate
-from messnet.training.losses import pixel_weight
 from messnet.training.options import DistillOptions
 
 
@@ -94,7 +93,7 @@ class Learner:
         self.average = WeightAverage(head, row.ema) if row.ema is not None else None
 
     def step(
-        self, iteration: int, inputs: list[Tensor], labels: Tensor, weights: Tensor | None, teacher: Tensor
+        self, iteration: int, inputs: list[Tensor], labels: Tensor, weights: Tensor | None, teacher: Tensor | None
     ) -> None:
         torch.manual_seed(mix(self.options.seed, *self.exit, iteration))
         loss_of(self.row, upsample(self.head(*inputs), labels.shape[-2:]), labels, weights, teacher).backward()
@@ -105,20 +104,23 @@ class Learner:
             self.average.update()
 
 
-def loss_of(row: Row, logits: Tensor, labels: Tensor, weights: Tensor | None, teacher: Tensor) -> Tensor:
+def loss_of(row: Row, logits: Tensor, labels: Tensor, weights: Tensor | None, teacher: Tensor | None) -> Tensor:
     """Mean over the labelled pixels, each with the weight of its class; ``logits`` and ``teacher`` (N, K, H, W),
-    ``labels`` (N, H, W), ``weights`` (K,)."""
+    ``labels`` (N, H, W), ``weights`` (K,). Labels alone need no teacher."""
     valid = labels != IGNORE_INDEX
     weight = valid.float() if weights is None else weights[labels.where(valid, 0)] * valid
+    loss = row.alpha * F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    if teacher is None:
+        return (loss * weight).sum() / weight.sum().clamp(min=1)
     right = weight * (teacher.argmax(1) == labels)
     labels_count, kl_count = (right if on else weight for on in (row.filters_labels, row.filters_kl))
-    loss = row.alpha * F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none") * labels_count
+    loss = loss * labels_count
     if row.alpha < 1:
         own, taught = (F.log_softmax(y / row.temperature, 1) for y in (logits, teacher))
         of, to = (own, taught) if row.reverse else (taught, own)
         kl = (of.exp() * (of - to)).sum(1)
         loss = loss + (1 - row.alpha) * row.temperature**2 * kl * kl_count
-    return loss.sum() / pixel_weight(labels, weights).clamp(min=1)
+    return loss.sum() / weight.sum().clamp(min=1)
 
 
 def batches(net: MultiExitNet, data: SegmentationDataset, options: DistillOptions) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,7 +138,7 @@ def train(
     learners: list[Learner],
     *teachers: nn.Module,
 ) -> None:
-    """All ``learners`` on the same batches; ``teachers``: the final head, then the one that has gone on."""
+    """All ``learners`` on the same batches; ``teachers``: the final head, then the one that has gone on, or none."""
     weights = class_weights(options, data, net.num_classes, torch.device("cpu"))
     for iteration, (images, labels) in enumerate(batches(net, data, options), start=1):
         with torch.no_grad():
@@ -145,7 +147,8 @@ def train(
         for one in learners:
             early = one.exit.exit_index < net.num_exits - 1
             inputs = states[one.exit.exit_index]
-            one.step(iteration, inputs[:1] if early else inputs, labels, weights, taught[one.row.goes_on])
+            teacher = taught[one.row.goes_on] if taught else None
+            one.step(iteration, inputs[:1] if early else inputs, labels, weights, teacher)
     for one in learners:
         if one.average is not None:
             one.average.hand_over()
@@ -162,7 +165,7 @@ def score(net: MultiExitNet, data: SegmentationDataset, heads: list[tuple[int, n
             states = list(net.states(image.contiguous(memory_format=net.memory_format)))
             for h, (i, head) in enumerate(heads):
                 kept = states[i].kept if i == net.num_exits - 1 else ()
-                found = upsample(head(states[i].features, *kept), sample.mask.shape).argmax(1)[0].numpy()
+                found = labels_at(head(states[i].features, *kept), sample.mask.shape)[0].numpy()
                 counts[h] += np.stack(pixel_counts(found, sample.mask, net.num_classes))
     return [mean_iou(*one) for one in counts]
 
@@ -186,10 +189,12 @@ def main() -> None:
     net.to(memory_format=net.memory_format).requires_grad_(False)  # type: ignore[call-overload]
     final, plain = net.exits[-1], plain_head_config()
     points = given.exits or [*range(net.num_exits - 1)]
+    if wrong := {*points} - {*range(net.num_exits - 1)}:
+        parser.error(f"--exits: {given.run} has the early exits 0 to {net.num_exits - 2}, and no {min(wrong)}")
     # The final head goes on first, alone.
     own = net.head(final)
     better = Learner(final, copy.deepcopy(own), options)
-    train(net, data, options, [better], own)
+    train(net, data, options, [better])
     exits = [Exit(i, plain.name) for i in points]
     begun = [net.head(exit) for exit in exits]
     new = [net.head(net.add_head(i, plain, seed=options.seed)) for i in points]

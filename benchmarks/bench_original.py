@@ -49,7 +49,7 @@ def tables_of(original: Run, options: DistillOptions | None) -> ExitTables:
             keep_freed_memory()
             net.to(memory_format=net.memory_format).requires_grad_(False)  # type: ignore[call-overload]
             head = net.head(net.exits[-1])
-            train(net, original.dataset("train"), options, [Learner(net.exits[-1], head, options)], head)
+            train(net, original.dataset("train"), options, [Learner(net.exits[-1], head, options)])
         made = evaluate(net, original.dataset("val"), original.recipe.evaluate, original.device)
         write_atomically(path, made.to_bytes())
     return ExitTables.from_bytes(path.read_bytes())
