@@ -2,9 +2,9 @@
 
     python benchmarks/bench_losses.py RUN [--exits 1 3 5] [--iterations 300] [--rows ce pfd ...] [--crop 144 208]
 
-RUN has finished stage 1 with early exits, and its weights stay as they are. Each row of the table trains copies of the plain
-heads as stage 1 left them, with the options of RUN's stage 2 but for what the row names. Where the teacher has "gone
-on", it is the final head after as many iterations of cross-entropy on the same frozen backbone. mIoU % on all
+RUN has finished stage 1 with early exits; its weights stay as they are. Each row of the table trains copies of the
+plain heads as stage 1 left them, with the options of RUN's stage 2 but for what the row names. Where the teacher has
+"gone on", it is the final head after as many iterations of cross-entropy on the same frozen backbone. mIoU % on all
 validation images.
 """
 
