@@ -72,6 +72,21 @@ def test_no_iterations_keep_the_delivered_network_to_the_bit(
     assert f"kept as delivered, {100 * miou:.2f} % mIoU on the validation images; compare with" in said
 
 
+def test_plain_heads_begin_anew_where_stage_1_trained_none(
+    tiny_recipe: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipes of ``messnet init`` ask for those of stage 1, and a model may yet be kept as it came."""
+    heads = {}
+    for plain in ("new", "stage1"):
+        run = _pretrained(tiny_recipe, tmp_path / plain, trained, [*KEPT, "--distill.plain_heads", plain])
+        run_stage(run, "distill")
+        heads[plain] = safetensors.torch.load_file(tmp_path / plain / "stage2.safetensors")
+        told = "stage 1 trained no heads, so the plain ones begin anew" in capsys.readouterr().err
+        assert told == (plain == "stage1")
+    assert heads["new"].keys() == heads["stage1"].keys()
+    assert all(torch.equal(heads["new"][name], heads["stage1"][name]) for name in heads["new"])
+
+
 def test_a_stage_1_that_makes_the_model_worse_is_told_at_once(
     tiny_recipe: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,10 +138,6 @@ def test_a_record_reads_back(tmp_path: Path, overrides: list[str]) -> None:
         ("pretrain: {iterations: 0}", ["pretrain.iterations: 0", "without model.weights", "untrained"]),
         ("distill: {iterations: 0}", ["distill.iterations: 0 trains no head", "plain_heads: stage1"]),
         ("distill: {plain_heads: old}", ["distill.plain_heads", "expected 'new' or 'stage1'", "'old'"]),
-        (
-            "{pretrain: {scheme: baseline}, distill: {plain_heads: stage1}}",
-            ["needs heads from stage 1", "pretrain.scheme: baseline", "'new'"],
-        ),
         ("pretrain: {iterations: [1, 2]}", ["iterations"]),
         ("distill: {loss: mse}", ["loss", "mse", "pfd"]),
         ("heads: {segmentation_head: [psp]}", ["segmentation", "psp", "deeplabv3"]),

@@ -72,6 +72,16 @@ def test_class_weights_of_another_number(root: Path) -> None:
         expect(replace(weighted, data=Recipe().data))
 
 
+def test_no_training_of_heads_at_all(root: Path) -> None:
+    none = ["--distill.plain_heads", "stage1", "--distill.iterations", "0"]
+    (found,) = problems(root, "--pretrain.scheme", "baseline", *none)
+    assert "distill.iterations: 0 keeps the heads that stage 1 trained, and pretrain.scheme: baseline trains" in found
+    assert problems(root, "--pretrain.scheme", "end_to_end", *none) == ()
+    assert problems(root, "--pretrain.scheme", "baseline", *none[:2]) == ()
+    with pytest.raises(DataError, match=r"pretrain\.iterations: 0 trains none: let stage 2 train"):
+        expect(load_recipe(recipe_file(root), ["--model.weights", "own.pt", "--pretrain.iterations", "0", *none]))
+
+
 def test_images_of_several_sizes_need_a_crop(root: Path) -> None:
     save(root, "train", [mask(k, (64 + 8 * k, 100)) for k in range(4)])
     found = problems(root)

@@ -76,6 +76,7 @@ def recipe_problems(recipe: Recipe, train: DatasetReport, val: DatasetReport) ->
     return (
         *(_training_problems(recipe.pretrain, train) if recipe.pretrain.iterations else ()),
         *_training_problems(recipe.distill, train),
+        *_untrained_heads(recipe),
         *_validation_problems(recipe, val),
     )
 
@@ -106,6 +107,12 @@ def _padding_notes(recipe: Recipe, train: DatasetReport) -> Iterator[str]:
                 f"{next(iter(train.sizes))} and scaled by {augment.scale_min:g} to {augment.scale_max:g}: {padded:.0%} "
                 f"of what is trained on is padding, from which nothing is learnt; try {[*proposed_crop(train)]} or less"
             )
+
+
+def _untrained_heads(recipe: Recipe) -> Iterator[str]:
+    if not recipe.distill.iterations and not recipe.trains_heads_in_stage1:
+        reason = "pretrain.scheme: baseline" if recipe.pretrain.iterations else "pretrain.iterations: 0"
+        yield f"distill.iterations: 0 keeps the heads that stage 1 trained, and {reason} trains none: let stage 2 train"
 
 
 def _training_problems(options: TrainOptions, train: DatasetReport) -> Iterator[str]:

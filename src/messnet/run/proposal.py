@@ -377,10 +377,14 @@ def _training_lines(train: DatasetReport) -> list[str]:
     if share < RARE:
         why += "; a long training ends higher with null"
     lines: list[str] = []
-    for section, own, iterations in (("pretrain", "scheme: end_to_end", 2000), ("distill", "loss: ce", 1000)):
+    stages: tuple[tuple[str, tuple[str, ...], int], ...] = (
+        ("pretrain: # stage 1, the backbone", ("scheme: end_to_end",), 2000),
+        ("distill: # stage 2, the heads of the early exits", ("plain_heads: stage1", "loss: ce"), 1000),
+    )
+    for title, own, iterations in stages:
         lines += [
-            f"{section}: # stage {'1, the backbone' if section == 'pretrain' else '2, the heads of the early exits'}",
-            f"  {own}",
+            title,
+            *(f"  {option}" for option in own),
             f"  iterations: {iterations} # enough for a first look; more is better",
             "  batch_size: 8",
             "  learning_rate: 0.1",

@@ -113,13 +113,15 @@ class Recipe:
                 "pretrain.iterations: 0 keeps the network as it comes, and without model.weights that is an untrained "
                 "one: name the weights, or let stage 1 train"
             )
-        if self.distill.plain_heads == "stage1" and (
-            not self.pretrain.iterations or self.pretrain.scheme == "baseline"
-        ):
-            reason = "pretrain.scheme: baseline" if self.pretrain.iterations else "pretrain.iterations: 0"
-            raise RecipeError(
-                f"distill.plain_heads: stage1 needs heads from stage 1, and {reason} trains none: leave it at 'new'"
-            )
+
+    @property
+    def trains_heads_in_stage1(self) -> bool:
+        return self.pretrain.iterations > 0 and self.pretrain.scheme != "baseline"
+
+    @property
+    def plain_heads_go_on(self) -> bool:
+        """Whether plain heads begin stage 2 with the weights of stage 1."""
+        return self.distill.plain_heads == "stage1" and self.trains_heads_in_stage1
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

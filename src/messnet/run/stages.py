@@ -117,7 +117,9 @@ def distill_stage(run: Run, shard: Shard | None = None) -> None:
     own. Heads that such a part holds already are not trained again; processes that train together (torchrun) divide
     the heads among them."""
     recipe, made_from = run.recipe, _made_from(run)
-    net, fabric = run.pretrained(with_heads=recipe.distill.plain_heads == "stage1"), recipe.compute.launch()
+    if recipe.distill.plain_heads == "stage1" and not recipe.plain_heads_go_on:
+        say("distill: stage 1 trained no heads, so the plain ones begin anew")
+    net, fabric = run.pretrained(with_heads=recipe.plain_heads_go_on), recipe.compute.launch()
     heads, finished = space_exits(net, recipe.heads), read_parts(run.directory, made_from)
     # A process of several trains its part of the part that the command asks for.
     own = (shard or WHOLE).divided(fabric.global_rank, fabric.world_size) if fabric.world_size > 1 else shard
@@ -159,7 +161,7 @@ def _merge_heads(run: Run) -> None:
 def _made_from(run: Run) -> str:
     """A name for the recipe and the bits of stage 1, which parts of stage 2 that belong together have in common."""
     stage1 = hashlib.sha256(run.directory.stage1.read())
-    if run.recipe.distill.plain_heads == "stage1":
+    if run.recipe.plain_heads_go_on:
         stage1.update(run.directory.stage1_heads.read())
     return f"{STAGES['distill'].made_from(run)}-{stage1.hexdigest()[:16]}"
 

@@ -182,7 +182,8 @@ class DistillOptions(TrainOptions):
     """0 keeps the heads that stage 1 trained as they are: with ``plain_heads: stage1`` and no heads but plain ones."""
     plain_heads: Literal["new", "stage1"] = "new"
     """How the plain head of an exit (channel_reduction 1, no extra block, fcn) begins: "new", as all others and as in
-    the paper; "stage1", with the weights that stage 1 trained it to."""
+    the paper; "stage1", with the weights that stage 1 trained it to, if it trained any: not with pretrain.iterations 0
+    or scheme "baseline"."""
     loss: DistillationLoss = "pfd"
     """"pfd": positive filtering distillation; "kd": unfiltered; "self_distillation": from the next deeper exit too;
     "ce": labels alone. (The paper's "exits only" is "ce" after pretrain.scheme "baseline".)"""
