@@ -379,7 +379,11 @@ def _training_lines(train: DatasetReport) -> list[str]:
     lines: list[str] = []
     stages: tuple[tuple[str, tuple[str, ...], int], ...] = (
         ("pretrain: # stage 1, the backbone", ("scheme: end_to_end",), 2000),
-        ("distill: # stage 2, the heads of the early exits", ("plain_heads: stage1 # go on as stage 1 trained them", "loss: ce"), 1000),
+        (
+            "distill: # stage 2, the heads of the early exits",
+            ("plain_heads: stage1 # go on as stage 1 trained them", "loss: ce"),
+            1000,
+        ),
     )
     for title, own, iterations in stages:
         lines += [
