@@ -377,18 +377,14 @@ def _training_lines(train: DatasetReport) -> list[str]:
     if share < RARE:
         why += "; a long training ends higher with null"
     lines: list[str] = []
-    stages: tuple[tuple[str, tuple[str, ...], int], ...] = (
-        ("pretrain: # stage 1, the backbone", ("scheme: end_to_end",), 2000),
-        (
-            "distill: # stage 2, the heads of the early exits",
-            ("plain_heads: stage1 # go on as stage 1 trained them", "loss: ce"),
-            1000,
-        ),
-    )
-    for title, own, iterations in stages:
+    stage1 = ["pretrain: # stage 1, the backbone", "  scheme: end_to_end"]
+    stage2 = [
+        "distill: # stage 2, the heads of the early exits",
+        "  plain_heads: stage1 # go on as stage 1 trained them",
+    ]
+    for own, iterations in ((stage1, 2000), ([*stage2, "  loss: ce"], 1000)):
         lines += [
-            title,
-            *(f"  {option}" for option in own),
+            *own,
             f"  iterations: {iterations} # enough for a first look; more is better",
             "  batch_size: 8",
             "  learning_rate: 0.1",
