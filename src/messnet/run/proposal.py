@@ -381,8 +381,9 @@ def _training_lines(train: DatasetReport) -> list[str]:
     stage2 = [
         "distill: # stage 2, the heads of the early exits",
         "  plain_heads: stage1 # go on as stage 1 trained them",
+        "  loss: ce",
     ]
-    for own, iterations in ((stage1, 2000), ([*stage2, "  loss: ce"], 1000)):
+    for own, iterations in ((stage1, 2000), (stage2, 1000)):
         lines += [
             *own,
             f"  iterations: {iterations} # enough for a first look; more is better",
